@@ -1,0 +1,292 @@
+/* flashprefill: sparse attention for the prefill of long prompts. The C ABI.
+ *
+ * This header is the one binding contract of the library: every language reaches it through here. Three verbs:
+ *
+ *     Problem --fp_select(policy)--> BlockMask --fp_attend--> out, lse          fp_prefill does both
+ *
+ * Conventions
+ *   - Descriptors are plain structs whose first field is their own size: set it with sizeof. The functions fp_*_init do
+ *     that and fill the defaults; later versions of the library append fields and read only what the caller's size
+ * covers.
+ *   - Strides count elements, not bytes. Lengths count tokens.
+ *   - No call allocates, synchronises or reads an environment variable: results, masks and scratch memory are the
+ * caller's.
+ *   - A bad argument is refused before any work, with nothing written; fp_last_error() then says in one line which
+ *     argument, what it was and what it must be.
+ *   - Functions may be called from many threads at once, on different outputs and workspaces.
+ *   - CPU calls return when the work is done. CUDA calls return when the work is on the stream.
+ */
+#ifndef FLASHPREFILL_FLASHPREFILL_H_
+#define FLASHPREFILL_FLASHPREFILL_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FP_API __declspec(dllexport)
+#else
+#define FP_API __attribute__((visibility("default")))
+#endif
+
+#define FP_VERSION_MAJOR 0
+#define FP_VERSION_MINOR 1
+#define FP_VERSION_PATCH 0
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---------------------------------------------------------------- status */
+
+typedef enum fp_status {
+  FP_OK = 0,
+  FP_INVALID_ARGUMENT = 1, /* fp_last_error() names the argument, its value and what it must be */
+  FP_UNSUPPORTED = 2,      /* right, but no backend here does it */
+  FP_OUT_OF_MEMORY = 3,
+  FP_DEVICE_ERROR = 4, /* the device or its driver refused; the message is theirs */
+  FP_INTERNAL = 5
+} fp_status;
+
+/* The message of the calling thread's last failed call; "" if there was none. Valid until that thread's next call. */
+FP_API const char* fp_last_error(void);
+
+/* "0.1.0" */
+FP_API const char* fp_version(void);
+
+/* ---------------------------------------------------------------- problem */
+
+typedef enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2 } fp_dtype;
+
+typedef enum fp_device { FP_CPU = 0, FP_CUDA = 1 } fp_device;
+
+/* A view of q, k, v or out. The axes are (sequence or page, token, head, head_dim).
+ *   rectangular  element(b, t, h, d) = data + b*stride[0] + t*stride[1] + h*stride[2] + d*stride[3]
+ *   packed       one list of all sequences' tokens: t runs over it, stride[0] is not read
+ *   paged        stride[0] steps from page to page, t is the slot inside the page
+ * Strides of inputs may be negative or zero. */
+typedef struct fp_tensor {
+  void* data;
+  int32_t dtype; /* fp_dtype */
+  int32_t reserved;
+  int64_t stride[4]; /* in elements */
+} fp_tensor;
+
+/* One attention call: non-owning views, the batch layout, and what is computed over it.
+ *
+ * q is packed if cu_seqlens_q is given, else rectangular [batch, max_seqlen_q, q_heads, head_dim].
+ * k and v are paged if block_table is given, else packed if cu_seqlens_k is given, else rectangular
+ * [batch, max_seqlen_k, kv_heads, head_dim]. The keys of sequence b: seqused_k[b] if given, else what cu_seqlens_k
+ * says, else max_seqlen_k. Query head h reads KV head h / (q_heads / kv_heads).
+ *
+ * causal is aligned bottom-right: query row i of a sequence with Lq rows and Lk keys sits at position P + i, P = Lk -
+ * Lq, and sees the keys at positions 0 .. P + i. P must not be negative. Without causal every row sees every key.
+ *
+ * On FP_CUDA q, k, v, out, masks, workspaces and the four index arrays are device memory; on FP_CPU all is host memory.
+ */
+typedef struct fp_problem {
+  uint32_t struct_size;
+  int32_t device;       /* fp_device */
+  int32_t device_index; /* which one of them */
+  int32_t batch;        /* sequences, >= 0 */
+  int32_t q_heads;      /* a multiple of kv_heads */
+  int32_t kv_heads;     /* >= 1 */
+  int32_t head_dim;     /* 1 .. 512 on the CPU; of q, k and v alike */
+  int32_t causal;       /* 0 or 1 */
+  int32_t final_chunk;  /* 1: the rows end their prompts, so a policy's dense tail applies; 0: more chunks follow */
+  float softmax_scale;  /* > 0 */
+  int64_t total_q;      /* rows of q in all: packed: its tokens; rectangular: batch * max_seqlen_q */
+  int64_t total_k;      /* tokens of packed k and v; not read otherwise */
+  int64_t max_seqlen_q; /* the longest sequence; an upper bound will do if packed */
+  int64_t max_seqlen_k;
+  fp_tensor q, k, v;
+  const int32_t* cu_seqlens_q; /* [batch + 1], cumulative, from 0 to total_q; or NULL */
+  const int32_t* cu_seqlens_k; /* [batch + 1], cumulative, from 0 to at most total_k; or NULL */
+  const int32_t* seqused_k;    /* [batch]; or NULL */
+  const int32_t* block_table;  /* [batch, pages_per_seq]: page of each run of page_size tokens; or NULL */
+  int64_t block_table_stride;  /* elements from one sequence's row to the next */
+  int32_t pages_per_seq;       /* columns of block_table */
+  int32_t page_size;           /* tokens a page */
+  int64_t page_count;          /* pages in the cache; entries of block_table are below it */
+  const uint8_t* final_chunks; /* [batch], host memory: final_chunk of each sequence; NULL: final_chunk holds for all */
+} fp_problem;
+
+/* ---------------------------------------------------------------- execution */
+
+/* Where the seconds of a synchronous call went. */
+typedef struct fp_timings {
+  double select_seconds;
+  double attend_seconds;
+} fp_timings;
+
+/* Who does the work, and with what. NULL wherever this is asked for means all defaults. */
+typedef struct fp_exec {
+  uint32_t struct_size;
+  int32_t threads;     /* CPU: threads at most; 0: as many as OpenMP would use */
+  const char* backend; /* a name from fp_backend_name; NULL: the best one for the problem's device */
+  const char* target;  /* CPU: an instruction set from fp_backend_targets; NULL: the best one that this machine has */
+  void* stream;        /* CUDA: a cudaStream_t; NULL: the default stream */
+  fp_timings* timings; /* written by CPU backends; may be NULL */
+} fp_exec;
+
+/* ---------------------------------------------------------------- policies */
+
+typedef enum fp_policy_kind { FP_DENSE = 0, FP_STREAMING = 1, FP_FLASHPREFILL = 2, FP_SKETCH = 3 } fp_policy_kind;
+
+/* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
+ * tile below is the key block of its last row. */
+typedef struct fp_policy {
+  uint32_t struct_size;      /* of the whole policy, this head included */
+  int32_t kind;              /* fp_policy_kind */
+  int32_t block_size;        /* keys a block: a multiple of 16 from 16 to 1024 */
+  int32_t sink_blocks;       /* the first so many blocks are kept */
+  int32_t window_blocks;     /* from window_blocks - 1 before the block of the tile's first row up to the last block */
+  int32_t dense_tail_blocks; /* the last ceil(dense_tail_blocks * block_size / tile rows) tiles of a final chunk are
+                                dense */
+  int32_t share_heads;       /* 1: the query heads of a KV head share one list, their rows packed into tiles of 128 */
+  int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
+} fp_policy;
+
+/* Everything is kept. */
+typedef struct fp_dense {
+  fp_policy common;
+} fp_dense;
+
+/* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
+typedef struct fp_streaming {
+  fp_policy common;
+} fp_streaming;
+
+/* FlashPrefill, arXiv 2603.06199: mean-pooled keys, energies summed over the rows of a tile, kept from alpha times the
+ * tile's largest energy. query_pool = 1 is the paper; larger values score means of so many query rows. */
+typedef struct fp_flashprefill {
+  fp_policy common;
+  float alpha;        /* in [0, inf) */
+  int32_t query_pool; /* rows a mean: 1 .. 128 */
+  int32_t min_blocks; /* at least the top so many visible blocks */
+  int32_t reserved;
+} fp_flashprefill;
+
+/* Sketch: FlashPrefill whose key blocks are described by their outliers (the keys farthest from the mean) beside the
+ * mean and variance of the rest. Either alpha or mass decides; the other is NaN. */
+typedef struct fp_sketch {
+  fp_policy common;
+  float alpha;        /* in [0, inf), or NaN */
+  float mass;         /* in (0, 1]: the smallest set of blocks with this share of the tile's energy; or NaN */
+  int32_t outliers;   /* 0 .. 16 */
+  int32_t query_pool; /* 1 .. 128 */
+  int32_t min_blocks;
+  int32_t reserved;
+} fp_sketch;
+
+/* Fill a policy with its published defaults. policy points at the struct of that kind, size is its sizeof. */
+FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);
+
+/* ---------------------------------------------------------------- block mask */
+
+/* Why a sequence was not selected for. */
+typedef enum fp_fallback {
+  FP_SELECTED = 0,
+  FP_FALLBACK_SHORT = 1, /* the forced blocks alone are all there is: nothing was scored */
+  FP_FALLBACK_DENSE = 2  /* the policy is Dense */
+} fp_fallback;
+
+/* One bit for each (mask head, query tile, key block). The caller owns the memory.
+ *
+ * A mask head is a query head, or with share_heads a KV head. A tile is tile_tokens query tokens of one sequence: 128,
+ * or with share_heads floor(128 / group), whose rows are those tokens times the group's heads, heads fastest. Tile m of
+ * sequence b is row fp_tile_base(b) + m, where fp_tile_base(b) = (rows of q before sequence b) / tile_tokens + b. So
+ * rows need no prefix sums, a few of them stay unused, and tile_rows = total_q / tile_tokens + batch. Bit j of word w
+ * of a row is block 64 w + j. Bits of blocks that no row of the tile may see are zero when select wrote the mask, and
+ * ignored when attend reads it. */
+typedef struct fp_block_mask {
+  uint32_t struct_size;
+  int32_t heads;           /* mask heads */
+  int32_t tile_tokens;     /* query tokens a tile */
+  int32_t block_size;      /* keys a block */
+  int32_t share_heads;     /* 0 or 1 */
+  int32_t mean_correction; /* 0 or 1: blocks whose bit is zero, and visible to the whole tile, count by their means */
+  int64_t tile_rows;
+  int64_t words;     /* 64-bit words a row */
+  uint64_t* bits;    /* [heads, tile_rows, words] */
+  int32_t* counts;   /* [heads, tile_rows]: bits set; written by select; may be NULL */
+  int32_t* fallback; /* [batch]: fp_fallback; written by select; may be NULL */
+} fp_block_mask;
+
+/* Fill in the geometry of the mask that this policy makes for this problem. The pointers are left alone. */
+FP_API fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, fp_block_mask* mask);
+
+/* What a mask keeps. The arrays are the caller's, in host memory; any of them may be NULL. */
+typedef struct fp_stats {
+  uint32_t struct_size;
+  int32_t reserved;
+  int64_t* kept;     /* [batch, mask heads]: kept blocks, summed over tiles */
+  int64_t* total;    /* [batch]: blocks that are visible to some row of their tile, summed over the tiles of one head */
+  int32_t* fallback; /* [batch] */
+} fp_stats;
+
+/* density of a sequence and head = kept / total. CPU masks only. */
+FP_API fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp_stats* stats);
+
+/* ---------------------------------------------------------------- the three verbs */
+
+/* out has q's dtype and q's layout (packed or rectangular). lse, if given, is the natural logarithm of the softmax
+ * denominator, fp32, correction included: element (b, h, t) at lse + b*lse_stride[0] + h*lse_stride[1] +
+ * t*lse_stride[2]; packed: b counts as 0 and t runs over all sequences. A row that sees nothing gets zeros and -inf. */
+typedef struct fp_output {
+  uint32_t struct_size;
+  int32_t reserved;
+  fp_tensor out;
+  float* lse; /* may be NULL */
+  int64_t lse_stride[3];
+} fp_output;
+
+/* Bytes of scratch memory that the call with the same arguments needs (at 64-byte alignment). May be 0. */
+FP_API fp_status fp_select_workspace(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
+                                     size_t* bytes);
+FP_API fp_status fp_attend_workspace(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec,
+                                     size_t* bytes);
+FP_API fp_status fp_prefill_workspace(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
+                                      size_t* bytes);
+
+/* Find the blocks that matter. Reads q and k; writes mask's bits, and its counts and fallback where given. */
+FP_API fp_status fp_select(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec, fp_block_mask* mask,
+                           void* workspace, size_t workspace_bytes);
+
+/* Exact softmax attention over the kept blocks. */
+FP_API fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec,
+                           const fp_output* output, void* workspace, size_t workspace_bytes);
+
+/* Both. mask may be NULL (its memory is then part of the workspace), or a described mask with memory, to be kept. */
+FP_API fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
+                            fp_block_mask* mask, const fp_output* output, void* workspace, size_t workspace_bytes);
+
+/* Zero a struct and set its size; fp_problem also gets causal = final_chunk = 1. */
+FP_API void fp_problem_init(fp_problem* problem);
+FP_API void fp_exec_init(fp_exec* exec);
+FP_API void fp_block_mask_init(fp_block_mask* mask);
+FP_API void fp_output_init(fp_output* output);
+FP_API void fp_stats_init(fp_stats* stats);
+
+/* ---------------------------------------------------------------- what is here */
+
+/* Backends in this build, best first for their device: "cpu", "reference", ... NULL past the end. */
+FP_API const char* fp_backend_name(int32_t index);
+
+/* 1 if the backend can run on this machine, else 0. */
+FP_API int32_t fp_backend_available(const char* backend);
+
+/* One line about the backend on this machine: instruction sets, device names, or why it can't run. Returns the length
+ * of the whole line; writes at most size bytes of it, with a final zero. */
+FP_API size_t fp_backend_describe(const char* backend, char* text, size_t size);
+
+/* Names of the backend's instruction sets that this machine has, best first, separated by spaces. Same return. */
+FP_API size_t fp_backend_targets(const char* backend, char* text, size_t size);
+
+/* The OpenMP runtime that CPU threads come from ("libgomp-1e6c3fc7.so.1 (torch)"), or "none". Same return. */
+FP_API size_t fp_thread_runtime(char* text, size_t size);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* FLASHPREFILL_FLASHPREFILL_H_ */

@@ -1,0 +1,59 @@
+// What a backend is to the rest of the library: a row of function pointers. CMake collects the folders of src/ that
+// call flashprefill_add_backend(NAME ...) and writes the table of them, so a new backend is files added and no code
+// changed. A backend defines `extern const Backend kNAMEBackend` and may trust everything that core/validate.cc
+// checked.
+#ifndef FLASHPREFILL_CORE_BACKEND_H_
+#define FLASHPREFILL_CORE_BACKEND_H_
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/types.h"
+
+namespace flashprefill {
+
+struct Backend {
+  const char* name; // as the user writes it
+  int32_t device;   // fp_device whose memory it works on
+  int32_t rank;     // among the backends of a device the available one with the highest rank is the default
+  bool (*available)();
+  std::string (*describe)();             // one line; where it isn't available, why not
+  std::vector<std::string> (*targets)(); // instruction sets on this machine, best first; empty if there is no choice
+  // Throws Error(FP_UNSUPPORTED) for what is valid but not done here, naming it. Called before any other function
+  // below.
+  void (*check)(const Problem&, const Policy*, const BlockMask*, const Exec&);
+  size_t (*select_workspace)(const Problem&, const Policy&, const Exec&);
+  size_t (*attend_workspace)(const Problem&, const BlockMask&, const Exec&);
+  void (*select)(const Problem&, const Policy&, const Exec&, BlockMask&, void* workspace);
+  void (*attend)(const Problem&, const BlockMask&, const Exec&, const Output&, void* workspace);
+  // Both in one, where something can be shared between them; null: select, then attend, over the same scratch memory.
+  size_t (*prefill_workspace)(const Problem&, const Policy&, const BlockMask&, const Exec&);
+  void (*prefill)(const Problem&, const Policy&, const Exec&, BlockMask&, const Output&, void* workspace);
+};
+
+// All of this build, in no order.
+std::span<const Backend* const> Backends();
+
+// Cuts a workspace into aligned parts. With a null base it only adds up sizes, so that the query and the call share
+// code.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<std::byte*>(base)) {}
+
+  template <typename T>
+  T* Take(int64_t count) {
+    T* part = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += DivUp(static_cast<size_t>(count) * sizeof(T), kWorkspaceAlign) * kWorkspaceAlign;
+    return part;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  size_t used_ = 0;
+};
+
+} // namespace flashprefill
+
+#endif // FLASHPREFILL_CORE_BACKEND_H_

@@ -1,0 +1,33 @@
+// Errors inside the library are C++ exceptions that carry a status; the C ABI turns them into a status and a message.
+#ifndef FLASHPREFILL_CORE_ERROR_H_
+#define FLASHPREFILL_CORE_ERROR_H_
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "flashprefill/flashprefill.h"
+
+namespace flashprefill {
+
+class Error : public std::runtime_error {
+ public:
+  Error(fp_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  fp_status status() const { return status_; }
+
+ private:
+  fp_status status_;
+};
+
+// "q_heads is 7; it must be a multiple of kv_heads (2)": the one form of every refusal.
+template <typename Value>
+[[noreturn]] void Refuse(const std::string& argument, const Value& value, const std::string& must_be,
+                         fp_status status = FP_INVALID_ARGUMENT) {
+  std::ostringstream message;
+  message << argument << " is " << value << "; it must be " << must_be;
+  throw Error(status, message.str());
+}
+
+} // namespace flashprefill
+
+#endif // FLASHPREFILL_CORE_ERROR_H_

@@ -1,0 +1,1 @@
+flashprefill_add_backend(Reference SOURCES backend.cc select.cc attend.cc)

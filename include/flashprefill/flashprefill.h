@@ -269,7 +269,7 @@ FP_API void fp_stats_init(fp_stats* stats);
 
 /* ---------------------------------------------------------------- what is here */
 
-/* Backends in this build, best first for their device: "cpu", "reference", ... NULL past the end. */
+/* Backends in this build, in no order: "cpu", "reference", ... NULL past the end. */
 FP_API const char* fp_backend_name(int32_t index);
 
 /* 1 if the backend can run on this machine, else 0. */

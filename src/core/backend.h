@@ -23,6 +23,7 @@ struct Backend {
   // Throws Error(FP_UNSUPPORTED) for what is valid but not done here, naming it. Called before any other function
   // below.
   void (*check)(const Problem&, const Policy*, const BlockMask*, const Exec&);
+  // Scratch memory. Masks come without their bits here.
   size_t (*select_workspace)(const Problem&, const Policy&, const Exec&);
   size_t (*attend_workspace)(const Problem&, const BlockMask&, const Exec&);
   void (*select)(const Problem&, const Policy&, const Exec&, BlockMask&, void* workspace);

@@ -1,0 +1,385 @@
+// The C ABI: each function checks its arguments, finds the backend and calls it. No exception leaves this file.
+#include <bit>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "core/backend.h"
+#include "core/error.h"
+#include "core/policies.h"
+#include "core/threads.h"
+#include "core/types.h"
+#include "core/validate.h"
+#include "flashprefill/flashprefill.h"
+
+namespace flashprefill {
+namespace {
+
+thread_local std::string last_error;
+
+// Runs the body of a C function and turns what it throws into a status and the thread's message.
+template <typename Body>
+fp_status Guard(Body&& body) {
+  try {
+    body();
+    return FP_OK;
+  } catch (const Error& error) {
+    last_error = error.what();
+    return error.status();
+  } catch (const std::bad_alloc&) {
+    last_error = "out of memory";
+    return FP_OUT_OF_MEMORY;
+  } catch (const std::exception& error) {
+    last_error = std::string("internal error: ") + error.what();
+    return FP_INTERNAL;
+  }
+}
+
+const Backend* FindBackend(const char* name) {
+  for (const Backend* backend : Backends()) {
+    if (name && std::strcmp(backend->name, name) == 0) return backend;
+  }
+  return nullptr;
+}
+
+std::string BackendNames() {
+  std::string names;
+  for (const Backend* backend : Backends()) names += (names.empty() ? "" : ", ") + std::string(backend->name);
+  return names;
+}
+
+std::string Joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+Exec ExecOf(const Exec* exec) {
+  ValidateExec(exec);
+  Exec e{};
+  fp_exec_init(&e);
+  if (exec) e = *exec;
+  return e;
+}
+
+// The backend that exec names, or the best available one for the problem's memory.
+const Backend& BackendFor(const Problem& p, const Exec& exec) {
+  const Backend* chosen = nullptr;
+  if (exec.backend) {
+    chosen = FindBackend(exec.backend);
+    if (!chosen) Refuse("exec.backend", exec.backend, "one of " + BackendNames());
+    if (chosen->device != p.device) {
+      Refuse("exec.backend", exec.backend,
+             std::string("a backend for ") + (p.device == FP_CUDA ? "CUDA" : "CPU") + " memory");
+    }
+    if (!chosen->available())
+      Refuse("exec.backend", exec.backend, "one that can run here: " + chosen->describe(), FP_UNSUPPORTED);
+  } else {
+    for (const Backend* backend : Backends()) {
+      if (backend->device == p.device && backend->available() && (!chosen || backend->rank > chosen->rank))
+        chosen = backend;
+    }
+    if (!chosen) {
+      std::string why;
+      for (const Backend* backend : Backends()) {
+        if (backend->device == p.device) why += std::string("; ") + backend->name + ": " + backend->describe();
+      }
+      throw Error(FP_UNSUPPORTED, std::string("device is ") + (p.device == FP_CUDA ? "FP_CUDA" : "FP_CPU") +
+                                      "; no backend here can work on that memory (built: " + BackendNames() + ")" +
+                                      why);
+    }
+  }
+  if (exec.target) {
+    const std::vector<std::string> targets = chosen->targets();
+    if (std::find(targets.begin(), targets.end(), exec.target) == targets.end()) {
+      Refuse("exec.target", exec.target,
+             "one that backend " + std::string(chosen->name) + " has here: " + Joined(targets));
+    }
+  }
+  return *chosen;
+}
+
+BlockMask DescribeMask(const Problem& p, const Policy& policy) {
+  const Geometry g = Geometry::Of(p, policy);
+  BlockMask m{};
+  m.struct_size = sizeof(BlockMask);
+  m.heads = g.mask_heads;
+  m.tile_tokens = g.tile_tokens;
+  m.block_size = g.block_size;
+  m.share_heads = policy.share_heads;
+  m.mean_correction = policy.mean_correction;
+  m.tile_rows = g.tile_rows;
+  m.words = g.words;
+  return m;
+}
+
+// A mask whose memory is the first part of a workspace.
+BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
+  BlockMask m = DescribeMask(p, policy);
+  m.bits = workspace.Take<uint64_t>(m.heads * m.tile_rows * m.words);
+  m.counts = workspace.Take<int32_t>(m.heads * m.tile_rows);
+  m.fallback = workspace.Take<int32_t>(p.batch);
+  return m;
+}
+
+// What select and attend, one after the other, or a fused prefill, use beside the mask.
+size_t PrefillScratch(const Backend& backend, const Problem& p, const Policy& policy, const BlockMask& mask,
+                      const Exec& exec) {
+  if (backend.prefill) return backend.prefill_workspace(p, policy, mask, exec);
+  return std::max(backend.select_workspace(p, policy, exec), backend.attend_workspace(p, mask, exec));
+}
+
+class Stopwatch {
+ public:
+  double Lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const double seconds = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    return seconds;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+size_t CopyText(const std::string& text, char* to, size_t size) {
+  if (to && size > 0) {
+    const size_t n = std::min(size - 1, text.size());
+    std::memcpy(to, text.data(), n);
+    to[n] = 0;
+  }
+  return text.size();
+}
+
+const Backend& NamedBackend(const char* name) {
+  const Backend* backend = FindBackend(name);
+  if (!backend) Refuse("backend", name ? name : "NULL", "one of " + BackendNames());
+  return *backend;
+}
+
+template <typename T>
+void CheckPointer(const char* name, const T* pointer) {
+  if (!pointer) Refuse(name, "NULL", "the address of the result");
+}
+
+} // namespace
+} // namespace flashprefill
+
+using namespace flashprefill;
+
+extern "C" {
+
+const char* fp_last_error(void) { return last_error.c_str(); }
+
+const char* fp_version(void) { return FP_VERSION_STRING; }
+
+void fp_problem_init(fp_problem* problem) {
+  *problem = fp_problem{};
+  problem->struct_size = sizeof(fp_problem);
+  problem->causal = 1;
+  problem->final_chunk = 1;
+}
+
+void fp_exec_init(fp_exec* exec) {
+  *exec = fp_exec{};
+  exec->struct_size = sizeof(fp_exec);
+}
+
+void fp_block_mask_init(fp_block_mask* mask) {
+  *mask = fp_block_mask{};
+  mask->struct_size = sizeof(fp_block_mask);
+}
+
+void fp_output_init(fp_output* output) {
+  *output = fp_output{};
+  output->struct_size = sizeof(fp_output);
+}
+
+void fp_stats_init(fp_stats* stats) {
+  *stats = fp_stats{};
+  stats->struct_size = sizeof(fp_stats);
+}
+
+fp_status fp_policy_init(int32_t kind, void* policy, size_t size) {
+  return Guard([&] {
+    const size_t needed = PolicySize(kind);
+    if (needed == 0) Refuse("kind", kind, "one of fp_policy_kind");
+    if (!policy) Refuse("policy", "NULL", "the address of a policy");
+    if (size < needed) Refuse("size", size, "the size of that policy's struct (" + std::to_string(needed) + ")");
+    InitPolicy(kind, policy);
+  });
+}
+
+fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, fp_block_mask* mask) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidatePolicy(policy, *problem);
+    CheckPointer("mask", mask);
+    BlockMask described = DescribeMask(*problem, *policy);
+    described.bits = mask->bits;
+    described.counts = mask->counts;
+    described.fallback = mask->fallback;
+    *mask = described;
+  });
+}
+
+fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp_stats* stats) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidateMask(mask, *problem);
+    CheckPointer("stats", stats);
+    const Problem& p = *problem;
+    if (p.device != FP_CPU) Refuse("device", p.device, "FP_CPU (0): copy the mask to the host first");
+    const Geometry g = Geometry::Of(p, *mask);
+    for (int b = 0; b < p.batch; ++b) {
+      const Sequence s = SequenceOf(p, b);
+      int64_t total = 0;
+      for (int64_t m = 0; m < g.Tiles(s); ++m) total += g.TileOf(p, s, m).visible;
+      if (stats->total) stats->total[b] = total;
+      if (stats->fallback) stats->fallback[b] = mask->fallback ? mask->fallback[b] : FP_SELECTED;
+      for (int h = 0; stats->kept && h < g.mask_heads; ++h) {
+        int64_t kept = 0;
+        for (int64_t m = 0; m < g.Tiles(s); ++m) {
+          const uint64_t* row = mask->bits + g.Row(s, h, m) * g.words;
+          const int64_t visible = g.TileOf(p, s, m).visible;
+          for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, visible));
+        }
+        stats->kept[int64_t{b} * g.mask_heads + h] = kept;
+      }
+    }
+  });
+}
+
+fp_status fp_select_workspace(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec, size_t* bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidatePolicy(policy, *problem);
+    CheckPointer("bytes", bytes);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    backend.check(*problem, policy, nullptr, e);
+    *bytes = backend.select_workspace(*problem, *policy, e);
+  });
+}
+
+fp_status fp_attend_workspace(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec,
+                              size_t* bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidateMask(mask, *problem, false);
+    CheckPointer("bytes", bytes);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    backend.check(*problem, nullptr, mask, e);
+    *bytes = backend.attend_workspace(*problem, *mask, e);
+  });
+}
+
+fp_status fp_prefill_workspace(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec, size_t* bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidatePolicy(policy, *problem);
+    CheckPointer("bytes", bytes);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    Workspace layout(nullptr);
+    const BlockMask mask = MaskIn(layout, *problem, *policy);
+    backend.check(*problem, policy, &mask, e);
+    *bytes = layout.used() + PrefillScratch(backend, *problem, *policy, mask, e);
+  });
+}
+
+fp_status fp_select(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec, fp_block_mask* mask,
+                    void* workspace, size_t workspace_bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidatePolicy(policy, *problem);
+    ValidateMask(mask, *problem);
+    ValidateMaskOf(*mask, *policy);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    backend.check(*problem, policy, mask, e);
+    ValidateWorkspace(workspace, workspace_bytes, backend.select_workspace(*problem, *policy, e));
+    Stopwatch watch;
+    backend.select(*problem, *policy, e, *mask, workspace);
+    if (e.timings) *e.timings = {watch.Lap(), 0};
+  });
+}
+
+fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec, const fp_output* output,
+                    void* workspace, size_t workspace_bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidateMask(mask, *problem);
+    ValidateOutput(output, *problem);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    backend.check(*problem, nullptr, mask, e);
+    ValidateWorkspace(workspace, workspace_bytes, backend.attend_workspace(*problem, *mask, e));
+    Stopwatch watch;
+    backend.attend(*problem, *mask, e, *output, workspace);
+    if (e.timings) *e.timings = {0, watch.Lap()};
+  });
+}
+
+fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec, fp_block_mask* mask,
+                     const fp_output* output, void* workspace, size_t workspace_bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidatePolicy(policy, *problem);
+    if (mask) {
+      ValidateMask(mask, *problem);
+      ValidateMaskOf(*mask, *policy);
+    }
+    ValidateOutput(output, *problem);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    Workspace parts(workspace);
+    BlockMask own = MaskIn(parts, *problem, *policy);
+    BlockMask& kept = mask ? *mask : own;
+    backend.check(*problem, policy, &kept, e);
+    ValidateWorkspace(workspace, workspace_bytes, parts.used() + PrefillScratch(backend, *problem, *policy, kept, e));
+    void* scratch = static_cast<std::byte*>(workspace) + parts.used();
+    if (backend.prefill) {
+      backend.prefill(*problem, *policy, e, kept, *output, scratch);
+      return;
+    }
+    Stopwatch watch;
+    backend.select(*problem, *policy, e, kept, scratch);
+    const double select_seconds = watch.Lap();
+    backend.attend(*problem, kept, e, *output, scratch);
+    if (e.timings) *e.timings = {select_seconds, watch.Lap()};
+  });
+}
+
+const char* fp_backend_name(int32_t index) {
+  const auto backends = Backends();
+  return index >= 0 && static_cast<size_t>(index) < backends.size() ? backends[index]->name : nullptr;
+}
+
+int32_t fp_backend_available(const char* backend) {
+  int32_t available = 0;
+  Guard([&] { available = NamedBackend(backend).available(); });
+  return available;
+}
+
+size_t fp_backend_describe(const char* backend, char* text, size_t size) {
+  size_t length = 0;
+  Guard([&] { length = CopyText(NamedBackend(backend).describe(), text, size); });
+  return length;
+}
+
+size_t fp_backend_targets(const char* backend, char* text, size_t size) {
+  size_t length = 0;
+  Guard([&] { length = CopyText(Joined(NamedBackend(backend).targets()), text, size); });
+  return length;
+}
+
+size_t fp_thread_runtime(char* text, size_t size) {
+  size_t length = 0;
+  Guard([&] { length = CopyText(ThreadRuntime(), text, size); });
+  return length;
+}
+
+} // extern "C"

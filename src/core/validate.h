@@ -1,0 +1,20 @@
+// Every check of every argument (Rule 7), before any work. Each throws Error with one line that names the argument as
+// the header does, what it was and what it must be.
+#ifndef FLASHPREFILL_CORE_VALIDATE_H_
+#define FLASHPREFILL_CORE_VALIDATE_H_
+
+#include "core/types.h"
+
+namespace flashprefill {
+
+void ValidateProblem(const Problem* problem);
+void ValidatePolicy(const Policy* policy, const Problem& problem);
+void ValidateMask(const BlockMask* mask, const Problem& problem, bool needs_bits = true);
+void ValidateMaskOf(const BlockMask& mask, const Policy& policy); // that it is a mask that this policy makes
+void ValidateOutput(const Output* output, const Problem& problem);
+void ValidateExec(const Exec* exec);
+void ValidateWorkspace(const void* workspace, size_t bytes, size_t needed);
+
+} // namespace flashprefill
+
+#endif // FLASHPREFILL_CORE_VALIDATE_H_

@@ -1,0 +1,52 @@
+# The front door. `make demo` and `make test` work on a bare Debian 12: tools/setup.sh installs what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help setup build install demo test test-cpp test-python test-sanitize test-arm bench check format wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+setup: ## tools from Debian, .venv with what Python needs
+	@PYTHON=$(PYTHON) tools/setup.sh
+
+build: setup ## the library and the C++ tests, in build/release
+	@cmake --preset release -Wno-dev > build-configure.log 2>&1 || (cat build-configure.log; exit 1); rm -f build-configure.log
+	@cmake --build --preset release
+
+install: setup ## the Python package into .venv
+	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/wheel .
+
+demo: install ## a real model reads a long prompt: dense against FlashPrefill (ARGS="--help" for options)
+	@$(BIN)/flashprefill demo $(ARGS)
+
+test: test-cpp test-python ## all tests that need no GPU
+
+test-cpp: build
+	@ctest --preset release
+
+test-python: install
+	@$(BIN)/python -m pytest tests/python $(ARGS)
+
+test-sanitize: setup ## the C++ tests under ASan + UBSan, and under TSan
+	@tools/test_sanitize.sh
+
+test-arm: setup ## NEON: cross-compiled, a small matrix under qemu
+	@tools/test_arm.sh
+
+bench: install ## prefill against PyTorch's attention, table and JSON (ARGS="--help" for options)
+	@$(BIN)/flashprefill bench $(ARGS)
+
+check: setup ## formatting, linting and types
+	@tools/check.sh
+
+format: setup ## apply clang-format and ruff format
+	@tools/check.sh --fix
+
+wheel: setup ## dist/*.whl, one for every Python from 3.10
+	@$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## builds, not .venv
+	rm -rf build dist out

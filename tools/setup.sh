@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes a bare Debian (or Ubuntu) ready: compilers and headers from its packages, and .venv with what Python needs.
+# Does nothing where nothing is missing, so every make target may call it. Extra Debian packages may be named as arguments.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+
+# A file of each package stands for it, so that machines that got the same thing in another way are left alone.
+missing=()
+need() { [ -e "$1" ] || missing+=("$2"); }
+command -v g++ > /dev/null || missing+=(g++)
+command -v cmake > /dev/null || missing+=(cmake)
+command -v ninja > /dev/null || missing+=(ninja-build)
+"$PYTHON" -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv)
+need /usr/include/hwy/highway.h libhwy-dev
+need /usr/include/gtest/gtest.h libgtest-dev
+for package in "$@"; do dpkg -s "$package" > /dev/null 2>&1 || missing+=("$package"); done
+
+if [ ${#missing[@]} -gt 0 ]; then
+  root=""
+  [ "$(id -u)" = 0 ] || root=sudo
+  if ! command -v apt-get > /dev/null || { [ -n "$root" ] && ! command -v sudo > /dev/null; }; then
+    echo "Please install these, then try again: ${missing[*]}" >&2
+    exit 1
+  fi
+  echo "Installing from Debian: ${missing[*]}"
+  $root apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive $root apt-get install -y -qq "${missing[@]}" > /dev/null
+fi
+
+# The stamp holds the checksum of what the environment was made from.
+stamp=.venv/.made-from
+wanted=$(cat tools/requirements.txt | sha256sum)
+if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
+  echo "Making .venv (PyTorch and Transformers among others: a few minutes)"
+  [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+  .venv/bin/pip install --quiet --disable-pip-version-check --requirement tools/requirements.txt
+  echo "$wanted" > "$stamp"
+fi

@@ -1,1 +1,1 @@
-flashprefill_add_backend(Reference SOURCES backend.cc select.cc attend.cc)
+flashprefill_add_backend(Reference SOURCES backend.cc rows.cc select.cc energies.cc flashprefill.cc sketch.cc attend.cc)

@@ -1,0 +1,94 @@
+// Attend: softmax over the keys that a row's kept blocks hold, in two passes over a list of them. With the mean
+// correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens.
+#include <cmath>
+
+#include "reference/reference.h"
+
+namespace flashprefill::reference {
+namespace {
+
+// One entry of a row's softmax.
+struct Entry {
+  double z, weight;
+  const double* value;
+};
+
+// The keys, values and, where asked for, block means of one KV head of one sequence.
+struct KeyValues {
+  Matrix keys, values, key_means, value_means;
+};
+
+// What row `q` at `position` attends to.
+void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, const Sequence& s, const Tile& tile,
+                 const uint64_t* bits, const KeyValues& kv, const double* q, int64_t position,
+                 std::vector<Entry>& entries) {
+  entries.clear();
+  const double scale = p.softmax_scale;
+  for (int64_t b = 0; b < tile.visible; ++b) {
+    const int64_t begin = b * g.block_size;
+    if (TestBit(bits, b)) {
+      int64_t end = begin + g.BlockKeys(s, b);
+      if (p.causal) end = std::min(end, position + 1);
+      for (int64_t t = begin; t < end; ++t) {
+        entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t]});
+      }
+    } else if (mask.mean_correction && b < tile.full) {
+      entries.push_back(
+          {scale * Dot(q, kv.key_means[b], p.head_dim), static_cast<double>(g.BlockKeys(s, b)), kv.value_means[b]});
+    }
+  }
+}
+
+// Softmax of the entries: the weighted sum of their values into out[head_dim]; returns the log of the denominator.
+double Softmax(const std::vector<Entry>& entries, std::vector<double>& out) {
+  std::fill(out.begin(), out.end(), 0.0);
+  double largest = -std::numeric_limits<double>::infinity(), sum = 0;
+  if (entries.empty()) return largest;
+  for (const Entry& e : entries) largest = std::max(largest, e.z);
+  for (const Entry& e : entries) {
+    const double weight = e.weight * std::exp(e.z - largest);
+    sum += weight;
+    for (size_t d = 0; d < out.size(); ++d) out[d] += weight * e.value[d];
+  }
+  for (double& x : out) x /= sum;
+  return largest + std::log(sum);
+}
+
+} // namespace
+
+void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
+  const Geometry g = Geometry::Of(p, mask);
+  std::vector<Entry> entries;
+  std::vector<double> out(static_cast<size_t>(p.head_dim));
+
+  auto attend_head = [&](const Sequence& s, int64_t head, const KeyValues& kv) {
+    const Matrix queries = LoadQueries(p, s, head);
+    for (int64_t m = 0; m < g.Tiles(s); ++m) {
+      const Tile tile = g.TileOf(p, s, m);
+      const uint64_t* bits = mask.bits + g.Row(s, head / g.heads_a_tile, m) * g.words;
+      for (int64_t i = tile.begin; i < tile.end; ++i) {
+        ListEntries(p, mask, g, s, tile, bits, kv, queries[i], s.prefix + i, entries);
+        const double lse = Softmax(entries, out);
+        const int64_t row = RowOffset(p, output.out.stride, s, i, head);
+        for (int64_t d = 0; d < p.head_dim; ++d) {
+          StoreElement(output.out.data, output.out.dtype, row + d * output.out.stride[3], static_cast<float>(out[d]));
+        }
+        if (output.lse) output.lse[LseOffset(p, output.lse_stride, s, i, head)] = static_cast<float>(lse);
+      }
+    }
+  };
+
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
+      KeyValues kv{LoadKeys(p, p.k, s, kv_head), LoadKeys(p, p.v, s, kv_head), {}, {}};
+      if (mask.mean_correction) {
+        kv.key_means = BlockMeans(g, s, kv.keys, p.k.dtype);
+        kv.value_means = BlockMeans(g, s, kv.values, p.v.dtype);
+      }
+      for (int64_t h = kv_head * g.group; h < (kv_head + 1) * g.group; ++h) attend_head(s, h, kv);
+    }
+  }
+}
+
+} // namespace flashprefill::reference

@@ -1,0 +1,93 @@
+// The reference: what every other backend is compared with. It is written to be read against the definitions, not to be
+// fast: scalar loops over double copies of the inputs, two-pass softmax, one function for each rule. It is also the one
+// backend that allocates inside a call, because scratch memory from the caller would only hide the mathematics.
+//
+// A new policy is one file here: a HeadSelector and its maker, and the maker's line in select.cc.
+#ifndef FLASHPREFILL_REFERENCE_REFERENCE_H_
+#define FLASHPREFILL_REFERENCE_REFERENCE_H_
+
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "core/half.h"
+#include "core/types.h"
+
+namespace flashprefill::reference {
+
+// Rows of doubles: the keys, values or queries of one head of one sequence.
+struct Matrix {
+  int64_t rows = 0, columns = 0;
+  std::vector<double> data;
+
+  Matrix() = default;
+  Matrix(int64_t r, int64_t c) : rows(r), columns(c), data(static_cast<size_t>(r * c)) {}
+  double* operator[](int64_t r) { return data.data() + r * columns; }
+  const double* operator[](int64_t r) const { return data.data() + r * columns; }
+};
+
+Matrix LoadQueries(const Problem& p, const Sequence& s, int64_t head);
+Matrix LoadKeys(const Problem& p, const Tensor& tensor, const Sequence& s, int64_t kv_head); // of k or of v
+
+double Dot(const double* a, const double* b, int64_t n);
+
+// Rule 4: a mean is rounded once, to the dtype of what it is a mean of.
+inline double Rounded(int32_t dtype, double x) { return RoundTo(dtype, static_cast<float>(x)); }
+
+// Mean of rows [begin, end) of m, rounded to dtype, written to mean[columns].
+void MeanOfRows(const Matrix& m, int64_t begin, int64_t end, int32_t dtype, double* mean);
+
+// One row a key block: the rounded means of the sequence's keys (or values).
+Matrix BlockMeans(const Geometry& g, const Sequence& s, const Matrix& keys, int32_t dtype);
+
+// How energies decide. NaN: this rule is not in use.
+struct KeepRule {
+  double alpha = std::numeric_limits<double>::quiet_NaN();
+  double mass = std::numeric_limits<double>::quiet_NaN();
+  int64_t min_blocks = 0;
+};
+
+// What a policy's score says about one tile, before forced blocks are joined. One entry a visible block.
+struct TileChoice {
+  std::vector<double> energy;  // up to a factor common to the tile
+  std::vector<uint8_t> scored; // some row of the tile sees the block, as far as scoring goes
+  std::vector<uint8_t> kept;
+  KeepRule rule;
+};
+
+// All that a policy may look at when it selects for one mask head of one sequence. V is not there.
+struct HeadView {
+  const Problem& problem;
+  const Policy& policy;
+  const Geometry& geometry;
+  const Sequence& sequence;
+  const Matrix& keys;
+  const std::vector<Matrix>& queries; // of the heads whose rows lie in one tile
+};
+
+class HeadSelector {
+ public:
+  virtual ~HeadSelector() = default;
+  virtual TileChoice Choose(const Tile& tile) const = 0;
+};
+
+std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head);
+
+// Scored blocks by energy, largest first, equal ones by index: the order that mass and min_blocks go by.
+std::vector<int64_t> Ranking(const TileChoice& choice);
+
+// Sets choice.kept from energy, scored and rule.
+void ApplyRule(TileChoice& choice);
+
+// Select, with a look inside for tests: `look` is called for each tile that was scored.
+using Look = std::function<void(const Sequence& s, int64_t mask_head, int64_t m, const TileChoice& choice)>;
+void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look& look = nullptr);
+
+void Attend(const Problem& p, const BlockMask& mask, const Output& output);
+
+} // namespace flashprefill::reference
+
+#endif // FLASHPREFILL_REFERENCE_REFERENCE_H_

@@ -1,0 +1,69 @@
+// Select: the policy's own choice for each tile, joined with the forced blocks (Rule 3), as bits.
+#include "reference/reference.h"
+
+namespace flashprefill::reference {
+namespace {
+
+// A policy that has nothing to say beyond the forced blocks has no selector.
+std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
+  switch (head.policy.kind) {
+    case FP_FLASHPREFILL:
+      return MakeFlashPrefill(head);
+    case FP_SKETCH:
+      return MakeSketch(head);
+    default:
+      return nullptr;
+  }
+}
+
+} // namespace
+
+void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look& look) {
+  const Geometry g = Geometry::Of(p, policy);
+
+  auto select_head = [&](const Sequence& s, int64_t mask_head, bool everything) {
+    const int64_t first_head = mask_head * g.heads_a_tile;
+    std::vector<Matrix> queries;
+    Matrix keys;
+    std::unique_ptr<HeadSelector> selector;
+    const HeadView view{p, policy, g, s, keys, queries};
+    if (!everything) {
+      for (int64_t h = first_head; h < first_head + g.heads_a_tile; ++h) queries.push_back(LoadQueries(p, s, h));
+      keys = LoadKeys(p, p.k, s, first_head / g.group);
+      selector = MakeSelector(view);
+    }
+    for (int64_t m = 0; m < g.Tiles(s); ++m) {
+      const Tile tile = g.TileOf(p, s, m);
+      const int64_t row = g.Row(s, mask_head, m);
+      uint64_t* bits = mask.bits + row * g.words;
+      const bool dense = everything || InDenseTail(g, policy, s, m);
+      FillRow(bits, g.words, dense ? tile.visible : 0);
+      if (!dense) {
+        TileChoice choice;
+        choice.kept.resize(tile.visible);
+        if (selector) {
+          choice = selector->Choose(tile);
+          if (look) look(s, mask_head, m, choice);
+        }
+        for (int64_t b = 0; b < tile.visible; ++b) {
+          if (choice.kept[b] || IsForced(policy, tile, b)) SetBit(bits, b);
+        }
+      }
+      if (mask.counts) {
+        mask.counts[row] = 0;
+        for (int64_t b = 0; b < tile.visible; ++b) mask.counts[row] += TestBit(bits, b);
+      }
+    }
+  };
+
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    const int32_t fallback = policy.kind == FP_DENSE      ? FP_FALLBACK_DENSE
+                             : AllForced(p, g, policy, s) ? FP_FALLBACK_SHORT
+                                                          : FP_SELECTED;
+    if (mask.fallback) mask.fallback[b] = fallback;
+    for (int64_t h = 0; h < g.mask_heads; ++h) select_head(s, h, fallback != FP_SELECTED);
+  }
+}
+
+} // namespace flashprefill::reference

@@ -20,7 +20,7 @@ int main() {
 
   try {
     const fp::Problem problem = fp::Problem::Rectangular(shape, FP_F32, q.data(), k.data(), v.data());
-    fp::FlashPrefill policy(0.9f);
+    fp::FlashPrefill policy(0.99f);
     policy.query_pool = 16;
     policy.common.mean_correction = 1;
 

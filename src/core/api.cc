@@ -172,7 +172,9 @@ extern "C" {
 
 const char* fp_last_error(void) { return last_error.c_str(); }
 
-const char* fp_version(void) { return FP_VERSION_STRING; }
+#define FP_STRINGIFY(x) #x
+#define FP_DOTTED(major, minor, patch) FP_STRINGIFY(major) "." FP_STRINGIFY(minor) "." FP_STRINGIFY(patch)
+const char* fp_version(void) { return FP_DOTTED(FP_VERSION_MAJOR, FP_VERSION_MINOR, FP_VERSION_PATCH); }
 
 void fp_problem_init(fp_problem* problem) {
   *problem = fp_problem{};

@@ -1,5 +1,5 @@
-// The CPU's attend. attend.cc divides the work and walks the masks, attend_kernels.h names the arithmetic that each
-// instruction set brings. docs/cpu-kernel.md explains the schedule.
+// The CPU's attend. attend.cc divides the work, attend_tile.cc walks one tile's mask, attend_kernels.h names the
+// arithmetic that each instruction set brings. docs/cpu-kernel.md explains the schedule.
 #ifndef FLASHPREFILL_CPU_ATTEND_H_
 #define FLASHPREFILL_CPU_ATTEND_H_
 

@@ -1,0 +1,361 @@
+// Attend in fp32 for every instruction set of Highway: 16-bit inputs are converted when they are packed.
+//
+// Both products, Q K^T and P V, are one micro-kernel: C[MR][NV vectors] += A[MR][depth] B[depth][NV vectors], its C in
+// registers, a row of B loaded as NV vectors, elements of A broadcast. AVX-512 holds 6 x 64 (24 of 32 registers), AVX2
+// 6 x 16 (12 of 16), NEON 6 x 16 (24 of 32). Every multiply-add then costs less than half a load, so that the
+// multiply-add units are the limit. Between the products the weights stay in the cache: a chunk of 128 keys is scored,
+// exponentiated and multiplied with V for a few rows at a time.
+#include "cpu/attend_kernels.h"
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/attend_kernels.cc"
+#include "cpu/rows.h"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashprefill::cpu::HWY_NAMESPACE {
+namespace {
+
+#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+constexpr int kRows = 1; // no registers to block for
+constexpr int kVectors = kLeast / kLanes;
+#elif HWY_TARGET <= HWY_AVX3
+constexpr int kRows = 6;
+constexpr int kVectors = 4;
+#else
+constexpr int kRows = 6;
+constexpr int kVectors = kLeast / kLanes; // 2 for AVX2, 4 for NEON
+#endif
+constexpr int kPanel = kVectors * kLanes; // keys of a panel of K, columns of a panel of V
+static_assert(kGranule % kPanel == 0 && kPanel % kLeast == 0, "see attend_kernels.h");
+
+// Rows that go through both products together: their scores (144 floats each) stay in the L1 cache beside a panel.
+constexpr int kStrip = kRows == 1 ? 16 : 8 * kRows;
+static_assert(kStrip <= kMaxStrip, "the scratch for scores has so many rows");
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// ---------------------------------------------------------------- the micro-kernel
+
+template <int ROWS, int VECTORS>
+void Micro(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t b_stride, int64_t depth,
+           bool add, float* HWY_RESTRICT c, int64_t c_stride) {
+  const DF df;
+  VF sum[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int j = 0; j < VECTORS; ++j) {
+      sum[r][j] = add ? hn::LoadU(df, c + r * c_stride + j * kLanes) : hn::Zero(df);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    VF row[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) row[j] = hn::LoadU(df, b + k * b_stride + j * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const VF x = hn::Set(df, a[r * a_stride + k]);
+      for (int j = 0; j < VECTORS; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int j = 0; j < VECTORS; ++j) hn::StoreU(sum[r][j], df, c + r * c_stride + j * kLanes);
+  }
+}
+
+using MicroFunction = decltype(&Micro<1, 1>);
+
+// kMicro[rows - 1][vectors - 1]
+template <int ROWS, int... J>
+constexpr void FillMicro(MicroFunction* row, std::integer_sequence<int, J...>) {
+  ((row[J] = Micro<ROWS, J + 1>), ...);
+}
+struct MicroTable {
+  MicroFunction of[kRows][kVectors];
+};
+template <int... R>
+constexpr MicroTable MakeMicroTable(std::integer_sequence<int, R...>) {
+  MicroTable table{};
+  (FillMicro<R + 1>(table.of[R], std::make_integer_sequence<int, kVectors>()), ...);
+  return table;
+}
+constexpr MicroTable kMicro = MakeMicroTable(std::make_integer_sequence<int, kRows>());
+
+// ---------------------------------------------------------------- the layout of V
+
+// The columns of V are `vectors` vectors, cut into panels of at most kVectors that differ by at most one.
+struct ValuePanels {
+  int64_t vectors, panels;
+  explicit ValuePanels(int64_t head_dim)
+      : vectors(ValueWidth(head_dim) / kLanes), panels(DivUp<int64_t>(vectors, kVectors)) {}
+  int64_t Begin(int64_t panel) const { return vectors * panel / panels; } // its first vector
+};
+
+// ---------------------------------------------------------------- packing
+
+void LoadQueries(const Rows& rows, int32_t head_dim, void* q) {
+  const int64_t stride = QueryStride(head_dim);
+  for (int32_t i = 0; i < rows.count; ++i) {
+    LoadRow(rows.data, rows.dtype, rows.offset[i], rows.step, head_dim, head_dim, static_cast<float*>(q) + i * stride);
+  }
+}
+
+// The row's elements as fp32; zeros if there is no such row.
+HWY_INLINE void LoadOrZero(const Rows& rows, int32_t i, int64_t count, int64_t padded, float* to) {
+  if (i < rows.count) {
+    LoadRow(rows.data, rows.dtype, rows.offset[i], rows.step, count, padded, to);
+  } else {
+    std::fill(to, to + padded, 0.0f);
+  }
+}
+
+// Turns 4 rows of fp32 into columns [0, 4) of a panel of K, 4 x 4 elements at a time.
+HWY_INLINE void StoreColumns(const float* rows, int64_t stride, int64_t head_dim, float* to) {
+  int64_t d = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::CappedTag<float, 4> d4;
+  const hn::Repartition<double, decltype(d4)> d2;
+  auto pairs = [&](auto lower, auto upper, bool high) {
+    const auto l = hn::BitCast(d2, lower), u = hn::BitCast(d2, upper);
+    return hn::BitCast(d4, high ? hn::InterleaveUpper(d2, l, u) : hn::InterleaveLower(d2, l, u));
+  };
+  for (; d + 4 <= head_dim; d += 4) {
+    const auto r0 = hn::LoadU(d4, rows + d), r1 = hn::LoadU(d4, rows + stride + d);
+    const auto r2 = hn::LoadU(d4, rows + 2 * stride + d), r3 = hn::LoadU(d4, rows + 3 * stride + d);
+    const auto low01 = hn::InterleaveLower(d4, r0, r1), high01 = hn::InterleaveUpper(d4, r0, r1);
+    const auto low23 = hn::InterleaveLower(d4, r2, r3), high23 = hn::InterleaveUpper(d4, r2, r3);
+    hn::StoreU(pairs(low01, low23, false), d4, to + d * kPanel);
+    hn::StoreU(pairs(low01, low23, true), d4, to + (d + 1) * kPanel);
+    hn::StoreU(pairs(high01, high23, false), d4, to + (d + 2) * kPanel);
+    hn::StoreU(pairs(high01, high23, true), d4, to + (d + 3) * kPanel);
+  }
+#endif
+  for (; d < head_dim; ++d) {
+    for (int i = 0; i < 4; ++i) to[d * kPanel + i] = rows[i * stride + d];
+  }
+}
+
+void PackKeys(const Rows& rows, int32_t head_dim, int64_t key, void* k) {
+  float* to = static_cast<float*>(k) + key * KeyDepth(head_dim);
+  HWY_ALIGN float buffer[4 * kMaxHeadDim];
+  for (int32_t i = 0; i < kGranule; i += 4) {
+    for (int32_t j = 0; j < 4; ++j) LoadOrZero(rows, i + j, head_dim, head_dim, buffer + j * kMaxHeadDim);
+    StoreColumns(buffer, kMaxHeadDim, head_dim, to + i / kPanel * kPanel * KeyDepth(head_dim) + i % kPanel);
+  }
+}
+
+void PackValues(const Rows& rows, int32_t head_dim, int64_t key, int64_t v_keys, void* v) {
+  const ValuePanels panels(head_dim);
+  HWY_ALIGN float buffer[kMaxHeadDim];
+  for (int32_t i = 0; i < kGranule; ++i) {
+    LoadOrZero(rows, i, head_dim, ValueWidth(head_dim), buffer);
+    for (int64_t panel = 0; panel < panels.panels; ++panel) {
+      const int64_t begin = panels.Begin(panel) * kLanes, width = panels.Begin(panel + 1) * kLanes - begin;
+      float* to = static_cast<float*>(v) + begin * v_keys + (key + i) * width;
+      for (int64_t j = 0; j < width; j += kLanes) hn::StoreU(hn::LoadU(DF(), buffer + begin + j), DF(), to + j);
+    }
+  }
+}
+
+// Each value is divided before it is added, so that a mean of finite values is finite.
+void Mean(const Rows& rows, int32_t head_dim, float* mean) {
+  const int64_t width = ValueWidth(head_dim);
+  HWY_ALIGN float buffer[kMaxHeadDim];
+  const VF share = hn::Set(DF(), 1.0f / static_cast<float>(rows.count));
+  std::fill(mean, mean + width, 0.0f);
+  for (int32_t i = 0; i < rows.count; ++i) {
+    LoadOrZero(rows, i, head_dim, width, buffer);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      hn::StoreU(hn::MulAdd(hn::LoadU(DF(), buffer + d), share, hn::LoadU(DF(), mean + d)), DF(), mean + d);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the three phases of a chunk
+
+// Columns that some row of [begin, end) sees.
+HWY_INLINE int32_t SeenColumns(const Chunk& chunk, int32_t end) {
+  return chunk.limit ? chunk.limit[end - 1] : chunk.columns;
+}
+
+// scores[begin, end) = Q K^T, without the columns that all rows of a micro-kernel see masked.
+void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+  const int64_t q_stride = QueryStride(tile.head_dim), depth = tile.head_dim;
+  const float* q = static_cast<const float*>(tile.q);
+  for (int32_t i = 0; i < chunk.runs; ++i) {
+    const KeyRun& run = chunk.run[i];
+    for (int32_t t = 0; t < run.count;) { // as far as one panel goes
+      const int64_t key = run.key + t;
+      const int32_t in_panel = static_cast<int32_t>(key % kPanel);
+      const int32_t count = std::min(run.count - t, kPanel - in_panel);
+      const float* panel = static_cast<const float*>(chunk.k) + (key - in_panel) * KeyDepth(depth) + in_panel;
+      const int32_t column = run.column + t;
+      for (int32_t r = begin; r < end; r += kRows) {
+        const int32_t rows = std::min(kRows, end - r);
+        const int32_t seen = std::min(SeenColumns(chunk, r + rows) - column, count);
+        if (seen <= 0) continue;
+        kMicro.of[rows - 1][(seen - 1) / kLanes](q + r * q_stride, q_stride, panel, kPanel, depth, false,
+                                                 tile.scores + (r - begin) * kScoreStride + column, kScoreStride);
+      }
+      t += count;
+    }
+  }
+}
+
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+// 2^x by the two instructions made for it: vreduceps leaves x - floor(x) (0 for -inf), vscalefps multiplies by
+// 2^floor(x). Relative error 8e-8 (minimax of degree 5 on [0, 1)).
+HWY_INLINE VF Exp2(VF x) {
+  const DF df;
+  const VF f{_mm512_reduce_ps(x.raw, 0x09)};
+  VF p = hn::Set(df, 0.00187757667f);
+  p = hn::MulAdd(p, f, hn::Set(df, 0.00898934034f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.0558263176f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.240153617f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.693153073f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.999999925f));
+  return VF{_mm512_scalef_ps(p.raw, x.raw)};
+}
+#else
+// 2^x for x below 128; 0 below -126. Adding 1.5 * 2^23 rounds x to the integer n, which then stands in the low bits
+// of the sum: shifted, it adds to the exponent of 2^(x - n). Relative error 8e-8 (minimax of degree 5 on [-1/2, 1/2]).
+HWY_INLINE VF Exp2(VF x) {
+  const DF df;
+  const DI di;
+  const VF magic = hn::Set(df, 12582912.0f);
+  const VF rounded = hn::Add(x, magic);
+  const VF f = hn::Sub(x, hn::Sub(rounded, magic));
+  VF p = hn::Set(df, 0.0013276472f);
+  p = hn::MulAdd(p, f, hn::Set(df, 0.0096755415f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.0555071328f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.240221197f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.693146967f));
+  p = hn::MulAdd(p, f, hn::Set(df, 1.0f));
+  const auto bits = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, rounded)));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(df, -126.0f)), hn::BitCast(df, bits));
+}
+#endif
+
+// Makes the largest score of the row its reference and rescales what was summed before.
+HWY_NOINLINE void Rescale(const TileState& tile, int32_t r, float largest) {
+  const float before = tile.largest[r];
+  tile.largest[r] = largest;
+  if (before == -kInfinity) return; // nothing was summed
+  const DF df;
+  const VF factor = hn::Set(df, std::exp2((before - largest) * tile.scale));
+  const int64_t width = ValueWidth(tile.head_dim);
+  for (float* x = tile.o + r * width; x != tile.o + (r + 1) * width; x += kLanes) {
+    hn::StoreU(hn::Mul(hn::LoadU(df, x), factor), df, x);
+  }
+  for (float* x = tile.sum + r * kLeast; x != tile.sum + (r + 1) * kLeast; x += kLanes) {
+    hn::StoreU(hn::Mul(hn::LoadU(df, x), factor), df, x);
+  }
+}
+
+// Weights can grow to 2^8 times what the reference stands for before it has to move. So it moves about once a tile,
+// and fp32 (nor bf16: its range is the same) loses nothing by it.
+constexpr float kHeadroom = 8;
+
+// scores[begin, end) become weights. Columns that a row doesn't see become exact zeros, as far as Values reads.
+void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+  const DF df;
+  const VF lowest = hn::Set(df, -kInfinity), scale = hn::Set(df, tile.scale);
+  const float headroom = kHeadroom / tile.scale;
+  const int32_t filled = (SeenColumns(chunk, end) + kLanes - 1) / kLanes * kLanes;
+  for (int32_t r = begin; r < end; ++r) {
+    float* row = tile.scores + (r - begin) * kScoreStride;
+    const int32_t seen = chunk.limit ? chunk.limit[r] : chunk.columns;
+    const int32_t whole = seen / kLanes * kLanes, vectors = (seen + kLanes - 1) / kLanes * kLanes;
+    if (chunk.bias) {
+      for (int32_t i = 0; i < vectors; i += kLanes) {
+        const VF bias = hn::LoadU(df, chunk.bias + i);
+        const VF score = hn::Add(hn::LoadU(df, row + i), bias);
+        hn::StoreU(hn::IfThenElse(hn::Eq(bias, lowest), lowest, score), df, row + i);
+      }
+    }
+    if (whole < vectors) {
+      const auto seen_lanes = hn::FirstN(df, static_cast<size_t>(seen - whole));
+      hn::StoreU(hn::IfThenElse(seen_lanes, hn::LoadU(df, row + whole), lowest), df, row + whole);
+    }
+    VF largest = lowest;
+    for (int32_t i = 0; i < vectors; i += kLanes) largest = hn::Max(largest, hn::LoadU(df, row + i));
+    if (!hn::AllFalse(df, hn::Gt(largest, hn::Set(df, tile.largest[r] + headroom)))) {
+      Rescale(tile, r, hn::GetLane(hn::MaxOfLanes(df, largest)));
+    }
+    const VF reference = hn::Set(df, tile.largest[r] == -kInfinity ? 0.0f : tile.largest[r] * tile.scale);
+    VF sum = hn::LoadU(df, tile.sum + r * kLeast);
+    for (int32_t i = 0; i < vectors; i += kLanes) {
+      const VF weight = Exp2(hn::MulSub(hn::LoadU(df, row + i), scale, reference));
+      sum = hn::Add(sum, weight);
+      hn::StoreU(weight, df, row + i);
+    }
+    hn::StoreU(sum, df, tile.sum + r * kLeast);
+    for (int32_t i = vectors; i < filled; i += kLanes) hn::StoreU(hn::Zero(df), df, row + i);
+  }
+}
+
+// o[begin, end) += P V
+void AddValues(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+  const ValuePanels panels(tile.head_dim);
+  const int64_t o_stride = ValueWidth(tile.head_dim);
+  for (int64_t panel = 0; panel < panels.panels; ++panel) {
+    const int64_t first = panels.Begin(panel), vectors = panels.Begin(panel + 1) - first;
+    const int64_t width = vectors * kLanes;
+    const float* v = static_cast<const float*>(chunk.v) + first * kLanes * chunk.v_keys;
+    for (int32_t r = begin; r < end; r += kRows) {
+      const int32_t rows = std::min(kRows, end - r);
+      for (int32_t i = 0; i < chunk.runs; ++i) {
+        const KeyRun& run = chunk.run[i];
+        const int32_t depth = std::min(SeenColumns(chunk, r + rows) - run.column, run.count);
+        if (depth <= 0) break;
+        kMicro.of[rows - 1][vectors - 1](tile.scores + (r - begin) * kScoreStride + run.column, kScoreStride,
+                                         v + run.key * width, width, depth, true,
+                                         tile.o + r * o_stride + first * kLanes, o_stride);
+      }
+    }
+  }
+}
+
+void AttendChunk(const TileState& tile, const Chunk& chunk) {
+  for (int32_t begin = 0; begin < tile.rows; begin += kStrip) {
+    const int32_t end = std::min(begin + kStrip, tile.rows);
+    if (SeenColumns(chunk, end) <= 0) continue;
+    Score(tile, chunk, begin, end);
+    Weigh(tile, chunk, begin, end);
+    AddValues(tile, chunk, begin, end);
+  }
+}
+
+void Finish(const TileState& tile, const Rows& out, float* lse) {
+  const int64_t width = ValueWidth(tile.head_dim);
+  for (int32_t r = 0; r < tile.rows; ++r) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += tile.sum[r * kLeast + i];
+    const float factor = sum == 0 ? 0.0f : 1 / sum; // a row of nothing is zeros
+    StoreRow(tile.o + r * width, factor, tile.head_dim, const_cast<void*>(out.data), out.dtype, out.offset[r],
+             out.step);
+    lse[r] = sum == 0 ? -kInfinity : (tile.largest[r] * tile.scale + std::log2(sum)) * 0.693147181f;
+  }
+}
+
+} // namespace
+
+constexpr AttendKernels kAttendKernels = {sizeof(float), LoadQueries, PackKeys, PackValues, Mean, AttendChunk, Finish};
+
+} // namespace flashprefill::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include "cpu/attend_tile.h"
+
+namespace flashprefill::cpu {
+
+const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p) {
+  return *FLASHPREFILL_KERNELS_FOR(isa, kAttendKernels);
+}
+
+} // namespace flashprefill::cpu
+#endif // HWY_ONCE

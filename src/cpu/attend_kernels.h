@@ -1,0 +1,88 @@
+// The arithmetic of attend, one table of functions for each instruction set, and the memory layouts that they share
+// with the driver (attend.cc). Plain structs only: files compiled with flags of their own include this, and an inline
+// function emitted there could end up on machines that cannot run it.
+//
+// An *element* is what products multiply: fp32, or bf16 in the tables made for it. Packed K and V hold elements:
+//     K  [keys / PANEL][head_dim][PANEL]        scores = Q . K:  row d of a panel is one element of PANEL keys
+//     V  [panels of columns][keys][width]       out += P . V:    row t of a panel is `width` elements of one key's
+//     value
+// bf16 interleaves pairs of rows: [head_dim / 2][PANEL][2] and [keys / 2][width][2].
+#ifndef FLASHPREFILL_CPU_ATTEND_KERNELS_H_
+#define FLASHPREFILL_CPU_ATTEND_KERNELS_H_
+
+#include <stdint.h>
+
+namespace flashprefill::cpu {
+
+constexpr int kChunk = 128;      // columns of scores that a tile works on at a time
+constexpr int kGranule = 64;     // keys are packed in groups of so many; every PANEL divides it
+constexpr int kLeast = 16;       // blocks begin at multiples of it
+constexpr int kMaxStrip = 64;    // rows whose scores exist at a time
+constexpr int kMaxHeadDim = 512; // of the C ABI
+constexpr int kScoreStride =
+    144; // fp32 elements from a row of scores to the next: 128 would map rows to few cache sets
+
+// head_dim as elements of a row of Q (whole pairs and vectors of any kind), of K (whole pairs) and of V and O.
+constexpr int64_t QueryStride(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+constexpr int64_t KeyDepth(int64_t head_dim) { return (head_dim + 1) / 2 * 2; }
+constexpr int64_t ValueWidth(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// Rows of a tensor: element d of row i is data[offset[i] + d * step].
+struct Rows {
+  const void* data;
+  int32_t dtype;
+  int32_t count;
+  int64_t step;
+  const int64_t* offset;
+};
+
+// Packed keys [key, key + count) are columns [column, column + count) of a chunk. key and column are multiples of
+// kLeast.
+struct KeyRun {
+  int64_t key;
+  int32_t column;
+  int32_t count;
+};
+
+// Up to kChunk packed keys, in order.
+struct Chunk {
+  const void* k;
+  const void* v;
+  int64_t v_keys; // keys that there is room for in packed V
+  int32_t columns;
+  int32_t runs;
+  KeyRun run[kChunk / kLeast];
+  const int32_t* limit; // row r sees columns [0, limit[r]), which does not fall with r; null: every row sees all
+  const float* bias;    // added to the scores, a column each; -inf masks the column. Null: nothing is added
+};
+
+// A tile between chunks.
+struct TileState {
+  int32_t rows;
+  int32_t head_dim;
+  float scale;    // of scores, log2(e) included: weights are exp2(scale * score - scale * largest)
+  void* q;        // elements [rows][QueryStride]
+  float* o;       // [rows][ValueWidth]: sum of weights times values
+  float* sum;     // [rows][16]: sum of weights, by lanes
+  float* largest; // [rows]: the reference of the weights, in units of scores
+  float* scores;  // [kMaxStrip][kScoreStride]
+};
+
+struct AttendKernels {
+  int32_t element_size;
+  // Loads rows of q.
+  void (*load_queries)(const Rows& rows, int32_t head_dim, void* q);
+  // Packs the keys [key, key + kGranule) of k and of v; those past rows.count become zeros.
+  void (*pack_keys)(const Rows& rows, int32_t head_dim, int64_t key, void* k);
+  void (*pack_values)(const Rows& rows, int32_t head_dim, int64_t key, int64_t v_keys, void* v);
+  // Means over the rows of a block, rounded to their dtype by the caller.
+  void (*mean)(const Rows& rows, int32_t head_dim, float* mean);
+  // Adds a chunk of keys to the tile.
+  void (*attend)(const TileState& tile, const Chunk& chunk);
+  // Row r of the result is o[r] / sum[r]; lse[r] is its natural logarithm. A row without weights: zeros and -inf.
+  void (*finish)(const TileState& tile, const Rows& out, float* lse);
+};
+
+} // namespace flashprefill::cpu
+
+#endif // FLASHPREFILL_CPU_ATTEND_KERNELS_H_

@@ -1,0 +1,57 @@
+// What the parts of attend share: packed keys of one KV head, the scratch memory of one thread, and the call that does
+// one tile.
+#ifndef FLASHPREFILL_CPU_ATTEND_TILE_H_
+#define FLASHPREFILL_CPU_ATTEND_TILE_H_
+
+#include "core/backend.h"
+#include "cpu/attend_kernels.h"
+#include "cpu/targets.h"
+
+namespace flashprefill::cpu {
+
+// The kernels for an instruction set and the dtypes of a problem: bf16 products need bf16 in all of q, k and v.
+const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p);
+
+// Packed K and V: room for `keys` of them.
+struct Packed {
+  int64_t keys;
+  std::byte* k;
+  std::byte* v;
+
+  static int64_t Room(int64_t keys) { return DivUp<int64_t>(keys, kGranule) * kGranule; }
+  static Packed Take(Workspace& memory, const AttendKernels& kernels, int64_t head_dim, int64_t keys) {
+    Packed packed{Room(keys), nullptr, nullptr};
+    packed.k = memory.Take<std::byte>(packed.keys * KeyDepth(head_dim) * kernels.element_size);
+    packed.v = memory.Take<std::byte>(packed.keys * ValueWidth(head_dim) * kernels.element_size);
+    return packed;
+  }
+};
+
+// A thread's own memory.
+struct TileScratch {
+  TileState state;
+  int64_t* offset; // [kTileRows]
+  int32_t* limit;  // [kTileRows]
+  float* bias;     // [kChunk]
+  float* lse;      // [kTileRows]
+  float* mean;     // [kMaxHeadDim]
+
+  static TileScratch Take(Workspace& memory, int32_t head_dim);
+};
+
+// One call of attend, as all its tiles see it.
+struct AttendCall {
+  const Problem& p;
+  const BlockMask& mask;
+  const Output& output;
+  const Geometry g;
+  const AttendKernels& kernels;
+};
+
+// Tile m of mask head `mask_head`; keys and means are those of its KV head.
+void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
+                const Packed& means, TileScratch& scratch);
+
+} // namespace flashprefill::cpu
+
+#endif // FLASHPREFILL_CPU_ATTEND_TILE_H_

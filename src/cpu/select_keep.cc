@@ -1,0 +1,66 @@
+// A threshold relative to the largest energy needs one comparison a block and no order among them. mass and min_blocks
+// do need one: energies are not negative, so their bits order as integers do, and one integer of (energy, block from
+// behind) sorts by energy first and by the lower block among equals. Blocks are at most some thousands, and a sort of
+// them is cheap beside the products that made them.
+#include "cpu/select_keep.h"
+
+#include <algorithm>
+#include <bit>
+#include <functional>
+
+namespace flashprefill::cpu {
+namespace {
+
+uint64_t Key(float energy, int64_t block) {
+  return uint64_t{std::bit_cast<uint32_t>(energy)} << 32 | (~static_cast<uint32_t>(block));
+}
+int64_t BlockOf(uint64_t key) { return static_cast<uint32_t>(~key); }
+double EnergyOf(uint64_t key) { return std::bit_cast<float>(static_cast<uint32_t>(key >> 32)); }
+
+} // namespace
+
+void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored, float largest, uint64_t* keys,
+                  uint64_t* row) {
+  const bool by_mass = std::isnan(plan.alpha);
+  const int64_t least = std::min<int64_t>(plan.min_blocks, scored);
+  if (!by_mass) {
+    const float threshold = plan.alpha * largest;
+    for (int64_t begin = 0; begin < scored; begin += 64) {
+      const int64_t end = std::min(begin + 64, scored);
+      uint64_t word = 0;
+      for (int64_t b = begin; b < end; ++b) word |= uint64_t{energies[b] >= threshold} << (b - begin);
+      row[begin / 64] |= word;
+    }
+  }
+  if (!by_mass && least == 0) return;
+
+  for (int64_t b = 0; b < scored; ++b) keys[b] = Key(energies[b], b);
+  if (!by_mass) {
+    std::nth_element(keys, keys + (least - 1), keys + scored, std::greater<>());
+    for (int64_t i = 0; i < least; ++i) SetBit(row, BlockOf(keys[i]));
+    return;
+  }
+  std::sort(keys, keys + scored, std::greater<>());
+  double total = 0; // in the order of the sum below, so that a mass of 1 is reached exactly
+  for (int64_t i = 0; i < scored; ++i) total += EnergyOf(keys[i]);
+  const double share = plan.mass * total;
+  double sum = 0;
+  for (int64_t i = 0; i < scored && (i == 0 || i < least || sum < share); ++i) {
+    SetBit(row, BlockOf(keys[i]));
+    sum += EnergyOf(keys[i]);
+  }
+}
+
+void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row) {
+  const int64_t window = std::max<int64_t>(0, tile.diagonal - std::max(0, policy.window_blocks - 1));
+  for (int64_t b = 0; b < std::min<int64_t>(policy.sink_blocks, tile.visible); ++b) SetBit(row, b);
+  for (int64_t b = window; b < tile.visible; ++b) SetBit(row, b);
+}
+
+int32_t CountBits(const uint64_t* row, int64_t words) {
+  int32_t count = 0;
+  for (int64_t w = 0; w < words; ++w) count += std::popcount(row[w]);
+  return count;
+}
+
+} // namespace flashprefill::cpu

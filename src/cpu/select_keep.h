@@ -1,0 +1,22 @@
+// From a tile's energies to its bits.
+#ifndef FLASHPREFILL_CPU_SELECT_KEEP_H_
+#define FLASHPREFILL_CPU_SELECT_KEEP_H_
+
+#include "core/types.h"
+#include "cpu/select_plan.h"
+
+namespace flashprefill::cpu {
+
+// Sets the bits of the blocks among [0, scored) that the policy keeps by their energies; largest is the largest of
+// them. keys: scratch memory of `scored` words.
+void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored, float largest, uint64_t* keys,
+                  uint64_t* row);
+
+// Sets the bits of forced blocks.
+void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row);
+
+int32_t CountBits(const uint64_t* row, int64_t words);
+
+} // namespace flashprefill::cpu
+
+#endif // FLASHPREFILL_CPU_SELECT_KEEP_H_

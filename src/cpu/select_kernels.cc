@@ -1,0 +1,442 @@
+// Describing keys, loading query rows and scoring them, compiled once for each instruction set.
+//
+// The product keeps R rows x 2 vectors of blocks in registers and reads a panel front to back: of R + 2 loads for 2 R
+// multiply-adds the R are broadcasts from L1, so the multiply-add units are what limits it. Scores never leave the
+// registers: the maximum and the sum of powers of two are kept block by block, in vectors over blocks, so there is
+// nothing to be reduced across lanes, and a new maximum costs one more power of two a block and R rows. Rows see
+// their first blocks only, so a mask is a comparison with the lane's number, and is needed in a tile's last panels
+// only.
+#include "cpu/targets.h"
+// foreach_target.h reads all that follows it again for each target, so it comes before everything per-target.
+// clang-format off
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/select_kernels.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+// clang-format on
+#include "core/half.h"
+#include "cpu/rows.h"
+#include "cpu/select_kernels.h"
+#include "hwy/cache_control.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashprefill::cpu::HWY_NAMESPACE {
+namespace {
+
+constexpr DF f;
+constexpr int kRows = HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 8 : 4; // 2 kRows sums of 32 or 16 registers
+
+template <int32_t DTYPE>
+using Element = std::conditional_t<DTYPE == FP_F32, float, uint16_t>;
+
+// Calls body with the dtype as a constant.
+template <typename Body>
+HWY_INLINE void WithDtype(int32_t dtype, const Body& body) {
+  if (dtype == FP_F32) return body(std::integral_constant<int32_t, FP_F32>());
+  if (dtype == FP_BF16) return body(std::integral_constant<int32_t, FP_BF16>());
+  body(std::integral_constant<int32_t, FP_F16>());
+}
+
+// into[i] = from[i * step], or += with ADD.
+template <int32_t DTYPE, bool ADD>
+HWY_INLINE void TakeRow(const Element<DTYPE>* HWY_RESTRICT from, int64_t step, int64_t n, float* HWY_RESTRICT into) {
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + kLanes <= n; i += kLanes) {
+      const VF x = LoadVector(from, DTYPE, i);
+      hn::StoreU(ADD ? hn::Add(hn::LoadU(f, into + i), x) : x, f, into + i);
+    }
+  }
+  for (; i < n; ++i) into[i] = (ADD ? into[i] : 0.f) + LoadElement(from, DTYPE, i * step);
+}
+
+// Asks for a row of n neighbouring elements ahead of its use. Rows of one head lie pages apart, where the hardware
+// does not look ahead by itself.
+template <typename T>
+HWY_INLINE void PrefetchRow(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) hwy::Prefetch(row + i);
+}
+constexpr int64_t kAhead = 4; // tokens
+
+// A mean's one rounding to its input's dtype.
+HWY_INLINE VF Rounded(int32_t dtype, VF x) {
+  if (dtype == FP_F32) return x;
+  HWY_ALIGN uint16_t half[kLanes];
+  StoreVector(x, half, dtype, 0);
+  return LoadVector(half, dtype, 0);
+}
+
+// row[i] = map(row[i]) for i < n. map is a function of vectors; the rest of the row goes through one too.
+template <typename Map>
+HWY_INLINE void MapRow(float* row, int64_t n, const Map& map) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(map(hn::LoadU(f, row + i)), f, row + i);
+  if (i == n) return;
+  HWY_ALIGN float rest[kLanes] = {};
+  std::copy(row + i, row + n, rest);
+  hn::Store(map(hn::Load(f, rest)), f, rest);
+  std::copy(rest, rest + (n - i), row + i);
+}
+
+// ---------------------------------------------------------------- describing keys
+
+// Calls body(first key, keys, element offset) for the runs of keys that lie stride[1] apart.
+template <typename Body>
+HWY_INLINE void ForRuns(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int head, const Body& body) {
+  while (begin < end) {
+    const int64_t in_page = p.block_table ? p.page_size - begin % p.page_size : end - begin;
+    const int64_t n = std::min(in_page, end - begin);
+    body(begin, n, KeyOffset(p, p.k.stride, s, begin, head));
+    begin += n;
+  }
+}
+
+struct Column {
+  float* panel;
+  int at; // of the panel's blocks
+  void Bias(int term, const SelectPlan& plan, int head_dim, float value) const {
+    Term(term, plan, head_dim)[at] = value;
+  }
+  float* Values(int term, const SelectPlan& plan, int head_dim) const {
+    return Term(term, plan, head_dim) + kPanelBlocks + at;
+  }
+
+ private:
+  float* Term(int term, const SelectPlan& plan, int head_dim) const {
+    const int64_t before = term == 0 ? 0 : 1 + plan.depth + (term - 1) * int64_t{1 + head_dim};
+    return panel + before * kPanelBlocks;
+  }
+};
+
+Column ColumnOf(const SelectPlan& plan, const Sequence& s, int64_t block, int head, float* panels) {
+  const int64_t panel = head * plan.Panels(s) + block / kPanelBlocks;
+  return {panels + panel * plan.panel_floats, static_cast<int>(block % kPanelBlocks)};
+}
+
+// FlashPrefill with keys whose dimensions are neighbours in memory: a token of all heads is one run, and sums of all
+// heads stay in L1.
+template <int32_t DTYPE>
+void DescribeMeans(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head_begin,
+                   int head_end, float* panels, float* sums) {
+  const int64_t d = p.head_dim, heads = head_end - head_begin, keys = plan.g.BlockKeys(s, block);
+  const int64_t first = block * plan.g.block_size;
+  const int64_t token = p.k.stride[1], head_stride = p.k.stride[2];
+  std::fill_n(sums, heads * d, 0.f);
+  ForRuns(p, s, first, first + keys, head_begin, [&](int64_t, int64_t n, int64_t offset) {
+    const Element<DTYPE>* from = static_cast<const Element<DTYPE>*>(p.k.data) + offset;
+    for (int64_t t = 0; t < n; ++t, from += token) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const Element<DTYPE>* row = from + h * head_stride;
+        PrefetchRow(row + kAhead * token, d);
+        TakeRow<DTYPE, true>(row, 1, d, sums + h * d);
+      }
+    }
+  });
+  const VF count = hn::Set(f, static_cast<float>(keys));
+  MapRow(sums, heads * d, [&](VF x) { return Rounded(p.k.dtype, hn::Div(x, count)); });
+  for (int64_t h = 0; h < heads; ++h) {
+    const Column column = ColumnOf(plan, s, block, head_begin + static_cast<int>(h), panels);
+    column.Bias(0, plan, p.head_dim, 0.f);
+    float* values = column.Values(0, plan, p.head_dim);
+    for (int64_t i = 0; i < d; ++i) values[i * kPanelBlocks] = sums[h * d + i];
+  }
+}
+
+// Brings one head's keys of a block to fp32 rows. In caches that keep K transposed a dimension's tokens are neighbours;
+// then the loop over tokens is the inner one.
+template <int32_t DTYPE>
+void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int head, float* rows) {
+  const int64_t d = p.head_dim;
+  ForRuns(p, s, begin, end, head, [&](int64_t first, int64_t n, int64_t offset) {
+    const Element<DTYPE>* from = static_cast<const Element<DTYPE>*>(p.k.data) + offset;
+    float* into = rows + (first - begin) * d;
+    if (p.k.stride[1] == 1 && p.k.stride[3] != 1) {
+      for (int64_t i = 0; i < d; ++i) {
+        for (int64_t t = 0; t < n; ++t) into[t * d + i] = LoadElement(from, DTYPE, i * p.k.stride[3] + t);
+      }
+      return;
+    }
+    for (int64_t t = 0; t < n; ++t, from += p.k.stride[1]) {
+      PrefetchRow(from + kAhead * p.k.stride[1], d);
+      TakeRow<DTYPE, false>(from, p.k.stride[3], d, into + t * d);
+    }
+  });
+}
+
+HWY_INLINE float SquaredDistance(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int64_t n) {
+  VF sum0 = hn::Zero(f), sum1 = hn::Zero(f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const VF x = hn::Sub(hn::LoadU(f, a + i), hn::LoadU(f, b + i));
+    const VF y = hn::Sub(hn::LoadU(f, a + i + kLanes), hn::LoadU(f, b + i + kLanes));
+    sum0 = hn::MulAdd(x, x, sum0);
+    sum1 = hn::MulAdd(y, y, sum1);
+  }
+  float sum = hn::GetLane(hn::SumOfLanes(f, hn::Add(sum0, sum1)));
+  for (; i < n; ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return sum;
+}
+
+// into[i] += from[i], or += (from[i] - center[i])^2
+HWY_INLINE void AddRow(const float* HWY_RESTRICT from, int64_t n, float* HWY_RESTRICT into) {
+  TakeRow<FP_F32, true>(from, 1, n, into);
+}
+HWY_INLINE void AddSquares(const float* HWY_RESTRICT from, const float* HWY_RESTRICT center, int64_t n,
+                           float* HWY_RESTRICT into) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF x = hn::Sub(hn::LoadU(f, from + i), hn::LoadU(f, center + i));
+    hn::StoreU(hn::MulAdd(x, x, hn::LoadU(f, into + i)), f, into + i);
+  }
+  for (; i < n; ++i) into[i] += (from[i] - center[i]) * (from[i] - center[i]);
+}
+
+// One head's column from its keys as fp32 rows. The keys are read three times, from L2.
+template <int32_t DTYPE>
+void DescribeOne(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head, float* panels,
+                 float* scratch) {
+  const int64_t d = p.head_dim, n = plan.g.BlockKeys(s, block), first = block * plan.g.block_size;
+  float* keys = scratch;                          // [n][d]
+  float* distance = keys + plan.g.block_size * d; // [n]; below 0: an outlier
+  float* mean = distance + plan.g.block_size;
+  float* variance = mean + d;
+  const Column column = ColumnOf(plan, s, block, head, panels);
+  LoadKeys<DTYPE>(p, s, first, first + n, head, keys);
+
+  const auto average = [&](float* sums, int64_t count) {
+    const VF divisor = hn::Set(f, static_cast<float>(count));
+    MapRow(sums, d, [&](VF x) { return hn::Div(x, divisor); });
+  };
+  const auto write = [&](int term, int64_t at, const float* from) {
+    float* values = column.Values(term, plan, p.head_dim) + at * kPanelBlocks;
+    for (int64_t i = 0; i < d; ++i) values[i * kPanelBlocks] = from[i];
+  };
+  const auto mean_of_rest = [&](int64_t count) {
+    std::fill_n(mean, d, 0.f);
+    for (int64_t t = 0; t < n; ++t) {
+      if (distance[t] >= 0) AddRow(keys + t * d, d, mean);
+    }
+    average(mean, count);
+  };
+
+  const int64_t outliers = std::min<int64_t>(plan.outliers, n), rest = n - outliers;
+  std::fill_n(distance, n, 0.f);
+  if (rest == 0) {
+    for (int term = 0; term < plan.terms; ++term) column.Bias(term, plan, p.head_dim, -INFINITY);
+    std::fill_n(mean, d, 0.f);
+    write(0, 0, mean), write(0, d, mean);
+  }
+  if (rest > 0 && outliers > 0) {
+    mean_of_rest(n);
+    for (int64_t t = 0; t < n; ++t) {
+      const float x = SquaredDistance(keys + t * d, mean, d);
+      distance[t] = x >= 0 ? x : 0; // NaN is no distance
+    }
+  }
+  for (int64_t o = 0; o < outliers; ++o) {
+    const int64_t t = std::max_element(distance, distance + n) - distance; // the first of the largest
+    column.Bias(1 + static_cast<int>(o), plan, p.head_dim, 0.f);
+    write(1 + static_cast<int>(o), 0, keys + t * d);
+    distance[t] = -1;
+  }
+  for (int64_t o = outliers; o < plan.outliers; ++o) {
+    column.Bias(1 + static_cast<int>(o), plan, p.head_dim, -INFINITY);
+    write(1 + static_cast<int>(o), 0, keys);
+  }
+  if (rest == 0) return;
+  mean_of_rest(rest);
+  if (plan.sketch) {
+    std::fill_n(variance, d, 0.f);
+    for (int64_t t = 0; t < n; ++t) {
+      if (distance[t] >= 0) AddSquares(keys + t * d, mean, d, variance);
+    }
+    average(variance, rest);
+    MapRow(variance, d, [&](VF x) { return Rounded(p.k.dtype, x); });
+    write(0, d, variance);
+  }
+  MapRow(mean, d, [&](VF x) { return Rounded(p.k.dtype, x); });
+  write(0, 0, mean);
+  column.Bias(0, plan, p.head_dim, plan.sketch ? std::log2(static_cast<float>(rest)) : 0.f);
+}
+
+void Describe(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end, int head_begin,
+              int head_end, float* panels, float* scratch) {
+  WithDtype(p.k.dtype, [&]<int32_t DTYPE>(std::integral_constant<int32_t, DTYPE>) {
+    for (int64_t block = begin; block < end; ++block) {
+      if (!plan.sketch && p.k.stride[3] == 1) {
+        DescribeMeans<DTYPE>(p, plan, s, block, head_begin, head_end, panels, scratch);
+        continue;
+      }
+      for (int head = head_begin; head < head_end; ++head) DescribeOne<DTYPE>(p, plan, s, block, head, panels, scratch);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- loading query rows
+
+template <int32_t DTYPE>
+void LoadRowsOf(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end, int head_begin,
+                int head_end, float* rows) {
+  const int64_t d = p.head_dim, pool = plan.query_pool, head_rows = plan.RowsAHead(end - begin);
+  const int heads = head_end - head_begin;
+  const auto row_of = [&](int head, int64_t r) { return rows + (head * head_rows + r) * plan.depth; };
+  const Element<DTYPE>* from =
+      static_cast<const Element<DTYPE>*>(p.q.data) + RowOffset(p, p.q.stride, s, begin, head_begin);
+  const VF scale = hn::Set(f, plan.exponent_scale);
+  // 2^(c^2 ln2 / 2 ...) = exp(softmax_scale^2 / 2 ...)
+  const VF square_scale = hn::Set(f, 0.5f * 0.69314718f * plan.exponent_scale * plan.exponent_scale);
+  for (int64_t r = 0; r < head_rows; ++r) {
+    const int64_t first = r * pool, tokens = std::min(pool, end - begin - first);
+    for (int64_t t = 0; t < tokens; ++t, from += p.q.stride[1]) {
+      for (int h = 0; h < heads; ++h) {
+        const Element<DTYPE>* row = from + h * p.q.stride[2];
+        PrefetchRow(row + kAhead * p.q.stride[1], d);
+        if (t == 0) {
+          TakeRow<DTYPE, false>(row, p.q.stride[3], d, row_of(h, r));
+        } else {
+          TakeRow<DTYPE, true>(row, p.q.stride[3], d, row_of(h, r));
+        }
+      }
+    }
+    const VF count = hn::Set(f, static_cast<float>(tokens));
+    for (int h = 0; h < heads; ++h) {
+      float* row = row_of(h, r);
+      if (pool > 1) MapRow(row, d, [&](VF x) { return Rounded(p.q.dtype, hn::Div(x, count)); });
+      if (plan.sketch) {
+        std::copy(row, row + d, row + d);
+        MapRow(row + d, d, [&](VF x) { return hn::Mul(hn::Mul(x, x), square_scale); });
+      }
+      MapRow(row, d, [&](VF x) { return hn::Mul(x, scale); });
+    }
+  }
+}
+
+void LoadRows(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end, int head_begin,
+              int head_end, float* rows) {
+  WithDtype(p.q.dtype, [&]<int32_t DTYPE>(std::integral_constant<int32_t, DTYPE>) {
+    LoadRowsOf<DTYPE>(p, plan, s, begin, end, head_begin, head_end, rows);
+  });
+}
+
+// ---------------------------------------------------------------- scoring
+
+// 2^x for x <= 0, and 0 below 2^-126 and for -inf. Relative error 2e-7: see docs of the polynomial's coefficients.
+HWY_INLINE VF Exp2(VF x) {
+  const DI i;
+  const VF whole = hn::Round(x);
+  const VF r = hn::Sub(x, whole);
+  VF y = hn::Set(f, 1.3333558e-3f);
+  y = hn::MulAdd(y, r, hn::Set(f, 9.6181291e-3f));
+  y = hn::MulAdd(y, r, hn::Set(f, 5.5504109e-2f));
+  y = hn::MulAdd(y, r, hn::Set(f, 2.4022651e-1f));
+  y = hn::MulAdd(y, r, hn::Set(f, 6.9314718e-1f));
+  y = hn::MulAdd(y, r, hn::Set(f, 1.f));
+  const auto power = hn::ShiftLeft<23>(hn::ConvertTo(i, whole));
+  const VF scaled = hn::BitCast(f, hn::Add(hn::BitCast(i, y), power));
+  return hn::IfThenElseZero(hn::Ge(x, hn::Set(f, -126.f)), scaled);
+}
+
+// R rows against 2 vectors of blocks of one term.
+template <int R, bool MASK>
+HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT rows, int64_t depth, int64_t row_stride,
+                           const float* HWY_RESTRICT bias, const int32_t* visible, int first,
+                           float* HWY_RESTRICT largest, float* HWY_RESTRICT sums) {
+  const float* HWY_RESTRICT values = bias + kPanelBlocks;
+  VF z[R][2];
+  HWY_UNROLL(8)
+  for (int r = 0; r < R; ++r) {
+    z[r][0] = hn::Load(f, bias);
+    z[r][1] = hn::Load(f, bias + kLanes);
+  }
+  for (int64_t i = 0; i < depth; ++i, values += kPanelBlocks) {
+    const VF b0 = hn::Load(f, values);
+    const VF b1 = hn::Load(f, values + kLanes);
+    HWY_UNROLL(8)
+    for (int r = 0; r < R; ++r) {
+      const VF a = hn::Set(f, rows[r * row_stride + i]);
+      z[r][0] = hn::MulAdd(a, b0, z[r][0]);
+      z[r][1] = hn::MulAdd(a, b1, z[r][1]);
+    }
+  }
+  const VF finite = hn::Set(f, 3.4028235e38f), never = hn::Set(f, -INFINITY);
+  HWY_UNROLL(2)
+  for (int c = 0; c < 2; ++c) {
+    const VF lane = hn::Iota(f, static_cast<float>(first + c * kLanes));
+    const VF before = hn::Load(f, largest + c * kLanes);
+    VF top = before;
+    HWY_UNROLL(8)
+    for (int r = 0; r < R; ++r) {
+      auto counts = hn::Le(hn::Abs(z[r][c]), finite);
+      if (MASK) counts = hn::And(counts, hn::Lt(lane, hn::Set(f, static_cast<float>(visible[r]))));
+      z[r][c] = hn::IfThenElse(counts, z[r][c], never);
+      top = hn::Max(top, z[r][c]);
+    }
+    VF sum = hn::Mul(hn::Load(f, sums + c * kLanes), Exp2(hn::Sub(before, top)));
+    HWY_UNROLL(8)
+    for (int r = 0; r < R; ++r) sum = hn::Add(sum, Exp2(hn::Sub(z[r][c], top)));
+    hn::Store(top, f, largest + c * kLanes);
+    hn::Store(sum, f, sums + c * kLanes);
+  }
+}
+
+// R rows against a panel.
+template <int R>
+HWY_INLINE void ScoreRows(const Problem& p, const SelectPlan& plan, const float* panel, const float* rows,
+                          const int32_t* visible, float* largest, float* sums) {
+  const int32_t least = *std::min_element(visible, visible + R), most = *std::max_element(visible, visible + R);
+  for (int term = 0; term < plan.terms; ++term) {
+    const int64_t depth = term == 0 ? plan.depth : p.head_dim;
+    for (int first = 0; first < most; first += 2 * kLanes) {
+      if (least >= first + 2 * kLanes) {
+        ScoreBlock<R, false>(rows, depth, plan.depth, panel + first, visible, first, largest + first, sums + first);
+      } else {
+        ScoreBlock<R, true>(rows, depth, plan.depth, panel + first, visible, first, largest + first, sums + first);
+      }
+    }
+    panel += (1 + depth) * kPanelBlocks;
+  }
+}
+
+void Score(const Problem& p, const SelectPlan& plan, const float* panel, const float* rows, int n,
+           const int32_t* visible, float* largest, float* sums) {
+  int r = 0;
+  const auto run = [&]<int R>(std::integral_constant<int, R>) {
+    for (; r + R <= n; r += R) {
+      ScoreRows<R>(p, plan, panel, rows + int64_t{r} * plan.depth, visible + r, largest, sums);
+    }
+  };
+  if constexpr (kRows == 8) run(std::integral_constant<int, 8>());
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 2>());
+  run(std::integral_constant<int, 1>());
+}
+
+float Energies(int64_t blocks, const float* largest, float* sums) {
+  // Both arrays are whole panels, but what lies behind `blocks` in them says nothing.
+  float top = kNothing;
+  for (int64_t b = 0; b < blocks; ++b) top = std::max(top, largest[b]);
+  const VF reference = hn::Set(f, top);
+  for (int64_t b = 0; b < blocks; b += kLanes) {
+    const VF factor = Exp2(hn::Sub(hn::Load(f, largest + b), reference));
+    hn::Store(hn::Mul(hn::Load(f, sums + b), factor), f, sums + b);
+  }
+  return *std::max_element(sums, sums + blocks);
+}
+
+} // namespace
+
+constexpr SelectKernels kSelectKernels = {Describe, LoadRows, Score, Energies};
+
+} // namespace flashprefill::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace flashprefill::cpu {
+
+const SelectKernels& SelectKernelsFor(const Exec& exec) {
+  const Isa isa = IsaOf(exec);
+  return *FLASHPREFILL_KERNELS_FOR(isa, kSelectKernels);
+}
+
+} // namespace flashprefill::cpu
+#endif

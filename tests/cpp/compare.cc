@@ -1,0 +1,185 @@
+// Comparisons: see compare.h.
+#include "compare.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace flashprefill::test {
+namespace {
+
+// The first row at which two results differ, for people.
+testing::AssertionResult Differs(const fp_problem& p, const char* what, int64_t row, int64_t dim, float expected,
+                                 float actual, int64_t how_many) {
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    const int64_t token = row / p.q_heads - s.q_begin;
+    if (token < 0 || token >= s.q_len) continue;
+    return testing::AssertionFailure() << what << " of sequence " << b << ", token " << token << ", head "
+                                       << row % p.q_heads << ", dim " << dim << " is " << actual << ", expected "
+                                       << expected << " (and " << how_many - 1 << " others differ)";
+  }
+  return testing::AssertionFailure() << what << ": row " << row << " differs";
+}
+
+template <typename Equal>
+testing::AssertionResult CompareRows(const fp_problem& p, const Attended& expected, const Attended& actual,
+                                     const Equal& equal) {
+  if (expected.out.size() != actual.out.size() || expected.lse.size() != actual.lse.size()) {
+    return testing::AssertionFailure() << "results of different sizes";
+  }
+  const auto compare = [&](const char* what, const std::vector<float>& want, const std::vector<float>& have,
+                           int64_t dims) {
+    int64_t wrong = 0, first = -1;
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (equal(want[i], have[i])) continue;
+      if (wrong++ == 0) first = static_cast<int64_t>(i);
+    }
+    if (wrong == 0) return testing::AssertionSuccess();
+    return Differs(p, what, first / dims, first % dims, want[first], have[first], wrong);
+  };
+  const testing::AssertionResult out = compare("out", expected.out, actual.out, p.head_dim);
+  return out ? compare("lse", expected.lse, actual.lse, 1) : out;
+}
+
+bool BitEqual(float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b); }
+
+} // namespace
+
+double Tolerance(const fp_problem& p) {
+  double most = 0;
+  for (const int32_t dtype : {p.q.dtype, p.k.dtype, p.v.dtype}) {
+    most = std::max(most, dtype == FP_F32 ? 2e-5 : dtype == FP_BF16 ? 1.5e-2 : 3e-3);
+  }
+  return most;
+}
+
+testing::AssertionResult Close(const fp_problem& p, const Attended& expected, const Attended& actual) {
+  const double tolerance = Tolerance(p);
+  return CompareRows(p, expected, actual, [&](float want, float have) {
+    if (want == have) return true; // infinities too
+    return std::abs(double{want} - have) <= tolerance * std::max(1.0, std::abs(double{want}));
+  });
+}
+
+testing::AssertionResult SameBits(const fp_problem& p, const Attended& expected, const Attended& actual) {
+  return CompareRows(p, expected, actual, BitEqual);
+}
+
+// With alpha the threshold is alpha times the largest energy; with a number of blocks it is the energy of the last that
+// is in. With mass it lies between the blocks at which the sum would cross were p smaller, or larger, by the tolerance.
+// Rules are joined, so a block is in for sure from the least of their upper limits on.
+Band UndecidedBand(const reference::TileChoice& choice, double tolerance) {
+  const std::vector<int64_t> order = reference::Ranking(choice);
+  const double infinity = std::numeric_limits<double>::infinity();
+  Band band{infinity, infinity};
+  const auto join = [&](double low, double high) {
+    band.low = std::min(band.low, low * (1 - tolerance));
+    band.high = std::min(band.high, high * (1 + tolerance));
+  };
+  if (order.empty()) return band;
+  const auto energy = [&](size_t rank) { return choice.energy[order[rank]]; };
+  const reference::KeepRule& rule = choice.rule;
+  if (!std::isnan(rule.alpha)) join(rule.alpha * energy(0), rule.alpha * energy(0));
+  if (!std::isnan(rule.mass)) {
+    double total = 0, sum = 0;
+    for (size_t r = 0; r < order.size(); ++r) total += energy(r);
+    size_t early = order.size() - 1, late = early;
+    for (size_t r = order.size(); r-- > 0;) { // sums from the far end: the share that is left after rank r
+      if (sum <= (1 - rule.mass + tolerance) * total) early = r;
+      if (sum <= (1 - rule.mass - tolerance) * total) late = r;
+      sum += energy(r);
+    }
+    join(energy(late), energy(early));
+  }
+  if (rule.min_blocks > 0) {
+    const size_t last = std::min<size_t>(static_cast<size_t>(rule.min_blocks), order.size()) - 1;
+    if (last + 1 == order.size()) return {-infinity, -infinity}; // all of them are in
+    join(energy(last), energy(last));
+  }
+  return band;
+}
+
+void TieCount::Print() const {
+  std::printf("[   TIES   ] %.3f%% of %lld bits are near a tie\n", 100 * share(), static_cast<long long>(bits));
+  testing::Test::RecordProperty("near_tie_share", std::to_string(share()));
+}
+
+ExpectedMask::ExpectedMask(const fp_problem& problem, const AnyPolicy& policy)
+    : problem_(problem), policy_(policy), mask_(problem, policy.get()) {
+  reference::Select(problem, *policy.get(), mask_.view,
+                    [&](const Sequence& s, int64_t head, int64_t m, const reference::TileChoice& choice) {
+                      choices_[{s.index, head, m}] = choice;
+                    });
+}
+
+testing::AssertionResult ExpectedMask::Agrees(const Mask& actual, TieCount& ties) const {
+  const fp_problem& p = problem_;
+  const Geometry g = Geometry::Of(p, *policy_.get());
+  const double tolerance = p.q.dtype == FP_F32 && p.k.dtype == FP_F32 ? 1e-3 : 1e-2;
+
+  const auto tile_agrees = [&](const Sequence& s, int64_t head, int64_t m) {
+    const Tile tile = g.TileOf(p, s, m);
+    const int64_t row = g.Row(s, head, m);
+    const auto found = choices_.find({s.index, head, m});
+    const reference::TileChoice* choice = found == choices_.end() ? nullptr : &found->second;
+    const Band band = choice ? UndecidedBand(*choice, tolerance) : Band{1, 0};
+    int32_t count = 0;
+    for (int64_t block = 0; block < g.words * 64; ++block) {
+      const bool want = TestBit(mask_.Row(row), block), have = TestBit(actual.Row(row), block);
+      count += have;
+      const bool open = choice && block < tile.visible && choice->scored[block] &&
+                        !IsForced(*policy_.get(), tile, block) && choice->energy[block] >= band.low &&
+                        choice->energy[block] <= band.high;
+      ties.bits += block < tile.visible;
+      ties.near_ties += open;
+      if (open || want == have) continue;
+      auto failure = testing::AssertionFailure();
+      failure << "bit of sequence " << s.index << ", mask head " << head << ", tile " << m << ", block " << block
+              << " is " << have << ", expected " << want << "; " << tile.visible << " blocks are visible";
+      if (choice && block < tile.visible) {
+        failure << ", energy " << choice->energy[block] << ", open from " << band.low << " to " << band.high;
+      }
+      return failure;
+    }
+    if (actual.counts[row] == count) return testing::AssertionSuccess();
+    return testing::AssertionFailure() << "count of sequence " << s.index << ", mask head " << head << ", tile " << m
+                                       << " is " << actual.counts[row] << ", its bits are " << count;
+  };
+
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    if (actual.fallback[b] != mask_.fallback[b]) {
+      return testing::AssertionFailure() << "fallback of sequence " << b << " is " << actual.fallback[b]
+                                         << ", expected " << mask_.fallback[b];
+    }
+    for (int64_t h = 0; h < g.mask_heads; ++h) {
+      for (int64_t m = 0; m < g.Tiles(s); ++m) {
+        if (auto result = tile_agrees(s, h, m); !result) return result;
+      }
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
+testing::AssertionResult SameMask(const fp_problem& p, const Mask& expected, const Mask& actual) {
+  const Geometry g = Geometry::Of(p, expected.view);
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    if (expected.fallback[b] != actual.fallback[b]) return testing::AssertionFailure() << "fallback of sequence " << b;
+    for (int64_t h = 0; h < g.mask_heads; ++h) {
+      for (int64_t m = 0; m < g.Tiles(s); ++m) {
+        const int64_t row = g.Row(s, h, m);
+        if (expected.counts[row] != actual.counts[row] ||
+            std::memcmp(expected.Row(row), actual.Row(row), static_cast<size_t>(g.words) * 8) != 0) {
+          return testing::AssertionFailure() << "mask of sequence " << b << ", mask head " << h << ", tile " << m;
+        }
+      }
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
+} // namespace flashprefill::test

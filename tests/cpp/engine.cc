@@ -1,0 +1,213 @@
+// Calls into the library and back: see engine.h.
+#include "engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <sstream>
+
+#include "core/backend.h"
+
+namespace flashprefill::test {
+namespace {
+
+void ExpectOk(fp_status status, const char* what) { EXPECT_EQ(status, FP_OK) << what << ": " << fp_last_error(); }
+
+struct Execution {
+  fp_exec exec;
+  Execution(const Engine& engine, int threads) {
+    fp_exec_init(&exec);
+    exec.backend = engine.backend.c_str();
+    exec.target = engine.target.empty() ? nullptr : engine.target.c_str();
+    exec.threads = threads;
+  }
+};
+
+// Exactly `bytes` bytes at 64-byte alignment, so that a sanitizer sees the first byte too many, all NaN.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : bytes_(bytes) {
+    if (bytes == 0) return;
+    if (posix_memalign(&data_, kWorkspaceAlign, bytes) != 0) throw std::bad_alloc();
+    std::memset(data_, 0xff, bytes);
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+// Memory for out and lse, full of NaN, with gaps that must still be full of NaN afterwards.
+class OutputMemory {
+ public:
+  OutputMemory(const fp_problem& p, Strides strides, bool want_lse = true) : p_(p) {
+    const bool packed = p.cu_seqlens_q != nullptr;
+    const int64_t tokens = packed ? p.total_q : p.max_seqlen_q;
+    out_ = TensorMemory(p.q.dtype, {packed ? 0 : p.batch, tokens, p.q_heads, p.head_dim}, strides);
+    fp_output_init(&output);
+    output.out = out_.tensor;
+    const int64_t row = tokens + 3;
+    output.lse_stride[0] = packed ? int64_t{1} << 40 : p.q_heads * row; // packed: not to be read
+    output.lse_stride[1] = row;
+    output.lse_stride[2] = 1;
+    lse_.assign(static_cast<size_t>((packed ? 1 : p.batch) * p.q_heads * row), kUntouched);
+    output.lse = want_lse ? lse_.data() : nullptr;
+  }
+
+  Attended Gather() {
+    Attended a;
+    const size_t size = DtypeSize(p_.q.dtype);
+    std::vector<bool> ours(out_.memory.sparse() ? 0 : out_.memory.bytes() / size);
+    const char* begin = static_cast<const char*>(out_.memory.data());
+    const int64_t base = (static_cast<const char*>(output.out.data) - begin) / static_cast<int64_t>(size);
+    for (int b = 0; b < p_.batch; ++b) {
+      const Sequence s = SequenceOf(p_, b);
+      for (int64_t i = 0; i < s.q_len; ++i) {
+        for (int64_t h = 0; h < p_.q_heads; ++h) {
+          const int64_t row = RowOffset(p_, output.out.stride, s, i, h);
+          for (int64_t d = 0; d < p_.head_dim; ++d) {
+            const int64_t at = row + d * output.out.stride[3];
+            a.out.push_back(LoadElement(output.out.data, output.out.dtype, at));
+            if (!ours.empty()) ours[base + at] = true;
+          }
+          if (!output.lse) continue;
+          float& lse = lse_[LseOffset(p_, output.lse_stride, s, i, h)];
+          a.lse.push_back(lse);
+          lse = kUntouched;
+        }
+      }
+    }
+    int64_t strays = 0;
+    for (size_t i = 0; i < ours.size(); ++i) {
+      for (size_t byte = 0; !ours[i] && byte < size; ++byte)
+        strays += static_cast<uint8_t>(begin[i * size + byte]) != 0xff;
+    }
+    for (const float x : lse_) strays += x != kUntouched;
+    EXPECT_EQ(strays, 0) << "bytes written between the rows of out or lse";
+    return a;
+  }
+
+  fp_output output;
+
+ private:
+  static constexpr float kUntouched = -12345.0f;
+  const fp_problem& p_;
+  TensorMemory out_;
+  std::vector<float> lse_;
+};
+
+} // namespace
+
+Engine Reference() { return {"reference", ""}; }
+
+std::vector<Engine> OtherEngines() {
+  std::vector<Engine> engines;
+  for (const Backend* backend : Backends()) {
+    if (backend->device != FP_CPU || !backend->available() || std::string(backend->name) == "reference") continue;
+    std::vector<std::string> targets = backend->targets();
+    if (targets.empty()) targets.push_back("");
+    for (const std::string& target : targets) engines.push_back({backend->name, target});
+  }
+  return engines;
+}
+
+std::vector<Engine> AllEngines() {
+  std::vector<Engine> engines = OtherEngines();
+  engines.push_back(Reference());
+  return engines;
+}
+
+Mask::Mask(const fp_problem& problem, const fp_policy* policy) {
+  fp_block_mask_init(&view);
+  ExpectOk(fp_mask_describe(&problem, policy, &view), "fp_mask_describe");
+  bits.assign(static_cast<size_t>(view.heads * view.tile_rows * view.words), ~uint64_t{0});
+  counts.assign(static_cast<size_t>(view.heads * view.tile_rows), -99);
+  fallback.assign(static_cast<size_t>(problem.batch), -99);
+  PointAtOwn();
+}
+
+Mask& Mask::operator=(const Mask& other) {
+  view = other.view;
+  bits = other.bits;
+  counts = other.counts;
+  fallback = other.fallback;
+  PointAtOwn();
+  return *this;
+}
+
+void Mask::PointAtOwn() {
+  view.bits = bits.data();
+  view.counts = counts.data();
+  view.fallback = fallback.data();
+}
+
+Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
+                uint64_t seed) {
+  AnyPolicy policy = Dense(block_size);
+  policy.common.share_heads = share_heads;
+  policy.common.mean_correction = mean_correction;
+  Mask mask(problem, policy.get());
+  std::mt19937_64 random(seed);
+  std::bernoulli_distribution keep(density);
+  for (uint64_t& word : mask.bits) {
+    for (int bit = 0; bit < 64; ++bit) {
+      if (!keep(random)) word &= ~(uint64_t{1} << bit);
+    }
+  }
+  return mask;
+}
+
+Mask Select(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy, int threads) {
+  Execution run(engine, threads);
+  Mask mask(problem, policy.get());
+  size_t bytes = 0;
+  ExpectOk(fp_select_workspace(&problem, policy.get(), &run.exec, &bytes), "fp_select_workspace");
+  Scratch scratch(bytes);
+  ExpectOk(fp_select(&problem, policy.get(), &run.exec, &mask.view, scratch.data(), bytes), "fp_select");
+  return mask;
+}
+
+Attended Attend(const Engine& engine, const fp_problem& problem, const Mask& mask, int threads, Strides out,
+                bool want_lse) {
+  Execution run(engine, threads);
+  size_t bytes = 0;
+  ExpectOk(fp_attend_workspace(&problem, &mask.view, &run.exec, &bytes), "fp_attend_workspace");
+  Scratch scratch(bytes);
+  OutputMemory memory(problem, out, want_lse);
+  ExpectOk(fp_attend(&problem, &mask.view, &run.exec, &memory.output, scratch.data(), bytes), "fp_attend");
+  return memory.Gather();
+}
+
+Prefilled Prefill(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy, int threads, Strides out) {
+  Execution run(engine, threads);
+  Prefilled result{Mask(problem, policy.get()), {}};
+  size_t bytes = 0;
+  ExpectOk(fp_prefill_workspace(&problem, policy.get(), &run.exec, &bytes), "fp_prefill_workspace");
+  Scratch scratch(bytes);
+  OutputMemory memory(problem, out);
+  ExpectOk(fp_prefill(&problem, policy.get(), &run.exec, &result.mask.view, &memory.output, scratch.data(), bytes),
+           "fp_prefill");
+  result.attended = memory.Gather();
+  return result;
+}
+
+Attended PrefillWithoutMask(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy) {
+  Execution run(engine, 2);
+  size_t bytes = 0;
+  ExpectOk(fp_prefill_workspace(&problem, policy.get(), &run.exec, &bytes), "fp_prefill_workspace");
+  Scratch scratch(bytes);
+  OutputMemory memory(problem, Strides::kContiguous);
+  ExpectOk(fp_prefill(&problem, policy.get(), &run.exec, nullptr, &memory.output, scratch.data(), bytes), "fp_prefill");
+  return memory.Gather();
+}
+
+int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h) {
+  return (s.q_begin + i) * problem.q_heads + h;
+}
+
+} // namespace flashprefill::test

@@ -1,0 +1,67 @@
+// The three verbs over any backend and instruction set, called through the C ABI as a user would, with what the caller
+// owes them: masks, workspaces of exactly the bytes asked for (full of NaN), outputs. Calls must succeed; a status
+// other than FP_OK fails the test with the library's message.
+#ifndef FLASHPREFILL_TESTS_ENGINE_H_
+#define FLASHPREFILL_TESTS_ENGINE_H_
+
+#include <string>
+#include <vector>
+
+#include "op_case.h"
+
+namespace flashprefill::test {
+
+// A CPU backend and one of its targets (empty: it has no choice).
+struct Engine {
+  std::string backend;
+  std::string target;
+  std::string Name() const { return target.empty() ? backend : backend + "/" + target; }
+};
+
+Engine Reference();
+std::vector<Engine> OtherEngines(); // every available CPU backend but the reference, with every target
+std::vector<Engine> AllEngines();   // the reference too
+
+// A mask and its memory. Fresh masks are full of ones and nonsense, so that what nobody writes shows.
+struct Mask {
+  fp_block_mask view{};
+  std::vector<uint64_t> bits;
+  std::vector<int32_t> counts, fallback;
+
+  Mask() = default;
+  Mask(const fp_problem& problem, const fp_policy* policy);
+  Mask(const Mask& other) { *this = other; }
+  Mask& operator=(const Mask& other);
+  void PointAtOwn(); // view's arrays are this object's
+
+  uint64_t* Row(int64_t row) { return bits.data() + row * view.words; }
+  const uint64_t* Row(int64_t row) const { return bits.data() + row * view.words; }
+};
+
+// A mask with each visible block kept with this probability, and random bits where attend must not look.
+Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
+                uint64_t seed);
+
+// Outputs in logical order: (sequence, token, head, dim) and (sequence, token, head).
+struct Attended {
+  std::vector<float> out, lse; // lse is empty if it was not asked for
+};
+
+struct Prefilled {
+  Mask mask;
+  Attended attended;
+};
+
+Mask Select(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy, int threads = 2);
+Attended Attend(const Engine& engine, const fp_problem& problem, const Mask& mask, int threads = 2,
+                Strides out = Strides::kContiguous, bool want_lse = true);
+Prefilled Prefill(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy, int threads = 2,
+                  Strides out = Strides::kContiguous);
+Attended PrefillWithoutMask(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy);
+
+// Index in Attended::lse of (token i of sequence s, head h); times head_dim: in Attended::out.
+int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h);
+
+} // namespace flashprefill::test
+
+#endif // FLASHPREFILL_TESTS_ENGINE_H_

@@ -1,0 +1,317 @@
+// The reference against arithmetic done by hand. Inputs have one dimension, softmax_scale 1 and queries of 1, so that a
+// key of ln(w) has the energy w: energies in the comments are counts of rows times such weights.
+#include "reference/reference.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <map>
+#include <set>
+
+#include "engine.h"
+
+namespace flashprefill::test {
+namespace {
+
+using reference::TileChoice;
+
+OpCase OneDimension(Lengths lengths, int group = 1) {
+  OpCase op;
+  op.lengths = {lengths};
+  op.head_dim = 1;
+  op.group = group;
+  op.softmax_scale = 1;
+  return op;
+}
+
+// All queries 1; the keys of block b are ln(weights[b]).
+void SetWeights(OpData& data, int block_size, const std::vector<double>& weights) {
+  const Sequence s = data.sequence(0);
+  for (int64_t i = 0; i < s.q_len; ++i) {
+    for (int h = 0; h < data.problem().q_heads; ++h) data.SetQuery(s, i, h, 0, 1);
+  }
+  for (int64_t t = 0; t < s.k_len; ++t) {
+    data.SetKey(data.problem().k, s, t, 0, 0, static_cast<float>(std::log(weights.at(t / block_size))));
+  }
+}
+
+std::set<int64_t> Kept(const Mask& mask, int64_t row) {
+  std::set<int64_t> kept;
+  for (int64_t b = 0; b < mask.view.words * 64; ++b) {
+    if (TestBit(mask.Row(row), b)) kept.insert(b);
+  }
+  return kept;
+}
+
+using Blocks = std::set<int64_t>;
+
+// What was scored in tile m of mask head 0.
+TileChoice ChoiceOf(const OpData& data, const AnyPolicy& policy, int64_t m) {
+  std::map<int64_t, TileChoice> choices;
+  Mask mask(data.problem(), policy.get());
+  reference::Select(data.problem(), *policy.get(), mask.view,
+                    [&](const Sequence&, int64_t head, int64_t tile, const TileChoice& choice) {
+                      if (head == 0) choices[tile] = choice;
+                    });
+  return choices.at(m);
+}
+
+// Energies over the energy of block `unit`.
+std::vector<double> Relative(const TileChoice& choice, int64_t unit) {
+  std::vector<double> energies = choice.energy;
+  const double one = energies.at(unit);
+  for (double& e : energies) e /= one;
+  return energies;
+}
+
+void ExpectNear(const std::vector<double>& expected, const std::vector<double>& actual, double tolerance = 1e-6) {
+  ASSERT_EQ(expected.size(), actual.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_NEAR(actual[i], expected[i], tolerance * std::max(1.0, std::abs(expected[i]))) << "block " << i;
+  }
+}
+
+TEST(ReferenceSelect, AHeadOfItsOwnSeesBlocksByTheirLastToken) {
+  OpData data(OneDimension({256, 256}));
+  SetWeights(data, 64, {0.5, 1, 4, 1});
+  // Tile 1 holds rows 128..255. Blocks 0 and 1 end at 63 and 127: all 128 rows see them. Block 2 ends at 191: rows
+  // 191..255, 65 of them. Block 3 ends at 255: one row. Energies 64, 128, 260, 1.
+  const TileChoice choice = ChoiceOf(data, FlashPrefill(64, 0.25f), 1);
+  ExpectNear({64.0 / 128, 1, 260.0 / 128, 1.0 / 128}, Relative(choice, 1));
+  // alpha .25: the threshold is 65, so block 0 is out; alpha .24: 62.4, so it is in. 2 and 3 are the tile's diagonal.
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), FlashPrefill(64, 0.25f)), 1), (Blocks{1, 2, 3}));
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), FlashPrefill(64, 0.24f)), 1), (Blocks{0, 1, 2, 3}));
+}
+
+TEST(ReferenceSelect, SharedHeadsSeeBlocksByTheirFirstToken) {
+  OpData data(OneDimension({256, 256}, 2));
+  SetWeights(data, 64, {0.9, 0.7, 1, 4});
+  // Two heads: tiles of 64 tokens, 128 rows. Tile 3 holds tokens 192..255, and block 3, which begins at 192, is
+  // complete at 255: all rows see all blocks. Energies 115.2, 89.6, 128, 512, threshold .2 * 512 = 102.4. Were block 3
+  // seen by its last token, it would have 2 rows, and block 1 would stay.
+  const AnyPolicy policy = Shared(FlashPrefill(64, 0.2f));
+  ExpectNear({0.9, 0.7, 1, 4}, Relative(ChoiceOf(data, policy, 3), 2));
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), policy), 3), (Blocks{0, 2, 3}));
+}
+
+TEST(ReferenceSelect, SharedHeadsDoNotScoreWhatTheTileLeavesIncomplete) {
+  OpData data(OneDimension({64, 160}, 2));
+  SetWeights(data, 64, {1, 1, 1000});
+  // P = 96: the tile's positions are 96..159. Block 2 begins at 128 and is not complete at 159, so it is not scored,
+  // heavy as it is; the diagonal begins with block 1.
+  const AnyPolicy policy = Shared(FlashPrefill(64, 0.5f));
+  const TileChoice choice = ChoiceOf(data, policy, 0);
+  EXPECT_EQ(choice.scored, (std::vector<uint8_t>{1, 1, 0}));
+  ExpectNear({1, 1, 0}, Relative(choice, 0));
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), policy), 0), (Blocks{0, 1, 2}));
+}
+
+TEST(ReferenceSelect, PooledRowsStandAtTheirLastToken) {
+  OpData data(OneDimension({256, 256}));
+  SetWeights(data, 64, {1, 1, 1, 1});
+  const Sequence s = data.sequence(0);
+  for (int64_t i = 0; i < s.q_len; i += 2) {
+    data.SetQuery(s, i, 0, 0, 0); // means of 0 and 2
+    data.SetQuery(s, i + 1, 0, 0, 2);
+  }
+  // Tile 1 is 64 rows at 129, 131, .. 255. Block 2 ends at 191: rows 191, 193, .. 255, 33 of them. Block 3: one.
+  ExpectNear({1, 1, 33.0 / 64, 1.0 / 64}, Relative(ChoiceOf(data, FlashPrefill(64, 0.5f, 2), 1), 0));
+}
+
+TEST(ReferenceSelect, AShortRestOfRowsIsItsOwnMean) {
+  OpData data(OneDimension({131, 131}));
+  SetWeights(data, 64, {1, 1, 1});
+  const Sequence s = data.sequence(0);
+  const double ln2 = std::log(2.0);
+  data.SetQuery(s, 128, 0, 0, 1);
+  data.SetQuery(s, 129, 0, 0, 3);
+  data.SetQuery(s, 130, 0, 0, 5);
+  for (int64_t t = 0; t < 64; ++t) data.SetKey(data.problem().k, s, t, 0, 0, static_cast<float>(ln2));
+  // Tile 1 holds rows 128..130, pooled by 2: means 2 and 5. Block 0: 2^2 + 2^5 = 36; block 1 (keys 0): 2.
+  const TileChoice choice = ChoiceOf(data, FlashPrefill(64, 0.5f, 2), 1);
+  EXPECT_NEAR(choice.energy[0] / choice.energy[1], 18, 1e-5);
+  EXPECT_EQ(choice.scored, (std::vector<uint8_t>{1, 1, 0})); // block 2 is not complete at 130
+}
+
+TEST(ReferenceSelect, MeansAreRoundedToTheirDtype) {
+  OpCase op = OneDimension({128, 128});
+  op.AllDtypes(FP_BF16);
+  OpData data(op);
+  const Sequence s = data.sequence(0);
+  // 1 and 1 + 2^-7 are neighbours in bf16; their mean lies between them and rounds to the even one, 1.
+  for (int64_t t = 0; t < 128; ++t) data.SetKey(data.problem().k, s, t, 0, 0, t % 2 ? 1.0f : 1.0f + 0x1p-7f);
+  const auto means = reference::BlockMeans(Geometry::Of(data.problem(), 64, false), s,
+                                           reference::LoadKeys(data.problem(), data.problem().k, s, 0), FP_BF16);
+  EXPECT_EQ(means.data, (std::vector<double>{1, 1}));
+}
+
+TEST(ReferenceSelect, SinkWindowAndDiagonal) {
+  OpData data(OneDimension({512, 512}));
+  // Blocks of 64, tiles of 128: tile 3 begins at 384, so its diagonal is blocks 6 and 7, and tile 2's is 4 and 5. A
+  // window of 2 reaches one block further back; windows of 0 and 1 are the diagonal alone.
+  const auto rows = [&](int sink, int window, int tail) {
+    const Mask mask = Select(Reference(), data.problem(), Streaming(64, sink, window, tail));
+    EXPECT_EQ(mask.fallback[0], FP_SELECTED);
+    return std::vector<Blocks>{Kept(mask, 0), Kept(mask, 1), Kept(mask, 2), Kept(mask, 3)};
+  };
+  EXPECT_EQ(rows(1, 2, 0), (std::vector<Blocks>{{0, 1}, {0, 1, 2, 3}, {0, 3, 4, 5}, {0, 5, 6, 7}}));
+  EXPECT_EQ(rows(0, 0, 0), (std::vector<Blocks>{{0, 1}, {2, 3}, {4, 5}, {6, 7}}));
+  EXPECT_EQ(rows(0, 1, 0), rows(0, 0, 0));
+  EXPECT_EQ(rows(3, 0, 0), (std::vector<Blocks>{{0, 1}, {0, 1, 2, 3}, {0, 1, 2, 4, 5}, {0, 1, 2, 6, 7}}));
+  // A tail of one block is half a tile, so one tile; of three blocks, two tiles.
+  EXPECT_EQ(rows(0, 0, 1), (std::vector<Blocks>{{0, 1}, {2, 3}, {4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}}));
+  EXPECT_EQ(rows(0, 0, 3), (std::vector<Blocks>{{0, 1}, {2, 3}, {0, 1, 2, 3, 4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}}));
+}
+
+TEST(ReferenceSelect, ADiagonalOffTheGridIsTwoBlocks) {
+  OpData data(OneDimension({128, 200}));
+  // P = 72: positions 72..199. The first row's own block is 72 / 128 = 0, the last row's 1.
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), Streaming(128, 0, 1, 0)), 0), (Blocks{0, 1}));
+  // With blocks of 64: 72 / 64 = 1 to 199 / 64 = 3.
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), Streaming(64, 0, 1, 0)), 0), (Blocks{1, 2, 3}));
+}
+
+TEST(ReferenceSelect, TheDenseTailIsForFinalChunks) {
+  OpCase op = OneDimension({512, 512});
+  op.final_chunk = false;
+  OpData data(op);
+  EXPECT_EQ(Kept(Select(Reference(), data.problem(), Streaming(64, 0, 0, 2)), 3), (Blocks{6, 7}));
+}
+
+TEST(ReferenceSelect, ShortSequencesAndDenseFallBack) {
+  OpData data(OneDimension({512, 512}));
+  // Blocks of 128: sink 2 and window 4 leave nothing of 4 blocks.
+  const Mask small = Select(Reference(), data.problem(), AnyPolicy(FP_FLASHPREFILL));
+  EXPECT_EQ(small.fallback[0], FP_FALLBACK_SHORT);
+  EXPECT_EQ(Kept(small, 3), (Blocks{0, 1, 2, 3}));
+  EXPECT_EQ(small.counts, (std::vector<int32_t>{1, 2, 3, 4, -99})); // one row a head more than tiles
+  const Mask dense = Select(Reference(), data.problem(), Dense());
+  EXPECT_EQ(dense.fallback[0], FP_FALLBACK_DENSE);
+  EXPECT_EQ(Kept(dense, 2), (Blocks{0, 1, 2}));
+}
+
+TEST(ReferenceSelect, MassTakesTheSmallestSetAndMinBlocksTheTop) {
+  OpData data(OneDimension({384, 384}));
+  SetWeights(data, 64, {1, 4, 2, 1, 1e-9, 1e-9});
+  // Tile 2 (rows 256..383) sees blocks 0..3 with all rows; 4 and 5 are its diagonal and weigh nothing. Shares: 1/8,
+  // 4/8, 2/8, 1/8; in order 1, 2, 0, 3, where 0 and 3 are equal and the lower index goes first. Without outliers, and
+  // with all keys of a block alike, Sketch is FlashPrefill times 64.
+  const auto kept = [&](const AnyPolicy& policy) { return Kept(Select(Reference(), data.problem(), policy), 2); };
+  EXPECT_EQ(kept(SketchByMass(64, 0.45f, 0, 1)), (Blocks{1, 4, 5}));
+  EXPECT_EQ(kept(SketchByMass(64, 0.55f, 0, 1)), (Blocks{1, 2, 4, 5}));
+  EXPECT_EQ(kept(SketchByMass(64, 0.8f, 0, 1)), (Blocks{0, 1, 2, 4, 5}));
+  EXPECT_EQ(kept(SketchByMass(64, 0.95f, 0, 1)), (Blocks{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(kept(SketchByAlpha(64, 0.4f, 0, 1)), (Blocks{1, 2, 4, 5}));
+  AnyPolicy top = SketchByMass(64, 0.45f, 0, 1);
+  top.sketch.min_blocks = 3;
+  EXPECT_EQ(kept(top), (Blocks{0, 1, 2, 4, 5}));
+  AnyPolicy two = FlashPrefill(64, 0.9f);
+  two.flashprefill.min_blocks = 2;
+  EXPECT_EQ(kept(two), (Blocks{1, 2, 4, 5}));
+  two.flashprefill.min_blocks = 1;
+  EXPECT_EQ(kept(two), (Blocks{1, 4, 5}));
+}
+
+// Keys of a sequence of four blocks of 16: all queries 1, tile 0 of 64 rows, Lq = 64 rows behind them, so that every
+// row sees every one of the four.
+struct FourBlocks {
+  OpData data{OneDimension({64, 128})};
+  explicit FourBlocks(const std::vector<std::vector<double>>& keys) {
+    SetWeights(data, 16, std::vector<double>(8, 1.0));
+    const Sequence s = data.sequence(0);
+    for (size_t b = 0; b < keys.size(); ++b) {
+      for (size_t t = 0; t < 16; ++t) {
+        data.SetKey(data.problem().k, s, static_cast<int64_t>(b * 16 + t), 0, 0, static_cast<float>(keys[b][t]));
+      }
+    }
+  }
+  std::vector<double> Energies(const AnyPolicy& policy) {
+    std::vector<double> energies = Relative(ChoiceOf(data, policy, 0), 3);
+    energies.resize(4);
+    return energies;
+  }
+};
+
+TEST(ReferenceSketch, OutliersStandForThemselves) {
+  std::vector<double> one_far(16, 0.0), two_far(16, 0.0), even(16, 0.0);
+  one_far[5] = 3;
+  two_far[0] = 3, two_far[15] = 2;
+  for (int t = 0; t < 16; ++t) even[t] = t % 2 ? 1 : -1;
+  FourBlocks blocks({one_far, two_far, even, std::vector<double>(16, 0.0)});
+  const double e1 = std::exp(1), e3 = std::exp(3);
+  // One outlier. Block 0: e^3 and 15 zeros. Block 1 has mean 5/16: 3 is farther than 2; the rest have mean 2/15 and
+  // variance 4/15 - (2/15)^2. Block 2: all are equally far (mean 0), so the first, -1, goes; the rest have mean 1/15
+  // and variance 1 - 1/225. Block 3: 16 zeros, 16.
+  const double rest1 = 15 * std::exp(2.0 / 15 + 0.5 * (4.0 / 15 - 4.0 / 225));
+  const double rest2 = 15 * std::exp(1.0 / 15 + 0.5 * (1 - 1.0 / 225));
+  ExpectNear({(15 + e3) / 16, (rest1 + e3) / 16, (rest2 + 1 / e1) / 16, 1},
+             blocks.Energies(SketchByMass(16, 0.5f, 1, 1)));
+  // None: block 2 is exp(1/2) wider than a point.
+  const double mean0 = 3.0 / 16, var0 = 9.0 / 16 - mean0 * mean0, mean1 = 5.0 / 16, var1 = 13.0 / 16 - mean1 * mean1;
+  ExpectNear({std::exp(mean0 + var0 / 2), std::exp(mean1 + var1 / 2), std::exp(0.5), 1},
+             blocks.Energies(SketchByMass(16, 0.5f, 0, 1)));
+  // Sixteen: every key for itself, no mean term.
+  ExpectNear({(15 + e3) / 16, (14 + e3 + std::exp(2)) / 16, (e1 + 1 / e1) / 2, 1},
+             blocks.Energies(SketchByMass(16, 0.5f, 16, 1)));
+}
+
+TEST(ReferenceSketch, AnOutlierSavesABlockThatItsMeanHides) {
+  std::vector<double> needle(16, -1.0), plain(16, 1.0);
+  needle[7] = 5;
+  FourBlocks blocks({needle, plain, plain, plain});
+  // FlashPrefill: mean -10/16, energy .54 against e. Sketch: e^5 + 15/e = 153.9 against 16 e = 43.5.
+  EXPECT_FALSE(ChoiceOf(blocks.data, FlashPrefill(16, 0.5f), 0).kept[0]);
+  const TileChoice sketch = ChoiceOf(blocks.data, SketchByAlpha(16, 0.5f, 4, 1), 0);
+  EXPECT_TRUE(sketch.kept[0]);
+  EXPECT_FALSE(sketch.kept[1]);
+}
+
+TEST(ReferenceSelect, WhatIsNotFiniteDoesNotPoisonTheTile) {
+  OpData data(OneDimension({128, 384}));
+  SetWeights(data, 64, {1, 2, 4, 1, 1, 1});
+  const Sequence s = data.sequence(0);
+  data.SetKey(data.problem().k, s, 130, 0, 0, NAN); // block 2's mean
+  data.SetQuery(s, 7, 0, 0,
+                std::numeric_limits<float>::infinity()); // one row of 128; inf * ln 1 is NaN, inf * ln 2 inf
+  const TileChoice choice = ChoiceOf(data, FlashPrefill(64, 0.6f), 0);
+  EXPECT_EQ(choice.energy[2], 0);
+  ExpectNear({0.5, 1}, {choice.energy[0] / choice.energy[1], 1});
+  EXPECT_EQ(choice.kept[0], 0);
+  EXPECT_EQ(choice.kept[1], 1);
+}
+
+TEST(ReferenceAttend, AverageOfWhatARowSees) {
+  OpData data(OneDimension({3, 3}));
+  SetWeights(data, 16, {1});
+  const Sequence s = data.sequence(0);
+  for (int64_t t = 0; t < 3; ++t) data.SetKey(data.problem().v, s, t, 0, 0, static_cast<float>(t * 3));
+  data.SetKey(data.problem().k, s, 2, 0, 0, static_cast<float>(std::log(2.0)));
+  const Attended a = Attend(Reference(), data.problem(), Select(Reference(), data.problem(), Dense(16)));
+  // Weights 1, 1, 2; values 0, 3, 6: 0; 3/2; (3 + 12) / 4.
+  EXPECT_EQ(a.out[0], 0);
+  EXPECT_FLOAT_EQ(a.out[1], 1.5f);
+  EXPECT_FLOAT_EQ(a.out[2], 3.75f);
+  EXPECT_EQ(a.lse[0], 0);
+  EXPECT_FLOAT_EQ(a.lse[1], std::log(2.0f));
+  EXPECT_FLOAT_EQ(a.lse[2], std::log(4.0f));
+}
+
+TEST(ReferenceAttend, TheCorrectionCountsLeftOutBlocksByTheirMeans) {
+  OpData data(OneDimension({16, 64}));
+  SetWeights(data, 16, {1, 3, 1, 1});
+  const Sequence s = data.sequence(0);
+  for (int64_t t = 0; t < 64; ++t) data.SetKey(data.problem().v, s, t, 0, 0, t / 16 == 1 ? 2.0f + t % 2 : 1.0f);
+  Mask mask(data.problem(), Corrected(Streaming(16, 0, 0, 0)).get());
+  std::fill(mask.bits.begin(), mask.bits.end(), 0b1001);
+  const Attended a = Attend(Reference(), data.problem(), mask);
+  // P = 48: row 0 sees block 0 (16 x 1), its own key (1), block 1 by its means (16 x 3, value 2.5) and block 2 (16 x
+  // 1).
+  EXPECT_NEAR(a.lse[0], std::log(16.0 + 1 + 48 + 16), 1e-6);
+  EXPECT_NEAR(a.out[0], (16 + 1 + 48 * 2.5 + 16) / 81, 1e-6);
+  // Block 3 is the rows' own diagonal, which is never corrected: without its bit it is gone.
+  std::fill(mask.bits.begin(), mask.bits.end(), 0b0001);
+  EXPECT_NEAR(Attend(Reference(), data.problem(), mask).lse[0], std::log(16.0 + 48 + 16), 1e-6);
+}
+
+} // namespace
+} // namespace flashprefill::test

@@ -105,6 +105,7 @@ Band UndecidedBand(const reference::TileChoice& choice, double tolerance) {
 void TieCount::Print() const {
   std::printf("[   TIES   ] %.3f%% of %lld bits are near a tie\n", 100 * share(), static_cast<long long>(bits));
   testing::Test::RecordProperty("near_tie_share", std::to_string(share()));
+  EXPECT_LT(share(), 0.1) << "so many bits are near a tie that the comparison says little";
 }
 
 ExpectedMask::ExpectedMask(const fp_problem& problem, const AnyPolicy& policy)

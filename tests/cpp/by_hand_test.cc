@@ -1,7 +1,6 @@
-// The reference against arithmetic done by hand. Inputs have one dimension, softmax_scale 1 and queries of 1, so that a
-// key of ln(w) has the energy w: energies in the comments are counts of rows times such weights.
-#include "reference/reference.h"
-
+// Arithmetic done by hand: energies of the reference, and masks and outputs of every backend. Inputs have one
+// dimension, softmax_scale 1 and queries of 1, so that a key of ln(w) has the energy w: energies in the comments are
+// counts of rows times such weights.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,6 +8,7 @@
 #include <set>
 
 #include "engine.h"
+#include "reference/reference.h"
 
 namespace flashprefill::test {
 namespace {
@@ -45,6 +45,13 @@ std::set<int64_t> Kept(const Mask& mask, int64_t row) {
 
 using Blocks = std::set<int64_t>;
 
+// Every backend keeps these blocks, and no others, in this row of the mask.
+void ExpectKept(const OpData& data, const AnyPolicy& policy, int64_t row, const Blocks& blocks) {
+  for (const Engine& engine : AllEngines()) {
+    EXPECT_EQ(Kept(Select(engine, data.problem(), policy), row), blocks) << engine.Name() << ", " << Name(policy);
+  }
+}
+
 // What was scored in tile m of mask head 0.
 TileChoice ChoiceOf(const OpData& data, const AnyPolicy& policy, int64_t m) {
   std::map<int64_t, TileChoice> choices;
@@ -71,7 +78,7 @@ void ExpectNear(const std::vector<double>& expected, const std::vector<double>& 
   }
 }
 
-TEST(ReferenceSelect, AHeadOfItsOwnSeesBlocksByTheirLastToken) {
+TEST(SelectByHand, AHeadOfItsOwnSeesBlocksByTheirLastToken) {
   OpData data(OneDimension({256, 256}));
   SetWeights(data, 64, {0.5, 1, 4, 1});
   // Tile 1 holds rows 128..255. Blocks 0 and 1 end at 63 and 127: all 128 rows see them. Block 2 ends at 191: rows
@@ -79,11 +86,11 @@ TEST(ReferenceSelect, AHeadOfItsOwnSeesBlocksByTheirLastToken) {
   const TileChoice choice = ChoiceOf(data, FlashPrefill(64, 0.25f), 1);
   ExpectNear({64.0 / 128, 1, 260.0 / 128, 1.0 / 128}, Relative(choice, 1));
   // alpha .25: the threshold is 65, so block 0 is out; alpha .24: 62.4, so it is in. 2 and 3 are the tile's diagonal.
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), FlashPrefill(64, 0.25f)), 1), (Blocks{1, 2, 3}));
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), FlashPrefill(64, 0.24f)), 1), (Blocks{0, 1, 2, 3}));
+  ExpectKept(data, FlashPrefill(64, 0.25f), 1, {1, 2, 3});
+  ExpectKept(data, FlashPrefill(64, 0.24f), 1, {0, 1, 2, 3});
 }
 
-TEST(ReferenceSelect, SharedHeadsSeeBlocksByTheirFirstToken) {
+TEST(SelectByHand, SharedHeadsSeeBlocksByTheirFirstToken) {
   OpData data(OneDimension({256, 256}, 2));
   SetWeights(data, 64, {0.9, 0.7, 1, 4});
   // Two heads: tiles of 64 tokens, 128 rows. Tile 3 holds tokens 192..255, and block 3, which begins at 192, is
@@ -91,10 +98,10 @@ TEST(ReferenceSelect, SharedHeadsSeeBlocksByTheirFirstToken) {
   // seen by its last token, it would have 2 rows, and block 1 would stay.
   const AnyPolicy policy = Shared(FlashPrefill(64, 0.2f));
   ExpectNear({0.9, 0.7, 1, 4}, Relative(ChoiceOf(data, policy, 3), 2));
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), policy), 3), (Blocks{0, 2, 3}));
+  ExpectKept(data, policy, 3, {0, 2, 3});
 }
 
-TEST(ReferenceSelect, SharedHeadsDoNotScoreWhatTheTileLeavesIncomplete) {
+TEST(SelectByHand, SharedHeadsDoNotScoreWhatTheTileLeavesIncomplete) {
   OpData data(OneDimension({64, 160}, 2));
   SetWeights(data, 64, {1, 1, 1000});
   // P = 96: the tile's positions are 96..159. Block 2 begins at 128 and is not complete at 159, so it is not scored,
@@ -103,10 +110,10 @@ TEST(ReferenceSelect, SharedHeadsDoNotScoreWhatTheTileLeavesIncomplete) {
   const TileChoice choice = ChoiceOf(data, policy, 0);
   EXPECT_EQ(choice.scored, (std::vector<uint8_t>{1, 1, 0}));
   ExpectNear({1, 1, 0}, Relative(choice, 0));
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), policy), 0), (Blocks{0, 1, 2}));
+  ExpectKept(data, policy, 0, {0, 1, 2});
 }
 
-TEST(ReferenceSelect, PooledRowsStandAtTheirLastToken) {
+TEST(SelectByHand, PooledRowsStandAtTheirLastToken) {
   OpData data(OneDimension({256, 256}));
   SetWeights(data, 64, {1, 1, 1, 1});
   const Sequence s = data.sequence(0);
@@ -118,7 +125,7 @@ TEST(ReferenceSelect, PooledRowsStandAtTheirLastToken) {
   ExpectNear({1, 1, 33.0 / 64, 1.0 / 64}, Relative(ChoiceOf(data, FlashPrefill(64, 0.5f, 2), 1), 0));
 }
 
-TEST(ReferenceSelect, AShortRestOfRowsIsItsOwnMean) {
+TEST(SelectByHand, AShortRestOfRowsIsItsOwnMean) {
   OpData data(OneDimension({131, 131}));
   SetWeights(data, 64, {1, 1, 1});
   const Sequence s = data.sequence(0);
@@ -133,7 +140,7 @@ TEST(ReferenceSelect, AShortRestOfRowsIsItsOwnMean) {
   EXPECT_EQ(choice.scored, (std::vector<uint8_t>{1, 1, 0})); // block 2 is not complete at 130
 }
 
-TEST(ReferenceSelect, MeansAreRoundedToTheirDtype) {
+TEST(SelectByHand, MeansAreRoundedToTheirDtype) {
   OpCase op = OneDimension({128, 128});
   op.AllDtypes(FP_BF16);
   OpData data(op);
@@ -145,71 +152,72 @@ TEST(ReferenceSelect, MeansAreRoundedToTheirDtype) {
   EXPECT_EQ(means.data, (std::vector<double>{1, 1}));
 }
 
-TEST(ReferenceSelect, SinkWindowAndDiagonal) {
+TEST(SelectByHand, SinkWindowAndDiagonal) {
   OpData data(OneDimension({512, 512}));
   // Blocks of 64, tiles of 128: tile 3 begins at 384, so its diagonal is blocks 6 and 7, and tile 2's is 4 and 5. A
   // window of 2 reaches one block further back; windows of 0 and 1 are the diagonal alone.
-  const auto rows = [&](int sink, int window, int tail) {
-    const Mask mask = Select(Reference(), data.problem(), Streaming(64, sink, window, tail));
-    EXPECT_EQ(mask.fallback[0], FP_SELECTED);
-    return std::vector<Blocks>{Kept(mask, 0), Kept(mask, 1), Kept(mask, 2), Kept(mask, 3)};
+  const auto expect = [&](int sink, int window, int tail, const std::vector<Blocks>& rows) {
+    for (int64_t m = 0; m < 4; ++m) ExpectKept(data, Streaming(64, sink, window, tail), m, rows[m]);
   };
-  EXPECT_EQ(rows(1, 2, 0), (std::vector<Blocks>{{0, 1}, {0, 1, 2, 3}, {0, 3, 4, 5}, {0, 5, 6, 7}}));
-  EXPECT_EQ(rows(0, 0, 0), (std::vector<Blocks>{{0, 1}, {2, 3}, {4, 5}, {6, 7}}));
-  EXPECT_EQ(rows(0, 1, 0), rows(0, 0, 0));
-  EXPECT_EQ(rows(3, 0, 0), (std::vector<Blocks>{{0, 1}, {0, 1, 2, 3}, {0, 1, 2, 4, 5}, {0, 1, 2, 6, 7}}));
+  expect(1, 2, 0, {{0, 1}, {0, 1, 2, 3}, {0, 3, 4, 5}, {0, 5, 6, 7}});
+  expect(0, 0, 0, {{0, 1}, {2, 3}, {4, 5}, {6, 7}});
+  expect(0, 1, 0, {{0, 1}, {2, 3}, {4, 5}, {6, 7}});
+  expect(3, 0, 0, {{0, 1}, {0, 1, 2, 3}, {0, 1, 2, 4, 5}, {0, 1, 2, 6, 7}});
   // A tail of one block is half a tile, so one tile; of three blocks, two tiles.
-  EXPECT_EQ(rows(0, 0, 1), (std::vector<Blocks>{{0, 1}, {2, 3}, {4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}}));
-  EXPECT_EQ(rows(0, 0, 3), (std::vector<Blocks>{{0, 1}, {2, 3}, {0, 1, 2, 3, 4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}}));
+  expect(0, 0, 1, {{0, 1}, {2, 3}, {4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}});
+  expect(0, 0, 3, {{0, 1}, {2, 3}, {0, 1, 2, 3, 4, 5}, {0, 1, 2, 3, 4, 5, 6, 7}});
 }
 
-TEST(ReferenceSelect, ADiagonalOffTheGridIsTwoBlocks) {
+TEST(SelectByHand, ADiagonalOffTheGridIsTwoBlocks) {
   OpData data(OneDimension({128, 200}));
   // P = 72: positions 72..199. The first row's own block is 72 / 128 = 0, the last row's 1.
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), Streaming(128, 0, 1, 0)), 0), (Blocks{0, 1}));
+  ExpectKept(data, Streaming(128, 0, 1, 0), 0, {0, 1});
   // With blocks of 64: 72 / 64 = 1 to 199 / 64 = 3.
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), Streaming(64, 0, 1, 0)), 0), (Blocks{1, 2, 3}));
+  ExpectKept(data, Streaming(64, 0, 1, 0), 0, {1, 2, 3});
 }
 
-TEST(ReferenceSelect, TheDenseTailIsForFinalChunks) {
+TEST(SelectByHand, TheDenseTailIsForFinalChunks) {
   OpCase op = OneDimension({512, 512});
   op.final_chunk = false;
   OpData data(op);
-  EXPECT_EQ(Kept(Select(Reference(), data.problem(), Streaming(64, 0, 0, 2)), 3), (Blocks{6, 7}));
+  ExpectKept(data, Streaming(64, 0, 0, 2), 3, {6, 7});
 }
 
-TEST(ReferenceSelect, ShortSequencesAndDenseFallBack) {
+TEST(SelectByHand, ShortSequencesAndDenseFallBack) {
   OpData data(OneDimension({512, 512}));
-  // Blocks of 128: sink 2 and window 4 leave nothing of 4 blocks.
-  const Mask small = Select(Reference(), data.problem(), AnyPolicy(FP_FLASHPREFILL));
-  EXPECT_EQ(small.fallback[0], FP_FALLBACK_SHORT);
-  EXPECT_EQ(Kept(small, 3), (Blocks{0, 1, 2, 3}));
-  EXPECT_EQ(small.counts, (std::vector<int32_t>{1, 2, 3, 4, -99})); // one row a head more than tiles
-  const Mask dense = Select(Reference(), data.problem(), Dense());
-  EXPECT_EQ(dense.fallback[0], FP_FALLBACK_DENSE);
-  EXPECT_EQ(Kept(dense, 2), (Blocks{0, 1, 2}));
+  for (const Engine& engine : AllEngines()) {
+    // Blocks of 128: sink 2 and window 4 leave nothing of 4 blocks.
+    const Mask small = Select(engine, data.problem(), AnyPolicy(FP_FLASHPREFILL));
+    EXPECT_EQ(small.fallback[0], FP_FALLBACK_SHORT) << engine.Name();
+    EXPECT_EQ(Kept(small, 3), (Blocks{0, 1, 2, 3})) << engine.Name();
+    const std::vector<int32_t> counts(small.counts.begin(), small.counts.begin() + 4); // the fifth row is nobody's
+    EXPECT_EQ(counts, (std::vector<int32_t>{1, 2, 3, 4})) << engine.Name();
+    const Mask dense = Select(engine, data.problem(), Dense());
+    EXPECT_EQ(dense.fallback[0], FP_FALLBACK_DENSE) << engine.Name();
+    EXPECT_EQ(Kept(dense, 2), (Blocks{0, 1, 2})) << engine.Name();
+    EXPECT_EQ(Select(engine, data.problem(), FlashPrefill(128, 0.5f)).fallback[0], FP_SELECTED) << engine.Name();
+  }
 }
 
-TEST(ReferenceSelect, MassTakesTheSmallestSetAndMinBlocksTheTop) {
+TEST(SelectByHand, MassTakesTheSmallestSetAndMinBlocksTheTop) {
   OpData data(OneDimension({384, 384}));
   SetWeights(data, 64, {1, 4, 2, 1, 1e-9, 1e-9});
   // Tile 2 (rows 256..383) sees blocks 0..3 with all rows; 4 and 5 are its diagonal and weigh nothing. Shares: 1/8,
   // 4/8, 2/8, 1/8; in order 1, 2, 0, 3, where 0 and 3 are equal and the lower index goes first. Without outliers, and
   // with all keys of a block alike, Sketch is FlashPrefill times 64.
-  const auto kept = [&](const AnyPolicy& policy) { return Kept(Select(Reference(), data.problem(), policy), 2); };
-  EXPECT_EQ(kept(SketchByMass(64, 0.45f, 0, 1)), (Blocks{1, 4, 5}));
-  EXPECT_EQ(kept(SketchByMass(64, 0.55f, 0, 1)), (Blocks{1, 2, 4, 5}));
-  EXPECT_EQ(kept(SketchByMass(64, 0.8f, 0, 1)), (Blocks{0, 1, 2, 4, 5}));
-  EXPECT_EQ(kept(SketchByMass(64, 0.95f, 0, 1)), (Blocks{0, 1, 2, 3, 4, 5}));
-  EXPECT_EQ(kept(SketchByAlpha(64, 0.4f, 0, 1)), (Blocks{1, 2, 4, 5}));
+  ExpectKept(data, SketchByMass(64, 0.45f, 0, 1), 2, {1, 4, 5});
+  ExpectKept(data, SketchByMass(64, 0.55f, 0, 1), 2, {1, 2, 4, 5});
+  ExpectKept(data, SketchByMass(64, 0.8f, 0, 1), 2, {0, 1, 2, 4, 5});
+  ExpectKept(data, SketchByMass(64, 0.95f, 0, 1), 2, {0, 1, 2, 3, 4, 5});
+  ExpectKept(data, SketchByAlpha(64, 0.4f, 0, 1), 2, {1, 2, 4, 5});
   AnyPolicy top = SketchByMass(64, 0.45f, 0, 1);
   top.sketch.min_blocks = 3;
-  EXPECT_EQ(kept(top), (Blocks{0, 1, 2, 4, 5}));
+  ExpectKept(data, top, 2, {0, 1, 2, 4, 5});
   AnyPolicy two = FlashPrefill(64, 0.9f);
   two.flashprefill.min_blocks = 2;
-  EXPECT_EQ(kept(two), (Blocks{1, 2, 4, 5}));
+  ExpectKept(data, two, 2, {1, 2, 4, 5});
   two.flashprefill.min_blocks = 1;
-  EXPECT_EQ(kept(two), (Blocks{1, 4, 5}));
+  ExpectKept(data, two, 2, {1, 4, 5});
 }
 
 // Keys of a sequence of four blocks of 16: all queries 1, tile 0 of 64 rows, Lq = 64 rows behind them, so that every
@@ -232,7 +240,7 @@ struct FourBlocks {
   }
 };
 
-TEST(ReferenceSketch, OutliersStandForThemselves) {
+TEST(SketchByHand, OutliersStandForThemselves) {
   std::vector<double> one_far(16, 0.0), two_far(16, 0.0), even(16, 0.0);
   one_far[5] = 3;
   two_far[0] = 3, two_far[15] = 2;
@@ -255,7 +263,7 @@ TEST(ReferenceSketch, OutliersStandForThemselves) {
              blocks.Energies(SketchByMass(16, 0.5f, 16, 1)));
 }
 
-TEST(ReferenceSketch, AnOutlierSavesABlockThatItsMeanHides) {
+TEST(SketchByHand, AnOutlierSavesABlockThatItsMeanHides) {
   std::vector<double> needle(16, -1.0), plain(16, 1.0);
   needle[7] = 5;
   FourBlocks blocks({needle, plain, plain, plain});
@@ -266,7 +274,24 @@ TEST(ReferenceSketch, AnOutlierSavesABlockThatItsMeanHides) {
   EXPECT_FALSE(sketch.kept[1]);
 }
 
-TEST(ReferenceSelect, WhatIsNotFiniteDoesNotPoisonTheTile) {
+TEST(SketchByHand, TheVarianceIsThePopulations) {
+  std::vector<double> even(16), zero(16, 0.0);
+  for (int t = 0; t < 16; ++t) even[t] = t % 2 ? 1 : -1;
+  // Without outliers block 0 weighs e^(1/2) = 1.649 against 1, the threshold at .5965 is .983. With the sample's
+  // variance, 16/15, it would be 1.017, and blocks 1 to 3 were out. Blocks 4 to 7 are the diagonal.
+  ExpectKept(FourBlocks({even, zero, zero, zero}).data, SketchByAlpha(16, 0.5965f, 0, 1), 0, {0, 1, 2, 3, 4, 5, 6, 7});
+  ExpectKept(FourBlocks({even, zero, zero, zero}).data, SketchByAlpha(16, 0.62f, 0, 1), 0, {0, 4, 5, 6, 7});
+}
+
+TEST(SketchByHand, OfEquallyFarKeysTheFirstIsTheOutlier) {
+  std::vector<double> even(16), zero(16, 0.0);
+  for (int t = 0; t < 16; ++t) even[t] = t % 2 ? 1 : -1;
+  // With -1 as the outlier block 0 weighs 26.75 / 16 = 1.672, the threshold at .61 is 1.020 and the others are out;
+  // with +1 it would weigh 1.612, and they would be in.
+  ExpectKept(FourBlocks({even, zero, zero, zero}).data, SketchByAlpha(16, 0.61f, 1, 1), 0, {0, 4, 5, 6, 7});
+}
+
+TEST(SelectByHand, WhatIsNotFiniteDoesNotPoisonTheTile) {
   OpData data(OneDimension({128, 384}));
   SetWeights(data, 64, {1, 2, 4, 1, 1, 1});
   const Sequence s = data.sequence(0);
@@ -276,41 +301,41 @@ TEST(ReferenceSelect, WhatIsNotFiniteDoesNotPoisonTheTile) {
   const TileChoice choice = ChoiceOf(data, FlashPrefill(64, 0.6f), 0);
   EXPECT_EQ(choice.energy[2], 0);
   ExpectNear({0.5, 1}, {choice.energy[0] / choice.energy[1], 1});
-  EXPECT_EQ(choice.kept[0], 0);
-  EXPECT_EQ(choice.kept[1], 1);
+  ExpectKept(data, FlashPrefill(64, 0.6f), 0, {1, 4, 5});
 }
 
-TEST(ReferenceAttend, AverageOfWhatARowSees) {
+TEST(AttendByHand, AverageOfWhatARowSees) {
   OpData data(OneDimension({3, 3}));
   SetWeights(data, 16, {1});
   const Sequence s = data.sequence(0);
   for (int64_t t = 0; t < 3; ++t) data.SetKey(data.problem().v, s, t, 0, 0, static_cast<float>(t * 3));
   data.SetKey(data.problem().k, s, 2, 0, 0, static_cast<float>(std::log(2.0)));
-  const Attended a = Attend(Reference(), data.problem(), Select(Reference(), data.problem(), Dense(16)));
   // Weights 1, 1, 2; values 0, 3, 6: 0; 3/2; (3 + 12) / 4.
-  EXPECT_EQ(a.out[0], 0);
-  EXPECT_FLOAT_EQ(a.out[1], 1.5f);
-  EXPECT_FLOAT_EQ(a.out[2], 3.75f);
-  EXPECT_EQ(a.lse[0], 0);
-  EXPECT_FLOAT_EQ(a.lse[1], std::log(2.0f));
-  EXPECT_FLOAT_EQ(a.lse[2], std::log(4.0f));
+  for (const Engine& engine : AllEngines()) {
+    const Attended a = Prefill(engine, data.problem(), Dense(16)).attended;
+    ExpectNear({0, 1.5, 3.75}, {a.out.begin(), a.out.end()});
+    ExpectNear({0, std::log(2.0), std::log(4.0)}, {a.lse.begin(), a.lse.end()});
+  }
 }
 
-TEST(ReferenceAttend, TheCorrectionCountsLeftOutBlocksByTheirMeans) {
+TEST(AttendByHand, TheCorrectionCountsLeftOutBlocksByTheirMeans) {
   OpData data(OneDimension({16, 64}));
   SetWeights(data, 16, {1, 3, 1, 1});
   const Sequence s = data.sequence(0);
   for (int64_t t = 0; t < 64; ++t) data.SetKey(data.problem().v, s, t, 0, 0, t / 16 == 1 ? 2.0f + t % 2 : 1.0f);
-  Mask mask(data.problem(), Corrected(Streaming(16, 0, 0, 0)).get());
-  std::fill(mask.bits.begin(), mask.bits.end(), 0b1001);
-  const Attended a = Attend(Reference(), data.problem(), mask);
-  // P = 48: row 0 sees block 0 (16 x 1), its own key (1), block 1 by its means (16 x 3, value 2.5) and block 2 (16 x
-  // 1).
-  EXPECT_NEAR(a.lse[0], std::log(16.0 + 1 + 48 + 16), 1e-6);
-  EXPECT_NEAR(a.out[0], (16 + 1 + 48 * 2.5 + 16) / 81, 1e-6);
-  // Block 3 is the rows' own diagonal, which is never corrected: without its bit it is gone.
-  std::fill(mask.bits.begin(), mask.bits.end(), 0b0001);
-  EXPECT_NEAR(Attend(Reference(), data.problem(), mask).lse[0], std::log(16.0 + 48 + 16), 1e-6);
+  Mask first_and_last(data.problem(), Corrected(Streaming(16, 0, 0, 0)).get());
+  std::fill(first_and_last.bits.begin(), first_and_last.bits.end(), 0b1001);
+  Mask first = first_and_last;
+  std::fill(first.bits.begin(), first.bits.end(), 0b0001);
+  for (const Engine& engine : AllEngines()) {
+    SCOPED_TRACE(engine.Name());
+    const Attended a = Attend(engine, data.problem(), first_and_last);
+    // P = 48: row 0 sees block 0 (16 x 1), its own key (1), block 1 by its means (16 x 3, value 2.5), block 2 (16 x 1).
+    EXPECT_NEAR(a.lse[0], std::log(16.0 + 1 + 48 + 16), 1e-5);
+    EXPECT_NEAR(a.out[0], (16 + 1 + 48 * 2.5 + 16) / 81, 1e-5);
+    // Block 3 is the rows' own diagonal, which is never corrected: without its bit it is gone.
+    EXPECT_NEAR(Attend(engine, data.problem(), first).lse[0], std::log(16.0 + 48 + 16), 1e-5);
+  }
 }
 
 } // namespace

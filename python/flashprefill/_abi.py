@@ -1,0 +1,258 @@
+"""The C ABI (include/flashprefill/flashprefill.h) as ctypes sees it: its structs, its functions, and the library itself.
+
+Nothing else in the package knows a C type. The structs must stay field for field what the header says; the library reads
+``struct_size`` first, so an older package keeps working with a newer library. ``ctypes.CDLL`` gives up the GIL for the
+length of each call, so other Python threads run while attention does.
+
+Where the library is looked for: ``flashprefill/lib/`` beside this file (where the wheel puts it), then the path in the
+environment variable ``FLASHPREFILL_LIBRARY``, then ``build/`` of a source checkout. It is read once, at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any
+
+from . import errors
+
+F32, BF16, F16 = 0, 1, 2
+CPU, CUDA = 0, 1
+DENSE, STREAMING, FLASHPREFILL, SKETCH = 0, 1, 2, 3
+FALLBACK_NAMES = ("selected", "short", "dense")  # fp_fallback
+
+
+class Tensor(Structure):
+    """fp_tensor."""
+
+    _fields_ = [("data", c_void_p), ("dtype", c_int32), ("reserved", c_int32), ("stride", c_int64 * 4)]
+
+
+class Problem(Structure):
+    """fp_problem."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("device", c_int32),
+        ("device_index", c_int32),
+        ("batch", c_int32),
+        ("q_heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("causal", c_int32),
+        ("final_chunk", c_int32),
+        ("softmax_scale", c_float),
+        ("total_q", c_int64),
+        ("total_k", c_int64),
+        ("max_seqlen_q", c_int64),
+        ("max_seqlen_k", c_int64),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("cu_seqlens_q", c_void_p),
+        ("cu_seqlens_k", c_void_p),
+        ("seqused_k", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("pages_per_seq", c_int32),
+        ("page_size", c_int32),
+        ("page_count", c_int64),
+        ("final_chunks", c_void_p),
+    ]
+
+
+class Timings(Structure):
+    """fp_timings."""
+
+    _fields_ = [("select_seconds", c_double), ("attend_seconds", c_double)]
+
+
+class Exec(Structure):
+    """fp_exec."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("threads", c_int32),
+        ("backend", c_char_p),
+        ("target", c_char_p),
+        ("stream", c_void_p),
+        ("timings", POINTER(Timings)),
+    ]
+
+
+class Policy(Structure):
+    """fp_policy, the head of every policy; also all of fp_dense and fp_streaming."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("kind", c_int32),
+        ("block_size", c_int32),
+        ("sink_blocks", c_int32),
+        ("window_blocks", c_int32),
+        ("dense_tail_blocks", c_int32),
+        ("share_heads", c_int32),
+        ("mean_correction", c_int32),
+    ]
+
+
+class FlashPrefill(Structure):
+    """fp_flashprefill."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("alpha", c_float),
+        ("query_pool", c_int32),
+        ("min_blocks", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Sketch(Structure):
+    """fp_sketch."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("alpha", c_float),
+        ("mass", c_float),
+        ("outliers", c_int32),
+        ("query_pool", c_int32),
+        ("min_blocks", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class BlockMask(Structure):
+    """fp_block_mask."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("heads", c_int32),
+        ("tile_tokens", c_int32),
+        ("block_size", c_int32),
+        ("share_heads", c_int32),
+        ("mean_correction", c_int32),
+        ("tile_rows", c_int64),
+        ("words", c_int64),
+        ("bits", c_void_p),
+        ("counts", c_void_p),
+        ("fallback", c_void_p),
+    ]
+
+
+class Stats(Structure):
+    """fp_stats."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("reserved", c_int32),
+        ("kept", c_void_p),
+        ("total", c_void_p),
+        ("fallback", c_void_p),
+    ]
+
+
+class Output(Structure):
+    """fp_output."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("reserved", c_int32),
+        ("out", Tensor),
+        ("lse", c_void_p),
+        ("lse_stride", c_int64 * 3),
+    ]
+
+
+def _candidates() -> list[Path]:
+    package = Path(__file__).resolve().parent
+    found = sorted((package / "lib").glob("libflashprefill.so*"))
+    named = os.environ.get("FLASHPREFILL_LIBRARY")
+    if named:
+        found.append(Path(named))
+    checkout = package.parents[1]
+    if (checkout / "include" / "flashprefill" / "flashprefill.h").is_file():
+        found += [checkout / "build" / "release" / "libflashprefill.so", checkout / "build" / "libflashprefill.so"]
+    return found
+
+
+def _load() -> tuple[ctypes.CDLL, Path]:
+    tried = []
+    for path in _candidates():
+        if not path.exists():
+            tried.append(f"{path} (no such file)")
+            continue
+        try:
+            return ctypes.CDLL(str(path)), path
+        except OSError as error:
+            tried.append(f"{path} ({error})")
+    raise ImportError(
+        "flashprefill cannot load its library libflashprefill.so; reinstall the package (pip install .), or build it with "
+        "CMake and set FLASHPREFILL_LIBRARY to the path of libflashprefill.so. Tried: "
+        + ("; ".join(tried) or f"{Path(__file__).resolve().parent / 'lib'} (empty)")
+    )
+
+
+lib, library_path = _load()
+
+
+def _declare(name: str, result: Any, *arguments: Any) -> None:
+    function = getattr(lib, name)
+    function.restype = result
+    function.argtypes = arguments
+
+
+_PROBLEM, _EXEC, _MASK, _OUTPUT = POINTER(Problem), POINTER(Exec), POINTER(BlockMask), POINTER(Output)
+_POLICY = c_void_p  # a pointer to any policy's struct
+_SIZE = POINTER(c_size_t)
+_declare("fp_last_error", c_char_p)
+_declare("fp_version", c_char_p)
+_declare("fp_policy_init", c_int32, c_int32, c_void_p, c_size_t)
+_declare("fp_mask_describe", c_int32, _PROBLEM, _POLICY, _MASK)
+_declare("fp_mask_stats", c_int32, _PROBLEM, _MASK, POINTER(Stats))
+_declare("fp_select_workspace", c_int32, _PROBLEM, _POLICY, _EXEC, _SIZE)
+_declare("fp_attend_workspace", c_int32, _PROBLEM, _MASK, _EXEC, _SIZE)
+_declare("fp_prefill_workspace", c_int32, _PROBLEM, _POLICY, _EXEC, _SIZE)
+_declare("fp_select", c_int32, _PROBLEM, _POLICY, _EXEC, _MASK, c_void_p, c_size_t)
+_declare("fp_attend", c_int32, _PROBLEM, _MASK, _EXEC, _OUTPUT, c_void_p, c_size_t)
+_declare("fp_prefill", c_int32, _PROBLEM, _POLICY, _EXEC, _MASK, _OUTPUT, c_void_p, c_size_t)
+_declare("fp_backend_name", c_char_p, c_int32)
+_declare("fp_backend_available", c_int32, c_char_p)
+_declare("fp_backend_describe", c_size_t, c_char_p, c_char_p, c_size_t)
+_declare("fp_backend_targets", c_size_t, c_char_p, c_char_p, c_size_t)
+_declare("fp_thread_runtime", c_size_t, c_char_p, c_size_t)
+
+_RAISES: dict[int, type[errors.FlashPrefillError]] = {
+    1: errors.InvalidArgumentError,
+    2: errors.UnsupportedError,
+    3: errors.OutOfMemoryError,
+    4: errors.DeviceError,
+    5: errors.InternalError,
+}
+
+
+def check(status: int) -> None:
+    """Raise what a status other than FP_OK means, with the library's message."""
+    if status != 0:
+        message = lib.fp_last_error().decode("utf-8", "replace")
+        raise _RAISES.get(status, errors.InternalError)(message or f"the library failed with status {status}")
+
+
+def text_of(function: Any, *arguments: Any) -> str:
+    """Call a function that writes text of a length it returns."""
+    size = function(*arguments, None, 0)
+    buffer = ctypes.create_string_buffer(size + 1)
+    function(*arguments, buffer, size + 1)
+    return buffer.value.decode("utf-8", "replace")
+
+
+def sized(struct: Structure) -> Any:
+    """Set a zeroed struct's size field."""
+    struct.struct_size = ctypes.sizeof(struct)
+    return struct
+
+
+def pointer(struct: Structure | None) -> Any:
+    """Return a struct by reference, or NULL."""
+    return None if struct is None else byref(struct)

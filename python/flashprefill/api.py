@@ -1,0 +1,355 @@
+"""The three verbs: prefill_attention, select, attend.
+
+They check what can be seen of their arguments, allocate results, and hand over to the engine: for NumPy arrays by a
+call, for torch tensors through a torch operator (torch_op.py), so that torch.compile traces every line here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _numpy_ops
+from ._layout import Layout, check_bool, layout_of, tile_tokens_of
+from .errors import refuse, refuse_type
+from .mask import BlockMask
+from .policies import FlashPrefill, Policy
+from .stats import Stats
+
+__all__ = ["attend", "prefill_attention", "select"]
+
+_LAYOUT = """
+    Shapes:
+        q, k and v are NumPy arrays (float32, float16, or ml_dtypes' bfloat16) or torch tensors, of any strides. q is
+        [tokens, heads, head_dim], one sequence, or [batch, tokens, heads, head_dim], or packed, [tokens, heads,
+        head_dim] with ``cu_seqlens_q``. k and v have the same axes with kv_heads, which divide heads; or they are packed,
+        with ``cu_seqlens_k``; or pages, [pages, page_size, kv_heads, head_dim] with ``block_table``.
+
+    Layout keywords:
+        cu_seqlens_q, cu_seqlens_k: cumulative lengths of packed sequences, [batch + 1], of any integer dtype, or lists.
+        max_seqlen_q, max_seqlen_k: upper bounds of them, in tokens. On a GPU and under torch.compile give them: nobody
+            waits for the device to find them out, so without them the bound is the total.
+        seqused_k: keys of each sequence in use, [batch].
+        block_table: page of each run of page_size keys, [batch, pages a sequence].
+
+    Execution keywords:
+        threads: CPU threads at most; None: torch.get_num_threads() for torch tensors, else what OpenMP would use.
+        backend, target: one of :func:`flashprefill.backends` and its instruction sets; None: the best.
+"""
+
+
+def _ops_for(q: Any) -> Any:
+    if isinstance(q, np.ndarray):
+        return _numpy_ops
+    if hasattr(q, "data_ptr") and hasattr(q, "requires_grad"):
+        from . import torch_op
+
+        return torch_op
+    return refuse_type("q", f"a {type(q).__name__}", "a NumPy array or a torch tensor")
+
+
+def _scale(softmax_scale: Any, q: Any) -> float:
+    if softmax_scale is None:
+        return float(q.shape[-1]) ** -0.5 if q.shape[-1] else 1.0
+    if isinstance(softmax_scale, (bool, str)) or not hasattr(softmax_scale, "__float__"):
+        refuse_type("softmax_scale", repr(softmax_scale), "a number")
+    return float(softmax_scale)
+
+
+def _final_chunk(final_chunk: Any, batch: int) -> list[bool]:
+    if isinstance(final_chunk, (bool, np.bool_)):
+        return [bool(final_chunk)]
+    if not hasattr(final_chunk, "__len__") or isinstance(final_chunk, str):
+        refuse_type("final_chunk", repr(final_chunk), "True or False, or one of them for each sequence")
+    chunks = [bool(chunk) for chunk in final_chunk]
+    if len(chunks) != batch:
+        refuse("final_chunk", f"a list of {len(chunks)}", f"one bool for each of {batch} sequences")
+    return chunks or [True]
+
+
+def _threads(threads: Any) -> int:
+    if threads is None:
+        return -1
+    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
+        refuse_type("threads", repr(threads), "an integer or None")
+    if not 0 <= int(threads) <= 4096:
+        refuse("threads", threads, "from 0 (as many as OpenMP would use) to 4096")
+    return int(threads)
+
+
+def _name(argument: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        refuse_type(argument, repr(value), "a string or None")
+    return value  # type: ignore[no-any-return]
+
+
+def _policy(policy: Any) -> Policy:
+    if policy is None:
+        return FlashPrefill()
+    if not isinstance(policy, Policy):
+        refuse_type("policy", repr(policy), "a policy, such as flashprefill.FlashPrefill()")
+    return policy
+
+
+def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
+    tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
+    heads = k.shape[-2] if policy.share_heads else q.shape[-2]
+    shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
+    return BlockMask(
+        ops,
+        layout.kept(ops),
+        ops.zero_words(q, shape),
+        ops.zero_counts(q, shape[:2]),
+        ops.zero_counts(q, (layout.batch,)),
+        tile_tokens,
+        policy.block_size,
+        policy.share_heads,
+        policy.mean_correction,
+    )
+
+
+def _results(ops: Any, q: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
+    """Return where out and lse go."""
+    check_bool("return_lse", return_lse)
+    if out is None:
+        out = ops.empty_like(q)
+    else:
+        ops.check("out", out, q)
+        if out.dtype != q.dtype:
+            refuse_type("out.dtype", out.dtype, f"q's ({q.dtype})")
+        if out.shape != q.shape:
+            refuse("out.shape", tuple(out.shape), f"q's ({tuple(q.shape)})")
+        ops.check_out("out", out)
+    lse = None
+    if return_lse:
+        batch = (q.shape[0],) if len(q.shape) == 4 else ()
+        lse = ops.empty_float(q, (*batch, q.shape[-2], q.shape[-3]))
+    return out, lse
+
+
+def prefill_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    policy: Policy | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Any = None,
+    block_table: Any = None,
+    final_chunk: Any = True,
+    out: Any = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    threads: int | None = None,
+    backend: str | None = None,
+    target: str | None = None,
+) -> Any:
+    """Attend from q over the keys that a policy finds to matter.
+
+    Row i of a sequence of Lq queries and Lk keys sits at position Lk - Lq + i and sees the keys up to there.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        policy: what to keep; the default is ``FlashPrefill()``.
+        softmax_scale: factor of the scores; the default is head_dim**-0.5.
+        causal: False, with :class:`Dense` only: every query sees every key.
+        cu_seqlens_q: see below; so are the other layout and execution keywords.
+        cu_seqlens_k: see below.
+        max_seqlen_q: see below.
+        max_seqlen_k: see below.
+        seqused_k: see below.
+        block_table: see below.
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a sequence.
+        out: where to write the result: of q's shape and dtype, in memory of its own.
+        return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads, tokens], or
+            [heads, tokens] where q has 3 axes.
+        return_stats: return a :class:`Stats` too.
+        threads: see below.
+        backend: see below.
+        target: see below.
+
+    Returns:
+        out, or a tuple of out and what else was asked for, in the order lse, stats.
+    """
+    ops = _ops_for(q)
+    layout = layout_of(
+        ops, q, k, v, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, block_table=block_table,
+    )  # fmt: skip
+    rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
+    scale, most = _scale(softmax_scale, q), _threads(threads)
+    backend, target = _name("backend", backend), _name("target", target)
+    check_bool("return_stats", return_stats)
+    out, lse = _results(ops, q, out, return_lse)
+    mask = _new_mask(ops, q, k, layout, rule) if return_stats else None
+    bits, counts, fallback = (None, None, None) if mask is None else (mask.bits, mask.counts, mask.fallback)
+    ops.prefill(
+        q, k, v, out, lse, bits, counts, fallback,
+        layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, layout.block_table,
+        layout.max_seqlen_q, layout.max_seqlen_k, scale, layout.causal, chunks, rule._spec, most, backend, target,
+    )  # fmt: skip
+    results = [out]
+    if lse is not None:
+        results.append(lse)
+    if mask is not None:
+        results.append(Stats(ops, mask._layout, counts, fallback, mask.tile_tokens, mask.block_size))
+    return out if len(results) == 1 else tuple(results)
+
+
+def select(
+    q: Any,
+    k: Any,
+    policy: Policy | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Any = None,
+    block_table: Any = None,
+    final_chunk: Any = True,
+    threads: int | None = None,
+    backend: str | None = None,
+    target: str | None = None,
+) -> BlockMask:
+    """Find the blocks of keys that matter to each tile of queries.
+
+    Args:
+        q: queries.
+        k: keys.
+        policy: what to keep; the default is ``FlashPrefill()``.
+        softmax_scale: factor of the scores; the default is head_dim**-0.5.
+        causal: False, with :class:`Dense` only: every query sees every key.
+        cu_seqlens_q: see below; so are the other layout and execution keywords.
+        cu_seqlens_k: see below.
+        max_seqlen_q: see below.
+        max_seqlen_k: see below.
+        seqused_k: see below.
+        block_table: see below.
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a sequence.
+        threads: see below.
+        backend: see below.
+        target: see below.
+
+    Returns:
+        The mask, for :func:`attend`, or to look at.
+    """
+    ops = _ops_for(q)
+    layout = layout_of(
+        ops, q, k, None, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, block_table=block_table,
+    )  # fmt: skip
+    rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
+    scale, most = _scale(softmax_scale, q), _threads(threads)
+    backend, target = _name("backend", backend), _name("target", target)
+    mask = _new_mask(ops, q, k, layout, rule)
+    ops.select(
+        q, k, mask.bits, mask.counts, mask.fallback,
+        layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, layout.block_table,
+        layout.max_seqlen_q, layout.max_seqlen_k, scale, layout.causal, chunks, rule._spec, most, backend, target,
+    )  # fmt: skip
+    return mask
+
+
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: BlockMask,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool | None = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Any = None,
+    block_table: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    threads: int | None = None,
+    backend: str | None = None,
+    target: str | None = None,
+) -> Any:
+    """Attend exactly over the blocks that a mask keeps.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: from :func:`select`, or :meth:`BlockMask.from_dense`; made for sequences of these lengths.
+        softmax_scale: factor of the scores; the default is head_dim**-0.5.
+        causal: the default is what the mask was made for.
+        cu_seqlens_q: see below; so are the other layout and execution keywords.
+        cu_seqlens_k: see below.
+        max_seqlen_q: see below; the default is the mask's.
+        max_seqlen_k: see below; the default is the mask's.
+        seqused_k: see below.
+        block_table: see below.
+        out: where to write the result: of q's shape and dtype, in memory of its own.
+        return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads, tokens], or
+            [heads, tokens] where q has 3 axes.
+        threads: see below.
+        backend: see below.
+        target: see below.
+
+    Returns:
+        out, or (out, lse).
+    """
+    ops = _ops_for(q)
+    if not isinstance(mask, BlockMask):
+        refuse_type("mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools")
+    made_for = mask._layout
+    if causal is None:
+        causal = made_for.causal
+    if cu_seqlens_q is not None and max_seqlen_q is None:
+        max_seqlen_q = made_for.max_seqlen_q
+    if (cu_seqlens_k is not None or block_table is not None) and max_seqlen_k is None:
+        max_seqlen_k = made_for.max_seqlen_k
+    layout = layout_of(
+        ops, q, k, v, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, block_table=block_table,
+    )  # fmt: skip
+    if layout.causal != made_for.causal:
+        refuse("causal", causal, f"what the mask was made for ({made_for.causal})")
+    for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
+        if getattr(layout, name) != getattr(made_for, name):
+            refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(layout, name)})")
+    bits = mask.bits
+    if mask._ops is not ops:
+        bits = _converted(ops, mask)
+    if not ops.same_device(bits, q):
+        refuse("mask's device", bits.device, f"q's ({q.device})")
+    heads = k.shape[-2] if mask.share_heads else q.shape[-2]
+    if bits.shape[0] == 1 and heads > 1:
+        bits = ops.expand_heads(bits, heads)
+    if bits.shape[0] != heads:
+        refuse("mask's number of heads", bits.shape[0], f"1, or {'kv_heads' if mask.share_heads else 'q_heads'} ({heads})")
+    scale, most = _scale(softmax_scale, q), _threads(threads)
+    backend, target = _name("backend", backend), _name("target", target)
+    out, lse = _results(ops, q, out, return_lse)
+    ops.attend(
+        q, k, v, out, lse, bits, mask.tile_tokens, mask.block_size, mask.share_heads, mask.mean_correction,
+        layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, layout.block_table,
+        layout.max_seqlen_q, layout.max_seqlen_k, scale, layout.causal, most, backend, target,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _converted(ops: Any, mask: BlockMask) -> Any:
+    """Return the bits of a mask that another array library made, in host memory."""
+    return ops.from_host(mask._ops.to_host(mask.bits).view("i8" if ops is not _numpy_ops else "u8"))
+
+
+for _verb in (prefill_attention, select, attend):
+    _verb.__doc__ = (_verb.__doc__ or "") + _LAYOUT

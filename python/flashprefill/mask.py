@@ -1,0 +1,248 @@
+"""Block masks: which blocks of keys each tile of queries keeps, one bit each.
+
+`select` makes them and `attend` obeys them, whoever made them: :meth:`BlockMask.from_dense` packs any selection that you
+can express as bools.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _numpy_ops
+from ._layout import TILE_ROWS, Layout, ceil_div, check_bool, tile_tokens_of
+from .errors import refuse, refuse_type
+from .stats import Stats
+
+__all__ = ["BlockMask"]
+
+
+class BlockMask:
+    """One bit for each (mask head, query tile, key block).
+
+    A mask head is a query head, or with ``share_heads`` a KV head; a mask of one head fits any number of them. Make one
+    with :func:`flashprefill.select` or :meth:`from_dense`.
+
+    Attributes:
+        bits: 64-bit words [mask heads, tile rows, words], as the C header describes them.
+        tile_tokens: query tokens a tile.
+        block_size: keys a block.
+        share_heads: whether mask heads are KV heads.
+        mean_correction: whether `attend` lets blocks left out count by their means.
+    """
+
+    def __init__(
+        self,
+        ops: Any,
+        layout: Layout,
+        bits: Any,
+        counts: Any,
+        fallback: Any,
+        tile_tokens: int,
+        block_size: int,
+        share_heads: bool,
+        mean_correction: bool,
+    ) -> None:
+        self._ops = ops
+        self._layout = layout
+        self.bits = bits
+        self.counts = counts
+        self.fallback = fallback
+        self.tile_tokens = tile_tokens
+        self.block_size = block_size
+        self.share_heads = share_heads
+        self.mean_correction = mean_correction
+
+    @classmethod
+    def from_dense(
+        cls,
+        keep: Any,
+        *,
+        q_len: int | None = None,
+        k_len: int | None = None,
+        block_size: int = 128,
+        share_heads: bool = False,
+        group: int = 1,
+        causal: bool = True,
+        mean_correction: bool = False,
+        cu_seqlens_q: Any = None,
+        cu_seqlens_k: Any = None,
+    ) -> BlockMask:
+        """Pack a mask from bools. Bits in the future are ignored.
+
+        Args:
+            keep: bool [mask heads or 1, tiles, blocks], a NumPy array or a torch tensor; a list of them (or one array of
+                4 axes) for a batch.
+            q_len: query tokens of each sequence.
+            k_len: keys of each sequence.
+            block_size: keys a block, a multiple of 16 from 16 to 1024.
+            share_heads: mask heads are KV heads, and tiles have 128 // group tokens in place of 128.
+            group: query heads a KV head; only read with share_heads.
+            causal: whether queries see only keys up to their own position (the last query sees the last key).
+            mean_correction: blocks left out count by their means.
+            cu_seqlens_q: cumulative query lengths of packed sequences; keep is a list then.
+            cu_seqlens_k: cumulative key lengths; without them the keys are as many as the queries.
+        """
+        check_bool("share_heads", share_heads)
+        check_bool("causal", causal)
+        check_bool("mean_correction", mean_correction)
+        if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)):
+            refuse_type("block_size", repr(block_size), "an integer")
+        if not 16 <= block_size <= 1024 or block_size % 16:
+            refuse("block_size", block_size, "a multiple of 16 from 16 to 1024")
+        if share_heads and not 1 <= group <= TILE_ROWS:
+            refuse("group", group, f"from 1 to {TILE_ROWS}")
+        parts = list(keep) if isinstance(keep, (list, tuple)) or getattr(keep, "ndim", 0) == 4 else [keep]
+        tile_tokens = tile_tokens_of(share_heads, group)
+        ops = _ops_of(parts[0]) if parts else _numpy_ops
+        parts = [ops.as_bool("keep", part) for part in parts]
+        layout = _dense_layout(ops, parts, q_len, k_len, cu_seqlens_q, cu_seqlens_k, causal)
+        heads = parts[0].shape[0] if parts and parts[0].ndim == 3 else 1
+
+        shape = layout.mask_shape(heads, tile_tokens, block_size)
+        like = parts[0] if parts else None
+        bits, counts = ops.zero_words(like, shape), ops.zero_counts(like, shape[:2])
+        fallback = ops.zero_counts(like, (layout.batch,))
+        for b, ((begin, rows, keys), part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
+            name = f"keep[{b}].shape" if len(parts) > 1 else "keep.shape"
+            wanted = (heads, ceil_div(rows, tile_tokens), ceil_div(keys, block_size))
+            if tuple(part.shape) != wanted:
+                refuse(name, tuple(part.shape), f"{wanted}: heads, tiles of {tile_tokens} tokens, blocks of {block_size} keys")
+            limits = layout.visible(rows, keys, tile_tokens, block_size)
+            part = part & ops.visible_before(limits, wanted[2], part)
+            first = begin // tile_tokens + b
+            bits[:, first : first + wanted[1]] = ops.pack(part, shape[2])
+            counts[:, first : first + wanted[1]] = part.sum(-1)
+        return cls(ops, layout, bits, counts, fallback, tile_tokens, int(block_size), bool(share_heads), bool(mean_correction))
+
+    @property
+    def heads(self) -> int:
+        """Mask heads."""
+        return int(self.bits.shape[0])
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self._layout.batch
+
+    @property
+    def causal(self) -> bool:
+        """Whether the mask was made for causal attention."""
+        return self._layout.causal
+
+    def _sequence(self, seq: int) -> tuple[int, int, int]:
+        if not -self.batch <= seq < self.batch:
+            refuse("seq", seq, f"a sequence of the batch, from 0 to {self.batch - 1}")
+        return self._layout.sequences(self._ops)[seq]
+
+    def dense(self, seq: int = 0) -> Any:
+        """Return the mask of one sequence as bool [mask heads, tiles, blocks]."""
+        begin, rows, keys = self._sequence(seq)
+        first = begin // self.tile_tokens + seq % self.batch
+        bits = self.bits[:, first : first + ceil_div(rows, self.tile_tokens)]
+        return self._ops.unpack(bits, ceil_div(keys, self.block_size))
+
+    @property
+    def stats(self) -> Stats:
+        """Kept blocks by sequence and head."""
+        return Stats(self._ops, self._layout, self.counts, self.fallback, self.tile_tokens, self.block_size)
+
+    @property
+    def density(self) -> float:
+        """Kept blocks over those that are visible to their tile, over all sequences and heads."""
+        return self.stats.mean_density
+
+    def plot(self, target: Any = None, *, seq: int = 0, head: int | None = None, title: str | None = None) -> Any:
+        """Draw the mask of one sequence: query tiles down, key blocks to the right. Needs matplotlib.
+
+        Args:
+            target: a path to save the picture to, matplotlib axes to draw into, or None for a new figure.
+            seq: the sequence.
+            head: the mask head; None draws the share of heads that keep each block.
+            title: a title in place of one that says density and head.
+
+        Returns:
+            The axes.
+        """
+        keep = np.asarray(self._ops.to_host(self.dense(seq)))
+        if head is not None and not -keep.shape[0] <= head < keep.shape[0]:
+            refuse("head", head, f"a mask head, from 0 to {keep.shape[0] - 1}")
+        _, rows, keys = self._sequence(seq)
+        visible = np.asarray(self._layout.visible(rows, keys, self.tile_tokens, self.block_size))
+        unseen = np.arange(keep.shape[2])[None, :] >= visible[:, None]
+        picture = np.ma.array(keep.mean(axis=0) if head is None else keep[head], mask=unseen, dtype=float)
+
+        from matplotlib.figure import Figure
+
+        saved = isinstance(target, (str, os.PathLike))
+        axes = Figure(figsize=(5, 5), layout="constrained").add_subplot() if saved or target is None else target
+        axes.imshow(picture, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        axes.set_facecolor("#e8e8e8")
+        axes.set_xlabel(f"key blocks of {self.block_size}")
+        axes.set_ylabel(f"query tiles of {self.tile_tokens}")
+        if title is None:
+            share = float(picture.mean()) if picture.count() else 1.0
+            title = f"{'all heads' if head is None else f'head {head}'}, density {share:.3f}"
+        axes.set_title(title)
+        if saved:
+            axes.figure.savefig(target, dpi=150)
+        return axes
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockMask({self.batch} sequence{'s' * (self.batch != 1)}, {self.heads} "
+            f"{'KV ' * self.share_heads}head{'s' * (self.heads != 1)}, tiles of {self.tile_tokens} tokens, "
+            f"blocks of {self.block_size} keys{', mean-corrected' * self.mean_correction})"
+        )
+
+
+def _ops_of(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return _numpy_ops
+    if hasattr(x, "data_ptr"):
+        from . import torch_op
+
+        return torch_op
+    return refuse_type("keep", f"a {type(x).__name__}", "a NumPy array or a torch tensor of bools, or a list of them")
+
+
+def _dense_layout(
+    ops: Any, parts: Sequence[Any], q_len: Any, k_len: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: bool
+) -> Layout:
+    for index, part in enumerate(parts):
+        if part.ndim != 3:
+            refuse(f"keep[{index}].ndim" if len(parts) > 1 else "keep.ndim", part.ndim, "3: heads, tiles, blocks")
+    like = parts[0] if parts else None
+    batch = len(parts)
+    if cu_seqlens_q is not None:
+        if q_len is not None or k_len is not None:
+            refuse("q_len" if q_len is not None else "k_len", q_len if q_len is not None else k_len, "None with cu_seqlens_q")
+        cu_q = ops.index("cu_seqlens_q", cu_seqlens_q, like, 1)
+        cu_k = cu_q if cu_seqlens_k is None else ops.index("cu_seqlens_k", cu_seqlens_k, like, 1)
+        for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+            if cu.shape[0] != batch + 1:
+                refuse(f"{name}.shape", tuple(cu.shape), f"({batch + 1},) for {batch} masks in keep")
+            steps = np.diff(np.asarray(ops.to_host(cu)))
+            if (steps < 0).any() or int(cu[0]) != 0:
+                refuse(name, [int(n) for n in ops.to_host(cu)], "cumulative, from 0 on")
+        lengths = [np.diff(np.asarray(ops.to_host(cu))) for cu in (cu_q, cu_k)]
+        longest = [int(x.max()) if x.size else 0 for x in lengths]
+        layout = Layout(batch, int(cu_q[-1]), longest[0], longest[1], bool(causal), cu_q, cu_k).kept(ops)
+        short = [b for b in range(batch) if causal and lengths[1][b] < lengths[0][b]]
+        if short:
+            refuse(f"cu_seqlens_k's length of sequence {short[0]}", int(lengths[1][short[0]]), "at least its query length")
+        return layout
+    if cu_seqlens_k is not None:
+        refuse("cu_seqlens_q", None, "given with cu_seqlens_k")
+    for name, value in (("q_len", q_len), ("k_len", k_len)):
+        if value is None or isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            refuse_type(name, repr(value), "an integer")
+        if value < 0:
+            refuse(name, value, "at least 0")
+    assert q_len is not None and k_len is not None
+    if causal and k_len < q_len:
+        refuse("k_len", k_len, f"at least q_len ({q_len}) with causal=True")
+    return Layout(batch, batch * int(q_len), int(q_len), int(k_len), bool(causal))

@@ -1,0 +1,266 @@
+"""Policies: which blocks of keys a tile of queries keeps.
+
+Each is a plain frozen dataclass of numbers, with the defaults that its paper or our own study publishes, checked when it
+is made. A policy counts in *blocks* of ``block_size`` keys. The words that all share:
+
+``block_size``
+    keys a block, a multiple of 16 from 16 to 1024.
+``sink_blocks``
+    blocks; the first so many of a sequence are always kept.
+``window_blocks``
+    blocks; always kept from ``window_blocks - 1`` before the block of the tile's first token up to the block of its last.
+    The tile's own diagonal is kept even with 0.
+``dense_tail_blocks``
+    blocks; so many blocks' worth of the last query tiles of a prompt's final chunk keep everything.
+``share_heads``
+    the query heads of a KV head share one list of blocks, and a tile is floor(128 / group) tokens times the group's
+    heads (FlashPrefill V2). Without it each query head has its own list and tiles of 128 tokens (V1).
+``mean_correction``
+    blocks left out, and visible to the whole tile, count by their mean key and mean value (V2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from .errors import refuse, refuse_type
+
+__all__ = ["Dense", "FlashPrefill", "Policy", "Sketch", "Streaming"]
+
+_MAX_FLOAT32 = 3.4028234663852886e38
+_MAX_BLOCKS = 1 << 24  # the library's limit: more blocks than the longest sequence has
+
+# alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches; everything else is default).
+_ALPHAS = {
+    "llama-3.1": 0.18,
+    "qwen2": 0.08,
+    "qwen2.5": 0.08,
+    "qwen2.5-vl": 0.10,
+    "qwen3-30b": 0.12,
+    "qwen3-moe": 0.12,
+    "qwen3-vl-30b": 0.22,
+}
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        refuse_type(name, repr(value), "a number")
+    return float(value)
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        refuse_type(name, repr(value), "an integer")
+    number = int(value)
+    if not low <= number <= high:
+        refuse(name, number, f"from {low} to {high}")
+    return number
+
+
+def _alpha(value: Any) -> float:
+    number = _number("alpha", value)
+    if not 0.0 <= number <= _MAX_FLOAT32:  # false for NaN too
+        refuse("alpha", number, "finite and at least 0")
+    return number
+
+
+class Policy:
+    """The base of all policies. Make one of its subclasses."""
+
+    kind: ClassVar[str] = ""  # the policy's name in specs
+    block_size: int
+    share_heads: bool
+    mean_correction: Any
+    _spec: str
+
+    def _seal(self, **checked: Any) -> None:
+        """Check the fields that all policies share, store checked values, and write the spec.
+
+        The spec is the policy as one string of numbers, which is what goes through a torch operator: a string shows in
+        graphs what was asked for, and torch.compile guards on it with one comparison.
+        """
+        shared: dict[str, Any] = {}
+        for field in ("sink_blocks", "window_blocks", "dense_tail_blocks", "min_blocks"):
+            if hasattr(self, field):
+                shared[field] = _integer(field, getattr(self, field), 0, _MAX_BLOCKS)
+        for field in ("share_heads", "mean_correction"):
+            if hasattr(self, field):
+                value = getattr(self, field)
+                if not isinstance(value, bool):
+                    refuse_type(field, repr(value), "True or False")
+        if hasattr(self, "query_pool"):
+            shared["query_pool"] = _integer("query_pool", self.query_pool, 1, 128)
+        block_size = _integer("block_size", self.block_size, 16, 1024)
+        if block_size % 16:
+            refuse("block_size", block_size, "a multiple of 16")
+        shared["block_size"] = block_size
+        for name, value in {**shared, **checked}.items():
+            object.__setattr__(self, name, value)
+        spec = self.kind
+        for name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            value = getattr(self, name)
+            spec += f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
+        object.__setattr__(self, "_spec", spec)
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Dense(Policy):
+    """Everything is kept: exact attention.
+
+    Args:
+        block_size: keys a block of the mask that says so.
+        share_heads: whether that mask has one head for each KV head.
+    """
+
+    block_size: int = 128
+    share_heads: bool = False
+
+    mean_correction: ClassVar[bool] = False
+    kind = "dense"
+
+    def __post_init__(self) -> None:
+        self._seal()
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """Sink and window blocks only, nothing is scored.
+
+    StreamingLLM's pattern (arXiv 2309.17453), also called A-shape; with a dense tail, Tri-shape.
+
+    Args:
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys a block.
+        share_heads: one list for the query heads of a KV head.
+        mean_correction: blocks left out count by their means.
+    """
+
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    dense_tail_blocks: int = 2
+    block_size: int = 128
+    share_heads: bool = False
+    mean_correction: bool = False
+
+    kind = "streaming"
+
+    def __post_init__(self) -> None:
+        self._seal()
+
+
+@dataclass(frozen=True)
+class FlashPrefill(Policy):
+    """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
+
+    A block of keys is scored by its mean key: the sum over the tile's rows of exp(scale * q . mean). Kept are blocks from
+    ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
+
+    Args:
+        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 the best one.
+            0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys a block; the paper tunes for 128.
+        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128. 1 is the paper,
+            16 costs 16 times less arithmetic at the same quality (docs: selectors).
+        share_heads: one list for the query heads of a KV head (V2).
+        mean_correction: blocks left out count by their means (V2).
+        min_blocks: blocks; at least the top so many by score are kept.
+    """
+
+    alpha: float = 0.12
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    dense_tail_blocks: int = 2
+    block_size: int = 128
+    query_pool: int = 1
+    share_heads: bool = False
+    mean_correction: bool = False
+    min_blocks: int = 0
+
+    kind = "flashprefill"
+
+    def __post_init__(self) -> None:
+        self._seal(alpha=_alpha(self.alpha))
+
+    @classmethod
+    def for_model(cls, name: str, **changes: Any) -> FlashPrefill:
+        """Return the policy that the paper's code uses for a family of models.
+
+        Args:
+            name: "llama-3.1", "qwen2", "qwen2.5", "qwen2.5-vl", "qwen3-30b", "qwen3-moe" or "qwen3-vl-30b".
+            **changes: other fields of the policy.
+
+        Raises:
+            ValueError: the name is not known; the message lists those that are.
+        """
+        alpha = _ALPHAS.get(str(name).lower())
+        if alpha is None:
+            refuse("name", repr(name), "one of " + ", ".join(sorted(_ALPHAS)))
+        return cls(**{"alpha": alpha, **changes})
+
+
+@dataclass(frozen=True)
+class Sketch(Policy):
+    """Our own: FlashPrefill whose blocks are described by their outliers beside the mean and variance of the rest.
+
+    The mean of 128 keys hides the few of them that matter. Here the ``outliers`` keys farthest from the mean stand for
+    themselves, and the rest for its mean and diagonal variance (docs: selectors).
+
+    Args:
+        mass: keep the smallest set of blocks that holds this share of the tile's estimated softmax mass, in (0, 1].
+            0.95 unless ``alpha`` is given.
+        alpha: keep blocks from this share of the tile's best score on, in [0, inf). One of mass and alpha decides.
+        outliers: keys a block that stand for themselves, 0 to 16.
+        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys a block.
+        share_heads: one list for the query heads of a KV head.
+        mean_correction: blocks left out count by their means.
+        min_blocks: blocks; at least the top so many by score are kept.
+    """
+
+    mass: float | None = None
+    alpha: float | None = None
+    outliers: int = 4
+    query_pool: int = 16
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    dense_tail_blocks: int = 2
+    block_size: int = 128
+    share_heads: bool = False
+    mean_correction: bool = False
+    min_blocks: int = 0
+
+    kind = "sketch"
+
+    def __post_init__(self) -> None:
+        mass, alpha = self.mass, self.alpha
+        if mass is not None and alpha is not None:
+            refuse("alpha", alpha, f"None where mass is given ({mass}): one of the two decides")
+        if alpha is not None:
+            alpha = _alpha(alpha)
+        else:
+            mass = _number("mass", 0.95 if mass is None else mass)
+            if not 0.0 < mass <= 1.0:
+                refuse("mass", mass, "above 0 and at most 1")
+            if mass < 1e-37:  # would be 0 or subnormal in fp32
+                refuse("mass", mass, "at least 1e-37")
+        self._seal(mass=mass, alpha=alpha, outliers=_integer("outliers", self.outliers, 0, 16))
+
+
+def numbers_of(spec: str) -> tuple[str, dict[str, float]]:
+    """Read a policy's spec back: its kind and its fields, None as NaN."""
+    kind, *parts = spec.split()
+    pairs = (part.split("=") for part in parts)
+    return kind, {name: math.nan if value == "nan" else float(value) for name, value in pairs}

@@ -1,0 +1,90 @@
+"""What a selection kept, counted from the counts that `select` wrote, when somebody asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._abi import FALLBACK_NAMES
+from ._layout import Layout
+
+__all__ = ["Stats"]
+
+
+class Stats:
+    """How many blocks of keys each sequence and head kept, and of how many.
+
+    Nothing is computed, and on a GPU nothing is waited for, before an attribute is read. All arrays are of the library
+    that the call's tensors came from, in host memory. A *mask head* is a query head, or with ``share_heads`` a KV head.
+    """
+
+    def __init__(self, ops: Any, layout: Layout, counts: Any, fallback: Any, tile_tokens: int, block_size: int) -> None:
+        self._ops = ops
+        self._layout = layout
+        self._counts = counts
+        self._fallback = fallback
+        self._tile_tokens = tile_tokens
+        self._block_size = block_size
+        self._read: dict[str, np.ndarray] | None = None
+
+    def _values(self) -> dict[str, np.ndarray]:
+        if self._read is None:
+            counts = self._ops.to_host(self._counts)
+            batch, heads = self._layout.batch, counts.shape[0]
+            kept, total = np.zeros((batch, heads), np.int64), np.zeros(batch, np.int64)
+            for b, (begin, rows, keys) in enumerate(self._layout.sequences(self._ops)):
+                visible = self._layout.visible(rows, keys, self._tile_tokens, self._block_size)
+                first = begin // self._tile_tokens + b
+                total[b] = sum(visible)
+                kept[b] = counts[:, first : first + len(visible)].sum(axis=1, dtype=np.int64)
+            share = np.ones((batch, heads), np.float64)
+            np.divide(kept, total[:, None], out=share, where=total[:, None] > 0)
+            fallback = np.array(self._ops.to_host(self._fallback), np.int32)
+            self._read = {"kept": kept, "total": total, "density": share, "fallback": fallback}
+        return self._read
+
+    @property
+    def kept(self) -> Any:
+        """Kept blocks summed over tiles, int64 [batch, mask heads]."""
+        return self._ops.from_host(self._values()["kept"])
+
+    @property
+    def total(self) -> Any:
+        """Blocks that some row of their tile may see, summed over the tiles of one head, int64 [batch]."""
+        return self._ops.from_host(self._values()["total"])
+
+    @property
+    def density(self) -> Any:
+        """kept / total, float64 [batch, mask heads]; 1 where there is nothing to keep."""
+        return self._ops.from_host(self._values()["density"])
+
+    @property
+    def fallback(self) -> Any:
+        """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 it is short, 2 the policy is Dense."""
+        return self._ops.from_host(self._values()["fallback"])
+
+    @property
+    def reasons(self) -> list[str]:
+        """:attr:`fallback` in words, one a sequence: "selected", "short" or "dense"."""
+        return [FALLBACK_NAMES[code] for code in self._values()["fallback"]]
+
+    @property
+    def mean_density(self) -> float:
+        """Kept blocks of all sequences and heads over all that could have been kept."""
+        values = self._values()
+        possible = int(values["total"].sum()) * values["kept"].shape[1]
+        return float(values["kept"].sum() / possible) if possible else 1.0
+
+    def __repr__(self) -> str:
+        values = self._values()
+        batch, heads = values["kept"].shape
+        possible = int(values["total"].sum()) * heads
+        reasons = self.reasons
+        words = [f"{reasons.count(why)} {why}" for why in FALLBACK_NAMES[1:] if why in reasons]
+        return (
+            f"Stats(density {self.mean_density:.3f}: {int(values['kept'].sum())} of {possible} blocks kept, "
+            f"{batch} sequence{'s' * (batch != 1)}, {heads} mask head{'s' * (heads != 1)}"
+            + (f"; not selected for: {', '.join(words)}" if words else "")
+            + ")"
+        )

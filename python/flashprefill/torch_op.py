@@ -1,0 +1,189 @@
+"""What the verbs need from an array library, for torch (NumPy's is _numpy_ops.py), and the torch operators.
+
+The operators write into tensors that Python has allocated, and return nothing: so torch.compile plans their memory,
+CUDA graphs replay them, and the fake kernel has nothing to say. Everything that calls C is inside them, since
+torch.compile traces the rest. They have no backward pass, and tensors that want one are refused before.
+
+Importing this module imports torch. The package does so only when a torch tensor comes in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _engine
+from .errors import refuse, refuse_type
+
+NAME = "a torch tensor"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+_select = torch.library.custom_op(
+    "flashprefill::select",
+    _engine.select,
+    mutates_args=("bits", "counts", "fallback"),
+    schema="(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float softmax_scale, bool causal, bool[] final_chunk, str policy, int threads, str? backend, str? target) -> ()",
+)
+_attend = torch.library.custom_op(
+    "flashprefill::attend",
+    _engine.attend,
+    mutates_args=("out", "lse"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor bits, SymInt tile_tokens, "
+    "SymInt block_size, bool share_heads, bool mean_correction, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
+    "bool causal, int threads, str? backend, str? target) -> ()",
+)
+_prefill = torch.library.custom_op(
+    "flashprefill::prefill",
+    _engine.prefill,
+    mutates_args=("out", "lse", "bits", "counts", "fallback"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, Tensor(d!)? counts, "
+    "Tensor(e!)? fallback, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, bool[] final_chunk, str policy, "
+    "int threads, str? backend, str? target) -> ()",
+)
+for _operator in (_select, _attend, _prefill):
+    _operator.register_fake(lambda *arguments, **keywords: None)
+
+select = torch.ops.flashprefill.select
+attend = torch.ops.flashprefill.attend
+prefill = torch.ops.flashprefill.prefill
+
+
+def check(name: str, x: Any, like: Any) -> None:
+    """Refuse what is not a tensor that the library can read."""
+    if not isinstance(x, torch.Tensor):
+        refuse_type(name, f"a {type(x).__name__}", f"{NAME}, as q is")
+    if x.dtype not in _DTYPES:
+        refuse_type(f"{name}.dtype", x.dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    if x.layout != torch.strided:
+        refuse_type(f"{name}.layout", x.layout, "torch.strided")
+    if x.device.type not in ("cpu", "cuda"):
+        refuse(f"{name}.device", x.device, "a CPU or a CUDA device")
+    if x.device != like.device:
+        refuse(f"{name}.device", x.device, f"q's ({like.device})")
+    if x.requires_grad and torch.is_grad_enabled():
+        refuse(f"{name}.requires_grad", True, "False where grad mode is enabled: there is no backward pass")
+
+
+def check_out(name: str, x: Any) -> None:
+    """Refuse an output that can't be written: every tensor can."""
+
+
+def index(name: str, x: Any, like: Any, ndim: int) -> Any:
+    """Return lengths or pages as an int32 tensor on the device of `like`."""
+    if isinstance(x, torch.Tensor):
+        if like is not None and x.device != like.device:
+            refuse(f"{name}.device", x.device, f"q's ({like.device})")
+        values = x
+    else:
+        try:
+            values = torch.as_tensor(x if isinstance(x, np.ndarray) else list(x), device=_device(like))
+        except (TypeError, ValueError, RuntimeError):
+            refuse_type(name, f"a {type(x).__name__}", "an array of integers")
+    if values.numel() and values.dtype not in _INTEGERS:
+        refuse_type(name, f"an array of {values.dtype}", "an array of integers")
+    if values.ndim != ndim:
+        refuse(f"{name}.ndim", values.ndim, ndim)
+    if values.dtype == torch.int64 and _readable(values) and values.numel():
+        low, high = int(values.min()), int(values.max())
+        if low < -(2**31) or high >= 2**31:
+            refuse(name, f"an array with values from {low} to {high}", "inside int32")
+    return values.to(torch.int32).contiguous()
+
+
+def copy(x: Any) -> Any:
+    """Return a copy that its owner can't change."""
+    return x.clone()
+
+
+def _readable(x: Any) -> bool:
+    """Return whether values can be read without waiting for a device or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def longest(lengths: Any, bound: int) -> int:
+    """Return the largest length, or `bound`, which is an upper bound, where it can't be had for nothing."""
+    if not _readable(lengths):
+        return bound
+    return int(lengths.max()) if lengths.numel() else 0
+
+
+def _device(like: Any) -> Any:
+    return "cpu" if like is None else like.device
+
+
+def empty_like(q: Any) -> Any:
+    """Return a contiguous tensor of q's shape and dtype."""
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def empty_float(like: Any, shape: tuple[int, ...]) -> Any:
+    """Return an fp32 tensor."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def zero_words(like: Any, shape: tuple[int, ...]) -> Any:
+    """Return 64-bit words."""
+    return torch.zeros(shape, dtype=torch.int64, device=_device(like))
+
+
+def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
+    """Return 32-bit counts."""
+    return torch.zeros(shape, dtype=torch.int32, device=_device(like))
+
+
+def same_device(x: Any, like: Any) -> bool:
+    """Return whether two tensors lie in the same memory."""
+    return bool(x.device == like.device)
+
+
+def as_bool(name: str, x: Any) -> Any:
+    """Return a dense mask as bool, or refuse it."""
+    if not isinstance(x, torch.Tensor):
+        refuse_type(name, f"a {type(x).__name__}", "torch tensors all")
+    if x.dtype != torch.bool:
+        refuse_type(f"{name}.dtype", x.dtype, "torch.bool")
+    return x
+
+
+def pack(keep: Any, words: int) -> Any:
+    """Pack bools [..., blocks] into words [..., words], bit j of word w being block 64 w + j."""
+    padded = torch.zeros((*keep.shape[:-1], words * 64), dtype=torch.int64, device=keep.device)
+    padded[..., : keep.shape[-1]] = keep
+    # Bits are distinct, so a sum is an or; bit 63 is int64's sign.
+    return (padded.unflatten(-1, (words, 64)) << torch.arange(64, device=keep.device)).sum(-1)
+
+
+def unpack(bits: Any, blocks: int) -> Any:
+    """Undo `pack`."""
+    single = (bits.unsqueeze(-1) >> torch.arange(64, device=bits.device)) & 1
+    return single.flatten(-2)[..., :blocks].bool()
+
+
+def visible_before(limits: list[int], blocks: int, like: Any) -> Any:
+    """Return bools [tiles, blocks]: whether a block is below its tile's limit."""
+    bounds = torch.tensor(limits, dtype=torch.int64, device=like.device)
+    return torch.arange(blocks, device=like.device)[None, :] < bounds[:, None]
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Return the values as NumPy's."""
+    return x.numpy(force=True)  # type: ignore[no-any-return]
+
+
+def from_host(x: np.ndarray) -> Any:
+    """Return host values as this library's."""
+    return torch.from_numpy(x)
+
+
+def expand_heads(bits: Any, heads: int) -> Any:
+    """Repeat the one head of a mask."""
+    return bits.expand(heads, -1, -1).contiguous()
+
+

@@ -3,8 +3,9 @@
     import flashprefill as fp
     out = fp.prefill_attention(q, k, v, fp.FlashPrefill(alpha=0.12))  # NumPy or torch
 
-For every head and every tile of queries a policy finds, in one cheap pass, the blocks of keys that matter (``select``);
-then exact softmax attention is computed over just those (``attend``). ``prefill_attention`` does both.
+For every head and every tile of queries a policy finds, in one cheap pass, the blocks of keys that matter
+(``select``); then exact softmax attention is computed over just those (``attend``). ``prefill_attention``
+does both.
 
 Importing the package needs NumPy only; torch and Transformers are imported when they are used.
 """

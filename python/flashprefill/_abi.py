@@ -1,20 +1,34 @@
-"""The C ABI (include/flashprefill/flashprefill.h) as ctypes sees it: its structs, its functions, and the library itself.
+"""The C ABI as ctypes sees it: its structs, its functions, and the library itself.
 
-Nothing else in the package knows a C type. The structs must stay field for field what the header says; the library reads
-``struct_size`` first, so an older package keeps working with a newer library. ``ctypes.CDLL`` gives up the GIL for the
-length of each call, so other Python threads run while attention does.
+Nothing else in the package knows a C type. The structs must stay field for field what the header says
+(include/flashprefill/flashprefill.h); the library reads ``struct_size`` first, so an older package keeps
+working with a newer library. ``ctypes.CDLL`` gives up the GIL for the length of each call, so other Python
+threads run while attention does.
 
-Where the library is looked for: ``flashprefill/lib/`` beside this file (where the wheel puts it), then the path in the
-environment variable ``FLASHPREFILL_LIBRARY``, then ``build/`` of a source checkout. It is read once, at import.
+Where the library is looked for: ``flashprefill/lib/`` beside this file (where the wheel puts it), then the
+path in the environment variable ``FLASHPREFILL_LIBRARY``, then ``build/`` of a source checkout. It is read
+once, at import.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import errors
 
@@ -22,6 +36,9 @@ F32, BF16, F16 = 0, 1, 2
 CPU, CUDA = 0, 1
 DENSE, STREAMING, FLASHPREFILL, SKETCH = 0, 1, 2, 3
 FALLBACK_NAMES = ("selected", "short", "dense")  # fp_fallback
+
+
+_Struct = TypeVar("_Struct", bound=Structure)
 
 
 class Tensor(Structure):
@@ -173,7 +190,10 @@ def _candidates() -> list[Path]:
         found.append(Path(named))
     checkout = package.parents[1]
     if (checkout / "include" / "flashprefill" / "flashprefill.h").is_file():
-        found += [checkout / "build" / "release" / "libflashprefill.so", checkout / "build" / "libflashprefill.so"]
+        found += [
+            checkout / "build" / "release" / "libflashprefill.so",
+            checkout / "build" / "libflashprefill.so",
+        ]
     return found
 
 
@@ -188,8 +208,8 @@ def _load() -> tuple[ctypes.CDLL, Path]:
         except OSError as error:
             tried.append(f"{path} ({error})")
     raise ImportError(
-        "flashprefill cannot load its library libflashprefill.so; reinstall the package (pip install .), or build it with "
-        "CMake and set FLASHPREFILL_LIBRARY to the path of libflashprefill.so. Tried: "
+        "flashprefill cannot load its library libflashprefill.so; reinstall the package (pip install .), or "
+        "build it with CMake and set FLASHPREFILL_LIBRARY to the path of libflashprefill.so. Tried: "
         + ("; ".join(tried) or f"{Path(__file__).resolve().parent / 'lib'} (empty)")
     )
 
@@ -247,10 +267,9 @@ def text_of(function: Any, *arguments: Any) -> str:
     return buffer.value.decode("utf-8", "replace")
 
 
-def sized(struct: Structure) -> Any:
-    """Set a zeroed struct's size field."""
-    struct.struct_size = ctypes.sizeof(struct)
-    return struct
+def sized(kind: type[_Struct]) -> _Struct:
+    """Return a zeroed struct whose size field is set."""
+    return kind(struct_size=ctypes.sizeof(kind))
 
 
 def pointer(struct: Structure | None) -> Any:

@@ -1,8 +1,9 @@
 """Calls into the library: arrays in, status out. The one place where descriptors are filled in.
 
-The three functions take NumPy arrays or torch tensors, whose shapes and kinds api.py has checked, and write to outputs
-that are there already. torch_op.py registers them as the bodies of torch operators, so they see real memory even under
-torch.compile. What depends on values, not on shapes, is checked by the library itself before it writes anything.
+The three functions take NumPy arrays or torch tensors, whose shapes and kinds api.py has checked, and write
+to outputs that are there already. torch_op.py registers them as the bodies of torch operators, so they see
+real memory even under torch.compile. What depends on values, not on shapes, is checked by the library itself
+before it writes anything.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Timings:
         )
 
 
-_timings: contextvars.ContextVar[Timings | None] = contextvars.ContextVar("flashprefill_timings", default=None)
+_timings: contextvars.ContextVar[Timings | None] = contextvars.ContextVar(
+    "flashprefill_timings", default=None
+)
 
 
 @contextlib.contextmanager
@@ -68,7 +71,7 @@ def _policy(spec: str) -> Any:
     policy = struct()
     common = policy if struct is _abi.Policy else policy.common
     _abi.check(_abi.lib.fp_policy_init(number, byref(policy), ctypes.sizeof(policy)))
-    shared = {name for name, _ in _abi.Policy._fields_}
+    shared = {field[0] for field in _abi.Policy._fields_}
     floats = {"alpha", "mass"}
     for name, value in numbers.items():
         setattr(common if name in shared else policy, name, value if name in floats else int(value))
@@ -137,20 +140,16 @@ def _workspace(like: Any, size: int) -> tuple[Any, int | None]:
 
 
 def _problem(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    seqused_k: Any,
-    block_table: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    tensors: tuple[Any, Any, Any],
+    indices: tuple[Any, Any, Any, Any],
+    max_seqlens: tuple[int, int],
     softmax_scale: float,
     causal: bool,
     final_chunk: Sequence[bool],
 ) -> _abi.Problem:
-    p = _abi.sized(_abi.Problem())
+    q, k, v = tensors
+    cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = indices
+    p = _abi.sized(_abi.Problem)
     if not _is_numpy(q) and q.device.type == "cuda":
         p.device, p.device_index = _abi.CUDA, q.device.index or 0
     packed = cu_seqlens_q is not None
@@ -163,8 +162,8 @@ def _problem(
     elif len(final_chunk) > 1:
         p.keep = (ctypes.c_uint8 * len(final_chunk))(*final_chunk)  # lives as long as the descriptor
         p.final_chunks = ctypes.addressof(p.keep)
-    p.total_q = q.shape[0] if packed else p.batch * max_seqlen_q
-    p.max_seqlen_q, p.max_seqlen_k = max_seqlen_q, max_seqlen_k
+    p.total_q = q.shape[0] if packed else p.batch * max_seqlens[0]
+    p.max_seqlen_q, p.max_seqlen_k = max_seqlens
     p.q, p.k, p.v = _tensor(q), _tensor(k), _tensor(v)
     p.cu_seqlens_q, p.cu_seqlens_k = _address(cu_seqlens_q), _address(cu_seqlens_k)
     p.seqused_k = _address(seqused_k)
@@ -179,7 +178,7 @@ def _problem(
 
 
 def _exec(q: Any, threads: int, backend: str | None, target: str | None) -> _abi.Exec:
-    e = _abi.sized(_abi.Exec())
+    e = _abi.sized(_abi.Exec)
     if _is_numpy(q):
         e.threads = max(threads, 0)
     else:
@@ -203,7 +202,7 @@ def _add_timings(e: _abi.Exec) -> None:
 
 
 def _output(q: Any, out: Any, lse: Any) -> _abi.Output:
-    o = _abi.sized(_abi.Output())
+    o = _abi.sized(_abi.Output)
     o.out = _tensor(out)
     if lse is not None:
         o.lse = _address(lse)
@@ -213,9 +212,16 @@ def _output(q: Any, out: Any, lse: Any) -> _abi.Output:
 
 
 def _mask(
-    heads: int, tile_tokens: int, block_size: int, share_heads: bool, correct: bool, bits: Any, counts: Any, fallback: Any
+    heads: int,
+    tile_tokens: int,
+    block_size: int,
+    share_heads: bool,
+    correct: bool,
+    bits: Any,
+    counts: Any,
+    fallback: Any,
 ) -> _abi.BlockMask:
-    m = _abi.sized(_abi.BlockMask())
+    m = _abi.sized(_abi.BlockMask)
     m.heads, m.tile_tokens, m.block_size = heads, tile_tokens, block_size
     m.share_heads, m.mean_correction = share_heads, correct
     m.tile_rows, m.words = bits.shape[1], bits.shape[2]
@@ -225,10 +231,10 @@ def _mask(
 
 def _mask_of(problem: _abi.Problem, policy: Any, bits: Any, counts: Any, fallback: Any) -> _abi.BlockMask:
     """Describe the policy's mask; api.py's own arithmetic must have come to the same shape."""
-    m = _abi.sized(_abi.BlockMask())
+    m = _abi.sized(_abi.BlockMask)
     _abi.check(_abi.lib.fp_mask_describe(byref(problem), byref(policy), byref(m)))
     if tuple(bits.shape) != (m.heads, m.tile_rows, m.words):
-        refuse("the shape of the mask", tuple(bits.shape), (m.heads, m.tile_rows, m.words))
+        refuse("the shape of the mask", tuple(bits.shape), str((m.heads, m.tile_rows, m.words)))
     m.bits, m.counts, m.fallback = _address(bits), _address(counts), _address(fallback)
     return m
 
@@ -258,9 +264,13 @@ def select(
 ) -> None:
     """fp_select."""
     p = _problem(
-        q, k, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
-        max_seqlen_q, max_seqlen_k, softmax_scale, causal, final_chunk,
-    )  # fmt: skip
+        (q, k, k),
+        (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
+        (max_seqlen_q, max_seqlen_k),
+        softmax_scale,
+        causal,
+        final_chunk,
+    )
     e, rule, size = _exec(q, threads, backend, target), _policy(policy), ctypes.c_size_t()
     m = _mask_of(p, rule, bits, counts, fallback)
     _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(rule), byref(e), byref(size)))
@@ -295,9 +305,13 @@ def attend(
     """fp_attend."""
     _refuse_overlap(out, q=q, k=k, v=v)
     p = _problem(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
-        max_seqlen_q, max_seqlen_k, softmax_scale, causal, (True,),
-    )  # fmt: skip
+        (q, k, v),
+        (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
+        (max_seqlen_q, max_seqlen_k),
+        softmax_scale,
+        causal,
+        (True,),
+    )
     e, o, size = _exec(q, threads, backend, target), _output(q, out, lse), ctypes.c_size_t()
     m = _mask(bits.shape[0], tile_tokens, block_size, share_heads, mean_correction, bits, None, None)
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
@@ -332,10 +346,15 @@ def prefill(
     """fp_prefill. Without bits the mask lives in the workspace."""
     _refuse_overlap(out, q=q, k=k, v=v)
     p = _problem(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
-        max_seqlen_q, max_seqlen_k, softmax_scale, causal, final_chunk,
-    )  # fmt: skip
-    e, o, rule, size = _exec(q, threads, backend, target), _output(q, out, lse), _policy(policy), ctypes.c_size_t()
+        (q, k, v),
+        (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
+        (max_seqlen_q, max_seqlen_k),
+        softmax_scale,
+        causal,
+        final_chunk,
+    )
+    e, o, size = _exec(q, threads, backend, target), _output(q, out, lse), ctypes.c_size_t()
+    rule = _policy(policy)
     m = None if bits is None else _mask_of(p, rule, bits, counts, fallback)
     _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(rule), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)

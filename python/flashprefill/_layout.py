@@ -1,8 +1,8 @@
 """Where the sequences of a batch lie in q and k, and how many tiles and blocks they have.
 
-A :class:`Layout` is what a call's shapes and index arrays say, checked as far as shapes can be; values inside index
-arrays are the library's to check. It is written with nothing but shapes, integers and plain objects, because
-torch.compile traces it. A mask keeps its layout, so that its bits can be told apart later.
+A :class:`Layout` is what a call's shapes and index arrays say, checked as far as shapes can be; values inside
+index arrays are the library's to check. It is written with nothing but shapes, integers and plain objects,
+because torch.compile traces it. A mask keeps its layout, so that its bits can be told apart later.
 """
 
 from __future__ import annotations
@@ -48,6 +48,17 @@ class Layout:
         """Return the shape of a mask's words: heads, tile rows, words a row."""
         words = ceil_div(ceil_div(self.max_seqlen_k, block_size), 64)
         return heads, self.total_q // tile_tokens + self.batch, words
+
+    def arguments(self) -> tuple[Any, Any, Any, Any, int, int]:
+        """Return what the engine's functions take of it, in their order."""
+        return (
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.seqused_k,
+            self.block_table,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+        )
 
     def kept(self, ops: Any) -> Layout:
         """Return the layout for a mask to keep: its lengths are copies, and pages don't matter."""
@@ -99,19 +110,16 @@ def check_bool(name: str, value: Any) -> None:
 
 def layout_of(
     ops: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
+    tensors: tuple[Any, Any, Any],
     causal: bool,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
+    cu_seqlens: tuple[Any, Any],
+    max_seqlens: tuple[Any, Any],
     seqused_k: Any,
     block_table: Any,
 ) -> Layout:
     """Check the shapes of q, k and v (None for select) against each other, and find the sequences."""
+    q, k, v = tensors
+    max_seqlen_q, max_seqlen_k = max_seqlens
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None:
             ops.check(name, x, q)
@@ -120,7 +128,7 @@ def layout_of(
     def index(name: str, x: Any, ndim: int = 1) -> Any:
         return None if x is None else ops.index(name, x, q, ndim)
 
-    cu_q, cu_k = index("cu_seqlens_q", cu_seqlens_q), index("cu_seqlens_k", cu_seqlens_k)
+    cu_q, cu_k = index("cu_seqlens_q", cu_seqlens[0]), index("cu_seqlens_k", cu_seqlens[1])
     used, pages = index("seqused_k", seqused_k), index("block_table", block_table, 2)
 
     # q
@@ -152,7 +160,11 @@ def layout_of(
         if pages.shape[0] != batch:
             refuse("block_table.shape", tuple(pages.shape), f"({batch}, pages) for {batch} sequences")
         if used is None and cu_k is None:
-            refuse("seqused_k", None, "given with block_table, or cu_seqlens_k: nothing else says how many keys there are")
+            refuse(
+                "seqused_k",
+                None,
+                "given with block_table, or cu_seqlens_k: nothing else says how many keys there are",
+            )
         longest_k = pages.shape[1] * k.shape[1]
         if used is not None:
             longest_k = ops.longest(used, longest_k)
@@ -172,7 +184,11 @@ def layout_of(
             refuse("k.shape[0]", k.shape[0], f"the number of sequences ({batch})")
         longest_k = k.shape[-3]
         if max_seqlen_k is not None and _length("max_seqlen_k", max_seqlen_k) != longest_k:
-            refuse("max_seqlen_k", max_seqlen_k, f"k's number of tokens ({longest_k}) where k is neither packed nor paged")
+            refuse(
+                "max_seqlen_k",
+                max_seqlen_k,
+                f"k's number of tokens ({longest_k}) where k is neither packed nor paged",
+            )
     if max_seqlen_k is not None:
         longest_k = _length("max_seqlen_k", max_seqlen_k)
     if v is not None and v.shape != k.shape:
@@ -190,5 +206,7 @@ def layout_of(
 def tile_tokens_of(share_heads: bool, group: int) -> int:
     """Return the query tokens of a tile."""
     if share_heads and group > TILE_ROWS:
-        refuse("share_heads", True, f"False where more than {TILE_ROWS} query heads share a KV head ({group})")
+        refuse(
+            "share_heads", True, f"False where more than {TILE_ROWS} query heads share a KV head ({group})"
+        )
     return TILE_ROWS // group if share_heads else TILE_ROWS

@@ -1,6 +1,7 @@
 """What the verbs need from an array library, for NumPy. torch_op.py has the same functions for torch.
 
-api.py picks one of the two modules by the type of ``q`` and calls nothing else, so no line of it knows the library.
+api.py picks one of the two modules by the type of ``q`` and calls nothing else, so no line of it knows the
+library.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def index(name: str, x: Any, like: Any, ndim: int) -> np.ndarray:
     if values.dtype.kind not in "iu" and values.size:
         refuse_type(name, f"an array of {values.dtype}", "an array of integers")
     if values.ndim != ndim:
-        refuse(f"{name}.ndim", values.ndim, ndim)
+        refuse(f"{name}.ndim", values.ndim, str(ndim))
     if values.size and not -(2**31) <= int(values.min()) <= int(values.max()) < 2**31:
         refuse(name, f"an array with values from {values.min()} to {values.max()}", "inside int32")
     return np.ascontiguousarray(values, dtype=np.int32)

@@ -1,7 +1,8 @@
 """The three verbs: prefill_attention, select, attend.
 
-They check what can be seen of their arguments, allocate results, and hand over to the engine: for NumPy arrays by a
-call, for torch tensors through a torch operator (torch_op.py), so that torch.compile traces every line here.
+They check what can be seen of their arguments, allocate results, and hand over to the engine: for NumPy
+arrays by a call, for torch tensors through a torch operator (torch_op.py), so that torch.compile traces every
+line here.
 """
 
 from __future__ import annotations
@@ -18,25 +19,6 @@ from .policies import FlashPrefill, Policy
 from .stats import Stats
 
 __all__ = ["attend", "prefill_attention", "select"]
-
-_LAYOUT = """
-    Shapes:
-        q, k and v are NumPy arrays (float32, float16, or ml_dtypes' bfloat16) or torch tensors, of any strides. q is
-        [tokens, heads, head_dim], one sequence, or [batch, tokens, heads, head_dim], or packed, [tokens, heads,
-        head_dim] with ``cu_seqlens_q``. k and v have the same axes with kv_heads, which divide heads; or they are packed,
-        with ``cu_seqlens_k``; or pages, [pages, page_size, kv_heads, head_dim] with ``block_table``.
-
-    Layout keywords:
-        cu_seqlens_q, cu_seqlens_k: cumulative lengths of packed sequences, [batch + 1], of any integer dtype, or lists.
-        max_seqlen_q, max_seqlen_k: upper bounds of them, in tokens. On a GPU and under torch.compile give them: nobody
-            waits for the device to find them out, so without them the bound is the total.
-        seqused_k: keys of each sequence in use, [batch].
-        block_table: page of each run of page_size keys, [batch, pages a sequence].
-
-    Execution keywords:
-        threads: CPU threads at most; None: torch.get_num_threads() for torch tensors, else what OpenMP would use.
-        backend, target: one of :func:`flashprefill.backends` and its instruction sets; None: the best.
-"""
 
 
 def _ops_for(q: Any) -> Any:
@@ -81,7 +63,7 @@ def _threads(threads: Any) -> int:
 def _name(argument: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         refuse_type(argument, repr(value), "a string or None")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _policy(policy: Any) -> Policy:
@@ -105,7 +87,7 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
         tile_tokens,
         policy.block_size,
         policy.share_heads,
-        policy.mean_correction,
+        policy.corrects,
     )
 
 
@@ -155,35 +137,47 @@ def prefill_attention(
     Row i of a sequence of Lq queries and Lk keys sits at position Lk - Lq + i and sees the keys up to there.
 
     Args:
-        q: queries.
-        k: keys.
-        v: values.
+        q: queries, [tokens, heads, head_dim] for one sequence, [batch, tokens, heads, head_dim], or packed
+            [tokens, heads, head_dim] with ``cu_seqlens_q``. q, k and v are NumPy arrays (float32, float16, or
+            ml_dtypes' bfloat16) or torch tensors, of any strides.
+        k: keys, with the same axes as q but kv_heads, which divide heads; or packed [tokens, kv_heads,
+            head_dim] with ``cu_seqlens_k``; or pages [pages, page_size, kv_heads, head_dim] with
+            ``block_table``.
+        v: values, of k's shape.
         policy: what to keep; the default is ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False, with :class:`Dense` only: every query sees every key.
-        cu_seqlens_q: see below; so are the other layout and execution keywords.
-        cu_seqlens_k: see below.
-        max_seqlen_q: see below.
-        max_seqlen_k: see below.
-        seqused_k: see below.
-        block_table: see below.
-        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a sequence.
+        cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
+        cu_seqlens_k: cumulative key lengths of packed sequences, likewise.
+        max_seqlen_q: an upper bound of packed query lengths, in tokens. On a GPU and under torch.compile give
+            both: nobody waits for the device to find them out, so without them the bound is the total.
+        max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
+        seqused_k: keys of each sequence that are in use, [batch].
+        block_table: page of each run of page_size keys, [batch, pages a sequence].
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a
+            sequence.
         out: where to write the result: of q's shape and dtype, in memory of its own.
-        return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads, tokens], or
-            [heads, tokens] where q has 3 axes.
+        return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
+            tokens], or [heads, tokens] where q has 3 axes.
         return_stats: return a :class:`Stats` too.
-        threads: see below.
-        backend: see below.
-        target: see below.
+        threads: CPU threads at most. The default is torch.get_num_threads() for torch tensors, else what
+            OpenMP would use.
+        backend: the name of one of :func:`flashprefill.backends`; the default is the best.
+        target: one of the backend's instruction sets; the default is the best.
 
     Returns:
         out, or a tuple of out and what else was asked for, in the order lse, stats.
     """
     ops = _ops_for(q)
     layout = layout_of(
-        ops, q, k, v, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, block_table=block_table,
-    )  # fmt: skip
+        ops,
+        (q, k, v),
+        causal,
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        seqused_k,
+        block_table,
+    )
     rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
     scale, most = _scale(softmax_scale, q), _threads(threads)
     backend, target = _name("backend", backend), _name("target", target)
@@ -192,10 +186,23 @@ def prefill_attention(
     mask = _new_mask(ops, q, k, layout, rule) if return_stats else None
     bits, counts, fallback = (None, None, None) if mask is None else (mask.bits, mask.counts, mask.fallback)
     ops.prefill(
-        q, k, v, out, lse, bits, counts, fallback,
-        layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, layout.block_table,
-        layout.max_seqlen_q, layout.max_seqlen_k, scale, layout.causal, chunks, rule._spec, most, backend, target,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bits,
+        counts,
+        fallback,
+        *layout.arguments(),
+        scale,
+        layout.causal,
+        chunks,
+        rule._spec,
+        most,
+        backend,
+        target,
+    )
     results = [out]
     if lse is not None:
         results.append(lse)
@@ -230,34 +237,50 @@ def select(
         policy: what to keep; the default is ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False, with :class:`Dense` only: every query sees every key.
-        cu_seqlens_q: see below; so are the other layout and execution keywords.
-        cu_seqlens_k: see below.
-        max_seqlen_q: see below.
-        max_seqlen_k: see below.
-        seqused_k: see below.
-        block_table: see below.
-        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a sequence.
-        threads: see below.
-        backend: see below.
-        target: see below.
+        cu_seqlens_q: as in :func:`prefill_attention`.
+        cu_seqlens_k: as in :func:`prefill_attention`.
+        max_seqlen_q: as in :func:`prefill_attention`.
+        max_seqlen_k: as in :func:`prefill_attention`.
+        seqused_k: as in :func:`prefill_attention`.
+        block_table: as in :func:`prefill_attention`.
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a
+            sequence.
+        threads: as in :func:`prefill_attention`.
+        backend: as in :func:`prefill_attention`.
+        target: as in :func:`prefill_attention`.
 
     Returns:
         The mask, for :func:`attend`, or to look at.
     """
     ops = _ops_for(q)
     layout = layout_of(
-        ops, q, k, None, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, block_table=block_table,
-    )  # fmt: skip
+        ops,
+        (q, k, None),
+        causal,
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        seqused_k,
+        block_table,
+    )
     rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
     scale, most = _scale(softmax_scale, q), _threads(threads)
     backend, target = _name("backend", backend), _name("target", target)
     mask = _new_mask(ops, q, k, layout, rule)
     ops.select(
-        q, k, mask.bits, mask.counts, mask.fallback,
-        layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, layout.block_table,
-        layout.max_seqlen_q, layout.max_seqlen_k, scale, layout.causal, chunks, rule._spec, most, backend, target,
-    )  # fmt: skip
+        q,
+        k,
+        mask.bits,
+        mask.counts,
+        mask.fallback,
+        *layout.arguments(),
+        scale,
+        layout.causal,
+        chunks,
+        rule._spec,
+        most,
+        backend,
+        target,
+    )
     return mask
 
 
@@ -290,25 +313,27 @@ def attend(
         mask: from :func:`select`, or :meth:`BlockMask.from_dense`; made for sequences of these lengths.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: the default is what the mask was made for.
-        cu_seqlens_q: see below; so are the other layout and execution keywords.
-        cu_seqlens_k: see below.
-        max_seqlen_q: see below; the default is the mask's.
-        max_seqlen_k: see below; the default is the mask's.
-        seqused_k: see below.
-        block_table: see below.
+        cu_seqlens_q: as in :func:`prefill_attention`.
+        cu_seqlens_k: as in :func:`prefill_attention`.
+        max_seqlen_q: as in :func:`prefill_attention`; the default is the mask's.
+        max_seqlen_k: as in :func:`prefill_attention`; the default is the mask's.
+        seqused_k: as in :func:`prefill_attention`.
+        block_table: as in :func:`prefill_attention`.
         out: where to write the result: of q's shape and dtype, in memory of its own.
-        return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads, tokens], or
-            [heads, tokens] where q has 3 axes.
-        threads: see below.
-        backend: see below.
-        target: see below.
+        return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
+            tokens], or [heads, tokens] where q has 3 axes.
+        threads: as in :func:`prefill_attention`.
+        backend: as in :func:`prefill_attention`.
+        target: as in :func:`prefill_attention`.
 
     Returns:
         out, or (out, lse).
     """
     ops = _ops_for(q)
     if not isinstance(mask, BlockMask):
-        refuse_type("mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools")
+        refuse_type(
+            "mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools"
+        )
     made_for = mask._layout
     if causal is None:
         causal = made_for.causal
@@ -317,9 +342,14 @@ def attend(
     if (cu_seqlens_k is not None or block_table is not None) and max_seqlen_k is None:
         max_seqlen_k = made_for.max_seqlen_k
     layout = layout_of(
-        ops, q, k, v, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, block_table=block_table,
-    )  # fmt: skip
+        ops,
+        (q, k, v),
+        causal,
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        seqused_k,
+        block_table,
+    )
     if layout.causal != made_for.causal:
         refuse("causal", causal, f"what the mask was made for ({made_for.causal})")
     for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
@@ -334,22 +364,35 @@ def attend(
     if bits.shape[0] == 1 and heads > 1:
         bits = ops.expand_heads(bits, heads)
     if bits.shape[0] != heads:
-        refuse("mask's number of heads", bits.shape[0], f"1, or {'kv_heads' if mask.share_heads else 'q_heads'} ({heads})")
+        refuse(
+            "mask's number of heads",
+            bits.shape[0],
+            f"1, or {'kv_heads' if mask.share_heads else 'q_heads'} ({heads})",
+        )
     scale, most = _scale(softmax_scale, q), _threads(threads)
     backend, target = _name("backend", backend), _name("target", target)
     out, lse = _results(ops, q, out, return_lse)
     ops.attend(
-        q, k, v, out, lse, bits, mask.tile_tokens, mask.block_size, mask.share_heads, mask.mean_correction,
-        layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_k, layout.block_table,
-        layout.max_seqlen_q, layout.max_seqlen_k, scale, layout.causal, most, backend, target,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bits,
+        mask.tile_tokens,
+        mask.block_size,
+        mask.share_heads,
+        mask.mean_correction,
+        *layout.arguments(),
+        scale,
+        layout.causal,
+        most,
+        backend,
+        target,
+    )
     return out if lse is None else (out, lse)
 
 
 def _converted(ops: Any, mask: BlockMask) -> Any:
     """Return the bits of a mask that another array library made, in host memory."""
     return ops.from_host(mask._ops.to_host(mask.bits).view("i8" if ops is not _numpy_ops else "u8"))
-
-
-for _verb in (prefill_attention, select, attend):
-    _verb.__doc__ = (_verb.__doc__ or "") + _LAYOUT

@@ -1,8 +1,8 @@
 """What the package raises.
 
-Every error is a :class:`FlashPrefillError` and also the built-in exception that Python's users expect for its kind, so
-``except ValueError`` works without knowing this module. The one line of each message names the argument, what it was
-and what it must be; where the C library refused, the line is the library's own.
+Every error is a :class:`FlashPrefillError` and also the built-in exception that Python's users expect for its
+kind, so ``except ValueError`` works without knowing this module. The one line of each message names the
+argument, what it was and what it must be; where the C library refused, the line is the library's own.
 """
 
 from __future__ import annotations

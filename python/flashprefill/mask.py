@@ -1,7 +1,7 @@
 """Block masks: which blocks of keys each tile of queries keeps, one bit each.
 
-`select` makes them and `attend` obeys them, whoever made them: :meth:`BlockMask.from_dense` packs any selection that you
-can express as bools.
+`select` makes them and `attend` obeys them, whoever made them: :meth:`BlockMask.from_dense` packs any
+selection that you can express as bools.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["BlockMask"]
 class BlockMask:
     """One bit for each (mask head, query tile, key block).
 
-    A mask head is a query head, or with ``share_heads`` a KV head; a mask of one head fits any number of them. Make one
-    with :func:`flashprefill.select` or :meth:`from_dense`.
+    A mask head is a query head, or with ``share_heads`` a KV head; a mask of one head fits any number of
+    them. Make one with :func:`flashprefill.select` or :meth:`from_dense`.
 
     Attributes:
         bits: 64-bit words [mask heads, tile rows, words], as the C header describes them.
@@ -74,8 +74,8 @@ class BlockMask:
         """Pack a mask from bools. Bits in the future are ignored.
 
         Args:
-            keep: bool [mask heads or 1, tiles, blocks], a NumPy array or a torch tensor; a list of them (or one array of
-                4 axes) for a batch.
+            keep: bool [mask heads or 1, tiles, blocks], a NumPy array or a torch tensor; a list of them (or
+                one array of 4 axes) for a batch.
             q_len: query tokens of each sequence.
             k_len: keys of each sequence.
             block_size: keys a block, a multiple of 16 from 16 to 1024.
@@ -110,13 +110,27 @@ class BlockMask:
             name = f"keep[{b}].shape" if len(parts) > 1 else "keep.shape"
             wanted = (heads, ceil_div(rows, tile_tokens), ceil_div(keys, block_size))
             if tuple(part.shape) != wanted:
-                refuse(name, tuple(part.shape), f"{wanted}: heads, tiles of {tile_tokens} tokens, blocks of {block_size} keys")
+                refuse(
+                    name,
+                    tuple(part.shape),
+                    f"{wanted}: heads, tiles of {tile_tokens} tokens, blocks of {block_size} keys",
+                )
             limits = layout.visible(rows, keys, tile_tokens, block_size)
             part = part & ops.visible_before(limits, wanted[2], part)
             first = begin // tile_tokens + b
             bits[:, first : first + wanted[1]] = ops.pack(part, shape[2])
             counts[:, first : first + wanted[1]] = part.sum(-1)
-        return cls(ops, layout, bits, counts, fallback, tile_tokens, int(block_size), bool(share_heads), bool(mean_correction))
+        return cls(
+            ops,
+            layout,
+            bits,
+            counts,
+            fallback,
+            tile_tokens,
+            int(block_size),
+            bool(share_heads),
+            bool(mean_correction),
+        )
 
     @property
     def heads(self) -> int:
@@ -155,7 +169,9 @@ class BlockMask:
         """Kept blocks over those that are visible to their tile, over all sequences and heads."""
         return self.stats.mean_density
 
-    def plot(self, target: Any = None, *, seq: int = 0, head: int | None = None, title: str | None = None) -> Any:
+    def plot(
+        self, target: Any = None, *, seq: int = 0, head: int | None = None, title: str | None = None
+    ) -> Any:
         """Draw the mask of one sequence: query tiles down, key blocks to the right. Needs matplotlib.
 
         Args:
@@ -173,12 +189,16 @@ class BlockMask:
         _, rows, keys = self._sequence(seq)
         visible = np.asarray(self._layout.visible(rows, keys, self.tile_tokens, self.block_size))
         unseen = np.arange(keep.shape[2])[None, :] >= visible[:, None]
-        picture = np.ma.array(keep.mean(axis=0) if head is None else keep[head], mask=unseen, dtype=float)
+        picture: Any = np.ma.array(
+            keep.mean(axis=0) if head is None else keep[head], mask=unseen, dtype=float
+        )
 
         from matplotlib.figure import Figure
 
         saved = isinstance(target, (str, os.PathLike))
-        axes = Figure(figsize=(5, 5), layout="constrained").add_subplot() if saved or target is None else target
+        axes = (
+            Figure(figsize=(5, 5), layout="constrained").add_subplot() if saved or target is None else target
+        )
         axes.imshow(picture, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_facecolor("#e8e8e8")
         axes.set_xlabel(f"key blocks of {self.block_size}")
@@ -188,7 +208,7 @@ class BlockMask:
             title = f"{'all heads' if head is None else f'head {head}'}, density {share:.3f}"
         axes.set_title(title)
         if saved:
-            axes.figure.savefig(target, dpi=150)
+            axes.get_figure(root=True).savefig(target, dpi=150)
         return axes
 
     def __repr__(self) -> str:
@@ -206,7 +226,9 @@ def _ops_of(x: Any) -> Any:
         from . import torch_op
 
         return torch_op
-    return refuse_type("keep", f"a {type(x).__name__}", "a NumPy array or a torch tensor of bools, or a list of them")
+    return refuse_type(
+        "keep", f"a {type(x).__name__}", "a NumPy array or a torch tensor of bools, or a list of them"
+    )
 
 
 def _dense_layout(
@@ -214,12 +236,18 @@ def _dense_layout(
 ) -> Layout:
     for index, part in enumerate(parts):
         if part.ndim != 3:
-            refuse(f"keep[{index}].ndim" if len(parts) > 1 else "keep.ndim", part.ndim, "3: heads, tiles, blocks")
+            refuse(
+                f"keep[{index}].ndim" if len(parts) > 1 else "keep.ndim", part.ndim, "3: heads, tiles, blocks"
+            )
     like = parts[0] if parts else None
     batch = len(parts)
     if cu_seqlens_q is not None:
         if q_len is not None or k_len is not None:
-            refuse("q_len" if q_len is not None else "k_len", q_len if q_len is not None else k_len, "None with cu_seqlens_q")
+            refuse(
+                "q_len" if q_len is not None else "k_len",
+                q_len if q_len is not None else k_len,
+                "None with cu_seqlens_q",
+            )
         cu_q = ops.index("cu_seqlens_q", cu_seqlens_q, like, 1)
         cu_k = cu_q if cu_seqlens_k is None else ops.index("cu_seqlens_k", cu_seqlens_k, like, 1)
         for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
@@ -233,7 +261,11 @@ def _dense_layout(
         layout = Layout(batch, int(cu_q[-1]), longest[0], longest[1], bool(causal), cu_q, cu_k).kept(ops)
         short = [b for b in range(batch) if causal and lengths[1][b] < lengths[0][b]]
         if short:
-            refuse(f"cu_seqlens_k's length of sequence {short[0]}", int(lengths[1][short[0]]), "at least its query length")
+            refuse(
+                f"cu_seqlens_k's length of sequence {short[0]}",
+                int(lengths[1][short[0]]),
+                "at least its query length",
+            )
         return layout
     if cu_seqlens_k is not None:
         refuse("cu_seqlens_q", None, "given with cu_seqlens_k")

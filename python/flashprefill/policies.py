@@ -1,20 +1,20 @@
 """Policies: which blocks of keys a tile of queries keeps.
 
-Each is a plain frozen dataclass of numbers, with the defaults that its paper or our own study publishes, checked when it
-is made. A policy counts in *blocks* of ``block_size`` keys. The words that all share:
+Each is a plain frozen dataclass of numbers, with the defaults that its paper or our own study publishes,
+checked when it is made. A policy counts in *blocks* of ``block_size`` keys. The words that all share:
 
 ``block_size``
     keys a block, a multiple of 16 from 16 to 1024.
 ``sink_blocks``
     blocks; the first so many of a sequence are always kept.
 ``window_blocks``
-    blocks; always kept from ``window_blocks - 1`` before the block of the tile's first token up to the block of its last.
-    The tile's own diagonal is kept even with 0.
+    blocks; always kept from ``window_blocks - 1`` before the block of the tile's first token up to the block
+    of its last. The tile's own diagonal is kept even with 0.
 ``dense_tail_blocks``
     blocks; so many blocks' worth of the last query tiles of a prompt's final chunk keep everything.
 ``share_heads``
-    the query heads of a KV head share one list of blocks, and a tile is floor(128 / group) tokens times the group's
-    heads (FlashPrefill V2). Without it each query head has its own list and tiles of 128 tokens (V1).
+    the query heads of a KV head share one list of blocks, and a tile is floor(128 / group) tokens times the
+    group's heads (FlashPrefill V2). Without it each query head has its own list and tiles of 128 tokens (V1).
 ``mean_correction``
     blocks left out, and visible to the whole tile, count by their mean key and mean value (V2).
 """
@@ -32,7 +32,7 @@ __all__ = ["Dense", "FlashPrefill", "Policy", "Sketch", "Streaming"]
 _MAX_FLOAT32 = 3.4028234663852886e38
 _MAX_BLOCKS = 1 << 24  # the library's limit: more blocks than the longest sequence has
 
-# alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches; everything else is default).
+# alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
 _ALPHAS = {
     "llama-3.1": 0.18,
     "qwen2": 0.08,
@@ -72,14 +72,13 @@ class Policy:
     kind: ClassVar[str] = ""  # the policy's name in specs
     block_size: int
     share_heads: bool
-    mean_correction: Any
     _spec: str
 
     def _seal(self, **checked: Any) -> None:
         """Check the fields that all policies share, store checked values, and write the spec.
 
-        The spec is the policy as one string of numbers, which is what goes through a torch operator: a string shows in
-        graphs what was asked for, and torch.compile guards on it with one comparison.
+        The spec is the policy as one string of numbers, which is what goes through a torch operator: a string
+        shows in graphs what was asked for, and torch.compile guards on it with one comparison.
         """
         shared: dict[str, Any] = {}
         for field in ("sink_blocks", "window_blocks", "dense_tail_blocks", "min_blocks"):
@@ -104,6 +103,11 @@ class Policy:
             spec += f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
         object.__setattr__(self, "_spec", spec)
 
+    @property
+    def corrects(self) -> bool:
+        """Whether blocks left out count by their means."""
+        return bool(getattr(self, "mean_correction", False))
+
     def __reduce__(self) -> Any:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
@@ -120,7 +124,6 @@ class Dense(Policy):
     block_size: int = 128
     share_heads: bool = False
 
-    mean_correction: ClassVar[bool] = False
     kind = "dense"
 
     def __post_init__(self) -> None:
@@ -159,18 +162,19 @@ class Streaming(Policy):
 class FlashPrefill(Policy):
     """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
 
-    A block of keys is scored by its mean key: the sum over the tile's rows of exp(scale * q . mean). Kept are blocks from
+    A block of keys is scored by its mean key: the sum over the tile's rows of exp(scale * q . mean). Kept are
+    blocks from
     ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
 
     Args:
-        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 the best one.
-            0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
+        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 the best
+            one. 0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
         sink_blocks: blocks kept at the beginning.
         window_blocks: blocks kept before and at the diagonal.
         dense_tail_blocks: blocks' worth of last query tiles that keep everything.
         block_size: keys a block; the paper tunes for 128.
-        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128. 1 is the paper,
-            16 costs 16 times less arithmetic at the same quality (docs: selectors).
+        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128. 1
+            is the paper, 16 costs 16 times less arithmetic at the same quality (docs: selectors).
         share_heads: one list for the query heads of a KV head (V2).
         mean_correction: blocks left out count by their means (V2).
         min_blocks: blocks; at least the top so many by score are kept.
@@ -210,15 +214,16 @@ class FlashPrefill(Policy):
 
 @dataclass(frozen=True)
 class Sketch(Policy):
-    """Our own: FlashPrefill whose blocks are described by their outliers beside the mean and variance of the rest.
+    """Our own: FlashPrefill whose blocks are described by their outliers beside the rest's mean and variance.
 
-    The mean of 128 keys hides the few of them that matter. Here the ``outliers`` keys farthest from the mean stand for
-    themselves, and the rest for its mean and diagonal variance (docs: selectors).
+    The mean of 128 keys hides the few of them that matter. Here the ``outliers`` keys farthest from the mean
+    stand for themselves, and the rest for its mean and diagonal variance (docs: selectors).
 
     Args:
-        mass: keep the smallest set of blocks that holds this share of the tile's estimated softmax mass, in (0, 1].
-            0.95 unless ``alpha`` is given.
-        alpha: keep blocks from this share of the tile's best score on, in [0, inf). One of mass and alpha decides.
+        mass: keep the smallest set of blocks that holds this share of the tile's estimated softmax mass, in
+            (0, 1]. 0.95 unless ``alpha`` is given.
+        alpha: keep blocks from this share of the tile's best score on, in [0, inf). One of mass and alpha
+            decides.
         outliers: keys a block that stand for themselves, 0 to 16.
         query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128.
         sink_blocks: blocks kept at the beginning.

@@ -15,11 +15,14 @@ __all__ = ["Stats"]
 class Stats:
     """How many blocks of keys each sequence and head kept, and of how many.
 
-    Nothing is computed, and on a GPU nothing is waited for, before an attribute is read. All arrays are of the library
-    that the call's tensors came from, in host memory. A *mask head* is a query head, or with ``share_heads`` a KV head.
+    Nothing is computed, and on a GPU nothing is waited for, before an attribute is read. All arrays are of
+    the library that the call's tensors came from, in host memory. A *mask head* is a query head, or with
+    ``share_heads`` a KV head.
     """
 
-    def __init__(self, ops: Any, layout: Layout, counts: Any, fallback: Any, tile_tokens: int, block_size: int) -> None:
+    def __init__(
+        self, ops: Any, layout: Layout, counts: Any, fallback: Any, tile_tokens: int, block_size: int
+    ) -> None:
         self._ops = ops
         self._layout = layout
         self._counts = counts
@@ -56,12 +59,12 @@ class Stats:
 
     @property
     def density(self) -> Any:
-        """kept / total, float64 [batch, mask heads]; 1 where there is nothing to keep."""
+        """Kept / total, float64 [batch, mask heads]; 1 where there is nothing to keep."""
         return self._ops.from_host(self._values()["density"])
 
     @property
     def fallback(self) -> Any:
-        """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 it is short, 2 the policy is Dense."""
+        """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 short, 2 the policy is Dense."""
         return self._ops.from_host(self._values()["fallback"])
 
     @property

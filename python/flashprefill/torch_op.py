@@ -1,8 +1,9 @@
 """What the verbs need from an array library, for torch (NumPy's is _numpy_ops.py), and the torch operators.
 
-The operators write into tensors that Python has allocated, and return nothing: so torch.compile plans their memory,
-CUDA graphs replay them, and the fake kernel has nothing to say. Everything that calls C is inside them, since
-torch.compile traces the rest. They have no backward pass, and tensors that want one are refused before.
+The operators write into tensors that Python has allocated, and return nothing: so torch.compile plans their
+memory, CUDA graphs replay them, and the fake kernel has nothing to say. Everything that calls C is inside
+them, since torch.compile traces the rest. They have no backward pass, and tensors that want one are refused
+before.
 
 Importing this module imports torch. The package does so only when a torch tensor comes in.
 """
@@ -21,31 +22,32 @@ NAME = "a torch tensor"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
+_LAYOUT = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal"
+)
+_EXEC = "int threads, str? backend, str? target"
+
 _select = torch.library.custom_op(
     "flashprefill::select",
     _engine.select,
     mutates_args=("bits", "counts", "fallback"),
-    schema="(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float softmax_scale, bool causal, bool[] final_chunk, str policy, int threads, str? backend, str? target) -> ()",
+    schema="(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, "
+    f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
 )
 _attend = torch.library.custom_op(
     "flashprefill::attend",
     _engine.attend,
     mutates_args=("out", "lse"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor bits, SymInt tile_tokens, "
-    "SymInt block_size, bool share_heads, bool mean_correction, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
-    "bool causal, int threads, str? backend, str? target) -> ()",
+    f"SymInt block_size, bool share_heads, bool mean_correction, {_LAYOUT}, {_EXEC}) -> ()",
 )
 _prefill = torch.library.custom_op(
     "flashprefill::prefill",
     _engine.prefill,
     mutates_args=("out", "lse", "bits", "counts", "fallback"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, Tensor(d!)? counts, "
-    "Tensor(e!)? fallback, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, bool[] final_chunk, str policy, "
-    "int threads, str? backend, str? target) -> ()",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, "
+    f"Tensor(d!)? counts, Tensor(e!)? fallback, {_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
 )
 for _operator in (_select, _attend, _prefill):
     _operator.register_fake(lambda *arguments, **keywords: None)
@@ -89,7 +91,7 @@ def index(name: str, x: Any, like: Any, ndim: int) -> Any:
     if values.numel() and values.dtype not in _INTEGERS:
         refuse_type(name, f"an array of {values.dtype}", "an array of integers")
     if values.ndim != ndim:
-        refuse(f"{name}.ndim", values.ndim, ndim)
+        refuse(f"{name}.ndim", values.ndim, str(ndim))
     if values.dtype == torch.int64 and _readable(values) and values.numel():
         low, high = int(values.min()), int(values.max())
         if low < -(2**31) or high >= 2**31:
@@ -157,7 +159,7 @@ def pack(keep: Any, words: int) -> Any:
     padded = torch.zeros((*keep.shape[:-1], words * 64), dtype=torch.int64, device=keep.device)
     padded[..., : keep.shape[-1]] = keep
     # Bits are distinct, so a sum is an or; bit 63 is int64's sign.
-    return (padded.unflatten(-1, (words, 64)) << torch.arange(64, device=keep.device)).sum(-1)
+    return (padded.view(*keep.shape[:-1], words, 64) << torch.arange(64, device=keep.device)).sum(-1)
 
 
 def unpack(bits: Any, blocks: int) -> Any:
@@ -185,5 +187,3 @@ def from_host(x: np.ndarray) -> Any:
 def expand_heads(bits: Any, heads: int) -> Any:
     """Repeat the one head of a mask."""
     return bits.expand(heads, -1, -1).contiguous()
-
-

@@ -124,6 +124,11 @@ def from_host(x: np.ndarray) -> Any:
     return x
 
 
+def words_of(bits: np.ndarray) -> Any:
+    """Return host words as this library's."""
+    return bits.view(np.uint64)
+
+
 def expand_heads(bits: Any, heads: int) -> Any:
     """Repeat the one head of a mask."""
     return np.ascontiguousarray(np.broadcast_to(bits, (heads, *bits.shape[1:])))

@@ -11,24 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from . import _numpy_ops
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
+from ._ops import ops_of
 from .errors import refuse, refuse_type
 from .mask import BlockMask
 from .policies import FlashPrefill, Policy
 from .stats import Stats
 
 __all__ = ["attend", "prefill_attention", "select"]
-
-
-def _ops_for(q: Any) -> Any:
-    if isinstance(q, np.ndarray):
-        return _numpy_ops
-    if hasattr(q, "data_ptr") and hasattr(q, "requires_grad"):
-        from . import torch_op
-
-        return torch_op
-    return refuse_type("q", f"a {type(q).__name__}", "a NumPy array or a torch tensor")
 
 
 def _scale(softmax_scale: Any, q: Any) -> float:
@@ -79,7 +69,6 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
     heads = k.shape[-2] if policy.share_heads else q.shape[-2]
     shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
     return BlockMask(
-        ops,
         layout.kept(ops),
         ops.zero_words(q, shape),
         ops.zero_counts(q, shape[:2]),
@@ -168,7 +157,7 @@ def prefill_attention(
     Returns:
         out, or a tuple of out and what else was asked for, in the order lse, stats.
     """
-    ops = _ops_for(q)
+    ops = ops_of("q", q)
     layout = layout_of(
         ops,
         (q, k, v),
@@ -207,7 +196,7 @@ def prefill_attention(
     if lse is not None:
         results.append(lse)
     if mask is not None:
-        results.append(Stats(ops, mask._layout, counts, fallback, mask.tile_tokens, mask.block_size))
+        results.append(Stats(mask._layout, counts, fallback, mask.tile_tokens, mask.block_size))
     return out if len(results) == 1 else tuple(results)
 
 
@@ -252,7 +241,7 @@ def select(
     Returns:
         The mask, for :func:`attend`, or to look at.
     """
-    ops = _ops_for(q)
+    ops = ops_of("q", q)
     layout = layout_of(
         ops,
         (q, k, None),
@@ -329,7 +318,7 @@ def attend(
     Returns:
         out, or (out, lse).
     """
-    ops = _ops_for(q)
+    ops = ops_of("q", q)
     if not isinstance(mask, BlockMask):
         refuse_type(
             "mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools"
@@ -356,8 +345,8 @@ def attend(
         if getattr(layout, name) != getattr(made_for, name):
             refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(layout, name)})")
     bits = mask.bits
-    if mask._ops is not ops:
-        bits = _converted(ops, mask)
+    if mask._ops is not ops:  # made with the other array library: its words, in host memory
+        bits = ops.words_of(mask._ops.to_host(bits))
     if not ops.same_device(bits, q):
         refuse("mask's device", bits.device, f"q's ({q.device})")
     heads = k.shape[-2] if mask.share_heads else q.shape[-2]
@@ -391,8 +380,3 @@ def attend(
         target,
     )
     return out if lse is None else (out, lse)
-
-
-def _converted(ops: Any, mask: BlockMask) -> Any:
-    """Return the bits of a mask that another array library made, in host memory."""
-    return ops.from_host(mask._ops.to_host(mask.bits).view("i8" if ops is not _numpy_ops else "u8"))

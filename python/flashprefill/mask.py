@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _numpy_ops
 from ._layout import TILE_ROWS, Layout, ceil_div, check_bool, tile_tokens_of
+from ._ops import ops_of
 from .errors import refuse, refuse_type
 from .stats import Stats
 
@@ -36,7 +37,6 @@ class BlockMask:
 
     def __init__(
         self,
-        ops: Any,
         layout: Layout,
         bits: Any,
         counts: Any,
@@ -46,7 +46,6 @@ class BlockMask:
         share_heads: bool,
         mean_correction: bool,
     ) -> None:
-        self._ops = ops
         self._layout = layout
         self.bits = bits
         self.counts = counts
@@ -97,7 +96,11 @@ class BlockMask:
             refuse("group", group, f"from 1 to {TILE_ROWS}")
         parts = list(keep) if isinstance(keep, (list, tuple)) or getattr(keep, "ndim", 0) == 4 else [keep]
         tile_tokens = tile_tokens_of(share_heads, group)
-        ops = _ops_of(parts[0]) if parts else _numpy_ops
+        ops = (
+            ops_of("keep", parts[0], "a NumPy array or a torch tensor of bools, or a list of them")
+            if parts
+            else _numpy_ops
+        )
         parts = [ops.as_bool("keep", part) for part in parts]
         layout = _dense_layout(ops, parts, q_len, k_len, cu_seqlens_q, cu_seqlens_k, causal)
         heads = parts[0].shape[0] if parts and parts[0].ndim == 3 else 1
@@ -121,7 +124,6 @@ class BlockMask:
             bits[:, first : first + wanted[1]] = ops.pack(part, shape[2])
             counts[:, first : first + wanted[1]] = part.sum(-1)
         return cls(
-            ops,
             layout,
             bits,
             counts,
@@ -131,6 +133,10 @@ class BlockMask:
             bool(share_heads),
             bool(mean_correction),
         )
+
+    @property
+    def _ops(self) -> Any:
+        return ops_of("bits", self.bits)
 
     @property
     def heads(self) -> int:
@@ -162,7 +168,7 @@ class BlockMask:
     @property
     def stats(self) -> Stats:
         """Kept blocks by sequence and head."""
-        return Stats(self._ops, self._layout, self.counts, self.fallback, self.tile_tokens, self.block_size)
+        return Stats(self._layout, self.counts, self.fallback, self.tile_tokens, self.block_size)
 
     @property
     def density(self) -> float:
@@ -208,7 +214,8 @@ class BlockMask:
             title = f"{'all heads' if head is None else f'head {head}'}, density {share:.3f}"
         axes.set_title(title)
         if saved:
-            axes.get_figure(root=True).savefig(target, dpi=150)
+            figure: Any = axes.figure
+            figure.savefig(target, dpi=150)
         return axes
 
     def __repr__(self) -> str:
@@ -217,18 +224,6 @@ class BlockMask:
             f"{'KV ' * self.share_heads}head{'s' * (self.heads != 1)}, tiles of {self.tile_tokens} tokens, "
             f"blocks of {self.block_size} keys{', mean-corrected' * self.mean_correction})"
         )
-
-
-def _ops_of(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return _numpy_ops
-    if hasattr(x, "data_ptr"):
-        from . import torch_op
-
-        return torch_op
-    return refuse_type(
-        "keep", f"a {type(x).__name__}", "a NumPy array or a torch tensor of bools, or a list of them"
-    )
 
 
 def _dense_layout(

@@ -8,6 +8,7 @@ import numpy as np
 
 from ._abi import FALLBACK_NAMES
 from ._layout import Layout
+from ._ops import ops_of
 
 __all__ = ["Stats"]
 
@@ -20,16 +21,17 @@ class Stats:
     ``share_heads`` a KV head.
     """
 
-    def __init__(
-        self, ops: Any, layout: Layout, counts: Any, fallback: Any, tile_tokens: int, block_size: int
-    ) -> None:
-        self._ops = ops
+    def __init__(self, layout: Layout, counts: Any, fallback: Any, tile_tokens: int, block_size: int) -> None:
         self._layout = layout
         self._counts = counts
         self._fallback = fallback
         self._tile_tokens = tile_tokens
         self._block_size = block_size
         self._read: dict[str, np.ndarray] | None = None
+
+    @property
+    def _ops(self) -> Any:
+        return ops_of("counts", self._counts)
 
     def _values(self) -> dict[str, np.ndarray]:
         if self._read is None:

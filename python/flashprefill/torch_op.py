@@ -184,6 +184,11 @@ def from_host(x: np.ndarray) -> Any:
     return torch.from_numpy(x)
 
 
+def words_of(bits: np.ndarray) -> Any:
+    """Return host words as this library's."""
+    return torch.from_numpy(bits.view(np.int64))
+
+
 def expand_heads(bits: Any, heads: int) -> Any:
     """Repeat the one head of a mask."""
     return bits.expand(heads, -1, -1).contiguous()

@@ -1,0 +1,21 @@
+"""Which array library something is of, told by the thing itself: the module with what the verbs need from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _numpy_ops
+from .errors import refuse_type
+
+
+def ops_of(name: str, x: Any, what: str = "a NumPy array or a torch tensor") -> Any:
+    """Return _numpy_ops or torch_op. torch is imported only where a tensor of it is there."""
+    if isinstance(x, np.ndarray):
+        return _numpy_ops
+    if hasattr(x, "data_ptr") and hasattr(x, "requires_grad"):
+        from . import torch_op
+
+        return torch_op
+    return refuse_type(name, f"a {type(x).__name__}", what)

@@ -12,11 +12,13 @@
 
 #include "cpu/targets.h"
 
+// clang-format off: the order matters
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/attend_kernels.cc"
-#include "cpu/rows.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "cpu/rows.h"
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace flashprefill::cpu::HWY_NAMESPACE {

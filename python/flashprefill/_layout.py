@@ -117,12 +117,11 @@ def layout_of(
     seqused_k: Any,
     block_table: Any,
 ) -> Layout:
-    """Check the shapes of q, k and v (None for select) against each other, and find the sequences."""
+    """Check q, k and v (k again for select) against each other, and find the sequences."""
     q, k, v = tensors
     max_seqlen_q, max_seqlen_k = max_seqlens
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x is not None:
-            ops.check(name, x, q)
+        ops.check(name, x, q)
     check_bool("causal", causal)
 
     def index(name: str, x: Any, ndim: int = 1) -> Any:
@@ -191,7 +190,7 @@ def layout_of(
             )
     if max_seqlen_k is not None:
         longest_k = _length("max_seqlen_k", max_seqlen_k)
-    if v is not None and v.shape != k.shape:
+    if v.shape != k.shape:
         refuse("v.shape", tuple(v.shape), f"k's ({tuple(k.shape)})")
     if k.shape[-1] != q.shape[-1]:
         refuse("k.shape[-1]", k.shape[-1], f"q's head_dim ({q.shape[-1]})")

@@ -1,4 +1,4 @@
-"""Which array library something is of, told by the thing itself: the module with what the verbs need from it."""
+"""Which array library something is of, told by the thing itself."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def select(
     ops = ops_of("q", q)
     layout = layout_of(
         ops,
-        (q, k, None),
+        (q, k, k),
         causal,
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),

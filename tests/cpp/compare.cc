@@ -68,38 +68,40 @@ testing::AssertionResult SameBits(const fp_problem& p, const Attended& expected,
   return CompareRows(p, expected, actual, BitEqual);
 }
 
-// With alpha the threshold is alpha times the largest energy; with a number of blocks it is the energy of the last that
-// is in. With mass it lies between the blocks at which the sum would cross were p smaller, or larger, by the tolerance.
-// Rules are joined, so a block is in for sure from the least of their upper limits on.
-Band UndecidedBand(const reference::TileChoice& choice, double tolerance) {
-  const std::vector<int64_t> order = reference::Ranking(choice);
-  const double infinity = std::numeric_limits<double>::infinity();
-  Band band{infinity, infinity};
-  const auto join = [&](double low, double high) {
-    band.low = std::min(band.low, low * (1 - tolerance));
-    band.high = std::min(band.high, high * (1 + tolerance));
-  };
-  if (order.empty()) return band;
-  const auto energy = [&](size_t rank) { return choice.energy[order[rank]]; };
+// A block is in for sure if one of the rules takes it even where all that may rank before it does, and out for sure if
+// each rule leaves it even where only those rank before it that must.
+std::vector<uint8_t> Undecided(const reference::TileChoice& choice, double tolerance) {
   const reference::KeepRule& rule = choice.rule;
-  if (!std::isnan(rule.alpha)) join(rule.alpha * energy(0), rule.alpha * energy(0));
-  if (!std::isnan(rule.mass)) {
-    double total = 0, sum = 0;
-    for (size_t r = 0; r < order.size(); ++r) total += energy(r);
-    size_t early = order.size() - 1, late = early;
-    for (size_t r = order.size(); r-- > 0;) { // sums from the far end: the share that is left after rank r
-      if (sum <= (1 - rule.mass + tolerance) * total) early = r;
-      if (sum <= (1 - rule.mass - tolerance) * total) late = r;
-      sum += energy(r);
+  const size_t blocks = choice.energy.size();
+  double total = 0, largest = 0;
+  for (size_t b = 0; b < blocks; ++b) {
+    if (choice.scored[b]) total += choice.energy[b], largest = std::max(largest, choice.energy[b]);
+  }
+  std::vector<uint8_t> open(blocks);
+  for (size_t b = 0; b < blocks; ++b) {
+    if (!choice.scored[b]) continue;
+    const double energy = choice.energy[b];
+    double sum_before = 0, sum_perhaps = 0;
+    int64_t before = 0, perhaps = 0;
+    for (size_t other = 0; other < blocks; ++other) {
+      if (other == b || !choice.scored[other]) continue;
+      const double e = choice.energy[other];
+      if (e > energy * (1 + tolerance)) sum_before += e, ++before;
+      if (e >= energy * (1 - tolerance)) sum_perhaps += e, ++perhaps;
     }
-    join(energy(late), energy(early));
+    bool in = perhaps < rule.min_blocks, out = before >= rule.min_blocks;
+    if (!std::isnan(rule.alpha)) {
+      const double threshold = rule.alpha * largest;
+      in |= energy > threshold * (1 + tolerance) || threshold == 0;
+      out &= energy < threshold * (1 - tolerance);
+    }
+    if (!std::isnan(rule.mass)) {
+      in |= sum_perhaps < (rule.mass - tolerance) * total;
+      out &= sum_before >= (rule.mass + tolerance) * total;
+    }
+    open[b] = !in && !out;
   }
-  if (rule.min_blocks > 0) {
-    const size_t last = std::min<size_t>(static_cast<size_t>(rule.min_blocks), order.size()) - 1;
-    if (last + 1 == order.size()) return {-infinity, -infinity}; // all of them are in
-    join(energy(last), energy(last));
-  }
-  return band;
+  return open;
 }
 
 void TieCount::Print() const {
@@ -126,23 +128,20 @@ testing::AssertionResult ExpectedMask::Agrees(const Mask& actual, TieCount& ties
     const int64_t row = g.Row(s, head, m);
     const auto found = choices_.find({s.index, head, m});
     const reference::TileChoice* choice = found == choices_.end() ? nullptr : &found->second;
-    const Band band = choice ? UndecidedBand(*choice, tolerance) : Band{1, 0};
+    const std::vector<uint8_t> undecided = choice ? Undecided(*choice, tolerance) : std::vector<uint8_t>();
     int32_t count = 0;
     for (int64_t block = 0; block < g.words * 64; ++block) {
       const bool want = TestBit(mask_.Row(row), block), have = TestBit(actual.Row(row), block);
       count += have;
-      const bool open = choice && block < tile.visible && choice->scored[block] &&
-                        !IsForced(*policy_.get(), tile, block) && choice->energy[block] >= band.low &&
-                        choice->energy[block] <= band.high;
+      const bool open =
+          block < static_cast<int64_t>(undecided.size()) && undecided[block] && !IsForced(*policy_.get(), tile, block);
       ties.bits += block < tile.visible;
       ties.near_ties += open;
       if (open || want == have) continue;
       auto failure = testing::AssertionFailure();
       failure << "bit of sequence " << s.index << ", mask head " << head << ", tile " << m << ", block " << block
               << " is " << have << ", expected " << want << "; " << tile.visible << " blocks are visible";
-      if (choice && block < tile.visible) {
-        failure << ", energy " << choice->energy[block] << ", open from " << band.low << " to " << band.high;
-      }
+      if (choice && block < tile.visible) failure << ", its energy is " << choice->energy[block];
       return failure;
     }
     if (actual.counts[row] == count) return testing::AssertionSuccess();

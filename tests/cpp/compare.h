@@ -19,12 +19,9 @@ double Tolerance(const fp_problem& problem);
 testing::AssertionResult Close(const fp_problem& problem, const Attended& expected, const Attended& actual);
 testing::AssertionResult SameBits(const fp_problem& problem, const Attended& expected, const Attended& actual);
 
-// Energies from `low` to `high` leave it open whether their block is kept, when energies are only known to within a
-// relative error of `tolerance`.
-struct Band {
-  double low, high;
-};
-Band UndecidedBand(const reference::TileChoice& choice, double tolerance);
+// For each visible block, whether it is open if it is kept when energies are only known to within a relative error of
+// `tolerance`, and sums of them to within that share of their total.
+std::vector<uint8_t> Undecided(const reference::TileChoice& choice, double tolerance);
 
 // Bits looked at, and those among them that lie near a tie.
 struct TieCount {

@@ -88,11 +88,11 @@ struct Memory {
   }
 };
 
-// Packing and averaging: keys [begin, begin + kGranule) or blocks of a pair.
+// Packing and averaging: keys [begin, begin + kGroup) or blocks of a pair.
 class Packer {
  public:
   Packer(const AttendCall& call) : call_(call) {
-    const int64_t both = std::lcm<int64_t>(kGranule, call.g.block_size); // whole granules and whole blocks
+    const int64_t both = std::lcm<int64_t>(kGroup, call.g.block_size); // whole groups and whole blocks
     unit_keys_ = DivUp(kUnitKeys, both) * both;
   }
 
@@ -101,28 +101,28 @@ class Packer {
   // One unit of a pair: packs its used keys, and takes the means of its blocks.
   void Pack(const Pair& pair, int64_t unit, float* mean) const {
     const int64_t begin = unit * unit_keys_, end = std::min(begin + unit_keys_, pair.s.k_len);
-    for (int64_t key = begin; key < end; key += kGranule) {
-      if (Used(pair, key)) PackGranule(pair, key);
+    for (int64_t key = begin; key < end; key += kGroup) {
+      if (Used(pair, key)) PackGroup(pair, key);
     }
     if (!call_.mask.mean_correction) return;
     const int64_t block_size = call_.g.block_size;
     for (int64_t block = begin / block_size; block < DivUp(end, block_size); ++block) MeanOf(pair, block, mean);
   }
 
-  // Packs the means of blocks [block, block + kGranule) like keys.
+  // Packs the means of blocks [block, block + kGroup) like keys.
   void PackMeans(const Pair& pair, int64_t block) const {
     const int32_t d = call_.p.head_dim;
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGranule, call_.g.Blocks(pair.s) - block));
-    int64_t offset[kGranule];
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroup, call_.g.Blocks(pair.s) - block));
+    int64_t offset[kGroup];
     for (int32_t i = 0; i < count; ++i) offset[i] = (block + i) * d;
     const Packed& to = pair.means;
     call_.kernels.pack_keys({pair.mean_keys, call_.p.k.dtype, count, 1, offset}, d, block, to.k);
-    call_.kernels.pack_values({pair.mean_values, call_.p.v.dtype, count, 1, offset}, d, block, to.keys, to.v);
+    call_.kernels.pack_values({pair.mean_values, call_.p.v.dtype, count, 1, offset}, d, block, to.v);
   }
 
  private:
   bool Used(const Pair& pair, int64_t key) const {
-    const int64_t end = std::min(key + kGranule, pair.s.k_len);
+    const int64_t end = std::min(key + kGroup, pair.s.k_len);
     for (int64_t block = key / call_.g.block_size; block * call_.g.block_size < end; ++block) {
       if (TestBit(pair.used, block)) return true;
     }
@@ -137,13 +137,13 @@ class Packer {
     return {tensor.data, tensor.dtype, count, tensor.stride[3], offset};
   }
 
-  void PackGranule(const Pair& pair, int64_t key) const {
-    int64_t offset[kGranule];
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGranule, pair.s.k_len - key));
+  void PackGroup(const Pair& pair, int64_t key) const {
+    int64_t offset[kGroup];
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroup, pair.s.k_len - key));
     const int32_t d = call_.p.head_dim;
     const Packed& to = pair.keys;
     call_.kernels.pack_keys(KeyRows(pair, call_.p.k, key, count, offset), d, key, to.k);
-    call_.kernels.pack_values(KeyRows(pair, call_.p.v, key, count, offset), d, key, to.keys, to.v);
+    call_.kernels.pack_values(KeyRows(pair, call_.p.v, key, count, offset), d, key, to.v);
   }
 
   void MeanOf(const Pair& pair, int64_t block, float* mean) const {
@@ -244,7 +244,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
     if (mask.mean_correction) {
       for_each(count, [&](int64_t i, TileScratch&) {
         const Pair& pair = memory.pairs[i];
-        for (int64_t block = 0; block < call.g.Blocks(pair.s); block += kGranule) packer.PackMeans(pair, block);
+        for (int64_t block = 0; block < call.g.Blocks(pair.s); block += kGroup) packer.PackMeans(pair, block);
       });
     }
     for_each(items, [&](int64_t i, TileScratch& scratch) {

@@ -15,9 +15,9 @@
 // clang-format off: the order matters
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/attend_kernels.cc"
+#include "cpu/rows.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "cpu/rows.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -28,32 +28,30 @@ namespace {
 constexpr int kRows = 1; // no registers to block for
 constexpr int kVectors = kLeast / kLanes;
 #elif HWY_TARGET <= HWY_AVX3
-constexpr int kRows = 6;
-constexpr int kVectors = 4;
+constexpr int kRows = 8;
+constexpr int kVectors = 2;
 #else
 constexpr int kRows = 6;
 constexpr int kVectors = kLeast / kLanes; // 2 for AVX2, 4 for NEON
 #endif
 constexpr int kPanel = kVectors * kLanes; // keys of a panel of K, columns of a panel of V
-static_assert(kGranule % kPanel == 0 && kPanel % kLeast == 0, "see attend_kernels.h");
+static_assert(kGroup % kPanel == 0 && kPanel % kLeast == 0, "see attend_kernels.h");
 
 // Rows that go through both products together: their scores (144 floats each) stay in the L1 cache beside a panel.
-constexpr int kStrip = kRows == 1 ? 16 : 8 * kRows;
+constexpr int kStrip = 48;
 static_assert(kStrip <= kMaxStrip, "the scratch for scores has so many rows");
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------- the micro-kernel
 
-template <int ROWS, int VECTORS>
+template <int ROWS, int VECTORS, bool ADD>
 void Micro(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t b_stride, int64_t depth,
-           bool add, float* HWY_RESTRICT c, int64_t c_stride) {
+           float* HWY_RESTRICT c, int64_t c_stride) {
   const DF df;
   VF sum[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r) {
-    for (int j = 0; j < VECTORS; ++j) {
-      sum[r][j] = add ? hn::LoadU(df, c + r * c_stride + j * kLanes) : hn::Zero(df);
-    }
+    for (int j = 0; j < VECTORS; ++j) sum[r][j] = hn::Zero(df);
   }
   for (int64_t k = 0; k < depth; ++k) {
     VF row[VECTORS];
@@ -64,27 +62,26 @@ void Micro(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTR
     }
   }
   for (int r = 0; r < ROWS; ++r) {
-    for (int j = 0; j < VECTORS; ++j) hn::StoreU(sum[r][j], df, c + r * c_stride + j * kLanes);
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = c + r * c_stride + j * kLanes;
+      hn::StoreU(ADD ? hn::Add(sum[r][j], hn::LoadU(df, to)) : sum[r][j], df, to);
+    }
   }
 }
 
-using MicroFunction = decltype(&Micro<1, 1>);
-
-// kMicro[rows - 1][vectors - 1]
-template <int ROWS, int... J>
-constexpr void FillMicro(MicroFunction* row, std::integer_sequence<int, J...>) {
-  ((row[J] = Micro<ROWS, J + 1>), ...);
-}
+// of[rows - 1][vectors - 1]
 struct MicroTable {
-  MicroFunction of[kRows][kVectors];
+  decltype(&Micro<1, 1, false>) of[kRows][kVectors];
 };
-template <int... R>
-constexpr MicroTable MakeMicroTable(std::integer_sequence<int, R...>) {
+
+template <bool ADD, int... I>
+constexpr MicroTable MakeMicroTable(std::integer_sequence<int, I...>) {
   MicroTable table{};
-  (FillMicro<R + 1>(table.of[R], std::make_integer_sequence<int, kVectors>()), ...);
+  ((table.of[I / kVectors][I % kVectors] = Micro<I / kVectors + 1, I % kVectors + 1, ADD>), ...);
   return table;
 }
-constexpr MicroTable kMicro = MakeMicroTable(std::make_integer_sequence<int, kRows>());
+constexpr MicroTable kMultiply = MakeMicroTable<false>(std::make_integer_sequence<int, kRows * kVectors>());
+constexpr MicroTable kMultiplyAdd = MakeMicroTable<true>(std::make_integer_sequence<int, kRows * kVectors>());
 
 // ---------------------------------------------------------------- the layout of V
 
@@ -143,20 +140,21 @@ HWY_INLINE void StoreColumns(const float* rows, int64_t stride, int64_t head_dim
 void PackKeys(const Rows& rows, int32_t head_dim, int64_t key, void* k) {
   float* to = static_cast<float*>(k) + key * KeyDepth(head_dim);
   HWY_ALIGN float buffer[4 * kMaxHeadDim];
-  for (int32_t i = 0; i < kGranule; i += 4) {
+  for (int32_t i = 0; i < kGroup; i += 4) {
     for (int32_t j = 0; j < 4; ++j) LoadOrZero(rows, i + j, head_dim, head_dim, buffer + j * kMaxHeadDim);
     StoreColumns(buffer, kMaxHeadDim, head_dim, to + i / kPanel * kPanel * KeyDepth(head_dim) + i % kPanel);
   }
 }
 
-void PackValues(const Rows& rows, int32_t head_dim, int64_t key, int64_t v_keys, void* v) {
+void PackValues(const Rows& rows, int32_t head_dim, int64_t key, void* v) {
   const ValuePanels panels(head_dim);
+  float* group = static_cast<float*>(v) + key * ValueWidth(head_dim);
   HWY_ALIGN float buffer[kMaxHeadDim];
-  for (int32_t i = 0; i < kGranule; ++i) {
+  for (int32_t i = 0; i < kGroup; ++i) {
     LoadOrZero(rows, i, head_dim, ValueWidth(head_dim), buffer);
     for (int64_t panel = 0; panel < panels.panels; ++panel) {
       const int64_t begin = panels.Begin(panel) * kLanes, width = panels.Begin(panel + 1) * kLanes - begin;
-      float* to = static_cast<float*>(v) + begin * v_keys + (key + i) * width;
+      float* to = group + begin * kGroup + i * width;
       for (int64_t j = 0; j < width; j += kLanes) hn::StoreU(hn::LoadU(DF(), buffer + begin + j), DF(), to + j);
     }
   }
@@ -183,8 +181,28 @@ HWY_INLINE int32_t SeenColumns(const Chunk& chunk, int32_t end) {
   return chunk.limit ? chunk.limit[end - 1] : chunk.columns;
 }
 
+// Fetches the packed K or V of the next chunk's first group while this one is worked on, a few lines before every
+// micro-kernel: the last level cache is too far away to be waited for.
+class Ahead {
+ public:
+  Ahead(const void* packed, int64_t key, int64_t row) {
+    if (key < 0) return;
+    at_ = static_cast<const float*>(packed) + key / kGroup * kGroup * row;
+    end_ = at_ + kGroup * row;
+  }
+  void Step() {
+    const float* end = std::min(at_ + 16 * kLine, end_);
+    for (; at_ < end; at_ += kLine) __builtin_prefetch(at_, 0, 2); // into L2
+  }
+
+ private:
+  static constexpr int kLine = 16; // floats
+  const float* at_ = nullptr;
+  const float* end_ = nullptr;
+};
+
 // scores[begin, end) = Q K^T, without the columns that all rows of a micro-kernel see masked.
-void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
   const int64_t q_stride = QueryStride(tile.head_dim), depth = tile.head_dim;
   const float* q = static_cast<const float*>(tile.q);
   for (int32_t i = 0; i < chunk.runs; ++i) {
@@ -199,8 +217,9 @@ void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
         const int32_t rows = std::min(kRows, end - r);
         const int32_t seen = std::min(SeenColumns(chunk, r + rows) - column, count);
         if (seen <= 0) continue;
-        kMicro.of[rows - 1][(seen - 1) / kLanes](q + r * q_stride, q_stride, panel, kPanel, depth, false,
-                                                 tile.scores + (r - begin) * kScoreStride + column, kScoreStride);
+        ahead.Step();
+        kMultiply.of[rows - 1][(seen - 1) / kLanes](q + r * q_stride, q_stride, panel, kPanel, depth,
+                                                    tile.scores + (r - begin) * kScoreStride + column, kScoreStride);
       }
       t += count;
     }
@@ -209,33 +228,31 @@ void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
 
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 // 2^x by the two instructions made for it: vreduceps leaves x - floor(x) (0 for -inf), vscalefps multiplies by
-// 2^floor(x). Relative error 8e-8 (minimax of degree 5 on [0, 1)).
+// 2^floor(x). Relative error 3e-6 (minimax of degree 4 on [0, 1)).
 HWY_INLINE VF Exp2(VF x) {
   const DF df;
   const VF f{_mm512_reduce_ps(x.raw, 0x09)};
-  VF p = hn::Set(df, 0.00187757667f);
-  p = hn::MulAdd(p, f, hn::Set(df, 0.00898934034f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.0558263176f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.240153617f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.693153073f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.999999925f));
+  VF p = hn::Set(df, 0.0135341679f);
+  p = hn::MulAdd(p, f, hn::Set(df, 0.0520114628f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.241442754f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.693003836f));
+  p = hn::MulAdd(p, f, hn::Set(df, 1.00000259f));
   return VF{_mm512_scalef_ps(p.raw, x.raw)};
 }
 #else
 // 2^x for x below 128; 0 below -126. Adding 1.5 * 2^23 rounds x to the integer n, which then stands in the low bits
-// of the sum: shifted, it adds to the exponent of 2^(x - n). Relative error 8e-8 (minimax of degree 5 on [-1/2, 1/2]).
+// of the sum: shifted, it adds to the exponent of 2^(x - n). Relative error 3e-6 (minimax of degree 4 on [-1/2, 1/2]).
 HWY_INLINE VF Exp2(VF x) {
   const DF df;
   const DI di;
   const VF magic = hn::Set(df, 12582912.0f);
   const VF rounded = hn::Add(x, magic);
   const VF f = hn::Sub(x, hn::Sub(rounded, magic));
-  VF p = hn::Set(df, 0.0013276472f);
-  p = hn::MulAdd(p, f, hn::Set(df, 0.0096755415f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.0555071328f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.240221197f));
-  p = hn::MulAdd(p, f, hn::Set(df, 0.693146967f));
-  p = hn::MulAdd(p, f, hn::Set(df, 1.0f));
+  VF p = hn::Set(df, 0.00957010188f);
+  p = hn::MulAdd(p, f, hn::Set(df, 0.0559178618f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.240247448f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.693121815f));
+  p = hn::MulAdd(p, f, hn::Set(df, 0.999999261f));
   const auto bits = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, rounded)));
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(df, -126.0f)), hn::BitCast(df, bits));
 }
@@ -300,34 +317,43 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
 }
 
 // o[begin, end) += P V
-void AddValues(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+void AddValues(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
   const ValuePanels panels(tile.head_dim);
   const int64_t o_stride = ValueWidth(tile.head_dim);
-  for (int64_t panel = 0; panel < panels.panels; ++panel) {
-    const int64_t first = panels.Begin(panel), vectors = panels.Begin(panel + 1) - first;
-    const int64_t width = vectors * kLanes;
-    const float* v = static_cast<const float*>(chunk.v) + first * kLanes * chunk.v_keys;
-    for (int32_t r = begin; r < end; r += kRows) {
-      const int32_t rows = std::min(kRows, end - r);
-      for (int32_t i = 0; i < chunk.runs; ++i) {
-        const KeyRun& run = chunk.run[i];
-        const int32_t depth = std::min(SeenColumns(chunk, r + rows) - run.column, run.count);
-        if (depth <= 0) break;
-        kMicro.of[rows - 1][vectors - 1](tile.scores + (r - begin) * kScoreStride + run.column, kScoreStride,
-                                         v + run.key * width, width, depth, true,
-                                         tile.o + r * o_stride + first * kLanes, o_stride);
+  for (int32_t i = 0; i < chunk.runs; ++i) {
+    const KeyRun& run = chunk.run[i];
+    for (int32_t t = 0; t < run.count;) { // as far as one group goes
+      const int64_t key = run.key + t;
+      const int32_t in_group = static_cast<int32_t>(key % kGroup);
+      const int32_t count = std::min(run.count - t, kGroup - in_group);
+      const float* group = static_cast<const float*>(chunk.v) + (key - in_group) * o_stride;
+      const int32_t column = run.column + t;
+      for (int64_t panel = 0; panel < panels.panels; ++panel) {
+        const int64_t first = panels.Begin(panel), vectors = panels.Begin(panel + 1) - first;
+        const int64_t width = vectors * kLanes;
+        const float* v = group + first * kLanes * kGroup + in_group * width;
+        for (int32_t r = begin; r < end; r += kRows) {
+          const int32_t rows = std::min(kRows, end - r);
+          const int32_t depth = std::min(SeenColumns(chunk, r + rows) - column, count);
+          if (depth <= 0) continue;
+          ahead.Step();
+          kMultiplyAdd.of[rows - 1][vectors - 1](tile.scores + (r - begin) * kScoreStride + column, kScoreStride, v,
+                                                 width, depth, tile.o + r * o_stride + first * kLanes, o_stride);
+        }
       }
+      t += count;
     }
   }
 }
 
 void AttendChunk(const TileState& tile, const Chunk& chunk) {
+  Ahead keys(chunk.k, chunk.next, KeyDepth(tile.head_dim)), values(chunk.v, chunk.next, ValueWidth(tile.head_dim));
   for (int32_t begin = 0; begin < tile.rows; begin += kStrip) {
     const int32_t end = std::min(begin + kStrip, tile.rows);
     if (SeenColumns(chunk, end) <= 0) continue;
-    Score(tile, chunk, begin, end);
+    Score(tile, chunk, begin, end, keys);
     Weigh(tile, chunk, begin, end);
-    AddValues(tile, chunk, begin, end);
+    AddValues(tile, chunk, begin, end, values);
   }
 }
 
@@ -355,7 +381,13 @@ HWY_AFTER_NAMESPACE();
 
 namespace flashprefill::cpu {
 
+extern const AttendKernels kAttendBf16Kernels;
+
 const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p) {
+#ifdef FLASHPREFILL_AVX512_BF16
+  const bool all_bf16 = p.q.dtype == FP_BF16 && p.k.dtype == FP_BF16 && p.v.dtype == FP_BF16;
+  if (isa == Isa::kAvx512Bf16 && all_bf16) return kAttendBf16Kernels;
+#endif
   return *FLASHPREFILL_KERNELS_FOR(isa, kAttendKernels);
 }
 

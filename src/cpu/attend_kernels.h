@@ -2,11 +2,11 @@
 // with the driver (attend.cc). Plain structs only: files compiled with flags of their own include this, and an inline
 // function emitted there could end up on machines that cannot run it.
 //
-// An *element* is what products multiply: fp32, or bf16 in the tables made for it. Packed K and V hold elements:
-//     K  [keys / PANEL][head_dim][PANEL]        scores = Q . K:  row d of a panel is one element of PANEL keys
-//     V  [panels of columns][keys][width]       out += P . V:    row t of a panel is `width` elements of one key's
-//     value
-// bf16 interleaves pairs of rows: [head_dim / 2][PANEL][2] and [keys / 2][width][2].
+// An *element* is what products multiply: fp32, or bf16 in the tables made for it. Keys are packed in groups of 128,
+// each one piece of memory for K and one for V, so that the next group can be fetched ahead by its address alone:
+//     K  [group][panels of keys][head_dim][PANEL]      scores = Q . K:  a row holds one element of PANEL keys
+//     V  [group][panels of columns][128 keys][width]   out += P . V:    a row holds `width` elements of one value
+// bf16 interleaves pairs of rows: [head_dim / 2][PANEL][2] and [64 pairs of keys][width][2].
 #ifndef FLASHPREFILL_CPU_ATTEND_KERNELS_H_
 #define FLASHPREFILL_CPU_ATTEND_KERNELS_H_
 
@@ -14,18 +14,17 @@
 
 namespace flashprefill::cpu {
 
-constexpr int kChunk = 128;      // columns of scores that a tile works on at a time
-constexpr int kGranule = 64;     // keys are packed in groups of so many; every PANEL divides it
-constexpr int kLeast = 16;       // blocks begin at multiples of it
-constexpr int kMaxStrip = 64;    // rows whose scores exist at a time
-constexpr int kMaxHeadDim = 512; // of the C ABI
-constexpr int kScoreStride =
-    144; // fp32 elements from a row of scores to the next: 128 would map rows to few cache sets
+constexpr int kChunk = 128;       // columns of scores that a tile works on at a time
+constexpr int kGroup = 128;       // keys are packed in groups of so many; every PANEL divides it
+constexpr int kLeast = 16;        // blocks begin at multiples of it
+constexpr int kMaxStrip = 64;     // rows whose scores exist at a time
+constexpr int kMaxHeadDim = 512;  // of the C ABI
+constexpr int kScoreStride = 144; // fp32 elements a row of scores: 128 would map rows to few cache sets
 
 // head_dim as elements of a row of Q (whole pairs and vectors of any kind), of K (whole pairs) and of V and O.
-constexpr int64_t QueryStride(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
-constexpr int64_t KeyDepth(int64_t head_dim) { return (head_dim + 1) / 2 * 2; }
-constexpr int64_t ValueWidth(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+static constexpr int64_t QueryStride(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+static constexpr int64_t KeyDepth(int64_t head_dim) { return (head_dim + 1) / 2 * 2; }
+static constexpr int64_t ValueWidth(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // Rows of a tensor: element d of row i is data[offset[i] + d * step].
 struct Rows {
@@ -48,11 +47,11 @@ struct KeyRun {
 struct Chunk {
   const void* k;
   const void* v;
-  int64_t v_keys; // keys that there is room for in packed V
   int32_t columns;
   int32_t runs;
   KeyRun run[kChunk / kLeast];
   const int32_t* limit; // row r sees columns [0, limit[r]), which does not fall with r; null: every row sees all
+  int64_t next;         // a key of the chunk that comes next, to be fetched ahead; or -1
   const float* bias;    // added to the scores, a column each; -inf masks the column. Null: nothing is added
 };
 
@@ -72,9 +71,9 @@ struct AttendKernels {
   int32_t element_size;
   // Loads rows of q.
   void (*load_queries)(const Rows& rows, int32_t head_dim, void* q);
-  // Packs the keys [key, key + kGranule) of k and of v; those past rows.count become zeros.
+  // Packs the group that begins at `key`; keys past rows.count become zeros.
   void (*pack_keys)(const Rows& rows, int32_t head_dim, int64_t key, void* k);
-  void (*pack_values)(const Rows& rows, int32_t head_dim, int64_t key, int64_t v_keys, void* v);
+  void (*pack_values)(const Rows& rows, int32_t head_dim, int64_t key, void* v);
   // Means over the rows of a block, rounded to their dtype by the caller.
   void (*mean)(const Rows& rows, int32_t head_dim, float* mean);
   // Adds a chunk of keys to the tile.

@@ -24,65 +24,85 @@ struct TileRows {
   int64_t head(int64_t r) const { return first_head + r % g.heads_a_tile; }
 };
 
-// Collects runs of packed keys and hands them to the kernels a chunk at a time.
+// Collects runs of packed keys and hands them to the kernels a chunk at a time. It stays one chunk behind, so that the
+// kernels know which keys come next.
 class ChunkBuilder {
  public:
   ChunkBuilder(const AttendCall& call, const TileRows& rows, const Packed& packed, TileScratch& scratch)
       : call_(call), rows_(rows), scratch_(scratch) {
-    chunk_ = {packed.k, packed.v, packed.keys, 0, 0, {}, nullptr, nullptr};
+    for (Chunk& chunk : chunks_) chunk = {packed.k, packed.v, 0, 0, {}, nullptr, -1, nullptr};
   }
 
   // Keys [begin, end), begin a multiple of kLeast; only the last of a tile's runs may end elsewhere.
   void Add(int64_t begin, int64_t end, bool masked) {
-    if (masked != masked_) Flush();
+    if (masked != masked_) Close();
     masked_ = masked;
     while (begin < end) {
-      const int32_t count = static_cast<int32_t>(std::min<int64_t>(end - begin, kChunk - chunk_.columns));
-      KeyRun* last = chunk_.runs ? &chunk_.run[chunk_.runs - 1] : nullptr;
+      Chunk& chunk = chunks_[current_];
+      const int32_t count = static_cast<int32_t>(std::min<int64_t>(end - begin, kChunk - chunk.columns));
+      KeyRun* last = chunk.runs ? &chunk.run[chunk.runs - 1] : nullptr;
       if (last && last->key + last->count == begin) {
         last->count += count;
       } else {
-        chunk_.run[chunk_.runs++] = {begin, chunk_.columns, count};
+        chunk.run[chunk.runs++] = {begin, chunk.columns, count};
       }
-      chunk_.columns += count;
+      chunk.columns += count;
       begin += count;
-      if (chunk_.columns == kChunk) Flush();
+      if (chunk.columns == kChunk) Close();
     }
-  }
-
-  void Flush() {
-    if (chunk_.columns > 0) {
-      chunk_.limit = masked_ ? Limits() : nullptr;
-      call_.kernels.attend(scratch_.state, chunk_);
-    }
-    chunk_.columns = chunk_.runs = 0;
   }
 
   // One run with a bias of each column.
   void AddBiased(int64_t begin, int32_t count, const float* bias) {
-    chunk_.bias = bias;
+    chunks_[current_].bias = bias;
     Add(begin, begin + count, false);
     Flush();
   }
 
+  // Hands over what there is.
+  void Flush() {
+    Close();
+    HandOver(-1);
+  }
+
  private:
+  Chunk& before() { return chunks_[1 - current_]; }
+
+  // Ends the current chunk: the one before it goes to the kernels, and it takes that one's place.
+  void Close() {
+    Chunk& chunk = chunks_[current_];
+    if (chunk.columns == 0) return;
+    chunk.limit = masked_ ? Limits(chunk) : nullptr;
+    HandOver(chunk.run[0].key);
+    current_ = 1 - current_;
+  }
+
+  void HandOver(int64_t next) {
+    Chunk& chunk = before();
+    chunk.next = next;
+    if (chunk.columns > 0) call_.kernels.attend(scratch_.state, chunk);
+    chunk.columns = chunk.runs = 0;
+  }
+
   // How many columns each row sees: the keys at or before its own position.
-  const int32_t* Limits() {
+  const int32_t* Limits(const Chunk& chunk) {
+    int32_t* limit = scratch_.limit + current_ * kTileRows;
     for (int32_t r = 0; r < rows_.count(); ++r) {
       const int64_t end = rows_.s.prefix + rows_.token(r) + 1;
       int64_t columns = 0;
-      for (int32_t i = 0; i < chunk_.runs; ++i) {
-        columns += std::clamp<int64_t>(end - chunk_.run[i].key, 0, chunk_.run[i].count);
+      for (int32_t i = 0; i < chunk.runs; ++i) {
+        columns += std::clamp<int64_t>(end - chunk.run[i].key, 0, chunk.run[i].count);
       }
-      scratch_.limit[r] = static_cast<int32_t>(columns);
+      limit[r] = static_cast<int32_t>(columns);
     }
-    return scratch_.limit;
+    return limit;
   }
 
   const AttendCall& call_;
   const TileRows& rows_;
   TileScratch& scratch_;
-  Chunk chunk_;
+  Chunk chunks_[2];
+  int current_ = 0;
   bool masked_ = false;
 };
 
@@ -130,7 +150,7 @@ TileScratch TileScratch::Take(Workspace& memory, int32_t head_dim) {
   t.state.sum = memory.Take<float>(kTileRows * kLeast);
   t.state.largest = memory.Take<float>(kTileRows);
   t.offset = memory.Take<int64_t>(kTileRows);
-  t.limit = memory.Take<int32_t>(kTileRows);
+  t.limit = memory.Take<int32_t>(2 * kTileRows);
   t.bias = memory.Take<float>(kChunk);
   t.lse = memory.Take<float>(kTileRows);
   t.mean = memory.Take<float>(kMaxHeadDim);

@@ -12,18 +12,15 @@ namespace flashprefill::cpu {
 // The kernels for an instruction set and the dtypes of a problem: bf16 products need bf16 in all of q, k and v.
 const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p);
 
-// Packed K and V: room for `keys` of them.
+// Packed K and V of some keys.
 struct Packed {
-  int64_t keys;
   std::byte* k;
   std::byte* v;
 
-  static int64_t Room(int64_t keys) { return DivUp<int64_t>(keys, kGranule) * kGranule; }
   static Packed Take(Workspace& memory, const AttendKernels& kernels, int64_t head_dim, int64_t keys) {
-    Packed packed{Room(keys), nullptr, nullptr};
-    packed.k = memory.Take<std::byte>(packed.keys * KeyDepth(head_dim) * kernels.element_size);
-    packed.v = memory.Take<std::byte>(packed.keys * ValueWidth(head_dim) * kernels.element_size);
-    return packed;
+    const int64_t size = DivUp<int64_t>(keys, kGroup) * kGroup * kernels.element_size;
+    std::byte* k = memory.Take<std::byte>(size * KeyDepth(head_dim));
+    return {k, memory.Take<std::byte>(size * ValueWidth(head_dim))};
   }
 };
 
@@ -31,7 +28,7 @@ struct Packed {
 struct TileScratch {
   TileState state;
   int64_t* offset; // [kTileRows]
-  int32_t* limit;  // [kTileRows]
+  int32_t* limit;  // [2][kTileRows]
   float* bias;     // [kChunk]
   float* lse;      // [kTileRows]
   float* mean;     // [kMaxHeadDim]

@@ -13,7 +13,11 @@ std::vector<Isa> Detect() {
                     __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("aes");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef FLASHPREFILL_AVX512_BF16
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  const bool bf16 = false; // the compiler did not know it
+#endif
   // Zen 4 and 5 make a vdpbf16ps (64 operations) as fast as a multiply-add (32); Intel's cores need four times as long
   // for it (measured on Emerald Rapids: 86 against 173 GFLOP/s), so there bf16 is better computed in fp32.
   const bool bf16_is_fast = bf16 && __builtin_cpu_is("amd");

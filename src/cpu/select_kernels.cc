@@ -320,79 +320,89 @@ void LoadRows(const Problem& p, const SelectPlan& plan, const Sequence& s, int64
 
 // ---------------------------------------------------------------- scoring
 
-// 2^x for x <= 0, and 0 below 2^-126 and for -inf. Relative error 2e-7: see docs of the polynomial's coefficients.
+// 2^x for x <= 0, with a relative error below 4e-6; 0 below 2^-126 and for -inf. Adding 1.5 * 2^23 rounds x to an
+// integer and leaves that integer in the lowest bits, from where it is shifted into the exponent.
 HWY_INLINE VF Exp2(VF x) {
+  const VF magic = hn::Set(f, 12582912.f);
+  const VF shifted = hn::Add(x, magic);
+  const VF r = hn::Sub(x, hn::Sub(shifted, magic));
+  VF y = hn::Set(f, 0.00957010221f);
+  y = hn::MulAdd(y, r, hn::Set(f, 0.0559178591f));
+  y = hn::MulAdd(y, r, hn::Set(f, 0.240247443f));
+  y = hn::MulAdd(y, r, hn::Set(f, 0.693121791f));
+  y = hn::MulAdd(y, r, hn::Set(f, 0.999999285f));
   const DI i;
-  const VF whole = hn::Round(x);
-  const VF r = hn::Sub(x, whole);
-  VF y = hn::Set(f, 1.3333558e-3f);
-  y = hn::MulAdd(y, r, hn::Set(f, 9.6181291e-3f));
-  y = hn::MulAdd(y, r, hn::Set(f, 5.5504109e-2f));
-  y = hn::MulAdd(y, r, hn::Set(f, 2.4022651e-1f));
-  y = hn::MulAdd(y, r, hn::Set(f, 6.9314718e-1f));
-  y = hn::MulAdd(y, r, hn::Set(f, 1.f));
-  const auto power = hn::ShiftLeft<23>(hn::ConvertTo(i, whole));
+  const auto power = hn::ShiftLeft<23>(hn::BitCast(i, shifted));
   const VF scaled = hn::BitCast(f, hn::Add(hn::BitCast(i, y), power));
   return hn::IfThenElseZero(hn::Ge(x, hn::Set(f, -126.f)), scaled);
 }
 
-// R rows against 2 vectors of blocks of one term.
-template <int R, bool MASK>
+// R rows against C vectors of blocks of one term. MASK: some row does not see some of the blocks.
+template <int R, int C, bool MASK>
 HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT rows, int64_t depth, int64_t row_stride,
                            const float* HWY_RESTRICT bias, const int32_t* visible, int first,
                            float* HWY_RESTRICT largest, float* HWY_RESTRICT sums) {
   const float* HWY_RESTRICT values = bias + kPanelBlocks;
-  VF z[R][2];
+  VF z[C][R];
   HWY_UNROLL(8)
   for (int r = 0; r < R; ++r) {
-    z[r][0] = hn::Load(f, bias);
-    z[r][1] = hn::Load(f, bias + kLanes);
+    for (int c = 0; c < C; ++c) z[c][r] = hn::Load(f, bias + c * kLanes);
   }
   for (int64_t i = 0; i < depth; ++i, values += kPanelBlocks) {
-    const VF b0 = hn::Load(f, values);
-    const VF b1 = hn::Load(f, values + kLanes);
+    VF b[C];
+    for (int c = 0; c < C; ++c) b[c] = hn::Load(f, values + c * kLanes);
     HWY_UNROLL(8)
     for (int r = 0; r < R; ++r) {
       const VF a = hn::Set(f, rows[r * row_stride + i]);
-      z[r][0] = hn::MulAdd(a, b0, z[r][0]);
-      z[r][1] = hn::MulAdd(a, b1, z[r][1]);
+      for (int c = 0; c < C; ++c) z[c][r] = hn::MulAdd(a, b[c], z[c][r]);
     }
   }
-  const VF finite = hn::Set(f, 3.4028235e38f), never = hn::Set(f, -INFINITY);
   HWY_UNROLL(2)
-  for (int c = 0; c < 2; ++c) {
-    const VF lane = hn::Iota(f, static_cast<float>(first + c * kLanes));
+  for (int c = 0; c < C; ++c) {
+    // One multiply-add a vector finds out whether any score is infinite or NaN: nearly always none is.
+    VF nothing = hn::Zero(f);
+    HWY_UNROLL(8)
+    for (int r = 0; r < R; ++r) nothing = hn::MulAdd(z[c][r], hn::Zero(f), nothing);
+    if (MASK || !hn::AllTrue(f, hn::Eq(nothing, hn::Zero(f)))) {
+      const VF finite = hn::Set(f, 3.4028235e38f), never = hn::Set(f, -INFINITY);
+      const VF lane = hn::Iota(f, static_cast<float>(first + c * kLanes));
+      HWY_UNROLL(8)
+      for (int r = 0; r < R; ++r) {
+        const auto seen = hn::Lt(lane, hn::Set(f, static_cast<float>(visible[r])));
+        z[c][r] = hn::IfThenElse(hn::And(seen, hn::Le(hn::Abs(z[c][r]), finite)), z[c][r], never);
+      }
+    }
     const VF before = hn::Load(f, largest + c * kLanes);
     VF top = before;
     HWY_UNROLL(8)
-    for (int r = 0; r < R; ++r) {
-      auto counts = hn::Le(hn::Abs(z[r][c]), finite);
-      if (MASK) counts = hn::And(counts, hn::Lt(lane, hn::Set(f, static_cast<float>(visible[r]))));
-      z[r][c] = hn::IfThenElse(counts, z[r][c], never);
-      top = hn::Max(top, z[r][c]);
-    }
+    for (int r = 0; r < R; ++r) top = hn::Max(top, z[c][r]);
     VF sum = hn::Mul(hn::Load(f, sums + c * kLanes), Exp2(hn::Sub(before, top)));
     HWY_UNROLL(8)
-    for (int r = 0; r < R; ++r) sum = hn::Add(sum, Exp2(hn::Sub(z[r][c], top)));
+    for (int r = 0; r < R; ++r) sum = hn::Add(sum, Exp2(hn::Sub(z[c][r], top)));
     hn::Store(top, f, largest + c * kLanes);
     hn::Store(sum, f, sums + c * kLanes);
   }
 }
 
-// R rows against a panel.
+// R rows against a panel, as far as any of them sees it.
 template <int R>
 HWY_INLINE void ScoreRows(const Problem& p, const SelectPlan& plan, const float* panel, const float* rows,
                           const int32_t* visible, float* largest, float* sums) {
   const int32_t least = *std::min_element(visible, visible + R), most = *std::max_element(visible, visible + R);
   for (int term = 0; term < plan.terms; ++term) {
     const int64_t depth = term == 0 ? plan.depth : p.head_dim;
-    for (int first = 0; first < most; first += 2 * kLanes) {
+    const auto score = [&]<int C, bool MASK>(int first) {
+      ScoreBlock<R, C, MASK>(rows, depth, plan.depth, panel + first, visible, first, largest + first, sums + first);
+    };
+    int first = 0;
+    for (; first + kLanes < most; first += 2 * kLanes) {
       if (least >= first + 2 * kLanes) {
-        ScoreBlock<R, false>(rows, depth, plan.depth, panel + first, visible, first, largest + first, sums + first);
+        score.template operator()<2, false>(first);
       } else {
-        ScoreBlock<R, true>(rows, depth, plan.depth, panel + first, visible, first, largest + first, sums + first);
+        score.template operator()<2, true>(first);
       }
     }
+    if (first < most) score.template operator()<1, true>(first);
     panel += (1 + depth) * kPanelBlocks;
   }
 }

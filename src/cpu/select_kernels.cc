@@ -113,22 +113,40 @@ Column ColumnOf(const SelectPlan& plan, const Sequence& s, int64_t block, int he
   return {panels + panel * plan.panel_floats, static_cast<int>(block % kPanelBlocks)};
 }
 
-// FlashPrefill with keys whose dimensions are neighbours in memory: a token of all heads is one run, and sums of all
-// heads stay in L1.
+// The sum of n neighbouring elements.
+template <int32_t DTYPE>
+HWY_INLINE float SumOfRun(const Element<DTYPE>* from, int64_t n) {
+  VF sum = hn::Zero(f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = hn::Add(sum, LoadVector(from, DTYPE, i));
+  float rest = hn::GetLane(hn::SumOfLanes(f, sum));
+  for (; i < n; ++i) rest += LoadElement(from, DTYPE, i);
+  return rest;
+}
+
+// FlashPrefill's means. A token of all heads is one run of memory, so tokens are the outer loop, and the sums of all
+// heads stay in L1. In caches that keep K transposed a dimension's tokens are neighbours, and each run of them is
+// summed in a register.
 template <int32_t DTYPE>
 void DescribeMeans(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head_begin,
                    int head_end, float* panels, float* sums) {
   const int64_t d = p.head_dim, heads = head_end - head_begin, keys = plan.g.BlockKeys(s, block);
   const int64_t first = block * plan.g.block_size;
-  const int64_t token = p.k.stride[1], head_stride = p.k.stride[2];
+  const int64_t token = p.k.stride[1], head_stride = p.k.stride[2], step = p.k.stride[3];
   std::fill_n(sums, heads * d, 0.f);
   ForRuns(p, s, first, first + keys, head_begin, [&](int64_t, int64_t n, int64_t offset) {
     const Element<DTYPE>* from = static_cast<const Element<DTYPE>*>(p.k.data) + offset;
+    if (token == 1 && step != 1) {
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t i = 0; i < d; ++i) sums[h * d + i] += SumOfRun<DTYPE>(from + h * head_stride + i * step, n);
+      }
+      return;
+    }
     for (int64_t t = 0; t < n; ++t, from += token) {
       for (int64_t h = 0; h < heads; ++h) {
         const Element<DTYPE>* row = from + h * head_stride;
         PrefetchRow(row + kAhead * token, d);
-        TakeRow<DTYPE, true>(row, 1, d, sums + h * d);
+        TakeRow<DTYPE, true>(row, step, d, sums + h * d);
       }
     }
   });
@@ -142,8 +160,7 @@ void DescribeMeans(const Problem& p, const SelectPlan& plan, const Sequence& s, 
   }
 }
 
-// Brings one head's keys of a block to fp32 rows. In caches that keep K transposed a dimension's tokens are neighbours;
-// then the loop over tokens is the inner one.
+// Brings one head's keys of a block to fp32 rows; where K is transposed the loop over tokens is the inner one.
 template <int32_t DTYPE>
 void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int head, float* rows) {
   const int64_t d = p.head_dim;
@@ -191,10 +208,10 @@ HWY_INLINE void AddSquares(const float* HWY_RESTRICT from, const float* HWY_REST
   for (; i < n; ++i) into[i] += (from[i] - center[i]) * (from[i] - center[i]);
 }
 
-// One head's column from its keys as fp32 rows. The keys are read three times, from L2.
+// Sketch's column of one head: outliers, then mean and variance of the other keys, from fp32 rows that stay in L2.
 template <int32_t DTYPE>
-void DescribeOne(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head, float* panels,
-                 float* scratch) {
+void DescribeSketch(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head, float* panels,
+                    float* scratch) {
   const int64_t d = p.head_dim, n = plan.g.BlockKeys(s, block), first = block * plan.g.block_size;
   float* keys = scratch;                          // [n][d]
   float* distance = keys + plan.g.block_size * d; // [n]; below 0: an outlier
@@ -245,29 +262,27 @@ void DescribeOne(const Problem& p, const SelectPlan& plan, const Sequence& s, in
   }
   if (rest == 0) return;
   mean_of_rest(rest);
-  if (plan.sketch) {
-    std::fill_n(variance, d, 0.f);
-    for (int64_t t = 0; t < n; ++t) {
-      if (distance[t] >= 0) AddSquares(keys + t * d, mean, d, variance);
-    }
-    average(variance, rest);
-    MapRow(variance, d, [&](VF x) { return Rounded(p.k.dtype, x); });
-    write(0, d, variance);
+  std::fill_n(variance, d, 0.f);
+  for (int64_t t = 0; t < n; ++t) {
+    if (distance[t] >= 0) AddSquares(keys + t * d, mean, d, variance);
   }
+  average(variance, rest);
+  MapRow(variance, d, [&](VF x) { return Rounded(p.k.dtype, x); });
   MapRow(mean, d, [&](VF x) { return Rounded(p.k.dtype, x); });
-  write(0, 0, mean);
-  column.Bias(0, plan, p.head_dim, plan.sketch ? std::log2(static_cast<float>(rest)) : 0.f);
+  write(0, 0, mean), write(0, d, variance);
+  column.Bias(0, plan, p.head_dim, std::log2(static_cast<float>(rest)));
 }
 
 void Describe(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end, int head_begin,
               int head_end, float* panels, float* scratch) {
   WithDtype(p.k.dtype, [&]<int32_t DTYPE>(std::integral_constant<int32_t, DTYPE>) {
     for (int64_t block = begin; block < end; ++block) {
-      if (!plan.sketch && p.k.stride[3] == 1) {
+      if (!plan.sketch) {
         DescribeMeans<DTYPE>(p, plan, s, block, head_begin, head_end, panels, scratch);
         continue;
       }
-      for (int head = head_begin; head < head_end; ++head) DescribeOne<DTYPE>(p, plan, s, block, head, panels, scratch);
+      for (int head = head_begin; head < head_end; ++head)
+        DescribeSketch<DTYPE>(p, plan, s, block, head, panels, scratch);
     }
   });
 }

@@ -29,7 +29,7 @@ constexpr float kNothing = -3.0e38f;
 
 inline int64_t DescribeScratch(const Problem& p, const SelectPlan& plan) {
   const int64_t d = p.head_dim;
-  return std::max(p.kv_heads * d, plan.g.block_size * (d + 1) + 2 * d); // see DescribeOne
+  return std::max(p.kv_heads * d, plan.g.block_size * (d + 1) + 2 * d); // see DescribeMeans and DescribeSketch
 }
 
 const SelectKernels& SelectKernelsFor(const Exec& exec);

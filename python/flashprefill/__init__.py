@@ -12,6 +12,9 @@ Importing the package needs NumPy only; torch and Transformers are imported when
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from . import _transformers_hook
 from ._engine import Timings, collect_timings
 from .api import attend, prefill_attention, select
 from .errors import (
@@ -27,6 +30,12 @@ from .info import Backend, backends, library_path, library_version, thread_runti
 from .mask import BlockMask
 from .policies import Dense, FlashPrefill, Policy, Sketch, Streaming
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from .transformers import collect_stats as collect_stats
+    from .transformers import patch_model as patch_model
+    from .transformers import register_transformers as register_transformers
+    from .transformers import unpatch_model as unpatch_model
 
 __version__ = "0.1.0"
 
@@ -57,3 +66,22 @@ __all__ = [
     "select",
     "thread_runtime",
 ]
+
+# Not in __all__: `from flashprefill import *` must not need torch.
+_TRANSFORMERS = ("collect_stats", "patch_model", "register_transformers", "unpatch_model")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch and Transformers when it is asked for."""
+    if name in _TRANSFORMERS:
+        from . import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'flashprefill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRANSFORMERS})
+
+
+_transformers_hook.install()

@@ -1,0 +1,69 @@
+"""Registration: what Transformers has to know so that ``attn_implementation="flashprefill"`` works.
+
+AttentionInterface and AttentionMaskInterface are made for this. One thing is in the way: Transformers takes
+every name with "flash" in it for a relative of FlashAttention. It would fetch a kernel of that name from
+the hub, refuse static caches, and hand packed sequences to vision towers. So models store another name,
+``sparse_prefill``, and the name that people write is translated to it in the two methods through which each
+name passes.
+
+A third method is wrapped for what no layer can know: generate() alone knows whether a chunk is its prompt's
+last.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from .attention import flashprefill_attention, prompt_length
+from .masks import flashprefill_mask
+
+NAME = "flashprefill"
+IMPLEMENTATION = "sparse_prefill"
+
+
+def register_transformers() -> None:
+    """Register with Transformers. ``import flashprefill`` does it; calling it again changes nothing."""
+    if IMPLEMENTATION in AttentionInterface._global_mapping:
+        return
+    for name in (NAME, IMPLEMENTATION):
+        AttentionInterface.register(name, flashprefill_attention)
+        AttentionMaskInterface.register(name, flashprefill_mask)
+    for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
+        _translate(method)
+    _tell_prompt_length()
+
+
+def _translate(name: str) -> None:
+    method = getattr(PreTrainedModel, name)
+
+    @functools.wraps(method)
+    def translated(self: Any, implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        known = IMPLEMENTATION if implementation == NAME else implementation
+        return method(self, known, *args, **kwargs)  # type: ignore[no-any-return]
+
+    setattr(PreTrainedModel, name, translated)
+
+
+def _tell_prompt_length() -> None:
+    prefill = GenerationMixin._prefill
+
+    @functools.wraps(prefill)
+    def prefill_with_length(
+        self: Any, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", -1)  # of a mask without padding, which is dropped
+        if mask is not None and mask.ndim == 2:
+            length = mask.shape[1]
+        token = prompt_length.set(length if length > 0 else None)
+        try:
+            return prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            prompt_length.reset(token)
+
+    GenerationMixin._prefill = prefill_with_length  # type: ignore[method-assign]

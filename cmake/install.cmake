@@ -1,6 +1,9 @@
 # find_package(flashprefill) for CMake users, or, inside a wheel (SKBUILD), the library beside the Python package.
 if(SKBUILD)
-  install(TARGETS flashprefill LIBRARY DESTINATION flashprefill/lib NAMELINK_SKIP)
+  # A wheel holds no links, so versioned names would be copies of the library: here it has one name.
+  set_property(TARGET flashprefill PROPERTY VERSION)
+  set_property(TARGET flashprefill PROPERTY SOVERSION)
+  install(TARGETS flashprefill LIBRARY DESTINATION flashprefill/lib)
   return()
 endif()
 

@@ -3,6 +3,7 @@
 Written to be short, not fast, and with none of the package's code, so the reference is checked too.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -125,40 +126,50 @@ class Selection:
                 self.near[index, m] = near & ~forced & seen
 
     def _rows(self, h, begin, end):
-        """Pooled rows of a head's tile, and the positions at which they stand."""
-        for start in range(begin, end, self.policy.query_pool):
-            stop = min(start + self.policy.query_pool, end)
-            rows = self.q[start:stop, h].double()
-            mean = rows[0] if self.policy.query_pool == 1 else rows.mean(0).to(self.q.dtype).double()
-            yield mean, self.prefix + stop - 1
+        """Pooled rows of a head's tile [rows, dim], and the positions at which they stand."""
+        starts = range(begin, end, self.policy.query_pool)
+        stops = [min(start + self.policy.query_pool, end) for start in starts]
+        if self.policy.query_pool == 1:
+            rows = self.q[begin:end, h].double()
+        else:
+            means = [self.q[i:j, h].double().mean(0) for i, j in zip(starts, stops, strict=True)]
+            rows = torch.stack(means).to(self.q.dtype).double()
+        return rows, self.prefix + torch.tensor(stops) - 1
 
-    def _sees(self, position, block, end):
+    def _sees(self, positions, block, end):
         if self.policy.share_heads:
-            return position >= block * self.size and (block + 1) * self.size <= self.prefix + end
-        return position >= block * self.size + self.size - 1
+            return (positions >= block * self.size) & ((block + 1) * self.size <= self.prefix + end)
+        return positions >= block * self.size + self.size - 1
 
-    def _log_energy(self, row, block, kv_head):
+    @functools.cache  # noqa: B019 (as long as the selection lives)
+    def _sketch(self, block, kv_head):
+        """The keys that stand for themselves, and count, mean and variance of the others."""
         keys = self.k[block * self.size : (block + 1) * self.size, kv_head].double()
+        outliers = getattr(self.policy, "outliers", 0)
+        far = torch.sort(((keys - keys.mean(0)) ** 2).sum(1), descending=True, stable=True).indices[:outliers]
+        rest = keys[[i for i in range(len(keys)) if i not in far.tolist()]]
+        mean = rest.mean(0).to(self.k.dtype).double()
+        variance = ((rest - rest.mean(0)) ** 2).mean(0).to(self.k.dtype).double()
+        return keys[far], len(rest), mean, variance
+
+    def _log_energies(self, rows, block, kv_head):
+        far, count, mean, variance = self._sketch(block, kv_head)
         if self.policy.kind == "flashprefill":
-            return float(self.scale * row @ keys.mean(0).to(self.k.dtype).double())
-        n, count = len(keys), min(self.policy.outliers, len(keys))
-        far = torch.sort(((keys - keys.mean(0)) ** 2).sum(1), descending=True, stable=True).indices[:count]
-        terms = [float(self.scale * row @ keys[i]) for i in far]
-        if n > count:
-            rest = keys[[i for i in range(n) if i not in set(far.tolist())]]
-            mean = rest.mean(0).to(self.k.dtype).double()
-            variance = rest.var(0, correction=0).to(self.k.dtype).double()
-            second = 0.5 * self.scale**2 * (row**2 @ variance)
-            terms.append(float(math.log(n - count) + self.scale * row @ mean + second))
-        return float(np.logaddexp.reduce(terms))
+            return self.scale * rows @ mean
+        terms = [self.scale * rows @ far.T]
+        if count:
+            second = 0.5 * self.scale**2 * (rows**2 @ variance)
+            terms.append((math.log(count) + self.scale * rows @ mean + second)[:, None])
+        return torch.logsumexp(torch.cat(terms, 1), 1)
 
     def _choose(self, heads, kv_head, begin, end):
         logs = {}
         for h in heads:
-            for row, position in self._rows(h, begin, end):
-                for block in range(self.blocks):
-                    if self._sees(position, block, end):
-                        logs.setdefault(block, []).append(self._log_energy(row, block, kv_head))
+            rows, positions = self._rows(h, begin, end)
+            for block in range(self.blocks):
+                sees = self._sees(positions, block, end)
+                if sees.any():
+                    logs.setdefault(block, []).extend(self._log_energies(rows[sees], block, kv_head).tolist())
         chosen, near = np.zeros(self.blocks, bool), np.zeros(self.blocks, bool)
         if not logs:
             return chosen, near

@@ -97,6 +97,8 @@ class Layout:
 
 
 def _length(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # under torch.compile perhaps a symbol, which int() would fix to one number
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         refuse_type(name, repr(value), "an integer")
     return int(value)

@@ -24,6 +24,8 @@ __all__ = ["attend", "prefill_attention", "select"]
 def _scale(softmax_scale: Any, q: Any) -> float:
     if softmax_scale is None:
         return float(q.shape[-1]) ** -0.5 if q.shape[-1] else 1.0
+    if isinstance(softmax_scale, float):
+        return softmax_scale
     if isinstance(softmax_scale, (bool, str)) or not hasattr(softmax_scale, "__float__"):
         refuse_type("softmax_scale", repr(softmax_scale), "a number")
     return float(softmax_scale)

@@ -54,6 +54,39 @@ def test_compile_with_index_tensors(layout):
         assert torch.equal(a, b)
 
 
+def test_lengths_stay_symbols():
+    """With max_seqlen given, prompts of new lengths take the old graph."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(q, k, cu, longest):
+        lens = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        mask = fp.select(q, k, POLICY, max_seqlen_q=longest, max_seqlen_k=longest, **lens)
+        return fp.attend(q, k, k, mask, **lens)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=count, dynamic=True)
+    for tokens in (100, 150, 333):
+        q, k, _ = tensors(tokens, (tokens, 4, 16), (tokens, 2, 16))
+        arguments = q, k, torch.tensor([0, tokens // 3, tokens]), tokens - tokens // 3
+        assert torch.equal(compiled(*arguments), run(*arguments))
+    assert len(graphs) == 1
+
+
+def test_masks_made_inside_a_graph():
+    def run(q, k, keep):
+        return fp.attend(q, k, k, fp.BlockMask.from_dense(keep, q_len=256, k_len=256, block_size=64))
+
+    torch._dynamo.reset()
+    q, k, _ = tensors(9, (256, 4, 16), (256, 2, 16))
+    keep = torch.tensor([[[1, 0, 0, 0], [0, 1, 0, 1]]], dtype=torch.bool).expand(4, -1, -1)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, keep), run(q, k, keep))
+
+
 def test_compile_into_out():
     torch._dynamo.reset()
 

@@ -12,12 +12,12 @@
 
 #include "cpu/targets.h"
 
-// clang-format off: the order matters
+// clang-format off
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/attend_kernels.cc"
-#include "cpu/rows.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "cpu/rows.h" // after highway.h, in each pass
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();

@@ -1,0 +1,202 @@
+"""`flashprefill bench`: attention alone, against PyTorch's, in one run and by turns.
+
+Contenders are the policies (selection included in their time) and hand-made masks of given densities
+(attention alone). They take turns so that a slow minute of a shared machine hits all alike, and medians are
+compared. The baseline is PyTorch's scaled_dot_product_attention on the layout it likes best, [batch, heads,
+tokens, head_dim] and contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from .. import BlockMask, attend, backends, collect_timings, prefill_attention
+from . import inputs, machine, models, table
+from .errors import UsageError
+from .spec import parse_policy, spell
+
+SCHEMA = "flashprefill-bench/1"
+DEFAULT_SHAPES = ("9/3x64x8K",)
+DEFAULT_POLICIES = ("dense", "flashprefill", "flashprefill(query_pool=16)", "sketch")
+DEFAULT_DENSITIES = (0.5, 0.25, 0.1)
+
+
+@dataclass
+class Options:
+    """What the command line asks for."""
+
+    shapes: Sequence[str] = DEFAULT_SHAPES
+    policies: Sequence[str] = DEFAULT_POLICIES
+    densities: Sequence[float] = DEFAULT_DENSITIES
+    dtype: str = "auto"
+    target: str | None = None
+    backend: str | None = None
+    threads: int | None = None
+    repeats: int = 5
+    out: Path | None = None
+
+
+@dataclass
+class Contender:
+    """Something to time: its name, the call, and what is known of its mask."""
+
+    name: str
+    call: Callable[[], Any]
+    density: float
+    seconds: list[float] = field(default_factory=list)
+    select: list[float] = field(default_factory=list)
+
+
+def contenders(shape: inputs.Shape, options: Options, dtype: torch.dtype) -> list[Contender]:
+    """PyTorch's attention, the policies, and the hand-made masks, on one set of inputs."""
+    q, k, v = inputs.make(shape, dtype)
+    where: dict[str, Any] = {"target": options.target, "backend": options.backend, "threads": options.threads}
+    heads_first = [x.transpose(0, 1).contiguous()[None] for x in (q, k, v)]
+    grouped = shape.q_heads != shape.kv_heads
+
+    def sdpa() -> Any:
+        query, key, value = heads_first
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    found = [Contender("PyTorch SDPA", sdpa, 1.0)]
+    for policy in map(parse_policy, options.policies):
+        _, stats = prefill_attention(q, k, v, policy, return_stats=True, **where)
+        call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
+        found.append(Contender(spell(policy), call, stats.mean_density))
+    for density in options.densities:
+        keep = inputs.random_mask(shape, density)
+        mask = BlockMask.from_dense(keep, q_len=shape.tokens, k_len=shape.tokens)
+        call = lambda mask=mask: attend(q, k, v, mask, **where)  # noqa: E731
+        found.append(Contender(f"random mask, density {density:g}", call, mask.density))
+    return found
+
+
+def time_by_turns(
+    found: Sequence[Contender], repeats: int, progress: Callable[[], Any] = lambda: None
+) -> None:
+    """One untimed call each, then `repeats` turns of all."""
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for one in found:
+                with collect_timings() as parts:
+                    start = time.perf_counter()
+                    one.call()
+                    seconds = time.perf_counter() - start
+                if turn:
+                    one.seconds.append(seconds)
+                    one.select.append(parts.select_seconds)
+                progress()
+
+
+def rows_of(shape: inputs.Shape, found: Sequence[Contender]) -> list[dict[str, Any]]:
+    """Return the figures of one shape; rates count the kept part of the causal triangle."""
+    work = 2.0 * shape.q_heads * shape.head_dim * shape.tokens * (shape.tokens + 1)
+    base = statistics.median(found[0].seconds)
+    return [
+        {
+            "shape": str(shape),
+            "name": one.name,
+            "density": one.density,
+            "seconds": {
+                "median": statistics.median(one.seconds),
+                "min": min(one.seconds),
+                "all": one.seconds,
+            },
+            "select_seconds": statistics.median(one.select),
+            "speedup": base / statistics.median(one.seconds),
+            "gflops": work
+            * one.density
+            / (statistics.median(one.seconds) - statistics.median(one.select))
+            / 1e9,
+        }
+        for one in found
+    ]
+
+
+def check(options: Options) -> None:
+    """Refuse what argparse cannot know."""
+    if options.repeats < 1:
+        raise UsageError(f"--repeats {options.repeats}: must be at least 1")
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads {options.threads}: must be at least 1")
+    for density in options.densities:
+        if not 0.0 < density <= 1.0:
+            raise UsageError(f"--density {density:g}: must be above 0 and at most 1")
+    here = {backend.name: backend for backend in backends() if backend.available}
+    if options.backend is not None and options.backend not in here:
+        raise UsageError(f"--backend {options.backend}: must be one of {', '.join(here)}")
+    targets = [t for b in here.values() if options.backend in (None, b.name) for t in b.targets]
+    if options.target is not None and options.target not in targets:
+        raise UsageError(f"--target {options.target}: must be one of {', '.join(targets) or 'none here'}")
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run all shapes; returns what the JSON file holds."""
+    check(options)
+    shapes = [inputs.parse_shape(text) for text in options.shapes]
+    dtype = models.resolve_dtype(options.dtype)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    from tqdm import tqdm
+
+    rows: list[dict[str, Any]] = []
+    turns = len(shapes) * (1 + len(options.policies) + len(options.densities)) * (options.repeats + 1)
+    with tqdm(total=turns, unit="call", leave=False, file=sys.stderr) as bar:
+        for shape in shapes:
+            bar.set_description(str(shape))
+            found = contenders(shape, options, models.torch_dtype(dtype))
+            time_by_turns(found, options.repeats, bar.update)
+            rows += rows_of(shape, found)
+    settings = {
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "target": options.target,
+        "backend": options.backend,
+    }
+    return {
+        "schema": SCHEMA,
+        **machine.describe(),
+        "settings": {**settings, "repeats": options.repeats},
+        "rows": rows,
+    }
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure, print the table, write the file."""
+    results = measure(options)
+    settings = results["settings"]
+    target = settings["target"] or "best target"
+    print(f"{results['machine']['cpu']}, {settings['threads']} threads, {settings['dtype']}, {target}")
+    for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
+        lines = [
+            [
+                row["name"],
+                f"{row['density']:.3f}",
+                f"{row['seconds']['median'] * 1e3:.1f}",
+                f"{row['seconds']['min'] * 1e3:.1f}",
+                f"{row['select_seconds'] * 1e3:.2f}",
+                f"{row['gflops']:.0f}",
+                f"{row['speedup']:.2f}x",
+            ]
+            for row in results["rows"]
+            if row["shape"] == shape
+        ]
+        print(f"\n{shape} (query heads / KV heads x head_dim x tokens)")
+        print(
+            table.render(("", "density", "median ms", "best ms", "select ms", "GFLOP/s", "speed-up"), lines)
+        )
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"\n{options.out}")
+    return results

@@ -1,0 +1,65 @@
+"""`flashprefill info`: what is installed, what of it runs here, and if not, why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .. import backends, library_path, library_version, thread_runtime
+from . import machine, models
+
+
+def gpu_line() -> str:
+    """The GPU that torch sees, or why there is none."""
+    try:
+        import torch
+    except ImportError:
+        return "not looked for: PyTorch is not installed"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return f"{', '.join(names)} (CUDA {torch.version.cuda})"
+    if torch.version.cuda is None:
+        return f"none: this PyTorch ({torch.__version__}) is built without CUDA"
+    return f"none: PyTorch has CUDA {torch.version.cuda} but finds no usable device or driver"
+
+
+def gather() -> dict[str, Any]:
+    """All facts as plain data."""
+    facts = machine.describe()
+    facts["library"] = {"version": library_version(), "path": library_path()}
+    facts["threads"] = thread_runtime()
+    facts["gpu"] = gpu_line()
+    facts["default_dtype"] = models.resolve_dtype("auto")
+    facts["backends"] = [
+        {"name": b.name, "available": b.available, "description": b.description, "targets": list(b.targets)}
+        for b in backends()
+    ]
+    return facts
+
+
+def run(as_json: bool) -> None:
+    """Print the facts."""
+    facts = gather()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    here, versions = facts["machine"], facts["versions"]
+    lines = [
+        ("flashprefill", f"{facts['library']['version']}  {facts['library']['path']}"),
+        ("processor", f"{here['cpu']}, {here['cpus']} CPUs, {here['memory_gib']} GiB"),
+        ("features", " ".join(here["features"]) or "none of those that matter here"),
+        ("dtype", f"{facts['default_dtype']} by default"),
+        ("threads", facts["threads"]),
+        ("GPU", facts["gpu"]),
+    ]
+    lines += [
+        (name, version or "not installed") for name, version in versions.items() if name != "flashprefill"
+    ]
+    for backend in facts["backends"]:
+        text = backend["description"] if backend["available"] else f"can't run here: {backend['description']}"
+        lines.append((f"backend {backend['name']}", text))
+        if backend["targets"]:
+            lines.append(("", "targets: " + " ".join(backend["targets"])))
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name.ljust(width)}  {text}")

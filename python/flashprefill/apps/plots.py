@@ -1,0 +1,181 @@
+"""The pictures: masks of heads that differ in kind, density by layer and head, and where the time went.
+
+matplotlib without a display. One palette throughout: blue is what every mask keeps, orange is what the
+policy chose, grey is what was skipped, white is the future, which nobody may see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.patches import Patch
+
+FUTURE, SKIPPED, FORCED, CHOSEN = "#ffffff", "#e4e7ec", "#3b6fb6", "#f08a24"
+INK, FAINT = "#1d2433", "#667085"
+DPI = 150
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": "#c4cad4",
+    "axes.labelcolor": FAINT,
+    "axes.titlesize": 9.5,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class MaskPanel:
+    """One policy's mask of one head: what was kept, what of that every mask keeps, what could be seen."""
+
+    title: str
+    kept: Array
+    forced: Array
+    visible: Array
+    recall: float | None = None
+
+    @property
+    def density(self) -> float:
+        """Share of the visible blocks that was kept."""
+        return float((self.kept & self.visible).sum() / max(1, self.visible.sum()))
+
+
+@dataclass
+class HeadRow:
+    """One head: its true attention mass by tile and block (None if nobody measured it), and its masks."""
+
+    title: str
+    mass: Array | None
+    panels: list[MaskPanel] = field(default_factory=list)
+
+
+def _axis(axis: Any, tokens: int) -> None:
+    ticks = [t for t in range(0, tokens + 1, 2048 if tokens <= 12288 else 8192 if tokens <= 49152 else 32768)]
+    if tokens < 2048:
+        ticks = [0, tokens]
+    names = [f"{t // 1024}K" if t % 1024 == 0 and t else str(t) for t in ticks]
+    axis.set_xticks(ticks, names)
+    axis.set_yticks(ticks, names)
+    axis.tick_params(length=2, labelsize=7.5)
+
+
+def _draw_mask(axis: Any, panel: MaskPanel, extent: tuple[int, int, int, int]) -> None:
+    kind = np.where(~panel.visible, 0, np.where(~panel.kept, 1, np.where(panel.forced, 2, 3)))
+    colours = ListedColormap([FUTURE, SKIPPED, FORCED, CHOSEN])
+    axis.imshow(kind, cmap=colours, vmin=0, vmax=3, extent=extent, aspect="auto", interpolation="nearest")
+    text = f"{panel.title}\nkeeps {panel.density:.0%} of the blocks"
+    if panel.recall is not None:
+        text += f", {panel.recall:.1%} of the attention"
+    axis.set_title(text, loc="left", fontsize=8.5)
+
+
+def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
+    """One row of panels a head: where attention is, then what each policy kept of it."""
+    with plt.rc_context(STYLE):
+        columns = max((row.mass is not None) + len(row.panels) for row in rows)
+        size = (3.45 * columns + 0.4, 3.3 * len(rows) + 0.5)
+        figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+        extent = (0, tokens, tokens, 0)
+        for line, row in zip(axes, rows, strict=True):
+            places = list(line)
+            line[0].set_ylabel(f"{row.title}\nquery position", fontsize=8.5)
+            if row.mass is not None:
+                axis = places.pop(0)
+                shown = np.ma.masked_less(row.mass, 1e-7)
+                norm = LogNorm(1e-4, 1)
+                axis.imshow(
+                    shown, cmap="magma_r", norm=norm, extent=extent, aspect="auto", interpolation="nearest"
+                )
+                axis.set_title("where the attention is\n(dense, log scale)", loc="left", fontsize=8.5)
+                _axis(axis, tokens)
+            for axis, panel in zip(places, row.panels, strict=False):
+                _draw_mask(axis, panel, extent)
+                _axis(axis, tokens)
+            for axis in places[len(row.panels) :]:
+                axis.set_axis_off()
+        for axis in axes[-1]:
+            axis.set_xlabel("key position", fontsize=8.5)
+        keys = [(FORCED, "always kept"), (CHOSEN, "chosen by score"), (SKIPPED, "skipped")]
+        handles = [Patch(facecolor=colour, edgecolor="#c4cad4", label=name) for colour, name in keys]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+        figure.savefig(path, dpi=DPI, facecolor="white")
+        plt.close(figure)
+
+
+def density(path: Path, maps: Sequence[tuple[str, Array]]) -> None:
+    """Share of blocks kept, a panel for each (name, [layers, heads])."""
+    with plt.rc_context(STYLE):
+        across = min(len(maps), 4)
+        down = -(-len(maps) // across)
+        layers = max(values.shape[0] for _, values in maps)
+        size = (2.55 * across + 0.9, (1.0 + min(4.6, max(1.6, 0.12 * layers))) * down)
+        figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+        image: Any = None
+        for axis, (name, values) in zip(axes.flat, maps, strict=False):
+            image = axis.imshow(
+                values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+            )
+            axis.set_title(f"{name}\nmean {values.mean():.2f}", loc="left", fontsize=8.5)
+            axis.set_xlabel("head" if values.shape[1] > 1 else "", fontsize=8.5)
+            step = max(1, values.shape[1] // 10)
+            axis.set_xticks(range(0, values.shape[1], step))
+            axis.tick_params(length=2, labelsize=7.5)
+        for axis in list(axes.flat)[len(maps) :]:
+            axis.set_axis_off()
+        for axis in axes[:, 0]:
+            axis.set_ylabel("layer", fontsize=8.5)
+        figure.colorbar(image, ax=axes, label="share of the blocks kept", fraction=0.03, aspect=30)
+        figure.savefig(path, dpi=DPI, facecolor="white")
+        plt.close(figure)
+
+
+def times(path: Path, bars: Sequence[tuple[str, float, float, float]]) -> None:
+    """Seconds to the first token by method: (name, selection, rest of attention, everything else)."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8.2, 0.52 * len(bars) + 1.1), layout="constrained")
+        names = [bar[0] for bar in bars]
+        place = np.arange(len(bars))
+        select, attend, rest = (np.array([bar[i] for bar in bars]) for i in (1, 2, 3))
+        axis.barh(place, select, color=FORCED, height=0.62, label="selection")
+        axis.barh(place, attend, left=select, color=CHOSEN, height=0.62, label="attention")
+        axis.barh(
+            place, rest, left=select + attend, color=SKIPPED, height=0.62, label="the rest of the model"
+        )
+        total = select + attend + rest
+        for y in range(len(bars)):
+            axis.text(total[y] + total.max() * 0.01, y, f"{total[y]:.1f} s", va="center", fontsize=8.5)
+            if attend[y] + select[y] > 0.05 * total.max():
+                middle = (select[y] + attend[y]) / 2
+                axis.text(
+                    middle,
+                    y,
+                    f"{select[y] + attend[y]:.1f} s",
+                    va="center",
+                    ha="center",
+                    color="white",
+                    fontsize=8.5,
+                )
+        axis.set_yticks(place, names)
+        axis.invert_yaxis()
+        axis.set_xlim(0, total.max() * 1.09)
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+        axis.tick_params(axis="x", length=2, labelsize=7.5)
+        axis.set_xlabel("seconds to the first token", fontsize=8.5)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+        figure.savefig(path, dpi=DPI, facecolor="white")
+        plt.close(figure)

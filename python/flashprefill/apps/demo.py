@@ -1,0 +1,337 @@
+"""`flashprefill demo`: a real model reads a long prompt, with dense attention and with each policy.
+
+The order of work keeps the comparison fair on a machine that is slow or shared: every method first reads a
+short piece of the prompt (threads start, memory is mapped), then all of them take turns, so that a slow
+minute hits them alike, and medians are compared. Only the first turn is also looked at: what the model
+would say at the last positions, what was skipped, and the queries and keys that the pictures are drawn
+from.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..policies import FlashPrefill, Policy, Sketch
+from . import machine, models, prompt, report, table
+from .errors import UsageError
+from .spec import parse_policy, spell
+
+TOKENS = 7600
+LONG_TOKENS = 24000
+QUICK_TOKENS = 1536
+SCHEMA = "flashprefill-demo/1"
+
+
+@dataclass
+class Options:
+    """What the command line asks for."""
+
+    model: Path | None = None
+    prompt: Path | None = None
+    policies: Sequence[str] = ()
+    dtype: str = "auto"
+    tokens: int | None = None
+    depths: Sequence[float] = (0.5,)
+    needle: bool = True
+    long: bool = False
+    quick: bool = False
+    repeats: int | None = None
+    threads: int | None = None
+    positions: int = 512
+    continuation: int = 24
+    out: Path = Path("out/demo")
+
+
+@dataclass
+class Method:
+    """One contender and all that was seen of it."""
+
+    label: str
+    policy: Policy | None
+    ttft: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    select: list[float] = field(default_factory=list)
+    density: Any = None  # [layers, heads]
+    fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
+    kl: float | None = None
+    top1: float | None = None
+    needles: list[dict[str, Any]] = field(default_factory=list)
+
+
+def methods_for(texts: Sequence[str]) -> list[Method]:
+    """Dense first, then what was asked for, or the four that the project stands for."""
+    dense = Method("Dense (PyTorch SDPA)", None)
+    if texts:
+        return [dense, *(Method(spell(policy), policy) for policy in map(parse_policy, texts))]
+    return [
+        dense,
+        Method("FlashPrefill, published", FlashPrefill(alpha=0.12)),
+        Method(
+            "FlashPrefill, shared + mean", FlashPrefill(alpha=0.12, share_heads=True, mean_correction=True)
+        ),
+        Method("FlashPrefill, pooled", FlashPrefill(alpha=0.12, query_pool=16)),
+        Method("Sketch", Sketch()),
+    ]
+
+
+class Runner:
+    """Runs the methods over the prompts and keeps the figures."""
+
+    def __init__(self, loaded: models.Loaded, methods: list[Method], options: Options, bar: Any) -> None:
+        self.loaded, self.methods, self.options, self.bar = loaded, methods, options, bar
+        layers = loaded.model.config.get_text_config().num_hidden_layers
+        self.layers = layers
+        self.capture = frozenset(int(layer) for layer in np.linspace(1, layers - 1, min(6, layers)).round())
+        self.captured: dict[int, Any] = {}
+        self.reference: Any = None
+
+    def _with_policy(self, method: Method, work: Any) -> Any:
+        from .. import patch_model, unpatch_model
+
+        if method.policy is None:
+            return work()
+        patch_model(self.loaded.model, method.policy)
+        try:
+            return work()
+        finally:
+            unpatch_model(self.loaded.model)
+
+    def _step(self, what: str, method: Method) -> None:
+        self.bar.set_description(f"{what}: {method.label}")
+
+    def warm_up(self, ids: Any) -> None:
+        """A short piece of the prompt through every method."""
+        from . import measure
+
+        for method in self.methods:
+            self._step("warming up", method)
+            self._with_policy(method, lambda: measure.run(self.loaded.model, ids, 1))
+            self.bar.update()
+
+    def read(self, text: prompt.Prompt, repeats: int, measured: bool) -> None:
+        """All methods read one prompt by turns; the last turn goes on to write the continuation."""
+        import torch
+
+        ids = torch.tensor([text.ids])
+        for turn in range(repeats):
+            for method in self.methods:
+                self._step(f"turn {turn + 1} of {repeats}" if measured else f"depth {text.depth:g}", method)
+                self._with_policy(
+                    method, lambda m=method, t=turn: self._pass(m, text, ids, t, repeats, measured)
+                )
+                self.bar.update()
+
+    def _pass(
+        self, method: Method, text: prompt.Prompt, ids: Any, turn: int, repeats: int, measured: bool
+    ) -> None:
+        from . import measure
+
+        model, keep = self.loaded.model, min(self.options.positions, ids.shape[1])
+        first = measured and turn == 0
+        capture = self.capture if first and method.policy is None else frozenset()
+        result, clock = measure.run(model, ids, keep, capture)
+        if first and method.policy is not None:
+            # A layer that ran dense, because the model or the policy's table wants it so, keeps everything.
+            method.density = np.nan_to_num(result.stats.density, nan=1.0)
+            method.fallbacks = dict(result.stats.fallbacks)
+        if measured:
+            method.ttft.append(result.ttft)
+            method.attention.append(clock.seconds)
+            method.select.append(result.select)
+        if first:
+            self.captured = clock.captured or self.captured
+            self._compare(method, measure.log_probabilities(model, result))
+        if turn == repeats - 1:
+            written = measure.continue_greedily(model, result, self.options.continuation)
+            words = self.loaded.tokenizer.decode(written, skip_special_tokens=True)
+            method.needles.append(
+                {"depth": text.depth, "found": text.found_in(words), "continuation": words.strip()}
+            )
+
+    def _compare(self, method: Method, logs: Any) -> None:
+        from . import measure
+
+        if logs is None:
+            return
+        if method.policy is None:
+            self.reference = logs
+        if self.reference is not None:
+            method.kl, method.top1 = measure.agreement(self.reference, logs)
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
+
+
+def summarise(method: Method, dense: Method) -> dict[str, Any]:
+    """One method's figures, as results.json holds them."""
+    ttft, attention = statistics.median(method.ttft), statistics.median(method.attention)
+    return {
+        "label": method.label,
+        "policy": None if method.policy is None else spell(method.policy),
+        "ttft_seconds": _spread(method.ttft),
+        "attention_seconds": _spread(method.attention),
+        "select_seconds": _spread(method.select),
+        "ttft_speedup": statistics.median(dense.ttft) / ttft,
+        "attention_speedup": statistics.median(dense.attention) / attention if attention else None,
+        "density": 1.0 if method.density is None else float(np.mean(method.density)),
+        "density_by_layer_and_head": None if method.density is None else np.round(method.density, 4).tolist(),
+        "dense_layers": method.fallbacks,
+        "kl_nats": method.kl,
+        "top1_agreement": method.top1,
+        "needles": method.needles,
+    }
+
+
+def needle_text(needles: Sequence[dict[str, Any]]) -> str:
+    """yes, no, or how many of several."""
+    known = [needle["found"] for needle in needles if needle["found"] is not None]
+    if not known:
+        return "-"
+    if len(known) == 1:
+        return "yes" if known[0] else "no"
+    return f"{sum(known)} of {len(known)}"
+
+
+HEADER = (
+    "",
+    "first\ntoken, s",
+    "speed-\nup",
+    "attention,\ns",
+    "speed-\nup",
+    "of it\nselection",
+    "\ndensity",
+    "KL,\nnats",
+    "same\ntop-1",
+    "needle\nfound",
+)
+
+
+def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table's cells."""
+
+    def optional(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        [
+            run["label"],
+            f"{run['ttft_seconds']['median']:.2f}",
+            f"{run['ttft_speedup']:.2f}x",
+            f"{run['attention_seconds']['median']:.2f}",
+            optional(run["attention_speedup"], ".2f") + "x",
+            "-" if run["policy"] is None else f"{run['select_seconds']['median']:.2f}",
+            f"{run['density']:.3f}",
+            optional(run["kl_nats"], ".4f"),
+            optional(run["top1_agreement"], ".1%"),
+            needle_text(run["needles"]),
+        ]
+        for run in runs
+    ]
+
+
+def check(options: Options) -> None:
+    """Refuse what argparse cannot know."""
+    for name, value, low in (
+        ("tokens", options.tokens, 16),
+        ("repeats", options.repeats, 1),
+        ("threads", options.threads, 1),
+    ):
+        if value is not None and value < low:
+            raise UsageError(f"--{name} {value}: must be at least {low}")
+    for depth in options.depths:
+        if not 0.0 <= depth <= 1.0:
+            raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out}: must be a directory")
+    for module in ("torch", "transformers", "matplotlib", "tqdm"):
+        if not machine.importable(module):
+            raise UsageError(f"the demo needs {module}: pip install 'flashprefill[demo]'")
+    if models.resolve_path(options.model).suffix == ".gguf" and not machine.importable("gguf"):
+        raise UsageError("reading GGUF files needs gguf: pip install gguf")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The whole demo; returns what results.json holds."""
+    check(options)
+    methods = methods_for(options.policies)
+    import torch
+    from tqdm import tqdm
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    print("loading the model ...", file=sys.stderr, flush=True)
+    loaded = models.load(options.model, options.dtype, options.long)
+    tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)
+    repeats = options.repeats or (1 if options.long or options.quick else 3)
+    depths = list(options.depths) if options.needle else [None]
+    texts = [prompt.build(loaded.tokenizer, tokens, depth, options.prompt) for depth in depths]
+    first = texts[0]
+    print(
+        f"{loaded.name}, {loaded.dtype}, {torch.get_num_threads()} threads on {machine.cpu_model()}\n"
+        f"prompt: {len(first.ids)} tokens of {first.source}",
+        file=sys.stderr,
+        flush=True,
+    )
+    passes = len(methods) * (1 + repeats + len(texts) - 1)
+    with tqdm(
+        total=passes,
+        unit="pass",
+        bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    ) as bar:
+        runner = Runner(loaded, methods, options, bar)
+        runner.warm_up(torch.tensor([first.ids[: max(64, min(1024, len(first.ids) // 2))]]))
+        runner.read(first, repeats, measured=True)
+        for text in texts[1:]:
+            runner.read(text, 1, measured=False)
+        bar.set_description("done")
+    config = loaded.model.config.get_text_config()
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        **machine.describe(),
+        "model": {
+            "name": loaded.name,
+            "dtype": loaded.dtype,
+            "layers": runner.layers,
+            "q_heads": config.num_attention_heads,
+            "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        },
+        "prompt": {
+            "tokens": len(first.ids),
+            "source": first.source,
+            "depths": depths,
+            "needle": first.needle,
+            "question": first.question,
+            "answer": first.answer,
+        },
+        "settings": {
+            "threads": torch.get_num_threads(),
+            "repeats": repeats,
+            "compared_positions": min(options.positions, len(first.ids)),
+            "continuation_tokens": options.continuation,
+            "long": options.long,
+        },
+        "runs": [summarise(method, methods[0]) for method in methods],
+    }
+    results["table"] = table.render(HEADER, table_rows(results["runs"]))
+    print(results["table"], flush=True)
+    print("drawing the pictures ...", file=sys.stderr, flush=True)
+    from . import pictures
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw(options.out, results, methods, runner.captured)
+    results["heads"] = drawn.heads
+    results["files"] = ["results.json", "report.html", *drawn.files]
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (options.out / "report.html").write_text(report.page(results, options.out), encoding="utf-8")
+    print(f"\n{options.out}/: {', '.join(results['files'])}", flush=True)
+    return results

@@ -1,0 +1,247 @@
+"""report.html: the demo's figures and pictures as one page that needs nothing else.
+
+Pictures are inlined, there is no script and nothing is fetched, so the page can be mailed or kept. It
+follows the reader's light or dark setting. Every sentence with a figure in it is made from results.json's
+fields.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+STYLE = Path(__file__).with_name("report.css")
+
+
+def _image(path: Path, alt: str, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    picture = f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+    return f'<figure><div class="card">{picture}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _range(values: dict[str, Any]) -> str:
+    if len(values["all"]) == 1:
+        return f"{values['median']:.2f}"
+    return f"{values['median']:.2f}<small>{values['min']:.2f} - {values['max']:.2f}</small>"
+
+
+def _found(needles: Sequence[dict[str, Any]]) -> str:
+    known = [n["found"] for n in needles if n["found"] is not None]
+    if not known:
+        return "-"
+    kind = "yes" if all(known) else "no"
+    text = ("yes" if known[0] else "no") if len(known) == 1 else f"{sum(known)} of {len(known)}"
+    return f'<span class="{kind}">{text}</span>'
+
+
+def _table(runs: Sequence[dict[str, Any]]) -> str:
+    heads = "|first token,<br>seconds|speed-up|in attention,<br>seconds|speed-up|of it<br>selection"
+    heads += "|blocks<br>kept|KL from<br>dense, nats|same<br>top token|needle<br>found"
+    lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads.split("|")) + "</tr>"]
+    for run in runs:
+        dense = run["policy"] is None
+        about = "the baseline" if dense else f"<code>{escape(run['policy'])}</code>"
+        speed = f"{run['attention_speedup']:.2f}x" if run["attention_speedup"] else "-"
+        cells = [
+            f"{escape(run['label'])}<small>{about}</small>",
+            _range(run["ttft_seconds"]),
+            f"{run['ttft_speedup']:.2f}x",
+            _range(run["attention_seconds"]),
+            speed if dense else f'<span class="fast">{speed}</span>',
+            "-" if dense else f"{run['select_seconds']['median']:.2f}",
+            f"{run['density']:.1%}",
+            "-" if run["kl_nats"] is None else f"{run['kl_nats']:.4f}",
+            "-" if run["top1_agreement"] is None else f"{run['top1_agreement']:.1%}",
+            _found(run["needles"]),
+        ]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="card"><table>{"".join(lines)}</table></div>'
+
+
+def _tiles(runs: Sequence[dict[str, Any]]) -> str:
+    dense, others = runs[0], runs[1:]
+    if not others:
+        return ""
+    best = max(others, key=lambda run: run["attention_speedup"] or 0.0)
+    tiles = [
+        (
+            f"{best['attention_speedup'] or 0:.2f}x",
+            f"faster attention with {escape(best['label'])}, selection included",
+        ),
+        (f"{best['ttft_speedup']:.2f}x", "sooner to the first token, the rest of the model included"),
+        (f"{1 - best['density']:.0%}", "of the visible blocks of keys were never read"),
+    ]
+    if best["top1_agreement"] is not None:
+        tiles.append(
+            (f"{best['top1_agreement']:.1%}", "of positions predict the same next token as dense attention")
+        )
+    known = [n["found"] for run in others for n in run["needles"] if n["found"] is not None]
+    base = [n["found"] for n in dense["needles"] if n["found"] is not None]
+    if known:
+        tiles.append(
+            (
+                f"{sum(known)} of {len(known)}",
+                f"needles found by the policies (dense: {sum(base)} of {len(base)})",
+            )
+        )
+    return (
+        '<div class="tiles">'
+        + "".join(f"<div class=tile><b>{a}</b><span>{b}</span></div>" for a, b in tiles)
+        + "</div>"
+    )
+
+
+def _answers(results: dict[str, Any]) -> str:
+    asked = results["prompt"]
+    lines = ["<h2>What the model said</h2>"]
+    if asked["needle"]:
+        depths = ", ".join(f"{depth:.0%}" for depth in asked["depths"])
+        lines += [
+            f"<p>One sentence that does not belong there was hidden {depths} of the way into the text:</p>",
+            f"<blockquote>{escape(asked['needle'])}</blockquote>",
+            f"<p>The prompt ends with: {escape(asked['question'])} A method has found the needle if what",
+            f" the model writes holds <b>{escape(asked['answer'])}</b>.</p>",
+        ]
+    else:
+        lines.append("<p>The most likely continuation of the prompt:</p>")
+    rows = ["<tr><th></th><th>depth</th><th class=words>continuation</th></tr>"]
+    for run in results["runs"]:
+        for needle in run["needles"]:
+            kind = {True: "yes", False: "no", None: ""}[needle["found"]]
+            depth = "-" if needle["depth"] is None else f"{needle['depth']:g}"
+            words = f'<span class="{kind}">{escape(needle["continuation"]) or "(nothing)"}</span>'
+            rows.append(
+                f"<tr><td>{escape(run['label'])}</td><td>{depth}</td><td class=words>{words}</td></tr>"
+            )
+    lines.append(f'<div class="card"><table>{"".join(rows)}</table></div>')
+    return "".join(lines)
+
+
+SKIPPED = """
+<h2>What was skipped</h2>
+<p>Attention lets every token look back at every earlier one, so its cost grows with the square of the
+prompt. But most heads give nearly all their weight to a few places. The prompt is cut into blocks of 128
+keys; for each head and each tile of queries a quick look at summaries of the blocks tells which of them
+matter, and exact attention is computed over just those. Query positions run down, key positions to the
+right, and nobody sees the future (the white triangle).</p>
+"""
+
+MASKS = """
+Left: where the dense model's attention really is. Then what was kept of it: <span class="key"
+style="background:#3b6fb6"></span>always, whatever the scores say: the beginning, the neighbourhood, and
+everything for the prompt's last tokens; <span class="key" style="background:#f08a24"></span>chosen by
+score; <span class="key" style="background:#e4e7ec"></span>skipped, never read. The last row is the head,
+of those that were looked at, whose selection loses the most attention.
+"""
+
+DENSITY = """
+Share of the visible blocks that was kept, by layer (down) and head (right). Dark heads need little beyond
+what is always kept; bright ones look everywhere. Under a shared mask the heads of a group keep the same.
+"""
+
+TIMES = "Everything but attention is the same work for all; where that part differs, the machine was shared."
+
+MEASURED = """
+<p>The methods took turns on the same prompt after a short warm-up; times are {turns}. <i>First token</i>
+is the whole model reading the prompt. <i>In attention</i> is the time inside the attention function,
+taken by the same hook for all, selection included. <i>KL</i> and <i>same top token</i> compare the
+predictions at the last {positions} positions with those of dense attention. <i>Blocks kept</i> is out of
+those that a query may see.</p>
+"""
+
+
+def _heads(results: dict[str, Any]) -> str:
+    items = []
+    for head in results["heads"]:
+        parts = [
+            f"{escape(name)} keeps {mask['density']:.0%} of blocks and {mask['recall']:.1%} of attention"
+            for name, mask in head["masks"].items()
+        ]
+        items.append(
+            f"<li>Layer {head['layer']}, head {head['head']} {head['kind']}: {'; '.join(parts)}.</li>"
+        )
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _skipped(results: dict[str, Any], out: Path) -> str:
+    parts = [SKIPPED]
+    if "masks.png" in results["files"]:
+        parts += [_image(out / "masks.png", "Masks of heads that differ in kind", MASKS), _heads(results)]
+    if "density.png" in results["files"]:
+        parts += [
+            "<h2>How much each head keeps</h2>",
+            _image(out / "density.png", "Density by layer and head", DENSITY),
+        ]
+    return "".join(parts)
+
+
+def _facts(results: dict[str, Any]) -> str:
+    machine, model, settings = results["machine"], results["model"], results["settings"]
+    features = ", ".join(machine["features"])
+    cpu = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB; {features}"
+    size = f"{model['layers']} layers, {model['q_heads']} query and {model['kv_heads']} KV heads"
+    facts = {
+        "Machine": escape(cpu),
+        "Threads": str(settings["threads"]),
+        "Model": escape(
+            f"{model['name']}: {size}, {model['parameters'] / 1e6:.0f}M parameters, {model['dtype']}"
+        ),
+        "Prompt": escape(f"{results['prompt']['tokens']} tokens of {results['prompt']['source']}"),
+        "Versions": escape(", ".join(f"{name} {is_}" for name, is_ in results["versions"].items() if is_)),
+        "Date": escape(results["date"]),
+        "Command": f"<code>{escape(results['command'])}</code>",
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
+    repeats = settings["repeats"]
+    turns = (
+        "of one turn"
+        if repeats == 1
+        else f"the median of {repeats} turns, with the least and the most below it"
+    )
+    measured = MEASURED.format(turns=turns, positions=settings["compared_positions"])
+    closing = "<p class=soft>All figures are in results.json beside this page.</p>"
+    return f"<h2>How it was measured</h2>{measured}<dl>{rows}</dl>{closing}"
+
+
+PAGE = """<!doctype html>
+<html lang=en>
+<head>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width,initial-scale=1">
+<meta name=color-scheme content="light dark">
+<title>flashprefill: {title}</title>
+<style>
+{style}</style>
+</head>
+<body><main>
+<h1>{title}</h1>
+<p class=soft>{subtitle}</p>
+{body}
+</main></body>
+</html>
+"""
+
+
+def page(results: dict[str, Any], out: Path) -> str:
+    """Return the whole page; the pictures are read from `out`."""
+    model, settings = results["model"], results["settings"]
+    title = f"{model['name']} reads {results['prompt']['tokens']:,} tokens"
+    where = f"{results['machine']['cpu']} with {settings['threads']} threads, {model['dtype']}"
+    body = [
+        _tiles(results["runs"]),
+        "<h2>Side by side</h2>",
+        _table(results["runs"]),
+        _image(out / "times.png", "Seconds to the first token by method", TIMES),
+        _skipped(results, out),
+        _answers(results),
+        _facts(results),
+    ]
+    return PAGE.format(
+        title=escape(title),
+        style=STYLE.read_text(encoding="utf-8"),
+        subtitle=escape(f"Dense attention against flashprefill's policies, on {where}"),
+        body="\n".join(body),
+    )

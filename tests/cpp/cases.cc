@@ -169,7 +169,7 @@ std::vector<OpCase> StrideCases() {
 }
 
 std::vector<OpCase> FarCases() {
-  OpCase pages = Paged({{60, 190}, {33, 65}}, 16);
+  OpCase pages = Paged({{60, 190}, {33, 65}}, 64); // 7 pages: 14 GiB of addresses each for k and v
   pages.k_strides = pages.v_strides = Strides::kFar;
   pages.AllDtypes(FP_BF16);
   OpCase sequences;
@@ -177,7 +177,7 @@ std::vector<OpCase> FarCases() {
   sequences.AllStrides(Strides::kFar).AllDtypes(FP_F16);
   OpCase heads = Packed({{40, 170}, {30, 80}});
   heads.kv_heads = 2;
-  heads.AllStrides(Strides::kFar);
+  heads.AllStrides(Strides::kFar).AllDtypes(FP_BF16);
   return Seeded({pages, sequences, heads}, 600);
 }
 

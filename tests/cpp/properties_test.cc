@@ -77,17 +77,16 @@ std::vector<OpCase> MixedCases() {
 }
 
 std::vector<Mask> MixedMasks(const fp_problem& p) {
-  return {RandomMask(p, 64, false, false, 0.6, 1), RandomMask(p, 128, true, true, 0.6, 2),
-          RandomMask(p, 32, false, true, 0.4, 3)};
+  return Thinned<Mask>({RandomMask(p, 64, false, false, 0.6, 1), RandomMask(p, 128, true, true, 0.6, 2),
+                        RandomMask(p, 32, false, true, 0.4, 3)},
+                       2);
 }
 
 std::vector<AnyPolicy> MixedPolicies() {
-  return {Dense(64),
-          Streaming(32, 1, 2, 1),
-          FlashPrefill(32, 0.5f),
-          Corrected(Shared(FlashPrefill(64, 0.6f, 16))),
-          Corrected(SketchByMass(32, 0.6f)),
-          Shared(SketchByAlpha(64, 0.4f, 4, 1))};
+  return Thinned<AnyPolicy>(
+      {Streaming(32, 1, 2, 1), Dense(64), FlashPrefill(32, 0.5f), Corrected(Shared(FlashPrefill(64, 0.6f, 16))),
+       Corrected(SketchByMass(32, 0.6f)), Shared(SketchByAlpha(64, 0.4f, 4, 1))},
+      3);
 }
 
 template <typename Body>
@@ -161,7 +160,8 @@ TEST(Properties, RowsNeverDependOnTheFuture) {
       SCOPED_TRACE(engine.Name() + ": " + op.Describe());
       std::vector<Attended> want;
       for (const Mask& mask : masks) want.push_back(Attend(engine, p, mask));
-      for (const int64_t from : {1, 37, 64, 100, 101}) { // tokens before the end that change, of each sequence
+      for (const int64_t from :
+           Thinned<int64_t>({37, 1, 64, 100, 101})) { // tokens before the end that change, of each sequence
         OpData after(op);
         std::mt19937 random(static_cast<unsigned>(from));
         const float keys[] = {NAN, kInf, -kInf, 6e4f, 0.0f};
@@ -211,7 +211,7 @@ TEST(Properties, TheNumberOfThreadsChangesNothing) {
       const fp_problem& p = data.problem();
       for (const AnyPolicy& policy : MixedPolicies()) {
         const Prefilled one = Prefill(engine, p, policy, 1);
-        for (const int threads : {2, 3, 0}) {
+        for (const int threads : Thinned<int>({2, 3, 0})) {
           const Prefilled more = Prefill(engine, p, policy, threads);
           EXPECT_TRUE(SameMask(p, one.mask, more.mask)) << Name(policy) << ", threads " << threads;
           EXPECT_TRUE(SameBits(p, one.attended, more.attended)) << Name(policy) << ", threads " << threads;
@@ -222,7 +222,7 @@ TEST(Properties, TheNumberOfThreadsChangesNothing) {
 }
 
 TEST(Properties, TheOrderOfPagesChangesNothing) {
-  for (const int page_size : {1, 16, 64, 128}) {
+  for (const int page_size : Thinned<int>({16, 1, 64, 128})) {
     OpCase op;
     op.lengths = {{140, 333}, {65, 65}, {1, 200}};
     op.q_layout = Layout::kPacked;
@@ -263,7 +263,7 @@ Mask ChunkMask(const fp_problem& chunk, const Mask& whole, int64_t begin) {
 }
 
 TEST(Properties, ChunksUnderOneMaskAreTheWhole) {
-  for (const int32_t dtype : {FP_F32, FP_BF16}) {
+  for (const int32_t dtype : Thinned<int32_t>({FP_F32, FP_BF16})) {
     OpCase op;
     op.lengths = {{700, 700}};
     op.kv_heads = 2;
@@ -296,7 +296,7 @@ TEST(Properties, RowsThatSeeNothingAreZeroAndMinusInfinity) {
   open.causal = false;
   std::vector<OpCase> cases = MixedCases();
   cases.push_back(open);
-  for (const OpCase& op : cases) {
+  for (const OpCase& op : Thinned(cases, 5)) {
     ForAllEngines(op, [](const Engine& engine, const OpData& data) {
       const fp_problem& p = data.problem();
       for (const bool shared : {false, true}) {
@@ -315,7 +315,7 @@ TEST(Properties, RowsThatSeeNothingAreZeroAndMinusInfinity) {
 }
 
 TEST(Properties, AttendIgnoresBitsOfBlocksThatNobodySees) {
-  for (const OpCase& op : MixedCases()) {
+  for (const OpCase& op : Thinned(MixedCases())) {
     ForAllEngines(op, [](const Engine& engine, const OpData& data) {
       const fp_problem& p = data.problem();
       for (const Mask& mask : MixedMasks(p)) {
@@ -445,7 +445,7 @@ TEST(Properties, NanAndInfAnywhereEndWell) {
 
 // With all keys of a block alike, and their values too, a block's means lose nothing.
 TEST(Properties, TheCorrectionIsExactForBlocksOfEqualKeys) {
-  for (const int32_t dtype : {FP_F32, FP_BF16, FP_F16}) {
+  for (const int32_t dtype : Thinned<int32_t>({FP_BF16, FP_F16, FP_F32})) {
     OpCase op;
     op.lengths = {{150, 700}};
     op.kv_heads = 2;

@@ -21,17 +21,12 @@ namespace {
 constexpr int64_t kRun = 16;        // blocks a unit of describing: 16 columns of a panel are whole cache lines
 constexpr int64_t kWavePanels = 16; // short sequences share waves of so many panels (of each KV head)
 
-bool IsScored(const Problem& p, const SelectPlan& plan, const Policy& policy, const Sequence& s) {
-  return plan.scores && !AllForced(p, plan.g, policy, s);
-}
-
 // Where a sequence's work begins in its wave. One entry more holds the wave's totals.
 struct Share {
   int64_t unit;  // of describing
   int64_t item;  // of scoring
   int64_t panel; // in the wave's panels
   int heads_a_unit;
-  bool scored;
 };
 
 // A thread's own memory.
@@ -77,7 +72,7 @@ Memory MemoryOf(const Problem& p, const SelectPlan& plan, const Policy& policy, 
   for (int b = 0; b < p.batch; ++b) {
     const Sequence s = SequenceOf(p, b);
     items += plan.g.Tiles(s) * p.kv_heads * plan.Splits();
-    if (!IsScored(p, plan, policy, s)) continue;
+    if (!plan.scores || AllForced(p, plan.g, policy, s)) continue;
     longest = std::max(longest, plan.Panels(s));
     all += plan.Panels(s);
   }
@@ -130,10 +125,10 @@ class Selection {
     int b = begin;
     for (; b < p_.batch; ++b) {
       const Sequence s = SequenceOf(p_, b);
-      const bool scored = IsScored(p_, plan_, policy_, s);
+      const bool forced = AllForced(p_, plan_.g, policy_, s);
+      const bool scored = plan_.scores && !forced;
       const int64_t panels = scored ? plan_.Panels(s) : 0;
       if (next.panel + panels > memory_.capacity) break;
-      next.scored = scored;
       // Neighbouring heads together are longer runs of memory, fewer heads are more units: some six for each thread.
       const int64_t runs = DivUp(plan_.g.Blocks(s), kRun);
       next.heads_a_unit =
@@ -143,9 +138,7 @@ class Selection {
       next.item += plan_.g.Tiles(s) * p_.kv_heads * plan_.Splits();
       next.panel += panels;
       if (mask_.fallback) {
-        mask_.fallback[b] = policy_.kind == FP_DENSE             ? FP_FALLBACK_DENSE
-                            : AllForced(p_, plan_.g, policy_, s) ? FP_FALLBACK_SHORT
-                                                                 : FP_SELECTED;
+        mask_.fallback[b] = policy_.kind == FP_DENSE ? FP_FALLBACK_DENSE : forced ? FP_FALLBACK_SHORT : FP_SELECTED;
       }
     }
     memory_.shares[b] = next;

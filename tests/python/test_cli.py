@@ -161,6 +161,13 @@ def test_nothing_else_is_read_as_a_policy(text):
         spec.parse_policy(text)
 
 
+def test_spelling_shows_the_threshold_and_what_differs():
+    assert spec.spell(fp.FlashPrefill(query_pool=16)) == "FlashPrefill(alpha=0.12, query_pool=16)"
+    assert spec.spell(fp.Sketch()) == "Sketch(mass=0.95)"
+    assert spec.spell(fp.Sketch(alpha=0.1)) == "Sketch(alpha=0.1)"
+    assert spec.spell(fp.Dense()) == "Dense()"
+
+
 def test_table_columns_are_aligned():
     lines = table.render(
         ("", "two\nlines", "x"), [["a", "1.25", "y"], ["longer", "10.50", "zz"]]
@@ -218,7 +225,7 @@ def test_bench_writes_its_file(capsys, tmp_path):
     assert {"cpu", "cpus", "features"} <= set(results["machine"]) and results["versions"]["torch"]
     assert [row["name"] for row in results["rows"]] == [
         "PyTorch SDPA",
-        "FlashPrefill()",
+        "FlashPrefill(alpha=0.12)",
         "random mask, density 0.5",
     ] * 2
     for row in results["rows"]:
@@ -277,7 +284,7 @@ def test_inspect_json_and_other_formats(capsys, dump, tmp_path):
     code, out, _ = run(capsys, "inspect", str(dump), *arguments)
     (first,) = json.loads(out)
     assert (
-        first["policy"] == "FlashPrefill(window_blocks=1, dense_tail_blocks=0)"
+        first["policy"] == "FlashPrefill(alpha=0.12, window_blocks=1, dense_tail_blocks=0)"
         and first["heads"] == [2, 1]
         and first["reason"] == "selected"
     )

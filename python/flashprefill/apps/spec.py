@@ -20,6 +20,7 @@ POLICIES: dict[str, type[policies.Policy]] = {
     "flashprefill": policies.FlashPrefill,
     "sketch": policies.Sketch,
 }
+THRESHOLDS = ("alpha", "mass")  # what a policy is known by, so it is always shown
 
 
 def parse_policy(text: str) -> policies.Policy:
@@ -54,9 +55,13 @@ def parse_policy(text: str) -> policies.Policy:
 
 
 def spell(policy: policies.Policy) -> str:
-    """The shortest text that parse_policy reads back as the same policy."""
-    name = type(policy).__name__
-    fields = dataclasses.fields(policy)  # type: ignore[arg-type]
+    """Return a text that parse_policy reads back: the threshold, and what is not a default."""
     default = type(policy)()
-    changed = [f for f in fields if getattr(policy, f.name) != getattr(default, f.name)]
-    return f"{name}({', '.join(f'{f.name}={getattr(policy, f.name)!r}' for f in changed)})"
+    shown = {}
+    for field in dataclasses.fields(policy):  # type: ignore[arg-type]
+        value = getattr(policy, field.name)
+        if value != getattr(default, field.name) or (field.name in THRESHOLDS and value is not None):
+            shown[field.name] = value
+    if shown.get("alpha") is not None:
+        shown.pop("mass", None)  # one of the two decides; the other is None by itself
+    return f"{type(policy).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"

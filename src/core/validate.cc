@@ -232,7 +232,8 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
   check("mask.tile_tokens", m.tile_tokens, g.tile_tokens, "as fp_mask_describe says for this problem");
   check("mask.tile_rows", m.tile_rows, g.tile_rows, "as fp_mask_describe says for this problem");
   check("mask.words", m.words, g.words, "as fp_mask_describe says for this problem");
-  if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0) Refuse("mask.bits", "NULL", "the address of the mask's words");
+  if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0)
+    Refuse("mask.bits", "NULL", "the address of the mask's words");
   if (reinterpret_cast<uintptr_t>(m.bits) % alignof(uint64_t) != 0) Refuse("mask.bits", m.bits, "aligned to 8 bytes");
 }
 

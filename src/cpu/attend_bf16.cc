@@ -34,21 +34,31 @@ int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 using Pair = uint32_t; // two bf16
 
+// `ahead` is fetched meanwhile, a line for every kAheadStep rows of B, as in attend_kernels.cc.
+constexpr int kAheadStep = 8;
+constexpr int kLine = 16; // pairs
+
 template <int ROWS, int VECTORS, bool ADD>
 void Micro(const Pair* __restrict__ a, int64_t a_stride, const Pair* __restrict__ b, int64_t b_stride, int64_t depth,
-           float* __restrict__ c, int64_t c_stride) {
+           float* __restrict__ c, int64_t c_stride, const Pair* ahead) {
   __m512 sum[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r) {
     for (int j = 0; j < VECTORS; ++j) sum[r][j] = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  auto step = [&](int64_t k) {
     __m512bh row[VECTORS];
     for (int j = 0; j < VECTORS; ++j) row[j] = (__m512bh)_mm512_loadu_si512(b + k * b_stride + j * kLanes);
     for (int r = 0; r < ROWS; ++r) {
       const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * a_stride + k]));
       for (int j = 0; j < VECTORS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, row[j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + kAheadStep <= depth; ahead += kLine) {
+    __builtin_prefetch(ahead, 0, 2); // into L2
+    for (const int64_t end = k + kAheadStep; k < end; ++k) step(k);
   }
+  for (; k < depth; ++k) step(k);
   for (int r = 0; r < ROWS; ++r) {
     for (int j = 0; j < VECTORS; ++j) {
       float* to = c + r * c_stride + j * kLanes;
@@ -162,22 +172,24 @@ void Mean(const Rows& rows, int32_t head_dim, float* mean) {
 // Columns that some row before `end` sees.
 int32_t SeenColumns(const Chunk& chunk, int32_t end) { return chunk.limit ? chunk.limit[end - 1] : chunk.columns; }
 
-// Fetches the packed K or V of the next chunk's first group while this one is worked on.
+// Walks the packed K or V of the next chunk's first group, as far as one micro-kernel after the other fetches it.
+// `row`: pairs for two keys.
 class Ahead {
  public:
   Ahead(const void* packed, int64_t key, int64_t row) {
-    if (key < 0) return;
-    at_ = static_cast<const uint16_t*>(packed) + key / kGroup * kGroup * row;
-    end_ = at_ + kGroup * row;
+    at_ = static_cast<const Pair*>(packed) + (key < 0 ? 0 : key) / kGroup * (kGroup / 2) * row;
+    end_ = key < 0 ? at_ : at_ + kGroup / 2 * row;
   }
-  void Step() {
-    for (int i = 0; i < 8 && at_ < end_; ++i, at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  // What a micro-kernel of this depth may fetch.
+  const Pair* Take(int64_t depth) {
+    const Pair* at = at_;
+    at_ += Least(depth / kAheadStep * kLine, end_ - at_);
+    return at;
   }
 
  private:
-  static constexpr int kLine = 32; // bf16
-  const uint16_t* at_ = nullptr;
-  const uint16_t* end_ = nullptr;
+  const Pair* at_;
+  const Pair* end_;
 };
 
 void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
@@ -195,9 +207,9 @@ void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
         const int32_t rows = static_cast<int32_t>(Least(kRows, end - r));
         const int64_t seen = Least(SeenColumns(chunk, r + rows) - column, count);
         if (seen <= 0) continue;
-        ahead.Step();
         kMicro<false>[rows - 1][(seen - 1) / kLanes](q + r * q_stride, q_stride, panel, kPanel, depth,
-                                                     tile.scores + (r - begin) * kScoreStride + column, kScoreStride);
+                                                     tile.scores + (r - begin) * kScoreStride + column, kScoreStride,
+                                                     ahead.Take(depth));
       }
       t += count;
     }
@@ -295,9 +307,9 @@ void AddValues(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t
           const int32_t rows = static_cast<int32_t>(Least(kRows, end - r));
           const int64_t depth = Least(SeenColumns(chunk, r + rows) - column, count);
           if (depth <= 0) continue;
-          ahead.Step();
           kMicro<true>[rows - 1][vectors - 1](weights + ((r - begin) * kWeightStride + column) / 2, kWeightStride / 2,
-                                              v, vectors * kLanes, (depth + 1) / 2, tile.o + r * width + first, width);
+                                              v, vectors * kLanes, (depth + 1) / 2, tile.o + r * width + first, width,
+                                              ahead.Take((depth + 1) / 2));
         }
       }
       t += count;

@@ -215,13 +215,9 @@ def test_bench_writes_its_file(capsys, tmp_path):
     assert code == 0
     results = json.loads(file.read_text())
     assert results["schema"] == "flashprefill-bench/1"
-    assert results["settings"] == {
-        "dtype": "fp32",
-        "threads": 1,
-        "target": None,
-        "backend": None,
-        "repeats": 2,
-    }
+    settings = results["settings"]
+    assert (settings["dtype"], settings["threads"], settings["repeats"]) == ("fp32", 1, 2)
+    assert settings["target"] is None and settings["backend"] is None and "busy" in settings
     assert {"cpu", "cpus", "features"} <= set(results["machine"]) and results["versions"]["torch"]
     assert [row["name"] for row in results["rows"]] == [
         "PyTorch SDPA",

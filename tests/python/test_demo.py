@@ -295,6 +295,21 @@ def test_agreement_of_known_distributions():
     assert same == 0.5
 
 
+def test_a_busy_machine_is_told(monkeypatch, results):
+    from flashprefill.apps import machine
+
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.0, 9.0, 9.0))
+    assert machine.busy() is None
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (6.5, 0.0, 0.0))
+    said = machine.busy()
+    assert "load 6.5 on 4 CPUs" in said
+    returned, out, _ = results
+    told = {**returned, "settings": {**returned["settings"], "busy": said}}
+    assert f"Careful: {said}" in report.page(told, out)
+    assert "Careful" not in report.page({**told, "settings": {**told["settings"], "busy": None}}, out)
+
+
 def test_dtype_follows_the_processor(monkeypatch):
     from flashprefill.apps import machine
 

@@ -147,6 +147,9 @@ def measure(options: Options) -> dict[str, Any]:
     dtype = models.resolve_dtype(options.dtype)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    busy = machine.busy()
+    if busy:
+        print(f"note: {busy}", file=sys.stderr)
     from tqdm import tqdm
 
     rows: list[dict[str, Any]] = []
@@ -166,7 +169,7 @@ def measure(options: Options) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         **machine.describe(),
-        "settings": {**settings, "repeats": options.repeats},
+        "settings": {**settings, "repeats": options.repeats, "busy": busy},
         "rows": rows,
     }
 

@@ -268,6 +268,9 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    busy = machine.busy()
+    if busy:
+        print(f"note: {busy}", file=sys.stderr)
     print("loading the model ...", file=sys.stderr, flush=True)
     loaded = models.load(options.model, options.dtype, options.long)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)
@@ -319,6 +322,7 @@ def run(options: Options) -> dict[str, Any]:
             "compared_positions": min(options.positions, len(first.ids)),
             "continuation_tokens": options.continuation,
             "long": options.long,
+            "busy": busy,
         },
         "runs": [summarise(method, methods[0]) for method in methods],
     }

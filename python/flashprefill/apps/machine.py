@@ -54,6 +54,17 @@ def usable_cpus() -> int:
         return os.cpu_count() or 1
 
 
+def busy() -> str | None:
+    """Say that others use the machine, if they do: to be asked before any work of our own."""
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return None
+    if load < 0.75 * usable_cpus():
+        return None
+    return f"the machine was busy before the run (load {load:.1f} on {usable_cpus()} CPUs): times say little"
+
+
 def memory_gib() -> float | None:
     """Main memory, in GiB."""
     try:

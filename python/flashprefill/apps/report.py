@@ -203,6 +203,8 @@ def _facts(results: dict[str, Any]) -> str:
     )
     measured = MEASURED.format(turns=turns, positions=settings["compared_positions"])
     closing = "<p class=soft>All figures are in results.json beside this page.</p>"
+    if settings["busy"]:
+        measured += f"<p class=no>Careful: {escape(settings['busy'])}.</p>"
     return f"<h2>How it was measured</h2>{measured}<dl>{rows}</dl>{closing}"
 
 

@@ -1,10 +1,10 @@
 // Attend in fp32 for every instruction set of Highway: 16-bit inputs are converted when they are packed.
 //
 // Both products, Q K^T and P V, are one micro-kernel: C[MR][NV vectors] += A[MR][depth] B[depth][NV vectors], its C in
-// registers, a row of B loaded as NV vectors, elements of A broadcast. AVX-512 holds 6 x 64 (24 of 32 registers), AVX2
-// 6 x 16 (12 of 16), NEON 6 x 16 (24 of 32). Every multiply-add then costs less than half a load, so that the
-// multiply-add units are the limit. Between the products the weights stay in the cache: a chunk of 128 keys is scored,
-// exponentiated and multiplied with V for a few rows at a time.
+// registers, a row of B loaded as NV vectors, elements of A broadcast. AVX-512 holds 8 x 32 (16 of 32 registers), AVX2
+// 6 x 16 (12 of 16), NEON 6 x 16 (24 of 32). A multiply-add then needs two thirds of a load at most, and cores do as
+// many of both in a cycle, so that the multiply-add units are the limit. Between the products the weights stay in the
+// cache: a chunk of 128 keys is scored, exponentiated and multiplied with V for a few rows at a time.
 #include "cpu/attend_kernels.h"
 
 #include <cmath>

@@ -3,7 +3,8 @@
 Contenders are the policies (selection included in their time) and hand-made masks of given densities
 (attention alone). They take turns so that a slow minute of a shared machine hits all alike, and medians are
 compared. The baseline is PyTorch's scaled_dot_product_attention on the layout it likes best, [batch, heads,
-tokens, head_dim] and contiguous.
+tokens, head_dim] and contiguous. The ceiling is PyTorch's own product of two 2048 x 2048 matrices, which
+takes its turns too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ SCHEMA = "flashprefill-bench/1"
 DEFAULT_SHAPES = ("9/3x64x8K",)
 DEFAULT_POLICIES = ("dense", "flashprefill", "flashprefill(query_pool=16)", "sketch")
 DEFAULT_DENSITIES = (0.5, 0.25, 0.1)
+_MATRIX = 2048
+MATRIX_PRODUCT = f"PyTorch matrix product, {_MATRIX}^3"
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Contender:
     name: str
     call: Callable[[], Any]
     density: float
+    work: float  # floating-point operations
     seconds: list[float] = field(default_factory=list)
     select: list[float] = field(default_factory=list)
 
@@ -68,16 +72,23 @@ def contenders(shape: inputs.Shape, options: Options, dtype: torch.dtype) -> lis
         query, key, value = heads_first
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
-    found = [Contender("PyTorch SDPA", sdpa, 1.0)]
+    work = 2.0 * shape.q_heads * shape.head_dim * shape.tokens * (shape.tokens + 1)
+    square = torch.randn(_MATRIX, _MATRIX, dtype=dtype)
+    found = [
+        Contender("PyTorch SDPA", sdpa, 1.0, work),
+        Contender(MATRIX_PRODUCT, lambda: square @ square, 1.0, 2.0 * _MATRIX**3),
+    ]
     for policy in map(parse_policy, options.policies):
         _, stats = prefill_attention(q, k, v, policy, return_stats=True, **where)
         call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
-        found.append(Contender(spell(policy), call, stats.mean_density))
+        density = stats.mean_density
+        found.append(Contender(spell(policy), call, density, work * density))
     for density in options.densities:
         keep = inputs.random_mask(shape, density)
         mask = BlockMask.from_dense(keep, q_len=shape.tokens, k_len=shape.tokens)
         call = lambda mask=mask: attend(q, k, v, mask, **where)  # noqa: E731
-        found.append(Contender(f"random mask, density {density:g}", call, mask.density))
+        name = f"random mask, density {density:g}"
+        found.append(Contender(name, call, mask.density, work * mask.density))
     return found
 
 
@@ -100,7 +111,6 @@ def time_by_turns(
 
 def rows_of(shape: inputs.Shape, found: Sequence[Contender]) -> list[dict[str, Any]]:
     """Return the figures of one shape; rates count the kept part of the causal triangle."""
-    work = 2.0 * shape.q_heads * shape.head_dim * shape.tokens * (shape.tokens + 1)
     base = statistics.median(found[0].seconds)
     return [
         {
@@ -113,11 +123,8 @@ def rows_of(shape: inputs.Shape, found: Sequence[Contender]) -> list[dict[str, A
                 "all": one.seconds,
             },
             "select_seconds": statistics.median(one.select),
-            "speedup": base / statistics.median(one.seconds),
-            "gflops": work
-            * one.density
-            / (statistics.median(one.seconds) - statistics.median(one.select))
-            / 1e9,
+            "speedup": None if one.name == MATRIX_PRODUCT else base / statistics.median(one.seconds),
+            "gflops": one.work / (statistics.median(one.seconds) - statistics.median(one.select)) / 1e9,
         }
         for one in found
     ]
@@ -153,7 +160,7 @@ def measure(options: Options) -> dict[str, Any]:
     from tqdm import tqdm
 
     rows: list[dict[str, Any]] = []
-    turns = len(shapes) * (1 + len(options.policies) + len(options.densities)) * (options.repeats + 1)
+    turns = len(shapes) * (2 + len(options.policies) + len(options.densities)) * (options.repeats + 1)
     with tqdm(total=turns, unit="call", leave=False, file=sys.stderr) as bar:
         for shape in shapes:
             bar.set_description(str(shape))
@@ -189,7 +196,7 @@ def run(options: Options) -> dict[str, Any]:
                 f"{row['seconds']['min'] * 1e3:.1f}",
                 f"{row['select_seconds'] * 1e3:.2f}",
                 f"{row['gflops']:.0f}",
-                f"{row['speedup']:.2f}x",
+                f"{row['speedup']:.2f}x" if row["speedup"] else "",
             ]
             for row in results["rows"]
             if row["shape"] == shape

@@ -1,0 +1,249 @@
+"""The CUDA backend against the CPU's, on the same inputs. Skipped, visibly, where there is no device for it.
+
+Outputs are compared under one mask. Masks are compared through the threshold: what is kept with a threshold
+a little stricter must be kept, what is left out with one a little looser must be left out, so only energies
+that near a tie may fall on either side.
+"""
+
+import math
+
+import pytest
+import torch
+
+import flashprefill as fp
+from oracle import TOLERANCE, error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not any(b.name == "cuda" and b.available for b in fp.backends()),
+        reason="needs the CUDA backend and a GPU that it knows",
+    ),
+]
+
+# For inputs whose keys and queries share a few directions that change along the text.
+SPARSE = {
+    "published": fp.FlashPrefill(alpha=0.5, window_blocks=1, sink_blocks=1, dense_tail_blocks=1),
+    "pooled": fp.FlashPrefill(alpha=0.5, query_pool=16, window_blocks=2, min_blocks=2),
+    "shared": fp.FlashPrefill(alpha=0.5, share_heads=True, mean_correction=True, dense_tail_blocks=0),
+    "corrected": fp.FlashPrefill(alpha=0.8, mean_correction=True, sink_blocks=0, window_blocks=0),
+    "sketch": fp.Sketch(mass=0.8, window_blocks=1, dense_tail_blocks=0),
+    "sketch alpha": fp.Sketch(alpha=0.3, share_heads=True, outliers=2, window_blocks=1),
+    "streaming": fp.Streaming(sink_blocks=1, window_blocks=2, mean_correction=True),
+    "blocks of 64": fp.FlashPrefill(alpha=0.5, block_size=64, query_pool=7, dense_tail_blocks=0),
+    "dense": fp.Dense(),
+}
+
+
+def data(q_tokens, k_tokens, q_heads, kv_heads, dim, dtype, seed=0):
+    """q, k, v in host memory, of about unit variance."""
+    make = torch.Generator().manual_seed(seed)
+    topics = torch.randn(8, dim, generator=make)
+    k_topic = torch.randint(8, (math.ceil(k_tokens / 64), kv_heads), generator=make).repeat_interleave(64, 0)
+    q_topic = torch.randint(8, (math.ceil(q_tokens / 200), q_heads), generator=make).repeat_interleave(200, 0)
+    q = torch.randn(q_tokens, q_heads, dim, generator=make) + topics[q_topic[:q_tokens]]
+    k = torch.randn(k_tokens, kv_heads, dim, generator=make) + topics[k_topic[:k_tokens]]
+    v = torch.randn(k_tokens, kv_heads, dim, generator=make)
+    return [(x / 2**0.5 if i < 2 else x).to(dtype) for i, x in enumerate((q, k, v))]
+
+
+def moved(policy, factor):
+    """The policy with its threshold made stricter (above 1) or looser."""
+    fields = {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+    if fields.get("mass") is not None:
+        fields["mass"] = min(1.0, fields["mass"] / factor)
+    elif fields.get("alpha") is not None:
+        fields["alpha"] = fields["alpha"] * factor
+    return type(policy)(**fields)
+
+
+def check(q, k, v, policy, sequences=1, to_device=lambda x: x.cuda(), **layout):
+    """Compare all three verbs with the CPU's; returns the density."""
+    there = [to_device(x) for x in (q, k, v)]
+    device_layout = {n: x.cuda() if torch.is_tensor(x) else x for n, x in layout.items()}
+    mask = fp.select(there[0], there[1], policy, **device_layout)
+    strict = fp.select(q, k, moved(policy, 1.03), backend="cpu", **layout)
+    loose = fp.select(q, k, moved(policy, 1 / 1.03), backend="cpu", **layout)
+    kept, visible = 0, 0
+    for b in range(sequences):
+        bits, inner, outer = (torch.as_tensor(m.dense(b)).cpu().bool() for m in (mask, strict, loose))
+        assert not (inner & ~bits).any(), f"{int((inner & ~bits).sum())} of {inner.numel()} bits are missing"
+        assert not (bits & ~outer).any(), f"{int((bits & ~outer).sum())} of {outer.numel()} bits are too many"
+        kept, visible = kept + int(bits.sum()), visible + bits.numel()
+
+    out, lse = fp.attend(*there, mask, return_lse=True, **device_layout)
+    host_mask = fp.select(q, k, policy, backend="cpu", **layout)
+    host_mask.bits.copy_(mask.bits.cpu())
+    expected, expected_lse = fp.attend(q, k, v, host_mask, return_lse=True, backend="cpu", **layout)
+    assert error(out.cpu(), expected) < TOLERANCE[q.dtype]
+    finite = expected_lse.isfinite()
+    assert torch.equal(finite, lse.cpu().isfinite())
+    assert error(lse.cpu()[finite], expected_lse[finite]) < 1e-2
+
+    both, both_lse = fp.prefill_attention(*there, policy, return_lse=True, **device_layout)
+    assert torch.equal(both, out)
+    assert torch.equal(both_lse, lse)
+    return kept / max(1, visible)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_policies(name, dtype):
+    density = check(*data(2100, 2500, 8, 2, 128, dtype), SPARSE[name])
+    if name != "dense":
+        assert density < 0.5
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", ["pooled", "shared", "dense"])
+def test_head_dims(dim, name):
+    check(*data(1000, 1000, 4, 2, dim, torch.bfloat16), SPARSE[name])
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 12])
+def test_groups(group):
+    inputs = data(777, 1153, 2 * group, 2, 64, torch.bfloat16)
+    for name in ("published", "shared", "sketch alpha"):
+        check(*inputs, SPARSE[name])
+
+
+@pytest.mark.parametrize(
+    "q_len, k_len", [(1, 1), (1, 700), (127, 127), (128, 128), (129, 640), (509, 1021), (1025, 1025)]
+)
+def test_lengths(q_len, k_len):
+    inputs = data(q_len, k_len, 4, 2, 128, torch.bfloat16)
+    for name in ("published", "pooled", "shared", "dense"):
+        check(*inputs, SPARSE[name])
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_packed_with_an_empty_sequence(name):
+    cu_q = torch.tensor([0, 300, 300, 301, 1500], dtype=torch.int32)
+    cu_k = torch.tensor([0, 700, 700, 1400, 2650], dtype=torch.int32)
+    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1199, "max_seqlen_k": 1250}
+    check(*data(1500, 2650, 4, 2, 128, torch.bfloat16), SPARSE[name], sequences=4, **layout)
+
+
+@pytest.mark.parametrize("page", [1, 16, 24, 64, 128])
+@pytest.mark.parametrize("name", ["published", "shared", "corrected", "sketch"])
+def test_pages_in_any_order(page, name):
+    lengths, rows = [900, 1333], [900, 600]
+    pages_each = [math.ceil(n / page) for n in lengths]
+    order = torch.randperm(sum(pages_each) + 3, generator=torch.Generator().manual_seed(page)).tolist()
+    table = torch.zeros(2, max(pages_each), dtype=torch.int32)
+    q, k, v = data(sum(rows), sum(lengths), 4, 2, 128, torch.bfloat16)
+    caches = [torch.full((len(order), page, 2, 128), math.nan, dtype=q.dtype) for _ in range(2)]
+    begin = 0
+    for b, n in enumerate(lengths):
+        for i in range(pages_each[b]):
+            table[b, i] = order.pop()
+            tokens = slice(begin + i * page, begin + min(n, (i + 1) * page))
+            for cache, source in zip(caches, (k, v), strict=True):
+                cache[table[b, i], : tokens.stop - tokens.start] = source[tokens]
+        begin += n
+    layout = {
+        "cu_seqlens_q": torch.tensor([0, rows[0], sum(rows)], dtype=torch.int32),
+        "seqused_k": torch.tensor(lengths, dtype=torch.int32),
+        "block_table": table,
+        "max_seqlen_q": max(rows),
+        "max_seqlen_k": max(lengths),
+    }
+    check(q, *caches, SPARSE[name], sequences=2, **layout)
+
+
+def test_strides_of_a_fused_projection():
+    q, k, v = data(1000, 1000, 4, 2, 128, torch.bfloat16)
+    fused = torch.cat([q, k, v], dim=1).cuda()
+    parts = [fused[:, :4], fused[:, 4:6], fused[:, 6:]]
+    expected = fp.prefill_attention(q.cuda(), k.cuda(), v.cuda(), SPARSE["published"])
+    assert torch.equal(fp.prefill_attention(*parts, SPARSE["published"]), expected)
+
+
+def test_without_causal():
+    inputs = data(700, 300, 4, 2, 128, torch.bfloat16)
+    check(*inputs, fp.Dense(), causal=False)
+
+
+def test_the_same_bits_a_hundred_times():
+    there = [x.cuda() for x in data(3000, 3000, 8, 2, 128, torch.bfloat16)]
+    first = fp.prefill_attention(*there, SPARSE["shared"])
+    for _ in range(100):
+        assert torch.equal(fp.prefill_attention(*there, SPARSE["shared"]), first)
+
+
+def test_rows_never_depend_on_the_future():
+    q, k, v = (x.cuda() for x in data(1000, 1000, 4, 2, 128, torch.bfloat16))
+    mask = fp.select(q, k, SPARSE["published"])
+    before = fp.attend(q, k, v, mask)
+    k[700:], v[700:] = math.nan, 3e38
+    after = fp.attend(q, k, v, mask)
+    assert torch.equal(before[:700], after[:700])
+
+
+def test_compiled_whole():
+    policy = SPARSE["pooled"]
+    there = [x.cuda() for x in data(1000, 1000, 4, 2, 128, torch.bfloat16)]
+    compiled = torch.compile(lambda q, k, v: fp.prefill_attention(q, k, v, policy) * 2, fullgraph=True)
+    assert torch.equal(compiled(*there), fp.prefill_attention(*there, policy) * 2)
+
+
+def test_graph_replays_with_other_lengths():
+    q, k, v = (x.cuda() for x in data(1200, 1200, 4, 2, 128, torch.bfloat16))
+    cu = torch.tensor([0, 500, 1200], dtype=torch.int32).cuda()
+    layout = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 1200, "max_seqlen_k": 1200}
+    policy = SPARSE["shared"]
+    out = torch.empty_like(q)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fp.prefill_attention(q, k, v, policy, out=out, **layout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fp.prefill_attention(q, k, v, policy, out=out, **layout)
+    for middle in (500, 1, 1199):
+        cu[1] = middle
+        graph.replay()
+        assert torch.equal(out, fp.prefill_attention(q, k, v, policy, **layout))
+
+
+def test_streams_at_once():
+    sets = [[x.cuda() for x in data(1500, 1500, 4, 2, 128, torch.bfloat16, seed=i)] for i in range(4)]
+    alone = [fp.prefill_attention(*one, SPARSE["published"]) for one in sets]
+    streams = [torch.cuda.Stream() for _ in sets]
+    torch.cuda.synchronize()
+    together = []
+    for one, stream in zip(sets, streams, strict=True):
+        with torch.cuda.stream(stream):
+            together.append(fp.prefill_attention(*one, SPARSE["published"]))
+    torch.cuda.synchronize()
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_it_does_not_do_it_says():
+    q = torch.randn(200, 2, 64, device="cuda")
+    with pytest.raises(fp.UnsupportedError, match="q.dtype"):
+        fp.prefill_attention(q, q, q)
+    half = q.bfloat16()
+    with pytest.raises(ValueError, match="device"):
+        fp.prefill_attention(half, half.cpu(), half)
+
+
+def test_transformers_on_the_device():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).cuda().bfloat16().eval()
+    tokens = torch.randint(0, 100, (1, 2000)).cuda()
+    with torch.inference_mode():
+        dense = model(tokens).logits
+        fp.patch_model(model, fp.FlashPrefill(alpha=0.0))
+        with fp.collect_stats(model) as stats:
+            sparse = model(tokens).logits
+    assert not torch.equal(sparse, dense)  # it was another kernel
+    assert (sparse - dense).abs().max() < 0.1
+    assert stats.density.shape[0] == 2

@@ -14,8 +14,9 @@ struct AttendArgs {
   const Problem* problem;
   const BlockMask* mask; // its geometry; bits == nullptr: every block is kept, and nothing is read
   const Output* output;
-  // For mask->mean_correction: the means of the blocks of K and of V, each [kv_heads, MeanRows, head_dim], contiguous, in
-  // the inputs' dtype, 16-byte aligned. Block j of sequence b is row MeanBase + j; other rows are not read into products.
+  // For mask->mean_correction: the means of the blocks of K and of V, each [kv_heads, MeanRows, head_dim], contiguous,
+  // in the inputs' dtype, 16-byte aligned. Block j of sequence b is row MeanBase + j; other rows are not read into
+  // products.
   const void* k_means = nullptr;
   const void* v_means = nullptr;
   void* scratch = nullptr; // AttendScratchBytes of it, 64-byte aligned; contents don't matter
@@ -32,7 +33,8 @@ inline int64_t MeanRows(const Problem& p, int block_size) {
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline int64_t MeanBase(bool packed_k, int64_t b, int64_t k_begin, int64_t max_seqlen_k, int block_size) {
+    inline int64_t
+    MeanBase(bool packed_k, int64_t b, int64_t k_begin, int64_t max_seqlen_k, int block_size) {
   return packed_k ? k_begin / block_size + b : b * ((max_seqlen_k + block_size - 1) / block_size);
 }
 
@@ -42,8 +44,8 @@ const char* AttendUnsupported(const Problem& problem, const BlockMask& mask, con
 
 size_t AttendScratchBytes(const Problem& problem, const BlockMask& mask);
 
-// Puts the kernel on the stream. No allocation, no synchronisation; may be captured in a graph, where the device arrays'
-// contents (lengths, page tables, masks) may change between replays.
+// Puts the kernel on the stream. No allocation, no synchronisation; may be captured in a graph, where the device
+// arrays' contents (lengths, page tables, masks) may change between replays.
 cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream);
 
 } // namespace flashprefill::cuda

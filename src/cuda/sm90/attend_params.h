@@ -1,0 +1,82 @@
+// What the attend kernel is launched with: tensor maps made on the host, device arrays, and the numbers that both sides
+// must agree on. Sizes that depend on the head dimension are AttendShape, so that host and device share them.
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_PARAMS_H_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_PARAMS_H_
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace flashprefill::cuda {
+
+constexpr int kPanelColumns = 64; // a panel is what one 128-byte swizzle row holds of 16-bit values
+constexpr int kTileRowsSm90 = 128;
+constexpr int kMathThreads = 256;
+constexpr int kAttendThreads = 384;
+
+// Tile sizes by padded head dimension. 227 KiB of shared memory must hold the Q stages, the K/V stages and 32 KiB (d64:
+// 16) for O: d128: 2 * 32 + 2 * 64 + 32 = 224.
+template <int HEAD_DIM>
+struct AttendShape {
+  static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to these");
+  static constexpr int kHeadDim = HEAD_DIM;
+  static constexpr int kPanels = HEAD_DIM / kPanelColumns;
+  static constexpr int kKeys = HEAD_DIM == 256 ? 64 : 128; // keys a step: S and O must share the 232 registers
+  static constexpr int kStages = HEAD_DIM == 64 ? 4 : 2;   // K tiles, and V tiles, in flight; steps of d64 are shorter
+  static constexpr int kQStages = HEAD_DIM == 256 ? 1 : 2; // 2: the next tile's Q is there before this one is done
+  static constexpr int kOutColumns = HEAD_DIM < 128 ? HEAD_DIM : 128; // of O staged at a time
+  // The kernel starts with 168 registers a thread, 384 * 168 = 64,512; the producer's 128 threads give some to the 256.
+  static constexpr int kProducerRegisters = HEAD_DIM == 256 ? 40 : 88;
+  static constexpr int kMathRegisters = HEAD_DIM == 256 ? 232 : 208;
+  static_assert(128 * kProducerRegisters + 256 * kMathRegisters == 64512, "all registers are used");
+};
+
+struct AttendParams {
+  CUtensorMap q, k, v;              // (head_dim, heads, tokens, batch or page)
+  CUtensorMap k_mean, v_mean;       // (head_dim, rows, kv_heads, 1); only with mean_correction
+  const void *k_data, *v_data;      // for rows that bulk copies can't fetch
+  const void* v_mean_data;          // [kv_heads, mean_rows, head_dim]
+  int64_t k_stride[3], v_stride[3]; // batch or page, token, head; in elements
+  int64_t out_stride[3];            // batch (0 if packed), token, head
+  int64_t lse_stride[3];            // batch (0 if packed), head, token
+  void* out;
+  float* lse; // may be null
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *block_table;
+  const uint64_t* bits; // null: all ones
+  int* counter;         // of tiles handed out; 0 at launch
+  int64_t block_table_stride;
+  int64_t tile_rows;
+  int64_t mean_rows;
+  int words; // a mask row
+  int batch;
+  int kv_heads;
+  int group;        // query heads a KV head
+  int heads_a_tile; // group or 1
+  int tile_tokens;
+  int head_dim;
+  int block_size;
+  int chunk_shift;  // log2 of the keys that lie together: the largest power of 2 in block and page, at most kKeys
+  int absent_token; // a token coordinate outside of K and V: reads as zeros
+  int page_size;    // 0: not paged
+  int page_count, pages_per_seq;
+  int causal;
+  int mean_correction;
+  int total_q, total_k;
+  int max_q, max_k;
+  float scale_log2;    // softmax_scale * log2(e)
+  float rescale_above; // raw scores: growth of the maximum that makes a row rescale
+};
+
+// The kernels for a dtype and a head dimension, to be launched with AttendParams.
+struct AttendKernelPair {
+  const void* bulk;   // K and V by bulk copies
+  const void* gather; // row by row, for pages that bulk copies can't fetch
+  size_t shared_bytes;
+};
+template <class T, int HEAD_DIM>
+AttendKernelPair AttendKernels();
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_PARAMS_H_

@@ -1,0 +1,92 @@
+// The shared-memory plan of the attend kernel, and the words that its two kinds of warpgroups speak to each other.
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_CUH_
+
+#include "cuda/common/ptx.cuh"
+#include "cuda/sm90/attend_params.h"
+
+namespace flashprefill::cuda {
+
+constexpr int kAbsent = 0x7fffff00; // position of a key that isn't there: past every row's last key
+
+// A query tile, as the producer sees it.
+struct Work {
+  int sequence, kv_head, head; // head: query head of the tile's row 0
+  int q_begin, k_begin;        // packed rows before the sequence; 0 for rectangular layouts
+  int begin, tokens;           // the tile's, of the sequence
+  int k_len;
+  int first_position; // of token `begin`; without causal the last key's, so that every row sees everything
+  int visible, full;  // blocks, as Tile has them
+  int64_t mask_row;
+};
+
+// A query tile, as the producer announces it together with its Q.
+struct TileInfo {
+  int key_tiles;      // steps; 0: there is no more work
+  int rows;           // of the tile that exist
+  int first_position; // of row 0's token among the keys
+  int last_key;       // of the sequence
+  int batch, token;   // of row 0, as coordinates of out
+  int head;           // of row 0
+  int reserved;
+};
+
+enum class KeyMode : int {
+  kPlain = 0,  // every row sees every key
+  kMasked = 1, // the positions decide
+  kMeans = 2   // columns are block means, of which `wanted` are corrected for
+};
+
+// A key tile: what its columns are. Sixteen consecutive columns always lie together.
+struct KeyTile {
+  KeyMode mode;
+  int last_block_column; // kMeans: the column of the sequence's last block,
+  float last_block_bias; // and what is added to its score; full_bias for the others
+  float full_bias;       // log2(keys of a block) in units of raw scores
+  int position[8];       // kMasked: of columns 16 i
+  uint32_t wanted[4];    // kMeans: a bit a column
+};
+constexpr int kKeyTileRing = 8; // more than kStages + 2: nobody still reads what is overwritten
+
+template <class SHAPE>
+struct SharedPlan {
+  static constexpr int kPanelRowsBytes = 128; // bytes of a row in a panel
+  static constexpr int kQPanelBytes = kTileRowsSm90 * kPanelRowsBytes;
+  static constexpr int kQBytes = SHAPE::kPanels * kQPanelBytes;
+  static constexpr int kKeyPanelBytes = SHAPE::kKeys * kPanelRowsBytes;
+  static constexpr int kKeyBytes = SHAPE::kPanels * kKeyPanelBytes;
+  static constexpr int kOutWarpBytes = 16 * SHAPE::kOutColumns * 2;
+
+  uint8_t q[SHAPE::kQStages][kQBytes]; // 1024-byte aligned, as all panels must be
+  uint8_t k[SHAPE::kStages][kKeyBytes];
+  uint8_t v[SHAPE::kStages][kKeyBytes];
+  uint8_t out[kMathThreads / 32][kOutWarpBytes]; // a warp's 16 rows on their way out
+  KeyTile key_tiles[kKeyTileRing];
+  TileInfo tiles[SHAPE::kQStages];
+  uint64_t q_full[SHAPE::kQStages], q_empty[SHAPE::kQStages];
+  uint64_t k_full[SHAPE::kStages], k_empty[SHAPE::kStages];
+  uint64_t v_full[SHAPE::kStages], v_empty[SHAPE::kStages];
+  Work next_work[4]; // of each producer warp: looked up while the tile before is being loaded
+  int next_item[2];  // GATHER: from the first producer warp to the others
+};
+
+// A position in a ring of STAGES barriers: which stage, and the parity of its current use.
+template <int STAGES>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Named barriers; 0 is __syncthreads.
+constexpr int kTurnBarrier = 1;     // and 2: whose turn it is to use the matrix units, a math warpgroup each
+constexpr int kProducerBarrier = 3; // GATHER: the producer's four warps
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_CUH_

@@ -1,0 +1,118 @@
+// Which query tile is whose turn. Items are numbered so that those that follow each other share keys and values in L2:
+// KV heads first, in each of them the sequences, in each of them the tiles from the last (heaviest) to the first, and
+// of a tile the query heads of the KV head next to each other. A persistent CTA takes the next number from one counter.
+// Device arrays are clamped, never trusted.
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_WORK_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_WORK_CUH_
+
+#include "cuda/sm90/attend_plan.cuh"
+
+namespace flashprefill::cuda {
+
+__device__ __forceinline__ int Clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+__device__ __forceinline__ int QueryBegin(const AttendParams& p, int b) {
+  return p.cu_seqlens_q ? Clamp(p.cu_seqlens_q[b], 0, p.total_q) : b * p.max_q;
+}
+
+__device__ __forceinline__ int QueryLength(const AttendParams& p, int b) {
+  return p.cu_seqlens_q ? max(0, QueryBegin(p, b + 1) - QueryBegin(p, b)) : p.max_q;
+}
+
+// Tiles of all sequences, of one head. Called by a whole warp.
+__device__ __forceinline__ int TilesOfBatch(const AttendParams& p) {
+  if (!p.cu_seqlens_q) return p.batch * ((p.max_q + p.tile_tokens - 1) / p.tile_tokens);
+  int tiles = 0;
+  for (int b = threadIdx.x % 32; b < p.batch; b += 32) tiles += (QueryLength(p, b) + p.tile_tokens - 1) / p.tile_tokens;
+  return __reduce_add_sync(~0u, tiles);
+}
+
+// The sequence that tile number `tile` of the batch lies in, and its number from that sequence's end. A whole warp.
+__device__ __forceinline__ void FindTile(const AttendParams& p, int tile, int* sequence, int* from_end) {
+  if (!p.cu_seqlens_q) {
+    const int tiles = (p.max_q + p.tile_tokens - 1) / p.tile_tokens;
+    *sequence = tile / tiles;
+    *from_end = tile % tiles;
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  for (int base = 0;; base += 32) {
+    const int b = base + lane;
+    const int mine = b < p.batch ? (QueryLength(p, b) + p.tile_tokens - 1) / p.tile_tokens : 0;
+    int sum = mine; // of the lanes up to this one
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int below = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += below;
+    }
+    const uint32_t past = __ballot_sync(~0u, sum > tile);
+    if (past) {
+      const int hit = __ffs(past) - 1;
+      *sequence = base + hit;
+      *from_end = tile - __shfl_sync(~0u, sum - mine, hit);
+      return;
+    }
+    tile -= __shfl_sync(~0u, sum, 31);
+    if (base + 32 >= p.batch) { // cannot happen while the arrays don't change under us
+      *sequence = 0;
+      *from_end = 0;
+      return;
+    }
+  }
+}
+
+__device__ __forceinline__ Work DecodeItem(const AttendParams& p, int item, int tiles_of_batch) {
+  Work w;
+  const int heads = p.group / p.heads_a_tile; // items a tile and KV head
+  const int a_kv_head = tiles_of_batch * heads;
+  w.kv_head = item / a_kv_head;
+  const int in_head = item % a_kv_head;
+  const int mask_head = w.kv_head * heads + in_head % heads;
+  w.head = mask_head * p.heads_a_tile;
+  int from_end;
+  FindTile(p, in_head / heads, &w.sequence, &from_end);
+
+  const int q_len = QueryLength(p, w.sequence);
+  const int q_begin = QueryBegin(p, w.sequence);
+  w.q_begin = p.cu_seqlens_q ? q_begin : 0;
+  const int m = max(0, (q_len + p.tile_tokens - 1) / p.tile_tokens - 1 - from_end);
+  w.begin = m * p.tile_tokens;
+  w.tokens = min(p.tile_tokens, q_len - w.begin);
+  w.mask_row = mask_head * p.tile_rows + q_begin / p.tile_tokens + w.sequence + m;
+
+  const bool packed_k = p.cu_seqlens_k && !p.page_size;
+  w.k_begin = packed_k ? Clamp(p.cu_seqlens_k[w.sequence], 0, p.total_k) : 0;
+  w.k_len = p.seqused_k      ? p.seqused_k[w.sequence]
+            : p.cu_seqlens_k ? p.cu_seqlens_k[w.sequence + 1] - p.cu_seqlens_k[w.sequence]
+                             : p.max_k;
+  w.k_len = Clamp(w.k_len, 0, packed_k ? min(p.max_k, p.total_k - w.k_begin) : p.max_k);
+  const int blocks = (w.k_len + p.block_size - 1) / p.block_size;
+  if (p.causal) {
+    w.first_position = w.k_len - q_len + w.begin;
+    const int last_position = w.first_position + w.tokens - 1;
+    w.visible = last_position < 0 ? 0 : min(blocks, last_position / p.block_size + 1);
+    w.full = w.first_position < 0 ? 0 : min(w.visible, w.first_position / p.block_size);
+  } else {
+    w.first_position = w.k_len;
+    w.visible = w.full = blocks;
+  }
+  w.visible = min(w.visible, p.words * 64);
+  return w;
+}
+
+// Past the last key that any row of the tile sees.
+__device__ __forceinline__ int VisibleKeys(const AttendParams& p, const Work& w) {
+  return p.causal ? min(w.k_len, w.first_position + w.tokens) : w.k_len;
+}
+
+// Word `index` of the tile's mask row, without bits from `end` on. Called a lane a word.
+__device__ __forceinline__ uint64_t MaskWord(const AttendParams& p, const Work& w, int index) {
+  const int left = w.visible - index * 64;
+  if (left <= 0) return 0;
+  const uint64_t word = p.bits ? __ldg(p.bits + w.mask_row * p.words + index) : ~uint64_t{0};
+  return left >= 64 ? word : word & ((uint64_t{1} << left) - 1);
+}
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_WORK_CUH_

@@ -226,7 +226,7 @@ class AttendMath {
         for (int e = 0; e < 2; ++e) {
           const int column = i * 8 + lane_ % 4 * 2 + e;
           const bool wanted = key_tile.wanted[i / 4] >> (column % 32) & 1;
-          const float bias = column == key_tile.last_block_column ? key_tile.last_block_bias : key_tile.full_bias;
+          const float bias = column == key_tile.last_column ? key_tile.last_bias : key_tile.bias;
           s_[4 * i + e] = wanted ? s_[4 * i + e] + bias : -INFINITY;
           s_[4 * i + 2 + e] = wanted ? s_[4 * i + 2 + e] + bias : -INFINITY;
         }

@@ -38,6 +38,7 @@ struct AttendParams {
   const void *k_data, *v_data;      // for rows that bulk copies can't fetch
   const void* v_mean_data;          // [kv_heads, mean_rows, head_dim]
   int64_t k_stride[3], v_stride[3]; // batch or page, token, head; in elements
+  int64_t mean_stride[3];
   int64_t out_stride[3];            // batch (0 if packed), token, head
   int64_t lse_stride[3];            // batch (0 if packed), head, token
   void* out;
@@ -51,8 +52,9 @@ struct AttendParams {
   int words; // a mask row
   int batch;
   int kv_heads;
-  int group;        // query heads a KV head
-  int heads_a_tile; // group or 1
+  int section_heads; // KV heads that are worked on together; divides kv_heads
+  int group;         // query heads a KV head
+  int heads_a_tile;  // group or 1
   int tile_tokens;
   int head_dim;
   int block_size;

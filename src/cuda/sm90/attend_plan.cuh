@@ -40,13 +40,13 @@ enum class KeyMode : int {
 // A key tile: what its columns are. Sixteen consecutive columns always lie together.
 struct KeyTile {
   KeyMode mode;
-  int last_block_column; // kMeans: the column of the sequence's last block,
-  float last_block_bias; // and what is added to its score; full_bias for the others
-  float full_bias;       // log2(keys of a block) in units of raw scores
-  int position[8];       // kMasked: of columns 16 i
-  uint32_t wanted[4];    // kMeans: a bit a column
+  float bias;         // kMeans: log2(keys of a block) in units of raw scores; of the sequence's last block, which may
+  float last_bias;    // be shorter, it is last_bias,
+  int last_column;    // and that is this column; maybe none of the tile's
+  int position[8];    // kMasked: of columns 16 i
+  uint32_t wanted[4]; // kMeans: a bit a column
 };
-constexpr int kKeyTileRing = 8; // more than kStages + 2: nobody still reads what is overwritten
+constexpr int kKeyTileRing = 8; // more than kStages + 3: nobody still reads what is overwritten
 
 template <class SHAPE>
 struct SharedPlan {

@@ -40,19 +40,15 @@ class AttendProducer {
         SendQueries(steps);
         StartCursor();
       }
-      Chunk before{};
+      Chunk before{}, now{};
 #pragma unroll 1
-      for (int j = 0; j <= steps; ++j) { // K runs one step ahead of V, as it is used
-        if (j < steps) {
-          if (j >= key_tiles && mean_tiles > 0) {
-            TakeMeans(j == key_tiles);
-          } else {
-            TakeChunks();
-          }
-          SendK();
-        }
+      for (int j = -1; j <= steps;
+           ++j) { // tiles are looked up a step ahead of K, and K is a step ahead of V, as it is used
+        const Chunk next = j + 1 < steps ? Take(j + 1 - key_tiles, mean_tiles) : Chunk{};
+        if (j >= 0 && j < steps) SendK(now);
         if (j > 0) SendV(before);
-        before = chunk_;
+        before = now;
+        now = next;
         if (j == min(1, steps)) { // late enough for the ring to be full, early enough for the mask to be there in time
           item = Receive(fetched, turn);
           fetched = Fetch();
@@ -72,11 +68,11 @@ class AttendProducer {
   static constexpr int kWordsATile = kKeys / 64;      // words of means a tile
   using Plan = SharedPlan<SHAPE>;
 
-  // What the lanes know of the key tile that was taken last. Lane c holds chunk c (GATHER: a lane holds a row).
+  // What the lanes know of a key tile. Lane c holds chunk c; GATHER, unless of means: a lane holds a row.
   struct Chunk {
     KeyMode mode;
-    int position;    // of the chunk's first key; kAbsent; kMeans: the first block
-    int token, page; // coordinates for the bulk copies
+    int position;    // of the chunk's first key (kMeans: block), or kAbsent
+    int token, page; // where it lies; the page as the table has it
   };
 
   // ---------------------------------------------------------------- items
@@ -119,10 +115,10 @@ class AttendProducer {
     kept = __reduce_add_sync(~0u, kept);
     const int last = w_.visible - 1;
     const bool has_last = last >= 0 && (__shfl_sync(~0u, word_, (last >> 6) & 31) >> (last & 63) & 1);
-    last_chunks_ = last < 0 ? 0 : (VisibleKeys(p_, w_) - last * p_.block_size + chunk() - 1) >> p_.chunk_shift;
+    last_chunks_ = last < 0 ? 0 : (VisibleKeys(p_, w_) - last * p_.block_size + chunk_keys() - 1) >> p_.chunk_shift;
     const int chunks = kept * a_block - (has_last ? a_block - last_chunks_ : 0);
     const int a_tile = kKeys >> p_.chunk_shift;
-    const int tiles = (chunks + a_tile - 1) * chunk() / kKeys;
+    const int tiles = (chunks + a_tile - 1) * chunk_keys() / kKeys;
     missing_ = tiles == 0 ? a_tile : tiles * a_tile - chunks;
     return tiles;
   }
@@ -153,94 +149,113 @@ class AttendProducer {
   __device__ __forceinline__ void StartCursor() {
     word_index_ = group_ * 32 + 32;
     bits_ = 0;
-    sub_ = -1;
+    sub_ = 0;
   }
 
-  // Position of the next kept chunk, from the highest down. There is one.
-  __device__ __forceinline__ int NextChunk() {
-    if (sub_ < 0) {
-      while (bits_ == 0) {
-        --word_index_;
-        if (word_index_ < group_ * 32) LoadGroup(group_ - 1);
-        bits_ = __shfl_sync(~0u, word_, word_index_ & 31);
-      }
-      const int bit = 63 - __clzll(static_cast<long long>(bits_));
-      bits_ ^= uint64_t{1} << bit;
-      block_ = word_index_ * 64 + bit;
-      sub_ = (block_ == w_.visible - 1 ? last_chunks_ : p_.block_size >> p_.chunk_shift) - 1;
+  // The next kept block, from the highest down. There is one.
+  __device__ __forceinline__ void NextBlock() {
+#pragma unroll 1
+    while (bits_ == 0) {
+      --word_index_;
+      if (word_index_ < group_ * 32) LoadGroup(group_ - 1);
+      bits_ = __shfl_sync(~0u, word_, word_index_ & 31);
     }
-    return block_ * p_.block_size + chunk() * sub_--;
+    const int bit = 63 - __clzll(static_cast<long long>(bits_));
+    bits_ ^= uint64_t{1} << bit;
+    block_ = word_index_ * 64 + bit;
+    sub_ = block_ == w_.visible - 1 ? last_chunks_ : p_.block_size >> p_.chunk_shift;
   }
 
   // ---------------------------------------------------------------- key tiles
 
-  __device__ __forceinline__ void TakeChunks() {
-    const int chunks = kKeys >> p_.chunk_shift;
-    int mine = kAbsent;
-#pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
-      int position = kAbsent;
-      if (missing_ > 0) {
-        --missing_;
-      } else {
-        position = NextChunk();
-      }
-      if (c == lane_) mine = position;
-    }
-    chunk_.position = mine;
-    const int safe = min(w_.first_position + 1, w_.k_len); // keys below it are seen by every row
-    const bool masked = lane_ < chunks && mine > safe - chunk();
-    chunk_.mode = __any_sync(~0u, masked) ? KeyMode::kMasked : KeyMode::kPlain;
-    KeyTile& tile = sm_.key_tiles[ring_];
-    const int column = min(lane_, 7) * 16;
-    const int position = __shfl_sync(~0u, mine, (column >> p_.chunk_shift) % (kKeys / 16));
-    if (threadIdx.x < 8) tile.position[lane_] = position == kAbsent ? kAbsent : position + (column & (chunk() - 1));
-    if (leader_) tile.mode = chunk_.mode;
-    if constexpr (GATHER) {
-      const int row = Row();
-      const int from = __shfl_sync(~0u, mine, row >> p_.chunk_shift);
-      chunk_.position = from == kAbsent ? kAbsent : from + (row & (chunk() - 1));
-      chunk_.page = chunk_.position < w_.k_len ? Page(chunk_.position) : 0;
-    } else {
-      chunk_.token = p_.absent_token;
-      chunk_.page = 0;
-      if (lane_ < chunks && mine < w_.k_len) {
-        chunk_.token = p_.page_size ? mine % p_.page_size : w_.k_begin + mine;
-        chunk_.page = p_.page_size ? Page(mine) : p_.cu_seqlens_k ? 0 : w_.sequence;
-      }
-    }
+  __device__ __forceinline__ Chunk Take(int past_keys, int mean_tiles) {
+    ring_ = (ring_ + 1) % kKeyTileRing;
+    return past_keys >= 0 && mean_tiles > 0 ? TakeMeans(past_keys == 0) : TakeChunks();
   }
 
-  __device__ __forceinline__ int Page(int position) const {
-    const int column = min(position / p_.page_size, p_.pages_per_seq - 1);
-    return Clamp(__ldg(p_.block_table + w_.sequence * p_.block_table_stride + column), 0, p_.page_count - 1);
+  __device__ __forceinline__ Chunk TakeChunks() {
+    const int chunks = kKeys >> p_.chunk_shift;
+    int mine = kAbsent;
+    if (missing_ == 0 && sub_ == 0) NextBlock();
+    if (missing_ == 0 && sub_ >= chunks) { // mostly: the whole tile from one block
+      sub_ -= chunks;
+      if (lane_ < chunks) mine = block_ * p_.block_size + ((sub_ + lane_) << p_.chunk_shift);
+    } else {
+#pragma unroll 1
+      for (int c = 0; c < chunks; ++c) {
+        if (missing_ > 0) {
+          --missing_;
+          continue;
+        }
+        if (sub_ == 0) NextBlock();
+        --sub_;
+        if (c == lane_) mine = block_ * p_.block_size + (sub_ << p_.chunk_shift);
+      }
+    }
+    Chunk chunk{KeyMode::kPlain, mine, p_.absent_token, 0};
+    const int safe = min(w_.first_position + 1, w_.k_len); // keys below it are seen by every row
+    if (__any_sync(~0u, lane_ < chunks && mine > safe - chunk_keys())) {
+      chunk.mode = KeyMode::kMasked;
+      const int column = min(lane_, kKeys / 16 - 1) * 16;
+      const int position = __shfl_sync(~0u, mine, column >> p_.chunk_shift);
+      const int in_chunk = column & (chunk_keys() - 1);
+      if (threadIdx.x < kKeys / 16) {
+        sm_.key_tiles[ring_].position[lane_] = position == kAbsent ? kAbsent : position + in_chunk;
+      }
+    }
+    if (leader_) sm_.key_tiles[ring_].mode = chunk.mode;
+    if constexpr (GATHER) {
+      const int from = __shfl_sync(~0u, mine, Row() >> p_.chunk_shift);
+      chunk.position = from == kAbsent ? kAbsent : from + (Row() & (chunk_keys() - 1));
+    }
+    if (chunk.position < w_.k_len) {
+      if (p_.page_size) {
+        const int column = chunk.position / p_.page_size;
+        chunk.token = chunk.position - column * p_.page_size;
+        chunk.page = __ldg(p_.block_table + w_.sequence * p_.block_table_stride + min(column, p_.pages_per_seq - 1));
+      } else {
+        chunk.token = w_.k_begin + chunk.position;
+        chunk.page = p_.cu_seqlens_k ? 0 : w_.sequence;
+      }
+    }
+    return chunk;
+  }
+
+  // Not done where the page is looked up, so that nobody waits for the load there.
+  __device__ __forceinline__ int CheckedPage(int page) const {
+    return p_.page_size ? Clamp(page, 0, p_.page_count - 1) : page;
   }
 
   // The next tile of means that has something to count. They are taken from the highest down, group by group.
-  __device__ __forceinline__ void TakeMeans(bool first) {
+  __device__ __forceinline__ Chunk TakeMeans(bool first) {
     if (first) {
-      const int top = TopGroup();
-      if (group_ != top) LoadGroup(top);
+      if (group_ != TopGroup()) LoadGroup(TopGroup());
       mean_tiles_ = MeanTilesOfGroup();
     }
+#pragma unroll 1
     while (mean_tiles_ == 0) {
       LoadGroup(group_ - 1);
       mean_tiles_ = MeanTilesOfGroup();
     }
     const int from = 31 - __clz(mean_tiles_); // the lane that holds the tile's first word
     mean_tiles_ ^= 1u << from;
-    chunk_.mode = KeyMode::kMeans;
-    chunk_.position = (group_ * 32 + from) * 64;
-    chunk_.page = static_cast<int>(__shfl_sync(~0u, MeanWord(), from + lane_ / 2 % kWordsATile) >> (lane_ % 2 * 32));
+    const int block = (group_ * 32 + from) * 64;
+    const uint64_t word = __shfl_sync(~0u, MeanWord(), from + lane_ / 2 % kWordsATile);
     KeyTile& tile = sm_.key_tiles[ring_];
-    if (threadIdx.x < 2 * kWordsATile) tile.wanted[lane_] = static_cast<uint32_t>(chunk_.page);
+    if (threadIdx.x < 2 * kWordsATile) tile.wanted[lane_] = static_cast<uint32_t>(word >> (lane_ % 2 * 32));
     if (leader_) {
       const int last = (w_.k_len - 1) / p_.block_size; // shorter than the others, perhaps
       tile.mode = KeyMode::kMeans;
-      tile.last_block_column = last - chunk_.position;
-      tile.last_block_bias = log2f(static_cast<float>(w_.k_len - last * p_.block_size)) / p_.scale_log2;
-      tile.full_bias = log2f(static_cast<float>(p_.block_size)) / p_.scale_log2;
+      tile.bias = log2f(static_cast<float>(p_.block_size)) / p_.scale_log2;
+      tile.last_column = last - block;
+      tile.last_bias = log2f(static_cast<float>(w_.k_len - last * p_.block_size)) / p_.scale_log2;
     }
+    const bool packed = p_.cu_seqlens_k && !p_.page_size;
+    const int row0 = packed ? w_.k_begin / p_.block_size + w_.sequence
+                            : w_.sequence * ((p_.max_k + p_.block_size - 1) / p_.block_size);
+    Chunk chunk{KeyMode::kMeans, lane_ < kKeys / 16 ? block + lane_ * 16 : kAbsent, static_cast<int>(p_.mean_rows), 0};
+    if (chunk.position < w_.full) chunk.token = row0 + chunk.position;
+    return chunk;
   }
 
   // ---------------------------------------------------------------- copies
@@ -263,124 +278,114 @@ class AttendProducer {
     q_.Advance();
   }
 
-  __device__ __forceinline__ void SendK() {
+  __device__ __forceinline__ void SendK(const Chunk& at) {
     BarrierWait(&sm_.k_empty[k_.stage], k_.parity ^ 1);
-    Send(chunk_, sm_.k[k_.stage], &sm_.k_full[k_.stage], &p_.k, &p_.k_mean, p_.k_data, p_.k_stride, false);
-    ring_ = (ring_ + 1) % kKeyTileRing;
+    Send<false>(at, sm_.k[k_.stage], &sm_.k_full[k_.stage], at.mode == KeyMode::kMeans ? &p_.k_mean : &p_.k, p_.k_data,
+                p_.k_stride);
     k_.Advance();
   }
 
   __device__ __forceinline__ void SendV(const Chunk& at) {
     BarrierWait(&sm_.v_empty[v_.stage], v_.parity ^ 1);
-    Send(at, sm_.v[v_.stage], &sm_.v_full[v_.stage], &p_.v, &p_.v_mean, p_.v_data, p_.v_stride, true);
+    Send<true>(at, sm_.v[v_.stage], &sm_.v_full[v_.stage], at.mode == KeyMode::kMeans ? &p_.v_mean : &p_.v, p_.v_data,
+               p_.v_stride);
     v_.Advance();
   }
 
+  template <bool IS_V>
   __device__ __forceinline__ void Send(const Chunk& at, uint8_t* to, uint64_t* full, const CUtensorMap* map,
-                                       const CUtensorMap* mean_map, const void* data, const int64_t* stride,
-                                       bool is_v) {
+                                       const void* data, const int64_t* stride) {
     __syncwarp(); // the key tile's description is written before it is announced
-    if (at.mode == KeyMode::kMeans) {
-      SendMeans(at, to, full, mean_map, is_v);
-    } else if constexpr (GATHER) {
-      const int64_t head = w_.kv_head * stride[2];
-      const int64_t offset =
-          at.position < w_.k_len ? at.page * stride[0] + at.position % p_.page_size * stride[1] + head : -1;
-      const int mine = Row() - lane_ % kRowsAWarp;
-      CopyRows(to, mine, kRowsAWarp, [&](int row) -> const uint16_t* {
-        const int64_t o = __shfl_sync(~0u, offset, row - mine);
-        return o < 0 ? nullptr : static_cast<const uint16_t*>(data) + o;
-      });
-      if (leader_) BarrierArrive(full);
-      BarrierArriveAfterCopies(full);
+    const bool means = at.mode == KeyMode::kMeans;
+    if constexpr (!GATHER) {
+      SendChunks<IS_V>(at, to, full, map, means ? p_.v_mean_data : data, means ? p_.mean_stride : stride);
     } else {
-      SendChunks(at, to, full, map, data, stride, is_v);
+      if (!means) {
+        SendRows(at, to, data, stride);
+        if (leader_) BarrierArrive(full);
+      } else if (threadIdx.x < 32) {
+        SendChunks<IS_V>(at, to, full, map, p_.v_mean_data, p_.mean_stride);
+      }
+      BarrierArriveAfterCopies(full);
     }
   }
 
+  // Chunks of keys, or of 16 means, by bulk copies. But V's chunk that runs past the end (of the sequence, of the
+  // blocks that are seen whole) goes row by row, unless the end is the tensor's own.
+  template <bool IS_V>
   __device__ __forceinline__ void SendChunks(const Chunk& at, uint8_t* to, uint64_t* full, const CUtensorMap* map,
-                                             const void* data, const int64_t* stride, bool is_v) {
-    const int chunks = kKeys >> p_.chunk_shift;
-    // Rows past the end that the tensor map doesn't know to be outside.
-    const bool ragged = is_v && lane_ < chunks && at.position < w_.k_len && at.position + chunk() > w_.k_len &&
-                        (p_.page_size || p_.cu_seqlens_k || w_.k_len < p_.max_k);
-    const uint32_t by_rows = is_v ? __ballot_sync(~0u, ragged) : 0;
-    if (by_rows) {
-      const int which = __ffs(by_rows) - 1;
-      const int position = __shfl_sync(~0u, at.position, which);
-      const int token = __shfl_sync(~0u, at.token, which);
-      const int page = __shfl_sync(~0u, at.page, which);
-      const uint16_t* from =
-          static_cast<const uint16_t*>(data) + page * stride[0] + token * stride[1] + w_.kv_head * stride[2];
-      CopyRows(to, which * chunk(), chunk(), [&](int row) -> const uint16_t* {
-        const int i = row - which * chunk();
-        return position + i < w_.k_len ? from + i * stride[1] : nullptr;
-      });
-      FinishCopies();
+                                             const void* data, const int64_t* stride) {
+    const bool means = at.mode == KeyMode::kMeans;
+    const int shift = means ? 4 : p_.chunk_shift;
+    const int end = means ? w_.full : w_.k_len;
+    const int chunks = kKeys >> shift;
+    const int page = means ? 0 : CheckedPage(at.page);
+    uint32_t by_rows = 0;
+    if constexpr (IS_V) {
+      const bool clipped = !means && !p_.page_size && !p_.cu_seqlens_k && w_.k_len == p_.max_k;
+      by_rows = __ballot_sync(~0u, lane_ < chunks && at.position < end && at.position + (1 << shift) > end && !clipped);
+      if (by_rows) {
+        const int which = __ffs(by_rows) - 1;
+        const int rows = end - __shfl_sync(~0u, at.position, which);
+        const uint16_t* from = static_cast<const uint16_t*>(data) + w_.kv_head * stride[2] +
+                               __shfl_sync(~0u, page, which) * stride[0] +
+                               __shfl_sync(~0u, at.token, which) * stride[1];
+        CopyRows(to, which << shift, 1 << shift, rows, from, stride[1]);
+      }
     }
-    const int chunk_bytes = chunk() * Plan::kPanelRowsBytes;
+    const int chunk_bytes = Plan::kPanelRowsBytes << shift;
     if (leader_) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks - __popc(by_rows)));
     __syncwarp();
     if (lane_ < chunks && !(by_rows >> lane_ & 1)) {
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
         BulkLoad(to + i * Plan::kKeyPanelBytes + lane_ * chunk_bytes, map, full, i * kPanelColumns, w_.kv_head,
-                 at.token, at.page);
+                 at.token, page);
       }
     }
   }
 
-  // Means lie together, so one bulk copy brings them; but rows past `full` may hold anything, which V's must not.
-  __device__ __forceinline__ void SendMeans(const Chunk& at, uint8_t* to, uint64_t* full, const CUtensorMap* map,
-                                            bool is_v) {
-    const bool by_rows = is_v && at.position + kKeys > w_.full;
-    const bool packed = p_.cu_seqlens_k && !p_.page_size;
-    const int row0 = at.position + (packed ? w_.k_begin / p_.block_size + w_.sequence
-                                           : w_.sequence * ((p_.max_k + p_.block_size - 1) / p_.block_size));
-    if (by_rows && (!GATHER || threadIdx.x < 32)) {
-      const uint16_t* from =
-          static_cast<const uint16_t*>(p_.v_mean_data) + (w_.kv_head * p_.mean_rows + row0) * p_.head_dim;
-      CopyRows(to, 0, kKeys, [&](int row) -> const uint16_t* {
-        const uint32_t wanted = __shfl_sync(~0u, at.page, row / 32);
-        return wanted >> (row % 32) & 1 ? from + static_cast<int64_t>(row) * p_.head_dim : nullptr;
-      });
-      FinishCopies();
-    }
-    if (leader_) {
-      BarrierArriveExpect(full, by_rows ? 0 : Plan::kKeyBytes);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i) {
-        if (!by_rows) BulkLoad(to + i * Plan::kKeyPanelBytes, map, full, i * kPanelColumns, row0, w_.kv_head, 0);
-      }
-    }
-    if constexpr (GATHER) BarrierArriveAfterCopies(full);
-  }
-
-  // A warp copies rows into a K or V stage, swizzled as bulk copies would; rows for which `source` is null become
-  // zeros.
-  template <class Source>
-  __device__ __forceinline__ void CopyRows(uint8_t* to, int row0, int rows, Source source) {
+  // A warp copies `rows` of `count` rows to row0 of a stage, swizzled as bulk copies would, and makes the rest zeros.
+  __device__ __forceinline__ void CopyRows(uint8_t* to, int row0, int count, int rows, const uint16_t* from,
+                                           int64_t stride) {
     const uint32_t base = SharedAddress(to);
-#pragma unroll(GATHER ? 4 : 1)
-    for (int i = lane_; i < rows * kPieces; i += 32) {
-      const int row = row0 + i / kPieces;
-      const int piece = i % kPieces;
-      const uint16_t* from = source(row);
-      const bool valid = from != nullptr && piece < p_.head_dim / 8;
-      const uint32_t address =
-          base + piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
-      AsyncCopy16(address, valid ? from + piece * 8 : static_cast<const uint16_t*>(p_.v_data), valid);
+#pragma unroll 1
+    for (int i = lane_; i < count * kPieces; i += 32) {
+      const int row = i / kPieces;
+      const bool valid = row < rows && i % kPieces < p_.head_dim / 8;
+      AsyncCopy16(base + PieceOffset(row0 + row, i % kPieces), valid ? from + row * stride + i % kPieces * 8 : from,
+                  valid);
     }
-  }
-  __device__ __forceinline__ void FinishCopies() {
     AsyncCopyWaitAll();
     FenceAsyncProxy();
     __syncwarp();
   }
 
-  // GATHER: the row of a key tile whose whereabouts this lane holds.
+  // Where 16 bytes of a row lie in a stage.
+  static __device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
+    return piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
+  }
+
+  // GATHER: each warp copies its quarter of the rows, whose offsets its lanes hold in units of 16 bytes.
   static constexpr int kRowsAWarp = kKeys / 4;
   __device__ __forceinline__ int Row() const { return threadIdx.x / 32 * kRowsAWarp + lane_ % kRowsAWarp; }
+
+  __device__ __forceinline__ void SendRows(const Chunk& at, uint8_t* to, const void* data, const int64_t* stride) {
+    constexpr uint32_t kNowhere = ~0u;
+    const int64_t elements = CheckedPage(at.page) * stride[0] + at.token * stride[1] + w_.kv_head * stride[2];
+    const uint32_t offset = at.position < w_.k_len ? static_cast<uint32_t>(elements >> 3) : kNowhere;
+    const int piece = lane_ % kPieces;
+    const uint4* from = static_cast<const uint4*>(data) + piece;
+    const uint32_t base = SharedAddress(to);
+    const int row0 = threadIdx.x / 32 * kRowsAWarp;
+#pragma unroll
+    for (int i = 0; i < kRowsAWarp * kPieces / 32; ++i) {
+      const int row = i * 32 / kPieces + lane_ / kPieces;
+      const uint32_t o = __shfl_sync(~0u, offset, row);
+      const bool valid = o != kNowhere && piece < p_.head_dim / 8;
+      AsyncCopy16(base + PieceOffset(row0 + row, piece), valid ? from + o : from, valid);
+    }
+  }
 
   __device__ __forceinline__ void Finish() {
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
@@ -390,7 +395,7 @@ class AttendProducer {
     }
   }
 
-  __device__ __forceinline__ int chunk() const { return 1 << p_.chunk_shift; }
+  __device__ __forceinline__ int chunk_keys() const { return 1 << p_.chunk_shift; }
 
   const AttendParams& p_;
   SharedPlan<SHAPE>& sm_;
@@ -398,18 +403,17 @@ class AttendProducer {
   const bool leader_;
   RingPosition<SHAPE::kQStages> q_;
   RingPosition<SHAPE::kStages> k_, v_;
-  int ring_ = 0; // of key_tiles
+  int ring_ = kKeyTileRing - 1; // of key_tiles: the one described last
 
   Work w_;
   uint64_t word_; // of the mask: lane l holds word 32 group_ + l
   int group_;
   uint64_t bits_; // of word word_index_ that are still to come
   int word_index_;
-  int block_, sub_;     // the block being cut, and its next chunk
+  int block_, sub_;     // the block being cut, and how many of its chunks are still to come
   int last_chunks_;     // chunks of block visible - 1 that are seen
   int missing_;         // chunks that the first tile goes short
   uint32_t mean_tiles_; // of this group that are still to come
-  Chunk chunk_;
 };
 
 } // namespace flashprefill::cuda

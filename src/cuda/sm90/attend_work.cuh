@@ -63,14 +63,15 @@ __device__ __forceinline__ void FindTile(const AttendParams& p, int tile, int* s
 
 __device__ __forceinline__ Work DecodeItem(const AttendParams& p, int item, int tiles_of_batch) {
   Work w;
-  const int heads = p.group / p.heads_a_tile; // items a tile and KV head
-  const int a_kv_head = tiles_of_batch * heads;
-  w.kv_head = item / a_kv_head;
-  const int in_head = item % a_kv_head;
-  const int mask_head = w.kv_head * heads + in_head % heads;
+  const int heads = p.group / p.heads_a_tile; // mask heads of a KV head
+  const int in_tile = heads * p.section_heads;
+  const int section = item / (tiles_of_batch * in_tile);
+  const int in_section = item % (tiles_of_batch * in_tile);
+  const int mask_head = section * in_tile + in_section % in_tile;
+  w.kv_head = mask_head / heads;
   w.head = mask_head * p.heads_a_tile;
   int from_end;
-  FindTile(p, in_head / heads, &w.sequence, &from_end);
+  FindTile(p, in_section / in_tile, &w.sequence, &from_end);
 
   const int q_len = QueryLength(p, w.sequence);
   const int q_begin = QueryBegin(p, w.sequence);

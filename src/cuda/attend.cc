@@ -111,6 +111,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   AttendParams a{};
   a.group = p.q_heads / p.kv_heads;
   a.heads_a_tile = mask.share_heads ? a.group : 1;
+  a.token_of_row = (65536 + a.heads_a_tile - 1) / a.heads_a_tile;
   a.tile_tokens = mask.tile_tokens;
   {
     const bool packed = p.cu_seqlens_q != nullptr;
@@ -131,7 +132,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
     a.mean_stride[1] = p.head_dim;
     a.mean_stride[2] = a.mean_rows * p.head_dim;
     const TensorMapShape shape{
-        {p.head_dim, p.kv_heads, a.mean_rows, 1}, {a.mean_stride[2], a.mean_stride[1], 0}, 1, 16};
+        {p.head_dim, p.kv_heads, a.mean_rows, 1}, {a.mean_stride[2], a.mean_stride[1], 0}, 1, KeysAStep(p.head_dim)};
     for (const auto& [map, data] : {std::pair{&a.k_mean, args.k_means}, std::pair{&a.v_mean, args.v_means}}) {
       if (const cudaError_t e = MakeTensorMap(map, data, p.k.dtype, shape); e != cudaSuccess) return e;
     }
@@ -164,6 +165,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.head_dim = p.head_dim;
   a.block_size = mask.block_size;
   while (1 << a.chunk_shift < chunk) ++a.chunk_shift;
+  a.by_rows = gathers;
   a.page_size = p.block_table ? p.page_size : 0;
   a.page_count = static_cast<int>(std::min<int64_t>(p.page_count, std::numeric_limits<int32_t>::max()));
   a.pages_per_seq = p.pages_per_seq;
@@ -179,7 +181,9 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
 
   const AttendKernelPair kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);
-  const void* kernel = gathers ? kernels.gather : kernels.bulk;
+  // One warp needs some 100 ns a bulk copy, and a tile has two a chunk (at d128) of K and of V.
+  const bool four_warps = gathers || KeysAStep(p.head_dim) / chunk >= 4;
+  const void* kernel = four_warps ? kernels.gather : kernels.bulk;
   int device, processors;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);

@@ -12,6 +12,8 @@
 
 namespace flashprefill::cuda {
 
+// Descriptors count in units of 16 bytes from bit 0 on, so a byte offset is added as offset / 16.
+
 // Shared-memory operand whose rows are its M (or N) index and whose columns are summed over: Q, and K in Q K^T. The
 // next 16 columns are 32 bytes on.
 __device__ __forceinline__ uint64_t DescribeKMajor(uint32_t address) {

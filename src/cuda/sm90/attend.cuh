@@ -47,6 +47,7 @@ class AttendMath {
         WgmmaWait<1>();
         TakeScores(j + 1 == tile.key_tiles);
         const bool grown = Softmax();
+        HoldBack(sum_[0], sum_[1], &sm_.never_written);
         WgmmaWait<0>();
         TakeValues();
         PackWeights();
@@ -101,12 +102,15 @@ class AttendMath {
   __device__ __forceinline__ void StartRows(const TileInfo& tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = (row_ + 8 * r) / p_.heads_a_tile;
+      const int token = TokenOf(row_ + 8 * r);
       last_key_[r] = min(tile.first_position + token, tile.last_key);
       max_[r] = -INFINITY;
       sum_[r] = 0;
     }
   }
+
+  // row / heads_a_tile, exact for the 128 rows of a tile.
+  __device__ __forceinline__ int TokenOf(int row) const { return row * p_.token_of_row >> 16; }
 
   __device__ __forceinline__ void WaitTurn() { NamedBarrierSync(kTurnBarrier + group_, kMathThreads); }
   __device__ __forceinline__ void PassTurn() { NamedBarrierArrive(kTurnBarrier + 1 - group_, kMathThreads); }
@@ -122,15 +126,15 @@ class AttendMath {
   // S = Q K^T of the next key tile, when it is this warpgroup's turn.
   __device__ __forceinline__ void IssueScores() {
     BarrierWait(&sm_.k_full[k_.stage], k_.parity);
-    if constexpr (GATHER) FenceAsyncProxy();
+    if (GATHER && p_.by_rows) FenceAsyncProxy();
     WaitTurn();
-    const uint32_t q = SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Plan::kPanelRowsBytes;
-    const uint32_t k = SharedAddress(sm_.k[k_.stage]);
+    const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Plan::kPanelRowsBytes);
+    const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[k_.stage]));
     WgmmaFence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      Wgmma<T>::SS(s_, DescribeKMajor(q + i / 4 * Plan::kQPanelBytes + i % 4 * 32),
-                   DescribeKMajor(k + i / 4 * Plan::kKeyPanelBytes + i % 4 * 32), i > 0);
+      Wgmma<T>::SS(s_, q + ((i / 4 * Plan::kQPanelBytes + i % 4 * 32) >> 4),
+                   k + ((i / 4 * Plan::kKeyPanelBytes + i % 4 * 32) >> 4), i > 0);
     }
     WgmmaCommit();
   }
@@ -149,13 +153,12 @@ class AttendMath {
   // O (+)= P V.
   __device__ __forceinline__ void IssueValues(bool accumulate) {
     BarrierWait(&sm_.v_full[v_.stage], v_.parity);
-    if constexpr (GATHER) FenceAsyncProxy();
-    const uint32_t v = SharedAddress(sm_.v[v_.stage]);
+    if (GATHER && p_.by_rows) FenceAsyncProxy();
+    const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Plan::kKeyPanelBytes);
     WgmmaFence();
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
-      Wgmma<T>::RS(o_, weights_ + 4 * i, DescribeNMajor(v + i * 16 * Plan::kPanelRowsBytes, Plan::kKeyPanelBytes),
-                   i > 0 ? 1 : accumulate);
+      Wgmma<T>::RS(o_, weights_ + 4 * i, v + (i * 16 * Plan::kPanelRowsBytes >> 4), i > 0 ? 1 : accumulate);
     }
     WgmmaCommit();
   }
@@ -253,7 +256,7 @@ class AttendMath {
     for (int r = 0; r < 2; ++r) {
       sum_[r] += __shfl_xor_sync(~0u, sum_[r], 1);
       sum_[r] += __shfl_xor_sync(~0u, sum_[r], 2);
-      inverse[r] = 1 / sum_[r];
+      inverse[r] = __fdividef(1, sum_[r]);
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) {
@@ -288,7 +291,7 @@ class AttendMath {
         const int tile_row = first_row + row;
         const int column = pass * kColumns + piece * 8;
         if (tile_row < tile.rows && column < p_.head_dim) {
-          const int token = tile_row / p_.heads_a_tile;
+          const int token = TokenOf(tile_row);
           T* const to = out + (tile.token + token) * p_.out_stride[1] +
                         (tile_row - token * p_.heads_a_tile) * p_.out_stride[2] + column;
           *reinterpret_cast<uint4*>(to) = value;
@@ -300,7 +303,7 @@ class AttendMath {
       for (int r = 0; r < 2; ++r) {
         const int tile_row = row_ + 8 * r;
         if (tile_row >= tile.rows) continue;
-        const int token = tile_row / p_.heads_a_tile;
+        const int token = TokenOf(tile_row);
         const int head = tile.head + tile_row - token * p_.heads_a_tile;
         constexpr float kLn2 = 0.693147180559945f;
         const float lse = sum_[r] == 0 ? -INFINITY : (max_[r] * p_.scale_log2 + log2f(sum_[r])) * kLn2;

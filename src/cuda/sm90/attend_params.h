@@ -39,8 +39,8 @@ struct AttendParams {
   const void* v_mean_data;          // [kv_heads, mean_rows, head_dim]
   int64_t k_stride[3], v_stride[3]; // batch or page, token, head; in elements
   int64_t mean_stride[3];
-  int64_t out_stride[3];            // batch (0 if packed), token, head
-  int64_t lse_stride[3];            // batch (0 if packed), head, token
+  int64_t out_stride[3]; // batch (0 if packed), token, head
+  int64_t lse_stride[3]; // batch (0 if packed), head, token
   void* out;
   float* lse; // may be null
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *block_table;
@@ -55,10 +55,12 @@ struct AttendParams {
   int section_heads; // KV heads that are worked on together; divides kv_heads
   int group;         // query heads a KV head
   int heads_a_tile;  // group or 1
+  int token_of_row;  // ceil(65536 / heads_a_tile)
   int tile_tokens;
   int head_dim;
   int block_size;
   int chunk_shift;  // log2 of the keys that lie together: the largest power of 2 in block and page, at most kKeys
+  int by_rows;      // GATHER: K and V come row by row; else its four warps share the bulk copies of a tile
   int absent_token; // a token coordinate outside of K and V: reads as zeros
   int page_size;    // 0: not paged
   int page_count, pages_per_seq;
@@ -73,7 +75,7 @@ struct AttendParams {
 // The kernels for a dtype and a head dimension, to be launched with AttendParams.
 struct AttendKernelPair {
   const void* bulk;   // K and V by bulk copies
-  const void* gather; // row by row, for pages that bulk copies can't fetch
+  const void* gather; // the same with four producer warps, which also copy row by row
   size_t shared_bytes;
 };
 template <class T, int HEAD_DIM>

@@ -66,8 +66,9 @@ struct SharedPlan {
   uint64_t q_full[SHAPE::kQStages], q_empty[SHAPE::kQStages];
   uint64_t k_full[SHAPE::kStages], k_empty[SHAPE::kStages];
   uint64_t v_full[SHAPE::kStages], v_empty[SHAPE::kStages];
-  Work next_work[4]; // of each producer warp: looked up while the tile before is being loaded
-  int next_item[2];  // GATHER: from the first producer warp to the others
+  Work next_work[4];   // of each producer warp: looked up while the tile before is being loaded
+  float never_written; // HoldBack's
+  int next_item[2];    // GATHER: from the first producer warp to the others
 };
 
 // A position in a ring of STAGES barriers: which stage, and the parity of its current use.

@@ -62,6 +62,7 @@ class AttendProducer {
 
  private:
   static constexpr int kKeys = SHAPE::kKeys;
+  static constexpr int kKeysShift = kKeys == 128 ? 7 : 6;
   static constexpr int kPanels = SHAPE::kPanels;
   static constexpr int kGroupBlocks = 32 * 64;        // blocks of which a warp holds the mask, a word a lane
   static constexpr int kPieces = SHAPE::kHeadDim / 8; // 16-byte pieces of a row
@@ -204,7 +205,7 @@ class AttendProducer {
       }
     }
     if (leader_) sm_.key_tiles[ring_].mode = chunk.mode;
-    if constexpr (GATHER) {
+    if (GATHER && p_.by_rows) {
       const int from = __shfl_sync(~0u, mine, Row() >> p_.chunk_shift);
       chunk.position = from == kAbsent ? kAbsent : from + (Row() & (chunk_keys() - 1));
     }
@@ -253,9 +254,7 @@ class AttendProducer {
     const bool packed = p_.cu_seqlens_k && !p_.page_size;
     const int row0 = packed ? w_.k_begin / p_.block_size + w_.sequence
                             : w_.sequence * ((p_.max_k + p_.block_size - 1) / p_.block_size);
-    Chunk chunk{KeyMode::kMeans, lane_ < kKeys / 16 ? block + lane_ * 16 : kAbsent, static_cast<int>(p_.mean_rows), 0};
-    if (chunk.position < w_.full) chunk.token = row0 + chunk.position;
-    return chunk;
+    return {KeyMode::kMeans, block, row0 + block, 0};
   }
 
   // ---------------------------------------------------------------- copies
@@ -297,26 +296,23 @@ class AttendProducer {
                                        const void* data, const int64_t* stride) {
     __syncwarp(); // the key tile's description is written before it is announced
     const bool means = at.mode == KeyMode::kMeans;
-    if constexpr (!GATHER) {
-      SendChunks<IS_V>(at, to, full, map, means ? p_.v_mean_data : data, means ? p_.mean_stride : stride);
+    if (GATHER && !means && p_.by_rows) {
+      SendRows(at, to, data, stride);
+      if (leader_) BarrierArrive(full);
     } else {
-      if (!means) {
-        SendRows(at, to, data, stride);
-        if (leader_) BarrierArrive(full);
-      } else if (threadIdx.x < 32) {
-        SendChunks<IS_V>(at, to, full, map, p_.v_mean_data, p_.mean_stride);
-      }
-      BarrierArriveAfterCopies(full);
+      SendChunks<IS_V>(at, to, full, map, means ? p_.v_mean_data : data, means ? p_.mean_stride : stride);
     }
+    if constexpr (GATHER) BarrierArriveAfterCopies(full);
   }
 
-  // Chunks of keys, or of 16 means, by bulk copies. But V's chunk that runs past the end (of the sequence, of the
-  // blocks that are seen whole) goes row by row, unless the end is the tensor's own.
+  // Chunks of keys, or a tile of means, by bulk copies; GATHER: a quarter of them each warp. But V's chunk that runs
+  // past the end (of the sequence, of the blocks that are seen whole) goes row by row, unless the end is the tensor's
+  // own.
   template <bool IS_V>
   __device__ __forceinline__ void SendChunks(const Chunk& at, uint8_t* to, uint64_t* full, const CUtensorMap* map,
                                              const void* data, const int64_t* stride) {
     const bool means = at.mode == KeyMode::kMeans;
-    const int shift = means ? 4 : p_.chunk_shift;
+    const int shift = means ? kKeysShift : p_.chunk_shift;
     const int end = means ? w_.full : w_.k_len;
     const int chunks = kKeys >> shift;
     const int page = means ? 0 : CheckedPage(at.page);
@@ -330,19 +326,24 @@ class AttendProducer {
         const uint16_t* from = static_cast<const uint16_t*>(data) + w_.kv_head * stride[2] +
                                __shfl_sync(~0u, page, which) * stride[0] +
                                __shfl_sync(~0u, at.token, which) * stride[1];
-        CopyRows(to, which << shift, 1 << shift, rows, from, stride[1]);
+        if (Mine(which)) CopyRows(to, which << shift, 1 << shift, rows, from, stride[1]);
       }
     }
     const int chunk_bytes = Plan::kPanelRowsBytes << shift;
     if (leader_) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks - __popc(by_rows)));
     __syncwarp();
-    if (lane_ < chunks && !(by_rows >> lane_ & 1)) {
+    if (lane_ < chunks && Mine(lane_) && !(by_rows >> lane_ & 1)) {
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
         BulkLoad(to + i * Plan::kKeyPanelBytes + lane_ * chunk_bytes, map, full, i * kPanelColumns, w_.kv_head,
                  at.token, page);
       }
     }
+  }
+
+  // Whether this warp copies that chunk.
+  __device__ __forceinline__ bool Mine(int chunk) const {
+    return !GATHER || chunk % 4 == static_cast<int>(threadIdx.x) / 32;
   }
 
   // A warp copies `rows` of `count` rows to row0 of a stage, swizzled as bulk copies would, and makes the rest zeros.

@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   auto& sm = *reinterpret_cast<SharedPlan<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
-    constexpr int kFullArrivals = GATHER ? 129 : 1; // the leader's, and one a thread that copies
+    constexpr int kFullArrivals = AttendProducer<SHAPE, GATHER>::kFullArrivals;
     for (int i = 0; i < SHAPE::kQStages; ++i) {
       BarrierInit(&sm.q_full[i], 1);
       BarrierInit(&sm.q_empty[i], kMathWarps);
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   __syncthreads();
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
-    if (GATHER || threadIdx.x < 32) AttendProducer<SHAPE, GATHER>(p, sm).Run();
+    if (threadIdx.x < AttendProducer<SHAPE, GATHER>::kThreads) AttendProducer<SHAPE, GATHER>(p, sm).Run();
   } else {
     GrowRegisters<SHAPE::kMathRegisters>();
     AttendMath<T, SHAPE, GATHER>(p, sm).Run();

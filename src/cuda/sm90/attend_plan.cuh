@@ -68,7 +68,7 @@ struct SharedPlan {
   uint64_t v_full[SHAPE::kStages], v_empty[SHAPE::kStages];
   Work next_work[4];   // of each producer warp: looked up while the tile before is being loaded
   float never_written; // HoldBack's
-  int next_item[2];    // GATHER: from the first producer warp to the others
+  int next_item[2];    // from the first producer warp to the others
 };
 
 // A position in a ring of STAGES barriers: which stage, and the parity of its current use.
@@ -86,7 +86,7 @@ struct RingPosition {
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;     // and 2: whose turn it is to use the matrix units, a math warpgroup each
-constexpr int kProducerBarrier = 3; // GATHER: the producer's four warps
+constexpr int kProducerBarrier = 3; // the producer's warps
 
 } // namespace flashprefill::cuda
 

@@ -1,6 +1,10 @@
-// The producer of the attend kernel: one warp (four for GATHER) that takes tiles, walks their bitmap from the diagonal
-// down, and keeps the K and V rings full. It alone knows block ids; the math side sees a stream of key tiles and is
-// told which of them need a mask. So sparse attention runs at the speed of dense.
+// The producer of the attend kernel: one warp that keeps the ring of K full, and one for V (two each for GATHER). They
+// take tiles, walk their bitmap from the diagonal down, and alone know block ids: the math side sees a stream of key
+// tiles and is told which of them need a mask. So sparse attention runs at the speed of dense.
+//
+// A warp by itself takes some 8 cycles an instruction, and has 2,000 to 3,000 a step. When one warp did all of this for
+// K and V in turn, it was the slowest part of the kernel; so the common step is kept short, and K and V have their own
+// warps that walk the same bitmap.
 //
 // Kept blocks are cut into chunks of keys that lie together in memory (a block, or a page's part of one), and a key
 // tile is kKeys / chunk of them: the hardware sees tiles of 128 (64) keys whatever the block size. If the chunks don't
@@ -19,8 +23,26 @@ namespace flashprefill::cuda {
 template <class SHAPE, bool GATHER>
 class AttendProducer {
  public:
+  static constexpr int kTeamWarps = GATHER ? 2 : 1; // for K, and as many for V
+  static constexpr int kThreads = 2 * kTeamWarps * 32;
+  // Arrivals that make a K or V stage full: the team leader's, and GATHER one a thread when its own copies are done.
+  static constexpr int kFullArrivals = GATHER ? 1 + kTeamWarps * 32 : 1;
+
   __device__ __forceinline__ AttendProducer(const AttendParams& p, SharedPlan<SHAPE>& shared)
-      : p_(p), sm_(shared), lane_(threadIdx.x % 32), leader_(threadIdx.x == 0) {}
+      : p_(p),
+        sm_(shared),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32),
+        rank_(warp_ % kTeamWarps),
+        is_v_(warp_ >= kTeamWarps),
+        chunks_(kKeys >> p.chunk_shift),
+        my_chunk_(min(lane_, chunks_ - 1)),
+        data_(static_cast<const uint16_t*>(is_v_ ? p.v_data : p.k_data)),
+        stride_(is_v_ ? p.v_stride : p.k_stride),
+        map_(is_v_ ? &p.v : &p.k),
+        stages_(is_v_ ? shared.v[0] : shared.k[0]),
+        full_(is_v_ ? shared.v_full : shared.k_full),
+        empty_(is_v_ ? shared.v_empty : shared.k_empty) {}
 
   __device__ __forceinline__ void Run() {
     const int tiles_of_batch = TilesOfBatch(p_);
@@ -31,33 +53,36 @@ class AttendProducer {
     for (int item = -1; item < items;) { // the first round has no tile yet: it only looks up the first one
       int steps = 0, key_tiles = 0, mean_tiles = 0;
       if (item >= 0) {
-        w_ = sm_.next_work[threadIdx.x / 32];
+        w_ = sm_.next_work[warp_];
         word_ = next_word;
         group_ = TopGroup();
+        safe_ = min(w_.first_position + 1, w_.k_len);
         key_tiles = CountKeyTiles();
         if (p_.mean_correction) mean_tiles = CountMeanTiles();
         steps = max(1, key_tiles + mean_tiles);
-        SendQueries(steps);
+        if (!is_v_ && rank_ == 0) SendQueries(steps);
         StartCursor();
       }
-      Chunk before{}, now{};
 #pragma unroll 1
-      for (int j = -1; j <= steps;
-           ++j) { // tiles are looked up a step ahead of K, and K is a step ahead of V, as it is used
-        const Chunk next = j + 1 < steps ? Take(j + 1 - key_tiles, mean_tiles) : Chunk{};
-        if (j >= 0 && j < steps) SendK(now);
-        if (j > 0) SendV(before);
-        before = now;
-        now = next;
+      for (int j = 0; j <= steps; ++j) {
+        if (j < steps) {
+          if (j >= key_tiles && mean_tiles > 0) {
+            SendMeans(j == key_tiles);
+          } else {
+            SendKeys();
+          }
+        }
         if (j == min(1, steps)) { // late enough for the ring to be full, early enough for the mask to be there in time
-          item = Receive(fetched, turn);
-          fetched = Fetch();
+          if (threadIdx.x == 0) sm_.next_item[turn] = fetched;
+          NamedBarrierSync(kProducerBarrier, kThreads);
+          item = sm_.next_item[turn];
           turn ^= 1;
+          if (threadIdx.x == 0) fetched = atomicAdd(p_.counter, 1) + static_cast<int>(gridDim.x);
           if (item < items) next_word = LookUp(item, tiles_of_batch);
         }
       }
     }
-    Finish();
+    if (!is_v_ && rank_ == 0) Finish();
   }
 
  private:
@@ -67,39 +92,21 @@ class AttendProducer {
   static constexpr int kGroupBlocks = 32 * 64;        // blocks of which a warp holds the mask, a word a lane
   static constexpr int kPieces = SHAPE::kHeadDim / 8; // 16-byte pieces of a row
   static constexpr int kWordsATile = kKeys / 64;      // words of means a tile
+  static constexpr int kRowsAWarp = kKeys / 2;        // GATHER, by rows
   using Plan = SharedPlan<SHAPE>;
-
-  // What the lanes know of a key tile. Lane c holds chunk c; GATHER, unless of means: a lane holds a row.
-  struct Chunk {
-    KeyMode mode;
-    int position;    // of the chunk's first key (kMeans: block), or kAbsent
-    int token, page; // where it lies; the page as the table has it
-  };
-
-  // ---------------------------------------------------------------- items
 
   // Leaves the item's tile in shared memory, to spare registers, and returns this lane's word of its mask.
   __device__ __forceinline__ uint64_t LookUp(int item, int tiles_of_batch) {
     const Work next = DecodeItem(p_, item, tiles_of_batch);
     __syncwarp();
-    if (lane_ == 0) sm_.next_work[threadIdx.x / 32] = next;
+    if (lane_ == 0) sm_.next_work[warp_] = next;
     __syncwarp();
     return MaskWord(p_, next, max(0, (next.visible - 1) / kGroupBlocks) * 32 + lane_);
-  }
-  __device__ __forceinline__ int TopGroup() const { return max(0, (w_.visible - 1) / kGroupBlocks); }
-
-  __device__ __forceinline__ int Fetch() {
-    return leader_ ? atomicAdd(p_.counter, 1) + static_cast<int>(gridDim.x) : 0;
-  }
-  __device__ __forceinline__ int Receive(int fetched, int turn) {
-    if constexpr (!GATHER) return __shfl_sync(~0u, fetched, 0);
-    if (leader_) sm_.next_item[turn] = fetched;
-    NamedBarrierSync(kProducerBarrier, 128);
-    return sm_.next_item[turn];
   }
 
   // ---------------------------------------------------------------- the bitmap
 
+  __device__ __forceinline__ int TopGroup() const { return max(0, (w_.visible - 1) / kGroupBlocks); }
   __device__ __forceinline__ void LoadGroup(int group) {
     group_ = group;
     word_ = MaskWord(p_, w_, group * 32 + lane_);
@@ -108,19 +115,16 @@ class AttendProducer {
   // Tiles of kept chunks; chunks that no row sees are left out. Leaves the highest group of mask words loaded.
   __device__ __forceinline__ int CountKeyTiles() {
     const int a_block = p_.block_size >> p_.chunk_shift;
-    const int top = group_;
-    int kept = 0;
+    int kept = __popcll(word_);
 #pragma unroll 1
-    for (int group = 0; group < top; ++group) kept += __popcll(MaskWord(p_, w_, group * 32 + lane_));
-    kept += __popcll(word_);
+    for (int group = 0; group < group_; ++group) kept += __popcll(MaskWord(p_, w_, group * 32 + lane_));
     kept = __reduce_add_sync(~0u, kept);
     const int last = w_.visible - 1;
     const bool has_last = last >= 0 && (__shfl_sync(~0u, word_, (last >> 6) & 31) >> (last & 63) & 1);
-    last_chunks_ = last < 0 ? 0 : (VisibleKeys(p_, w_) - last * p_.block_size + chunk_keys() - 1) >> p_.chunk_shift;
-    const int chunks = kept * a_block - (has_last ? a_block - last_chunks_ : 0);
-    const int a_tile = kKeys >> p_.chunk_shift;
-    const int tiles = (chunks + a_tile - 1) * chunk_keys() / kKeys;
-    missing_ = tiles == 0 ? a_tile : tiles * a_tile - chunks;
+    last_chunks_ = (VisibleKeys(p_, w_) - last * p_.block_size + (1 << p_.chunk_shift) - 1) >> p_.chunk_shift;
+    const int kept_chunks = kept * a_block - (has_last ? a_block - last_chunks_ : 0);
+    const int tiles = ((kept_chunks + chunks_ - 1) << p_.chunk_shift) / kKeys;
+    missing_ = tiles == 0 ? chunks_ : tiles * chunks_ - kept_chunks;
     return tiles;
   }
 
@@ -163,72 +167,161 @@ class AttendProducer {
     }
     const int bit = 63 - __clzll(static_cast<long long>(bits_));
     bits_ ^= uint64_t{1} << bit;
-    block_ = word_index_ * 64 + bit;
-    sub_ = block_ == w_.visible - 1 ? last_chunks_ : p_.block_size >> p_.chunk_shift;
+    const int block = word_index_ * 64 + bit;
+    block_begin_ = block * p_.block_size;
+    sub_ = block == w_.visible - 1 ? last_chunks_ : p_.block_size >> p_.chunk_shift;
   }
 
-  // ---------------------------------------------------------------- key tiles
+  // ---------------------------------------------------------------- tiles of keys
 
-  __device__ __forceinline__ Chunk Take(int past_keys, int mean_tiles) {
-    ring_ = (ring_ + 1) % kKeyTileRing;
-    return past_keys >= 0 && mean_tiles > 0 ? TakeMeans(past_keys == 0) : TakeChunks();
-  }
-
-  __device__ __forceinline__ Chunk TakeChunks() {
-    const int chunks = kKeys >> p_.chunk_shift;
-    int mine = kAbsent;
+  __device__ __forceinline__ void SendKeys() {
+    int mine = kAbsent; // position of chunk my_chunk_: of lane c chunk c, of those past the last chunk the last
     if (missing_ == 0 && sub_ == 0) NextBlock();
-    if (missing_ == 0 && sub_ >= chunks) { // mostly: the whole tile from one block
-      sub_ -= chunks;
-      if (lane_ < chunks) mine = block_ * p_.block_size + ((sub_ + lane_) << p_.chunk_shift);
+    if (missing_ == 0 && sub_ >= chunks_) { // mostly: the whole tile from one block
+      sub_ -= chunks_;
+      mine = block_begin_ + ((sub_ + my_chunk_) << p_.chunk_shift);
     } else {
 #pragma unroll 1
-      for (int c = 0; c < chunks; ++c) {
+      for (int c = 0; c < chunks_; ++c) {
         if (missing_ > 0) {
           --missing_;
           continue;
         }
         if (sub_ == 0) NextBlock();
         --sub_;
-        if (c == lane_) mine = block_ * p_.block_size + (sub_ << p_.chunk_shift);
+        if (c == my_chunk_) mine = block_begin_ + (sub_ << p_.chunk_shift);
       }
     }
-    Chunk chunk{KeyMode::kPlain, mine, p_.absent_token, 0};
-    const int safe = min(w_.first_position + 1, w_.k_len); // keys below it are seen by every row
-    if (__any_sync(~0u, lane_ < chunks && mine > safe - chunk_keys())) {
-      chunk.mode = KeyMode::kMasked;
+    if (!is_v_ && rank_ == 0) DescribeKeys(mine);
+    if (GATHER && p_.by_rows) {
+      SendRows(mine);
+    } else {
+      SendChunks(mine);
+    }
+  }
+
+  __device__ __forceinline__ void DescribeKeys(int mine) {
+    KeyTile& tile = sm_.key_tiles[ring_];
+    ring_ = (ring_ + 1) % kKeyTileRing;
+    const bool masked = __any_sync(~0u, mine > safe_ - (1 << p_.chunk_shift));
+    if (masked) {
       const int column = min(lane_, kKeys / 16 - 1) * 16;
       const int position = __shfl_sync(~0u, mine, column >> p_.chunk_shift);
-      const int in_chunk = column & (chunk_keys() - 1);
-      if (threadIdx.x < kKeys / 16) {
-        sm_.key_tiles[ring_].position[lane_] = position == kAbsent ? kAbsent : position + in_chunk;
-      }
+      const int in_chunk = column & ((1 << p_.chunk_shift) - 1);
+      if (lane_ < kKeys / 16) tile.position[lane_] = position == kAbsent ? kAbsent : position + in_chunk;
     }
-    if (leader_) sm_.key_tiles[ring_].mode = chunk.mode;
-    if (GATHER && p_.by_rows) {
-      const int from = __shfl_sync(~0u, mine, Row() >> p_.chunk_shift);
-      chunk.position = from == kAbsent ? kAbsent : from + (Row() & (chunk_keys() - 1));
-    }
-    if (chunk.position < w_.k_len) {
+    if (lane_ == 0) tile.mode = masked ? KeyMode::kMasked : KeyMode::kPlain;
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ int PageOf(int column) const {
+    const int64_t at = w_.sequence * p_.block_table_stride + min(column, p_.pages_per_seq - 1);
+    return __ldg(p_.block_table + at);
+  }
+  __device__ __forceinline__ int CheckedPage(int page) const { return Clamp(page, 0, p_.page_count - 1); }
+
+  __device__ __forceinline__ void SendChunks(int position) {
+    int token = p_.absent_token, page = 0;
+    if (position < w_.k_len) {
       if (p_.page_size) {
-        const int column = chunk.position / p_.page_size;
-        chunk.token = chunk.position - column * p_.page_size;
-        chunk.page = __ldg(p_.block_table + w_.sequence * p_.block_table_stride + min(column, p_.pages_per_seq - 1));
+        const int column = position / p_.page_size;
+        token = position - column * p_.page_size;
+        page = PageOf(column);
       } else {
-        chunk.token = w_.k_begin + chunk.position;
-        chunk.page = p_.cu_seqlens_k ? 0 : w_.sequence;
+        token = w_.k_begin + position;
+        page = p_.cu_seqlens_k ? 0 : w_.sequence;
       }
     }
-    return chunk;
+    // V's chunk that runs past the sequence's end goes by rows, unless that is the tensor's end too.
+    const bool ragged = is_v_ && position < w_.k_len && position + (1 << p_.chunk_shift) > w_.k_len &&
+                        (p_.page_size || p_.cu_seqlens_k || w_.k_len < p_.max_k);
+    const uint32_t by_rows = __ballot_sync(~0u, ragged) & ((2u << (chunks_ - 1)) - 1);
+    BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1); // the page is looked up while we wait
+    if (p_.page_size) page = CheckedPage(page);
+    uint8_t* const to = stages_ + ring_position_.stage * Plan::kKeyBytes;
+    uint64_t* const full = &full_[ring_position_.stage];
+    if (chunks_ == 1 && by_rows == 0) {
+      if ((!GATHER || rank_ == 0) && ElectOne()) {
+        BarrierArriveExpect(full, Plan::kKeyBytes);
+#pragma unroll
+        for (int i = 0; i < kPanels; ++i) {
+          BulkLoad(to + i * Plan::kKeyPanelBytes, map_, full, i * kPanelColumns, w_.kv_head, token, page);
+        }
+      }
+    } else {
+      if (by_rows) {
+        const int which = __ffs(by_rows) - 1;
+        const int rows = w_.k_len - __shfl_sync(~0u, position, which);
+        const uint16_t* from = data_ + w_.kv_head * stride_[2] + __shfl_sync(~0u, page, which) * stride_[0] +
+                               __shfl_sync(~0u, token, which) * stride_[1];
+        if (Mine(which)) CopyRows(to, which << p_.chunk_shift, 1 << p_.chunk_shift, rows, from, stride_[1]);
+      }
+      const int chunk_bytes = Plan::kPanelRowsBytes << p_.chunk_shift;
+      if (lane_ == 0 && rank_ == 0) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks_ - __popc(by_rows)));
+      __syncwarp();
+      if (lane_ < chunks_ && Mine(lane_) && !(by_rows >> lane_ & 1)) {
+#pragma unroll
+        for (int i = 0; i < kPanels; ++i) {
+          BulkLoad(to + i * Plan::kKeyPanelBytes + lane_ * chunk_bytes, map_, full, i * kPanelColumns, w_.kv_head,
+                   token, page);
+        }
+      }
+    }
+    if constexpr (GATHER) BarrierArriveAfterCopies(full);
+    ring_position_.Advance();
   }
 
-  // Not done where the page is looked up, so that nobody waits for the load there.
-  __device__ __forceinline__ int CheckedPage(int page) const {
-    return p_.page_size ? Clamp(page, 0, p_.page_count - 1) : page;
+  // Whether this warp of its team copies that chunk.
+  __device__ __forceinline__ bool Mine(int chunk) const { return chunk % kTeamWarps == rank_; }
+
+  // GATHER: keys row by row, half of them each warp, whatever the pages are like.
+  __device__ __forceinline__ void SendRows(int chunk_position) {
+    constexpr int kRowsALane = kRowsAWarp / 32;
+    constexpr uint32_t kNowhere = ~0u;
+    int page[kRowsALane], slot[kRowsALane];
+#pragma unroll
+    for (int r = 0; r < kRowsALane; ++r) {
+      const int row = rank_ * kRowsAWarp + r * 32 + lane_;
+      const int from = __shfl_sync(~0u, chunk_position, row >> p_.chunk_shift);
+      const int position = from + (row & ((1 << p_.chunk_shift) - 1));
+      slot[r] = -1;
+      if (from < w_.k_len && position < w_.k_len) {
+        const int column = position / p_.page_size;
+        slot[r] = position - column * p_.page_size;
+        page[r] = PageOf(column);
+      }
+    }
+    BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
+    uint64_t* const full = &full_[ring_position_.stage];
+    if (lane_ == 0 && rank_ == 0) BarrierArrive(full);
+    // Lane l copies piece l % kPieces of every (32 / kPieces)-th row. The swizzle of row + 8 is that of row.
+    const int piece = lane_ % kPieces;
+    const bool inside = piece < p_.head_dim / 8;
+    const uint4* const from = reinterpret_cast<const uint4*>(data_ + w_.kv_head * stride_[2]) + piece;
+    const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Plan::kKeyBytes) +
+                        rank_ * kRowsAWarp * Plan::kPanelRowsBytes + piece / 8 * Plan::kKeyPanelBytes;
+#pragma unroll
+    for (int r = 0; r < kRowsALane; ++r) {
+      const uint32_t mine = // in units of 16 bytes
+          slot[r] < 0 ? kNowhere
+                      : static_cast<uint32_t>((CheckedPage(page[r]) * stride_[0] + slot[r] * stride_[1]) >> 3);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int row = i * 32 / kPieces + lane_ / kPieces;
+        const uint32_t offset = __shfl_sync(~0u, mine, row);
+        AsyncCopy16(to + (r * 32 + row) * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4), from + offset,
+                    inside && offset != kNowhere);
+      }
+    }
+    BarrierArriveAfterCopies(full);
+    ring_position_.Advance();
   }
 
-  // The next tile of means that has something to count. They are taken from the highest down, group by group.
-  __device__ __forceinline__ Chunk TakeMeans(bool first) {
+  // ---------------------------------------------------------------- tiles of means
+
+  // The next tile of means that has something to count. They are taken from the highest down, group by group. They lie
+  // together; but V's that run past `full` go by rows, for what comes there may be anything.
+  __device__ __forceinline__ void SendMeans(bool first) {
     if (first) {
       if (group_ != TopGroup()) LoadGroup(TopGroup());
       mean_tiles_ = MeanTilesOfGroup();
@@ -241,110 +334,49 @@ class AttendProducer {
     const int from = 31 - __clz(mean_tiles_); // the lane that holds the tile's first word
     mean_tiles_ ^= 1u << from;
     const int block = (group_ * 32 + from) * 64;
-    const uint64_t word = __shfl_sync(~0u, MeanWord(), from + lane_ / 2 % kWordsATile);
+    if (!is_v_ && rank_ == 0) DescribeMeans(block, from);
+
+    const bool packed = p_.cu_seqlens_k && !p_.page_size;
+    const int row = block + (packed ? w_.k_begin / p_.block_size + w_.sequence
+                                    : w_.sequence * ((p_.max_k + p_.block_size - 1) / p_.block_size));
+    const bool by_rows = is_v_ && block + kKeys > w_.full;
+    BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
+    uint8_t* const to = stages_ + ring_position_.stage * Plan::kKeyBytes;
+    uint64_t* const full = &full_[ring_position_.stage];
+    if (rank_ == 0) {
+      if (by_rows) {
+        CopyRows(to, 0, kKeys, w_.full - block,
+                 static_cast<const uint16_t*>(p_.v_mean_data) + (w_.kv_head * p_.mean_rows + row) * p_.head_dim,
+                 p_.head_dim);
+      }
+      if (ElectOne()) {
+        BarrierArriveExpect(full, by_rows ? 0 : Plan::kKeyBytes);
+        for (int i = 0; i < (by_rows ? 0 : kPanels); ++i) {
+          BulkLoad(to + i * Plan::kKeyPanelBytes, is_v_ ? &p_.v_mean : &p_.k_mean, full, i * kPanelColumns, w_.kv_head,
+                   row, 0);
+        }
+      }
+    }
+    if constexpr (GATHER) BarrierArriveAfterCopies(full);
+    ring_position_.Advance();
+  }
+
+  __device__ __forceinline__ void DescribeMeans(int block, int from) {
     KeyTile& tile = sm_.key_tiles[ring_];
-    if (threadIdx.x < 2 * kWordsATile) tile.wanted[lane_] = static_cast<uint32_t>(word >> (lane_ % 2 * 32));
-    if (leader_) {
+    ring_ = (ring_ + 1) % kKeyTileRing;
+    const uint64_t word = __shfl_sync(~0u, MeanWord(), from + lane_ / 2 % kWordsATile);
+    if (lane_ < 2 * kWordsATile) tile.wanted[lane_] = static_cast<uint32_t>(word >> (lane_ % 2 * 32));
+    if (lane_ == 0) {
       const int last = (w_.k_len - 1) / p_.block_size; // shorter than the others, perhaps
       tile.mode = KeyMode::kMeans;
       tile.bias = log2f(static_cast<float>(p_.block_size)) / p_.scale_log2;
       tile.last_column = last - block;
       tile.last_bias = log2f(static_cast<float>(w_.k_len - last * p_.block_size)) / p_.scale_log2;
     }
-    const bool packed = p_.cu_seqlens_k && !p_.page_size;
-    const int row0 = packed ? w_.k_begin / p_.block_size + w_.sequence
-                            : w_.sequence * ((p_.max_k + p_.block_size - 1) / p_.block_size);
-    return {KeyMode::kMeans, block, row0 + block, 0};
-  }
-
-  // ---------------------------------------------------------------- copies
-
-  __device__ __forceinline__ void SendQueries(int steps) {
-    BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
-    if (leader_) {
-      const int token = w_.q_begin + w_.begin;
-      const int batch = p_.cu_seqlens_q ? 0 : w_.sequence;
-      sm_.tiles[q_.stage] =
-          TileInfo{steps, w_.tokens * p_.heads_a_tile, w_.first_position, w_.k_len - 1, batch, token, w_.head, 0};
-      const int bytes = kPanels * Plan::kPanelRowsBytes * p_.tile_tokens * p_.heads_a_tile;
-      BarrierArriveExpect(&sm_.q_full[q_.stage], bytes);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i) {
-        BulkLoad(sm_.q[q_.stage] + i * Plan::kQPanelBytes, &p_.q, &sm_.q_full[q_.stage], i * kPanelColumns, w_.head,
-                 token, batch);
-      }
-    }
-    q_.Advance();
-  }
-
-  __device__ __forceinline__ void SendK(const Chunk& at) {
-    BarrierWait(&sm_.k_empty[k_.stage], k_.parity ^ 1);
-    Send<false>(at, sm_.k[k_.stage], &sm_.k_full[k_.stage], at.mode == KeyMode::kMeans ? &p_.k_mean : &p_.k, p_.k_data,
-                p_.k_stride);
-    k_.Advance();
-  }
-
-  __device__ __forceinline__ void SendV(const Chunk& at) {
-    BarrierWait(&sm_.v_empty[v_.stage], v_.parity ^ 1);
-    Send<true>(at, sm_.v[v_.stage], &sm_.v_full[v_.stage], at.mode == KeyMode::kMeans ? &p_.v_mean : &p_.v, p_.v_data,
-               p_.v_stride);
-    v_.Advance();
-  }
-
-  template <bool IS_V>
-  __device__ __forceinline__ void Send(const Chunk& at, uint8_t* to, uint64_t* full, const CUtensorMap* map,
-                                       const void* data, const int64_t* stride) {
-    __syncwarp(); // the key tile's description is written before it is announced
-    const bool means = at.mode == KeyMode::kMeans;
-    if (GATHER && !means && p_.by_rows) {
-      SendRows(at, to, data, stride);
-      if (leader_) BarrierArrive(full);
-    } else {
-      SendChunks<IS_V>(at, to, full, map, means ? p_.v_mean_data : data, means ? p_.mean_stride : stride);
-    }
-    if constexpr (GATHER) BarrierArriveAfterCopies(full);
-  }
-
-  // Chunks of keys, or a tile of means, by bulk copies; GATHER: a quarter of them each warp. But V's chunk that runs
-  // past the end (of the sequence, of the blocks that are seen whole) goes row by row, unless the end is the tensor's
-  // own.
-  template <bool IS_V>
-  __device__ __forceinline__ void SendChunks(const Chunk& at, uint8_t* to, uint64_t* full, const CUtensorMap* map,
-                                             const void* data, const int64_t* stride) {
-    const bool means = at.mode == KeyMode::kMeans;
-    const int shift = means ? kKeysShift : p_.chunk_shift;
-    const int end = means ? w_.full : w_.k_len;
-    const int chunks = kKeys >> shift;
-    const int page = means ? 0 : CheckedPage(at.page);
-    uint32_t by_rows = 0;
-    if constexpr (IS_V) {
-      const bool clipped = !means && !p_.page_size && !p_.cu_seqlens_k && w_.k_len == p_.max_k;
-      by_rows = __ballot_sync(~0u, lane_ < chunks && at.position < end && at.position + (1 << shift) > end && !clipped);
-      if (by_rows) {
-        const int which = __ffs(by_rows) - 1;
-        const int rows = end - __shfl_sync(~0u, at.position, which);
-        const uint16_t* from = static_cast<const uint16_t*>(data) + w_.kv_head * stride[2] +
-                               __shfl_sync(~0u, page, which) * stride[0] +
-                               __shfl_sync(~0u, at.token, which) * stride[1];
-        if (Mine(which)) CopyRows(to, which << shift, 1 << shift, rows, from, stride[1]);
-      }
-    }
-    const int chunk_bytes = Plan::kPanelRowsBytes << shift;
-    if (leader_) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks - __popc(by_rows)));
     __syncwarp();
-    if (lane_ < chunks && Mine(lane_) && !(by_rows >> lane_ & 1)) {
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i) {
-        BulkLoad(to + i * Plan::kKeyPanelBytes + lane_ * chunk_bytes, map, full, i * kPanelColumns, w_.kv_head,
-                 at.token, page);
-      }
-    }
   }
 
-  // Whether this warp copies that chunk.
-  __device__ __forceinline__ bool Mine(int chunk) const {
-    return !GATHER || chunk % 4 == static_cast<int>(threadIdx.x) / 32;
-  }
+  // ---------------------------------------------------------------- other copies
 
   // A warp copies `rows` of `count` rows to row0 of a stage, swizzled as bulk copies would, and makes the rest zeros.
   __device__ __forceinline__ void CopyRows(uint8_t* to, int row0, int count, int rows, const uint16_t* from,
@@ -352,66 +384,65 @@ class AttendProducer {
     const uint32_t base = SharedAddress(to);
 #pragma unroll 1
     for (int i = lane_; i < count * kPieces; i += 32) {
-      const int row = i / kPieces;
-      const bool valid = row < rows && i % kPieces < p_.head_dim / 8;
-      AsyncCopy16(base + PieceOffset(row0 + row, i % kPieces), valid ? from + row * stride + i % kPieces * 8 : from,
-                  valid);
+      const int row = row0 + i / kPieces;
+      const int piece = i % kPieces;
+      AsyncCopy16(base + piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
+                  from + (row - row0) * stride + piece * 8, row - row0 < rows && piece < p_.head_dim / 8);
     }
     AsyncCopyWaitAll();
     FenceAsyncProxy();
     __syncwarp();
   }
 
-  // Where 16 bytes of a row lie in a stage.
-  static __device__ __forceinline__ uint32_t PieceOffset(int row, int piece) {
-    return piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
-  }
-
-  // GATHER: each warp copies its quarter of the rows, whose offsets its lanes hold in units of 16 bytes.
-  static constexpr int kRowsAWarp = kKeys / 4;
-  __device__ __forceinline__ int Row() const { return threadIdx.x / 32 * kRowsAWarp + lane_ % kRowsAWarp; }
-
-  __device__ __forceinline__ void SendRows(const Chunk& at, uint8_t* to, const void* data, const int64_t* stride) {
-    constexpr uint32_t kNowhere = ~0u;
-    const int64_t elements = CheckedPage(at.page) * stride[0] + at.token * stride[1] + w_.kv_head * stride[2];
-    const uint32_t offset = at.position < w_.k_len ? static_cast<uint32_t>(elements >> 3) : kNowhere;
-    const int piece = lane_ % kPieces;
-    const uint4* from = static_cast<const uint4*>(data) + piece;
-    const uint32_t base = SharedAddress(to);
-    const int row0 = threadIdx.x / 32 * kRowsAWarp;
+  __device__ __forceinline__ void SendQueries(int steps) {
+    BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
+    if (ElectOne()) {
+      const int token = w_.q_begin + w_.begin;
+      const int batch = p_.cu_seqlens_q ? 0 : w_.sequence;
+      uint64_t* const full = &sm_.q_full[q_.stage];
+      sm_.tiles[q_.stage] =
+          TileInfo{steps, w_.tokens * p_.heads_a_tile, w_.first_position, w_.k_len - 1, batch, token, w_.head, 0};
+      BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * p_.tile_tokens * p_.heads_a_tile);
 #pragma unroll
-    for (int i = 0; i < kRowsAWarp * kPieces / 32; ++i) {
-      const int row = i * 32 / kPieces + lane_ / kPieces;
-      const uint32_t o = __shfl_sync(~0u, offset, row);
-      const bool valid = o != kNowhere && piece < p_.head_dim / 8;
-      AsyncCopy16(base + PieceOffset(row0 + row, piece), valid ? from + o : from, valid);
+      for (int i = 0; i < kPanels; ++i) {
+        BulkLoad(sm_.q[q_.stage] + i * Plan::kQPanelBytes, &p_.q, full, i * kPanelColumns, w_.head, token, batch);
+      }
     }
+    q_.Advance();
   }
 
   __device__ __forceinline__ void Finish() {
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
-    if (leader_) {
+    if (lane_ == 0) {
       sm_.tiles[q_.stage].key_tiles = 0;
       BarrierArrive(&sm_.q_full[q_.stage]);
     }
   }
 
-  __device__ __forceinline__ int chunk_keys() const { return 1 << p_.chunk_shift; }
-
   const AttendParams& p_;
   SharedPlan<SHAPE>& sm_;
-  const int lane_;
-  const bool leader_;
+  const int lane_, warp_;
+  const int rank_; // in the team
+  const bool is_v_;
+  const int chunks_; // a tile
+  const int my_chunk_;
+  const uint16_t* const data_;
+  const int64_t* const stride_;
+  const CUtensorMap* const map_;
+  uint8_t* const stages_;
+  uint64_t *const full_, *const empty_;
+  RingPosition<SHAPE::kStages> ring_position_; // of K or V
   RingPosition<SHAPE::kQStages> q_;
-  RingPosition<SHAPE::kStages> k_, v_;
-  int ring_ = kKeyTileRing - 1; // of key_tiles: the one described last
+  int ring_ = 0; // of key_tiles
 
   Work w_;
   uint64_t word_; // of the mask: lane l holds word 32 group_ + l
   int group_;
+  int safe_;      // keys below this position are seen by every row
   uint64_t bits_; // of word word_index_ that are still to come
   int word_index_;
-  int block_, sub_;     // the block being cut, and how many of its chunks are still to come
+  int block_begin_;     // of the block being cut,
+  int sub_;             // and how many of its chunks are still to come
   int last_chunks_;     // chunks of block visible - 1 that are seen
   int missing_;         // chunks that the first tile goes short
   uint32_t mean_tiles_; // of this group that are still to come

@@ -70,6 +70,13 @@ __device__ __forceinline__ void BulkLoad(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// pointer + 16 * units bytes, in one instruction.
+__device__ __forceinline__ const void* AddUnits16(const void* pointer, uint32_t units) {
+  uint64_t sum;
+  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(sum) : "r"(units), "l"(pointer));
+  return reinterpret_cast<const void*>(sum);
+}
+
 // 16 bytes, or zeros if `valid` is false (the address is not read then).
 __device__ __forceinline__ void AsyncCopy16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");

@@ -24,7 +24,7 @@ class AttendMath {
   __device__ __forceinline__ AttendMath(const AttendParams& p, SharedPlan<SHAPE>& shared)
       : p_(p),
         sm_(shared),
-        group_(threadIdx.x / 128 - 1),
+        group_(__shfl_sync(~0u, threadIdx.x / 128, 0) - 1), // so the compiler knows that a warp agrees on it
         lane_(threadIdx.x % 32),
         row_(group_ * 64 + threadIdx.x % 128 / 32 * 16 + lane_ / 4) {}
 
@@ -38,7 +38,7 @@ class AttendMath {
     while (true) { // here the first scores of the tile are there, and no product is in flight
       StartRows(tile);
       TakeScores(tile.key_tiles == 1);
-      Softmax();
+      Softmax([] {});
       PackWeights();
       for (int j = 1; j < tile.key_tiles; ++j) {
         IssueScores();
@@ -46,10 +46,11 @@ class AttendMath {
         PassTurn();
         WgmmaWait<1>();
         TakeScores(j + 1 == tile.key_tiles);
-        const bool grown = Softmax();
-        HoldBack(sum_[0], sum_[1], &sm_.never_written);
-        WgmmaWait<0>();
-        TakeValues();
+        const bool grown = Softmax([&] { // P V is done by now; the other half's waits are filled with packing
+          HoldBack(sum_[0], sum_[1], &sm_.never_written);
+          WgmmaWait<0>();
+          TakeValues();
+        });
         PackWeights();
         if (grown) Rescale();
       }
@@ -172,16 +173,23 @@ class AttendMath {
   // ---------------------------------------------------------------- softmax
 
   // s_ becomes exp2 of the scaled scores against the row's reference maximum. Returns whether any row of the warp has
-  // moved its reference, so that O must follow; grow_ holds by how much.
-  __device__ __forceinline__ bool Softmax() {
+  // moved its reference, so that O must follow; grow_ holds by how much. `between` is called with half of them done.
+  template <class Between>
+  __device__ __forceinline__ bool Softmax(Between between) {
     const KeyTile& key_tile = sm_.key_tiles[ring_];
     ring_ = (ring_ + 1) % kKeyTileRing;
     if (key_tile.mode != KeyMode::kPlain) Mask(key_tile);
-    float top[2] = {s_[0], s_[2]};
+    float top[2];
 #pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
+    for (int r = 0; r < 2; ++r) { // four chains, not one: a step of a chain takes 4 cycles or more
+      float t[4];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], fmaxf(s_[4 * i + 2 * r], s_[4 * i + 2 * r + 1]));
+      for (int c = 0; c < 4; ++c) t[c] = fmaxf(s_[4 * c + 2 * r], s_[4 * c + 2 * r + 1]);
+#pragma unroll
+      for (int i = 4; i < kKeys / 8; ++i) {
+        t[i % 4] = fmaxf(t[i % 4], fmaxf(s_[4 * i + 2 * r], s_[4 * i + 2 * r + 1]));
+      }
+      top[r] = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
     }
     bool mine = false;
 #pragma unroll
@@ -194,22 +202,29 @@ class AttendMath {
       mine |= grows;
     }
     const bool grown = __any_sync(~0u, mine);
-    float partial[2] = {0, 0};
+    float reference[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float reference = max_[r] == -INFINITY ? 0 : max_[r] * p_.scale_log2; // a row may have seen nothing yet
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s_[4 * i + 2 * r + e];
-          x = Exp2(fmaf(x, p_.scale_log2, -reference));
-          partial[r] += x;
-        }
-      }
-      sum_[r] = fmaf(sum_[r], grow_[r], partial[r]);
+      reference[r] = max_[r] == -INFINITY ? 0 : max_[r] * p_.scale_log2; // a row may have seen nothing yet
+      sum_[r] *= grow_[r];
     }
+    Exponentials<0, kKeys / 16>(reference);
+    between();
+    Exponentials<kKeys / 16, kKeys / 8>(reference);
     return grown;
+  }
+
+  // Of columns 8 BEGIN to 8 END.
+  template <int BEGIN, int END>
+  __device__ __forceinline__ void Exponentials(const float (&reference)[2]) {
+#pragma unroll
+    for (int i = BEGIN; i < END; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s_[4 * i + e] = Exp2(fmaf(s_[4 * i + e], p_.scale_log2, -reference[e / 2]));
+        sum_[e / 2] += s_[4 * i + e];
+      }
+    }
   }
 
   __device__ __forceinline__ void Mask(const KeyTile& key_tile) {

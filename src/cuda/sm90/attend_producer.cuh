@@ -294,23 +294,37 @@ class AttendProducer {
     BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
     uint64_t* const full = &full_[ring_position_.stage];
     if (lane_ == 0 && rank_ == 0) BarrierArrive(full);
-    // Lane l copies piece l % kPieces of every (32 / kPieces)-th row. The swizzle of row + 8 is that of row.
+    // Lane l copies piece l % kPieces of every (32 / kPieces)-th row. The swizzle repeats every 8 rows, so that there
+    // are only kPieces / 4 different addresses but for constants.
+    constexpr int kRowsAtOnce = 32 / kPieces;
+    constexpr int kAddresses = 8 / kRowsAtOnce;
     const int piece = lane_ % kPieces;
     const bool inside = piece < p_.head_dim / 8;
-    const uint4* const from = reinterpret_cast<const uint4*>(data_ + w_.kv_head * stride_[2]) + piece;
+    const uint16_t* const from = data_ + w_.kv_head * stride_[2] + piece * 8;
     const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Plan::kKeyBytes) +
-                        rank_ * kRowsAWarp * Plan::kPanelRowsBytes + piece / 8 * Plan::kKeyPanelBytes;
+                        (rank_ * kRowsAWarp + lane_ / kPieces) * Plan::kPanelRowsBytes +
+                        piece / 8 * Plan::kKeyPanelBytes;
+    uint32_t address[kAddresses];
+#pragma unroll
+    for (int i = 0; i < kAddresses; ++i) address[i] = to + ((piece % 8 ^ (lane_ / kPieces + i * kRowsAtOnce)) << 4);
 #pragma unroll
     for (int r = 0; r < kRowsALane; ++r) {
       const uint32_t mine = // in units of 16 bytes
           slot[r] < 0 ? kNowhere
                       : static_cast<uint32_t>((CheckedPage(page[r]) * stride_[0] + slot[r] * stride_[1]) >> 3);
+      constexpr int kBatch = 8; // so many shuffles before the first of their results is used
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const int row = i * 32 / kPieces + lane_ / kPieces;
-        const uint32_t offset = __shfl_sync(~0u, mine, row);
-        AsyncCopy16(to + (r * 32 + row) * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4), from + offset,
-                    inside && offset != kNowhere);
+      for (int batch = 0; batch < kPieces; batch += kBatch) {
+        uint32_t offset[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          offset[i] = __shfl_sync(~0u, mine, (batch + i) * kRowsAtOnce + lane_ / kPieces);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          AsyncCopy16(address[(batch + i) % kAddresses] + (r * 32 + (batch + i) * kRowsAtOnce) * Plan::kPanelRowsBytes,
+                      AddUnits16(from, offset[i]), inside && offset[i] != kNowhere);
+        }
       }
     }
     BarrierArriveAfterCopies(full);

@@ -1,7 +1,7 @@
 """Checks the attend kernel on a GPU against the float64 reference: python3 attend_check.py [first|all].
 
-Prints one line a case and the number of failures; exits 1 if there are any. Every output starts as NaN, so an element
-that was not written is an error too.
+Prints one line a case and the number of failures; exits 1 if there are any. Every output starts as NaN, so
+an element that was not written is an error too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def with_random_mask(case: Case, density: float, diagonal: bool = True) -> Case:
     case.keep = []
     for b in range(case.batch):
         blocks = max(1, -(-case.k_len[b] // case.block_size))
-        keep = torch.rand(case.mask_heads, max(1, case.tiles(b)), blocks, device="cuda", generator=G) < density
+        keep = (
+            torch.rand(case.mask_heads, max(1, case.tiles(b)), blocks, device="cuda", generator=G) < density
+        )
         for m in range(case.tiles(b)):
             full, visible = case.full_visible(b, m)
             if diagonal:
@@ -35,25 +37,56 @@ def with_random_mask(case: Case, density: float, diagonal: bool = True) -> Case:
     return case
 
 
-def rect(lq: int, lk: int | None = None, hq: int = 4, hk: int = 1, d: int = 128, dtype: torch.dtype = BF16, b: int = 1,
-         density: float | None = None, diagonal: bool = True, **more) -> Case:
+def rect(
+    lq: int,
+    lk: int | None = None,
+    hq: int = 4,
+    hk: int = 1,
+    d: int = 128,
+    dtype: torch.dtype = BF16,
+    b: int = 1,
+    density: float | None = None,
+    diagonal: bool = True,
+    **more,
+) -> Case:
     lk = lk or lq
-    case = Case(rand(b, lq, hq, d, dtype=dtype), rand(b, lk, hk, d, dtype=dtype), rand(b, lk, hk, d, dtype=dtype), **more)
+    case = Case(
+        rand(b, lq, hq, d, dtype=dtype),
+        rand(b, lk, hk, d, dtype=dtype),
+        rand(b, lk, hk, d, dtype=dtype),
+        **more,
+    )
     return with_random_mask(case, density, diagonal) if density is not None else case
 
 
-def varlen(lengths: list[tuple[int, int]], hq: int = 4, hk: int = 2, d: int = 128, density: float | None = None,
-           **more) -> Case:
+def varlen(
+    lengths: list[tuple[int, int]],
+    hq: int = 4,
+    hk: int = 2,
+    d: int = 128,
+    density: float | None = None,
+    **more,
+) -> Case:
     cu_q, cu_k = [0], [0]
     for lq, lk in lengths:
         cu_q.append(cu_q[-1] + lq)
         cu_k.append(cu_k[-1] + lk)
-    case = Case(rand(cu_q[-1], hq, d), rand(cu_k[-1], hk, d), rand(cu_k[-1], hk, d), cu_q=cu_q, cu_k=cu_k, **more)
+    case = Case(
+        rand(cu_q[-1], hq, d), rand(cu_k[-1], hk, d), rand(cu_k[-1], hk, d), cu_q=cu_q, cu_k=cu_k, **more
+    )
     return with_random_mask(case, density) if density is not None else case
 
 
-def paged(lengths: list[tuple[int, int]], page: int, hq: int = 4, hk: int = 2, d: int = 128,
-          density: float | None = None, dtype: torch.dtype = BF16, **more) -> Case:
+def paged(
+    lengths: list[tuple[int, int]],
+    page: int,
+    hq: int = 4,
+    hk: int = 2,
+    d: int = 128,
+    density: float | None = None,
+    dtype: torch.dtype = BF16,
+    **more,
+) -> Case:
     cu_q = [0]
     for lq, _ in lengths:
         cu_q.append(cu_q[-1] + lq)
@@ -63,11 +96,21 @@ def paged(lengths: list[tuple[int, int]], page: int, hq: int = 4, hk: int = 2, d
     k, v = rand(count, page, hk, d, dtype=dtype), rand(count, page, hk, d, dtype=dtype)
     for b, (_, lk) in enumerate(lengths):  # what lies past the end is poison
         slots = torch.arange(columns * page, device="cuda") >= lk
-        where = (table[b].repeat_interleave(page)[slots], torch.arange(columns * page, device="cuda")[slots] % page)
+        where = (
+            table[b].repeat_interleave(page)[slots],
+            torch.arange(columns * page, device="cuda")[slots] % page,
+        )
         k[where] = float("nan")
         v[where] = float("nan")
-    case = Case(rand(cu_q[-1], hq, d, dtype=dtype), k, v, cu_q=cu_q, used_k=[lk for _, lk in lengths],
-                table=table.int().contiguous(), **more)
+    case = Case(
+        rand(cu_q[-1], hq, d, dtype=dtype),
+        k,
+        v,
+        cu_q=cu_q,
+        used_k=[lk for _, lk in lengths],
+        table=table.int().contiguous(),
+        **more,
+    )
     return with_random_mask(case, density) if density is not None else case
 
 
@@ -75,58 +118,84 @@ FIRST = [
     ("dense 128", lambda: rect(128)),
     ("dense 256", lambda: rect(256)),
     ("dense 1024", lambda: rect(1024, hq=8, hk=2)),
-    ("sparse 2048", lambda: rect(2048, hq=8, hk=2, density=.3)),
-    ("many tiles 1500 x 64 heads", lambda: rect(1500, hq=64, hk=8, density=.5)),
+    ("sparse 2048", lambda: rect(2048, hq=8, hk=2, density=0.3)),
+    ("many tiles 1500 x 64 heads", lambda: rect(1500, hq=64, hk=8, density=0.5)),
 ]
 MORE = [
     *[(f"dense {n}", lambda n=n: rect(n)) for n in (1, 17, 127, 129, 257, 997)],
-    ("batch 3", lambda: rect(300, b=3, hq=6, hk=2, density=.5)),
+    ("batch 3", lambda: rect(300, b=3, hq=6, hk=2, density=0.5)),
     ("prefix 37", lambda: rect(200, 237, hq=6, hk=2)),
-    ("prefix 1000 sparse", lambda: rect(333, 1333, density=.4)),
-    ("one query", lambda: rect(1, 1333, density=.4)),
+    ("prefix 1000 sparse", lambda: rect(333, 1333, density=0.4)),
+    ("one query", lambda: rect(1, 1333, density=0.4)),
     ("not causal", lambda: rect(333, 777, causal=False)),
-    ("not causal sparse", lambda: rect(333, 777, causal=False, density=.5, diagonal=False)),
-    ("empty rows", lambda: rect(700, density=.15, diagonal=False)),
+    ("not causal sparse", lambda: rect(333, 777, causal=False, density=0.5, diagonal=False)),
+    ("empty rows", lambda: rect(700, density=0.15, diagonal=False)),
     ("nothing kept", lambda: rect(300, density=0, diagonal=False)),
-    ("fp16", lambda: rect(1000, density=.5, dtype=F16)),
-    ("large scores", lambda: rect(1000, density=.5, scale=3.0)),
-    *[(f"d{d}", lambda d=d: rect(700, d=d, density=.5)) for d in (64, 256, 80, 96, 40, 192)],
+    ("fp16", lambda: rect(1000, density=0.5, dtype=F16)),
+    ("large scores", lambda: rect(1000, density=0.5, scale=3.0)),
+    *[(f"d{d}", lambda d=d: rect(700, d=d, density=0.5)) for d in (64, 256, 80, 96, 40, 192)],
     *[(f"d{d} fp16 dense", lambda d=d: rect(1100, d=d, dtype=F16)) for d in (64, 256)],
-    ("d256 many", lambda: rect(1100, d=256, hq=40, hk=8, density=.6)),
-    ("d64 many", lambda: rect(1100, d=64, hq=48, hk=8, density=.6)),
-    *[(f"shared group {g}", lambda g=g: rect(700, hq=2 * g, hk=2, share=True, density=.4)) for g in (1, 2, 3, 4, 5, 7, 12)],
+    ("d256 many", lambda: rect(1100, d=256, hq=40, hk=8, density=0.6)),
+    ("d64 many", lambda: rect(1100, d=64, hq=48, hk=8, density=0.6)),
+    *[
+        (f"shared group {g}", lambda g=g: rect(700, hq=2 * g, hk=2, share=True, density=0.4))
+        for g in (1, 2, 3, 4, 5, 7, 12)
+    ],
     ("shared dense prefix", lambda: rect(500, 777, hq=8, hk=2, share=True)),
-    ("shared d64", lambda: rect(700, hq=6, hk=2, share=True, density=.4, d=64)),
-    ("shared d256", lambda: rect(700, hq=6, hk=2, share=True, density=.4, d=256)),
+    ("shared d64", lambda: rect(700, hq=6, hk=2, share=True, density=0.4, d=64)),
+    ("shared d256", lambda: rect(700, hq=6, hk=2, share=True, density=0.4, d=256)),
     ("varlen", lambda: varlen([(100, 100), (0, 0), (513, 700), (1, 64), (0, 40), (260, 260)])),
-    ("varlen sparse", lambda: varlen([(100, 100), (513, 1700), (1, 64), (1260, 1260)], density=.4)),
-    ("varlen shared", lambda: varlen([(100, 100), (0, 0), (513, 1700), (1, 64)], hq=6, share=True, density=.4)),
-    ("varlen of 70", lambda: varlen([(17 * i % 90, 17 * i % 90 + i) for i in range(70)], density=.6)),
-    *[(f"block {n}", lambda n=n: rect(777, 900, density=.4, block_size=n)) for n in (16, 32, 48, 64, 80, 256, 384, 1024)],
-    *[(f"block {n} d256", lambda n=n: rect(777, 900, density=.4, block_size=n, d=256)) for n in (16, 48, 64, 256)],
-    ("block 16 no diagonal", lambda: rect(777, 900, density=.1, block_size=16, diagonal=False)),
-    ("40k keys, block 16", lambda: rect(100, 40000, hq=2, density=.1, block_size=16)),
-    *[(f"page {n}", lambda n=n: paged([(100, 100), (513, 1700), (1, 65)], n, density=.4)) for n in
-      (128, 64, 16, 48, 256, 1, 8, 24, 100)],
+    ("varlen sparse", lambda: varlen([(100, 100), (513, 1700), (1, 64), (1260, 1260)], density=0.4)),
+    (
+        "varlen shared",
+        lambda: varlen([(100, 100), (0, 0), (513, 1700), (1, 64)], hq=6, share=True, density=0.4),
+    ),
+    ("varlen of 70", lambda: varlen([(17 * i % 90, 17 * i % 90 + i) for i in range(70)], density=0.6)),
+    *[
+        (f"block {n}", lambda n=n: rect(777, 900, density=0.4, block_size=n))
+        for n in (16, 32, 48, 64, 80, 256, 384, 1024)
+    ],
+    *[
+        (f"block {n} d256", lambda n=n: rect(777, 900, density=0.4, block_size=n, d=256))
+        for n in (16, 48, 64, 256)
+    ],
+    ("block 16 no diagonal", lambda: rect(777, 900, density=0.1, block_size=16, diagonal=False)),
+    ("40k keys, block 16", lambda: rect(100, 40000, hq=2, density=0.1, block_size=16)),
+    *[
+        (f"page {n}", lambda n=n: paged([(100, 100), (513, 1700), (1, 65)], n, density=0.4))
+        for n in (128, 64, 16, 48, 256, 1, 8, 24, 100)
+    ],
     ("page 16 dense", lambda: paged([(300, 1001), (200, 200)], 16)),
-    ("page 1 d256", lambda: paged([(300, 1001), (200, 200)], 1, d=256, density=.5)),
-    ("page 5 d64 fp16", lambda: paged([(300, 1001), (200, 200)], 5, d=64, density=.5, dtype=F16)),
-    ("page 16 d80 shared", lambda: paged([(300, 1001), (200, 200)], 16, d=80, share=True, density=.5)),
-    ("page 16 block 32", lambda: paged([(300, 1001), (200, 200)], 16, block_size=32, density=.5)),
-    ("corrected", lambda: rect(1000, density=.3, correct=True)),
-    ("corrected, 200 blocks", lambda: rect(500, 200 * 16 + 5, density=.1, block_size=16, correct=True)),
-    ("corrected not causal", lambda: rect(300, 1001, density=.3, correct=True, causal=False, diagonal=False)),
+    ("page 1 d256", lambda: paged([(300, 1001), (200, 200)], 1, d=256, density=0.5)),
+    ("page 5 d64 fp16", lambda: paged([(300, 1001), (200, 200)], 5, d=64, density=0.5, dtype=F16)),
+    ("page 16 d80 shared", lambda: paged([(300, 1001), (200, 200)], 16, d=80, share=True, density=0.5)),
+    ("page 16 block 32", lambda: paged([(300, 1001), (200, 200)], 16, block_size=32, density=0.5)),
+    ("corrected", lambda: rect(1000, density=0.3, correct=True)),
+    ("corrected, 200 blocks", lambda: rect(500, 200 * 16 + 5, density=0.1, block_size=16, correct=True)),
+    (
+        "corrected not causal",
+        lambda: rect(300, 1001, density=0.3, correct=True, causal=False, diagonal=False),
+    ),
     ("corrected nothing kept", lambda: rect(1000, density=0, diagonal=False, correct=True)),
-    ("corrected shared varlen", lambda: varlen([(100, 900), (0, 0), (513, 1700)], share=True, density=.2, correct=True)),
-    ("corrected page 1", lambda: paged([(100, 900), (513, 1700)], 1, density=.2, correct=True)),
-    ("corrected page 64 d256", lambda: paged([(100, 900), (513, 1700)], 64, d=256, density=.2, correct=True)),
-    ("corrected d64 40k keys", lambda: rect(100, 40000, hq=2, d=64, density=.05, block_size=16, correct=True)),
+    (
+        "corrected shared varlen",
+        lambda: varlen([(100, 900), (0, 0), (513, 1700)], share=True, density=0.2, correct=True),
+    ),
+    ("corrected page 1", lambda: paged([(100, 900), (513, 1700)], 1, density=0.2, correct=True)),
+    (
+        "corrected page 64 d256",
+        lambda: paged([(100, 900), (513, 1700)], 64, d=256, density=0.2, correct=True),
+    ),
+    (
+        "corrected d64 40k keys",
+        lambda: rect(100, 40000, hq=2, d=64, density=0.05, block_size=16, correct=True),
+    ),
     ("no lse", lambda: rect(300, lse_wanted=False)),
 ]
 
 
 def show_where(case: Case) -> None:
-    """Of the first sequence: error by head, then, in the worst head, by 16 rows (of the first 256) and 16 columns."""
+    """Of the first sequence: error by head; in the worst head by 16 rows (of the first 256) and columns."""
     if case.q_len[0] == 0:
         return
     e = (case.queries(case.out, 0).double() - case.reference()[0][0]).abs().nan_to_num(nan=9e9)
@@ -134,19 +203,19 @@ def show_where(case: Case) -> None:
     print("   heads", " ".join(f"{x:.0e}" for x in by_head.tolist()[:16]))
     e = e[:256, by_head.argmax()]
     for row in range(0, e.shape[0], 16):
-        print(f"   {row:4d}", " ".join(f"{x.max().item():.0e}" for x in e[row: row + 16].split(16, -1)))
+        print(f"   {row:4d}", " ".join(f"{x.max().item():.0e}" for x in e[row : row + 16].split(16, -1)))
 
 
 def strided() -> Case:
     """q, k and v as views of one fused projection, whose rows are longer than the heads."""
     x = rand(1, 600, 8 * 128)
-    q, k, v = (x[..., a * 128: b * 128].unflatten(-1, (-1, 128)) for a, b in ((0, 4), (4, 6), (6, 8)))
+    q, k, v = (x[..., a * 128 : b * 128].unflatten(-1, (-1, 128)) for a, b in ((0, 4), (4, 6), (6, 8)))
     return Case(q, k, v)
 
 
 def future_changes_nothing() -> bool:
     """Rows before token t are the same bits whatever k (NaN too) and finite v stand at t and after."""
-    a = rect(900, density=.5)
+    a = rect(900, density=0.5)
     a.prepare()
     a.launch()
     first = a.out.clone()
@@ -158,7 +227,7 @@ def future_changes_nothing() -> bool:
 
 
 def same_bits(repeats: int) -> bool:
-    a = rect(4096, hq=32, hk=8, density=.4)
+    a = rect(4096, hq=32, hk=8, density=0.4)
     a.prepare()
     a.launch()
     first = a.out.clone()
@@ -187,7 +256,10 @@ def main() -> int:
         if not good:
             show_where(case)
     if cases is not FIRST:
-        for name, good in (("future changes nothing", future_changes_nothing()), ("1000 repeats", same_bits(1000))):
+        for name, good in (
+            ("future changes nothing", future_changes_nothing()),
+            ("1000 repeats", same_bits(1000)),
+        ):
             failures += not good
             rows.append({"case": name, "good": good})
             print(f"{name:28s} {'' if good else 'WRONG'}", flush=True)

@@ -1,4 +1,4 @@
-"""The attend kernel from Python: ctypes over libattend_harness.so, torch tensors in and out, and a float64 reference."""
+"""The attend kernel from Python: ctypes over libattend_harness.so, torch tensors, a float64 reference."""
 
 from __future__ import annotations
 
@@ -10,37 +10,77 @@ import torch
 
 
 class Tensor(c.Structure):
-    _fields_ = [("data", c.c_void_p), ("dtype", c.c_int32), ("reserved", c.c_int32), ("stride", c.c_int64 * 4)]
+    _fields_ = [
+        ("data", c.c_void_p),
+        ("dtype", c.c_int32),
+        ("reserved", c.c_int32),
+        ("stride", c.c_int64 * 4),
+    ]
 
 
 class Problem(c.Structure):
     _fields_ = [
-        ("struct_size", c.c_uint32), ("device", c.c_int32), ("device_index", c.c_int32), ("batch", c.c_int32),
-        ("q_heads", c.c_int32), ("kv_heads", c.c_int32), ("head_dim", c.c_int32), ("causal", c.c_int32),
-        ("final_chunk", c.c_int32), ("softmax_scale", c.c_float), ("total_q", c.c_int64), ("total_k", c.c_int64),
-        ("max_seqlen_q", c.c_int64), ("max_seqlen_k", c.c_int64), ("q", Tensor), ("k", Tensor), ("v", Tensor),
-        ("cu_seqlens_q", c.c_void_p), ("cu_seqlens_k", c.c_void_p), ("seqused_k", c.c_void_p),
-        ("block_table", c.c_void_p), ("block_table_stride", c.c_int64), ("pages_per_seq", c.c_int32),
-        ("page_size", c.c_int32), ("page_count", c.c_int64), ("final_chunks", c.c_void_p),
+        ("struct_size", c.c_uint32),
+        ("device", c.c_int32),
+        ("device_index", c.c_int32),
+        ("batch", c.c_int32),
+        ("q_heads", c.c_int32),
+        ("kv_heads", c.c_int32),
+        ("head_dim", c.c_int32),
+        ("causal", c.c_int32),
+        ("final_chunk", c.c_int32),
+        ("softmax_scale", c.c_float),
+        ("total_q", c.c_int64),
+        ("total_k", c.c_int64),
+        ("max_seqlen_q", c.c_int64),
+        ("max_seqlen_k", c.c_int64),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("cu_seqlens_q", c.c_void_p),
+        ("cu_seqlens_k", c.c_void_p),
+        ("seqused_k", c.c_void_p),
+        ("block_table", c.c_void_p),
+        ("block_table_stride", c.c_int64),
+        ("pages_per_seq", c.c_int32),
+        ("page_size", c.c_int32),
+        ("page_count", c.c_int64),
+        ("final_chunks", c.c_void_p),
     ]
 
 
 class BlockMask(c.Structure):
     _fields_ = [
-        ("struct_size", c.c_uint32), ("heads", c.c_int32), ("tile_tokens", c.c_int32), ("block_size", c.c_int32),
-        ("share_heads", c.c_int32), ("mean_correction", c.c_int32), ("tile_rows", c.c_int64), ("words", c.c_int64),
-        ("bits", c.c_void_p), ("counts", c.c_void_p), ("fallback", c.c_void_p),
+        ("struct_size", c.c_uint32),
+        ("heads", c.c_int32),
+        ("tile_tokens", c.c_int32),
+        ("block_size", c.c_int32),
+        ("share_heads", c.c_int32),
+        ("mean_correction", c.c_int32),
+        ("tile_rows", c.c_int64),
+        ("words", c.c_int64),
+        ("bits", c.c_void_p),
+        ("counts", c.c_void_p),
+        ("fallback", c.c_void_p),
     ]
 
 
 class Output(c.Structure):
-    _fields_ = [("struct_size", c.c_uint32), ("reserved", c.c_int32), ("out", Tensor), ("lse", c.c_void_p),
-                ("lse_stride", c.c_int64 * 3)]
+    _fields_ = [
+        ("struct_size", c.c_uint32),
+        ("reserved", c.c_int32),
+        ("out", Tensor),
+        ("lse", c.c_void_p),
+        ("lse_stride", c.c_int64 * 3),
+    ]
 
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-_lib = c.CDLL(os.path.join(os.environ.get("ATTEND_LIB", os.path.dirname(os.path.abspath(__file__))),
-                           "libattend_harness.so"))
+_lib = c.CDLL(
+    os.path.join(
+        os.environ.get("ATTEND_LIB", os.path.dirname(os.path.abspath(__file__))), "libattend_harness.so"
+    )
+)
 _lib.attend_unsupported.restype = c.c_char_p
 
 
@@ -51,7 +91,7 @@ def _tensor(t: torch.Tensor, packed: bool) -> Tensor:
 
 @dataclass
 class Case:
-    """One call. q: [b, t, h, d], or [t, h, d] with cu_q; k, v alike, or [pages, slots, h, d] with table."""
+    """One call. q: [b, t, h, d], or [t, h, d] with cu_q; k, v alike, or paged [pages, slots, h, d]."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -65,7 +105,9 @@ class Case:
     block_size: int = 128
     share: bool = False
     correct: bool = False
-    keep: list[torch.Tensor] | None = None  # a sequence each: bool [mask heads, tiles, blocks]; None: everything
+    keep: list[torch.Tensor] | None = (
+        None  # a sequence each: bool [mask heads, tiles, blocks]; None: everything
+    )
     max_k: int = 0
     lse_wanted: bool = True
     _live: list = field(default_factory=list)
@@ -86,10 +128,12 @@ class Case:
             self.k_len = [self.cu_k[i + 1] - self.cu_k[i] for i in range(self.batch)]
         else:
             self.k_len = [self.k.shape[1]] * self.batch
-        self.max_k = self.max_k or (max(self.k_len) if (self.table is not None or self.cu_k) else self.k.shape[1])
+        self.max_k = self.max_k or (
+            max(self.k_len) if (self.table is not None or self.cu_k) else self.k.shape[1]
+        )
         self.total_q = qb[-1]
         self.tile_rows = self.total_q // self.tile_tokens + self.batch
-        self.words = -(-(-(-self.max_k // self.block_size)) // 64)
+        self.words = -(-self.max_k // (64 * self.block_size))
 
     def keys(self, t: torch.Tensor, b: int) -> torch.Tensor:
         n = self.k_len[b]
@@ -97,11 +141,11 @@ class Case:
             pages = -(-n // t.shape[1])
             return t[self.table[b, :pages].long()].reshape(-1, *t.shape[2:])[:n]
         if self.cu_k:
-            return t[self.cu_k[b]: self.cu_k[b] + n]
+            return t[self.cu_k[b] : self.cu_k[b] + n]
         return t[b, :n]
 
     def queries(self, t: torch.Tensor, b: int) -> torch.Tensor:
-        return t[self.cu_q[b]: self.cu_q[b + 1]] if self.cu_q else t[b]
+        return t[self.cu_q[b] : self.cu_q[b + 1]] if self.cu_q else t[b]
 
     def tiles(self, b: int) -> int:
         return -(-self.q_len[b] // self.tile_tokens)
@@ -119,12 +163,30 @@ class Case:
         dev, packed = self.q.device, self.cu_q is not None
         i32 = lambda x: torch.tensor(x, dtype=torch.int32, device=dev)  # noqa: E731
         live = self._live
-        p = Problem(c.sizeof(Problem), 1, 0, self.batch, self.hq, self.hk, self.d, self.causal, 1, self.scale,
-                    self.total_q, self.cu_k[-1] if self.cu_k else 0, max(self.q_len), self.max_k)
+        p = Problem(
+            c.sizeof(Problem),
+            1,
+            0,
+            self.batch,
+            self.hq,
+            self.hk,
+            self.d,
+            self.causal,
+            1,
+            self.scale,
+            self.total_q,
+            self.cu_k[-1] if self.cu_k else 0,
+            max(self.q_len),
+            self.max_k,
+        )
         p.q = _tensor(self.q, packed)
         kv_packed = self.cu_k is not None and self.table is None
         p.k, p.v = _tensor(self.k, kv_packed), _tensor(self.v, kv_packed)
-        for name, value in (("cu_seqlens_q", self.cu_q), ("cu_seqlens_k", self.cu_k), ("seqused_k", self.used_k)):
+        for name, value in (
+            ("cu_seqlens_q", self.cu_q),
+            ("cu_seqlens_k", self.cu_k),
+            ("seqused_k", self.used_k),
+        ):
             if value is not None:
                 t = i32(value)
                 live.append(t)
@@ -133,14 +195,22 @@ class Case:
             live.append(self.table)
             p.block_table, p.block_table_stride = self.table.data_ptr(), self.table.stride(0)
             p.pages_per_seq, p.page_size, p.page_count = self.table.shape[1], self.k.shape[1], self.k.shape[0]
-        m = BlockMask(c.sizeof(BlockMask), self.mask_heads, self.tile_tokens, self.block_size, self.share,
-                      self.correct, self.tile_rows, self.words)
+        m = BlockMask(
+            c.sizeof(BlockMask),
+            self.mask_heads,
+            self.tile_tokens,
+            self.block_size,
+            self.share,
+            self.correct,
+            self.tile_rows,
+            self.words,
+        )
         if self.keep is not None:
             bits = torch.zeros(self.mask_heads, self.tile_rows, self.words * 64, dtype=torch.bool, device=dev)
             for b in range(self.batch):
                 base = self.q_begin[b] // self.tile_tokens + b
                 keep = self.keep[b]
-                bits[:, base: base + keep.shape[1], : keep.shape[2]] = keep
+                bits[:, base : base + keep.shape[1], : keep.shape[2]] = keep
             weights = (1 << torch.arange(8, device=dev)).to(torch.uint8)
             self.bits = (bits.view(*bits.shape[:2], -1, 8).to(torch.uint8) * weights).sum(-1).to(torch.uint8)
             m.bits = self.bits.data_ptr()
@@ -155,7 +225,7 @@ class Case:
                     x = self.keys(t, b)
                     base = self.cu_k[b] // self.block_size + b if kv_packed else b * per
                     for j in range(-(-self.k_len[b] // self.block_size)):
-                        block = x[j * self.block_size: (j + 1) * self.block_size].float()
+                        block = x[j * self.block_size : (j + 1) * self.block_size].float()
                         out[:, base + j] = block.mean(0).to(t.dtype)
                 means.append(out)
             self.k_means, self.v_means = means
@@ -166,8 +236,13 @@ class Case:
         else:
             self.lse = torch.full((self.batch, self.hq, self.q.shape[1]), float("nan"), device=dev)
             lse_stride = tuple(self.lse.stride())
-        o = Output(c.sizeof(Output), 0, _tensor(self.out, packed), self.lse.data_ptr() if self.lse_wanted else None,
-                   (c.c_int64 * 3)(*lse_stride))
+        o = Output(
+            c.sizeof(Output),
+            0,
+            _tensor(self.out, packed),
+            self.lse.data_ptr() if self.lse_wanted else None,
+            (c.c_int64 * 3)(*lse_stride),
+        )
         self.scratch = torch.empty(256, dtype=torch.uint8, device=dev)
         self.c_problem, self.c_mask, self.c_output = p, m, o
         why = _lib.attend_unsupported(c.byref(p), c.byref(m), c.byref(o))
@@ -176,9 +251,15 @@ class Case:
 
     def launch(self) -> None:
         data = lambda t: c.c_void_p(t.data_ptr() if t is not None else None)  # noqa: E731
-        status = _lib.attend_launch(c.byref(self.c_problem), c.byref(self.c_mask), c.byref(self.c_output),
-                                    data(self.k_means), data(self.v_means), data(self.scratch),
-                                    c.c_void_p(torch.cuda.current_stream().cuda_stream))
+        status = _lib.attend_launch(
+            c.byref(self.c_problem),
+            c.byref(self.c_mask),
+            c.byref(self.c_output),
+            data(self.k_means),
+            data(self.v_means),
+            data(self.scratch),
+            c.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
         if status != 0:
             raise RuntimeError(f"cudaError {status}")
 
@@ -188,7 +269,10 @@ class Case:
         for b in range(self.batch):
             lq, lk = self.q_len[b], self.k_len[b]
             q = self.queries(self.q, b).double().transpose(0, 1)
-            k, v = (self.keys(t, b).double().transpose(0, 1).repeat_interleave(self.group, 0) for t in (self.k, self.v))
+            k, v = (
+                self.keys(t, b).double().transpose(0, 1).repeat_interleave(self.group, 0)
+                for t in (self.k, self.v)
+            )
             if lq == 0:
                 outs.append(q.transpose(0, 1)), lses.append(q.sum(-1))
                 continue
@@ -207,9 +291,20 @@ class Case:
                 see = see & (torch.arange(lk, device=q.device)[None] <= pos[:, None])
             s = (q @ k.transpose(1, 2) * self.scale).masked_fill(~see, float("-inf"))
             if self.correct:
-                def mean(t, dtype):
-                    return torch.stack([t[:, j * self.block_size: (j + 1) * self.block_size].float().mean(1)
-                                        for j in range(blocks)], 1).to(dtype).double()
+
+                def mean(t, dtype, blocks=blocks):
+                    return (
+                        torch.stack(
+                            [
+                                t[:, j * self.block_size : (j + 1) * self.block_size].float().mean(1)
+                                for j in range(blocks)
+                            ],
+                            1,
+                        )
+                        .to(dtype)
+                        .double()
+                    )
+
                 km, vm = mean(k, self.k.dtype), mean(v, self.v.dtype)
                 n = torch.full((blocks,), self.block_size, device=q.device)
                 n[-1] = lk - (blocks - 1) * self.block_size
@@ -223,7 +318,7 @@ class Case:
         return outs, lses
 
     def errors(self) -> tuple[float, float]:
-        """Largest error of out (absolute below 1, relative above) and of lse; inf for a NaN or an unwritten element."""
+        """Largest error of out (absolute below 1, relative above) and of lse; inf for NaN or not written."""
         outs, lses = self.reference()
         worst, worst_lse = 0.0, 0.0
         for b in range(self.batch):
@@ -233,8 +328,8 @@ class Case:
             e = ((got - outs[b]).abs() / outs[b].abs().clamp_min(1)).nan_to_num(nan=float("inf"))
             worst = max(worst, e.max().item())
             if self.lse_wanted:
-                gl = (self.lse[:, self.cu_q[b]: self.cu_q[b + 1]] if self.cu_q else self.lse[b]).double()
-                same = (gl == lses[b])
+                gl = (self.lse[:, self.cu_q[b] : self.cu_q[b + 1]] if self.cu_q else self.lse[b]).double()
+                same = gl == lses[b]
                 e = torch.where(same, torch.zeros_like(gl), (gl - lses[b]).abs()).nan_to_num(nan=float("inf"))
                 worst_lse = max(worst_lse, e.max().item())
         return worst, worst_lse

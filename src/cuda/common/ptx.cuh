@@ -126,9 +126,9 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// Keeps what a and b (not negative, or NaN) are made from in front of this point. ptxas moves arithmetic behind waits for
-// products that it doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it is, also
-// one that never happens.
+// Keeps what a and b (not negative, or NaN) are made from in front of this point. ptxas moves arithmetic behind waits
+// for products that it doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it
+// is, also one that never happens.
 __device__ __forceinline__ void HoldBack(float a, float b, float* nowhere) {
   if (a == -1.0f) asm volatile("st.shared.f32 [%0], %1;" ::"r"(SharedAddress(nowhere)), "f"(b) : "memory");
 }

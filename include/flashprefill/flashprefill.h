@@ -187,7 +187,9 @@ FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);
 typedef enum fp_fallback {
   FP_SELECTED = 0,
   FP_FALLBACK_SHORT = 1, /* the forced blocks alone are all there is: nothing was scored */
-  FP_FALLBACK_DENSE = 2  /* the policy is Dense */
+  FP_FALLBACK_DENSE = 2, /* the policy is Dense */
+  FP_BAD_SEQUENCE = -1 /* CUDA: its lengths in device memory are impossible (out of range, or fewer keys than rows with
+                          causal); nothing was selected or computed for it */
 } fp_fallback;
 
 /* One bit for each (mask head, query tile, key block). The caller owns the memory.

@@ -1,0 +1,445 @@
+// Pooling: the means of K's blocks (of V's too, for the mean correction), Sketch's outliers, mean and variance, and the
+// means of runs of query rows, all in one launch.
+//
+// The pass is bound by memory, so it is built around loads: 16 bytes a thread, consecutive threads on consecutive
+// addresses, eight loads in flight before the first is used. The two halves differ in who adds up. A key block has 128
+// or so rows for one result, so the 256 threads of a CTA share them (16 rows at a time for head_dim 128) and meet in
+// shared memory; 4K tokens then still make 256 CTAs. A pooled query row is 16 tokens or so, so a thread adds up its own
+// eight columns of all of them and meets nobody; neighbouring threads take neighbouring heads, so that a CTA reads
+// whole rows of tokens. Sums are fp32, in an order that depends on nothing but shapes, rounded once.
+//
+// Sketch reads its block three times (mean, distances, spread of the rest); the second and third time it comes from L2.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <limits>
+
+#include "cuda/attend.h"
+#include "cuda/sm90/pool.h"
+
+namespace flashprefill::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kColumns = 8;  // of a thread: 16 bytes
+constexpr int kInFlight = 8; // loads before the first use
+constexpr int kMaxBlock = 1024;
+constexpr int kMaxDim = 256; // 32 threads a row
+
+__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float ToFloat(__half x) { return __half2float(x); }
+template <typename T>
+__device__ T FromFloat(float x);
+template <>
+__device__ __nv_bfloat16 FromFloat(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __half FromFloat(float x) {
+  return __float2half_rn(x);
+}
+
+template <typename T>
+union Chunk {
+  uint4 raw;
+  T value[kColumns];
+};
+
+// Eight consecutive columns from `column` on, as far as the row has them. VECTOR: one aligned load.
+template <typename T, bool VECTOR>
+__device__ inline Chunk<T> LoadChunk(const T* row, int column, int head_dim, int64_t stride) {
+  Chunk<T> chunk;
+  if constexpr (VECTOR) {
+    chunk.raw = __ldg(reinterpret_cast<const uint4*>(row + column));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      chunk.value[i] = column + i < head_dim ? row[(column + i) * stride] : FromFloat<T>(0.f);
+    }
+  }
+  return chunk;
+}
+
+template <typename T>
+__device__ inline void StoreChunk(T* to, const float (&x)[kColumns]) {
+  Chunk<T> chunk;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) chunk.value[i] = FromFloat<T>(x[i]);
+  *reinterpret_cast<uint4*>(to) = chunk.raw;
+}
+
+// What the CTAs of a launch do, by number: blocks of K, blocks of V, rows of Q, and the last one writes fallbacks.
+struct Jobs {
+  int blocks;      // of a sequence at most
+  int lanes;       // threads a row of K or V: a power of two
+  int q_row_count; // pooled rows of one head in a tile
+  uint32_t k_end, v_end, q_end;
+  // blocks, kv_heads, page_size; CTAs for the rows of a tile, threads a row of Q (head_dim / 8), q_heads,
+  // query heads a KV head, and a tile
+  Divider by_blocks, by_kv, by_page, by_parts, by_chunks, by_heads, by_group, by_tile_heads;
+  int q_parts, chunks;
+};
+
+struct Block {
+  DeviceSequence sequence;
+  int begin, keys;
+  int64_t row; // of the means
+  bool wanted;
+};
+
+__device__ inline Block BlockOfSlot(const PoolArgs& a, const Jobs& jobs, int slot) {
+  const Problem& p = a.d.p;
+  const TileRules& r = a.rules;
+  const bool packed = p.cu_seqlens_k && !p.block_table;
+  auto base = [&](int b) { // MeanBase of attend.h
+    return packed ? r.by_block(Clamp(p.cu_seqlens_k[b], 0, p.total_k)) + b : b * jobs.blocks;
+  };
+  const int b = packed ? SequenceOfSlot(p.batch, slot, base) : jobs.by_blocks(slot);
+  const int index = slot - base(b);
+  Block block;
+  block.sequence = SequenceAt(a.d, b);
+  block.begin = index * r.block_size;
+  block.keys = min(r.block_size, block.sequence.k_len - block.begin);
+  block.row = slot;
+  block.wanted =
+      index >= 0 && block.keys > 0 && block.sequence.q_len > 0 && !(a.skip_forced && AllForcedAt(p, r, block.sequence));
+  return block;
+}
+
+// The threads of a CTA on one block of one head: `lanes` of them to a row, each with eight columns. A block of 128 keys
+// and 128 columns fits in their registers at once, so a second pass over it loads nothing.
+template <typename T, bool VECTOR>
+struct BlockReader {
+  const PoolArgs& a;
+  const Jobs& jobs;
+  const Tensor& tensor;
+  const Block& block;
+  int head;
+  int group, groups; // rows group, group + groups, ... are this thread's
+  int column;
+  bool active;
+  int batches;    // of kInFlight rows a thread
+  const T* start; // of row 0, where there are no pages
+  Chunk<T> held[kInFlight];
+
+  __device__ BlockReader(const PoolArgs& args, const Jobs& j, const Tensor& t, const Block& b, int h)
+      : a(args), jobs(j), tensor(t), block(b), head(h) {
+    group = threadIdx.x / jobs.lanes;
+    groups = kThreads / jobs.lanes;
+    column = (threadIdx.x & (jobs.lanes - 1)) * kColumns;
+    active = column < a.d.p.head_dim;
+    batches = 1;
+    while (batches * kInFlight * groups < block.keys) ++batches;
+    const T* const data = static_cast<const T*>(tensor.data);
+    start = a.d.p.block_table ? data : data + KeyOffsetAt(a.d.p, tensor.stride, block.sequence, block.begin, head);
+  }
+
+  __device__ const T* Row(int t) const {
+    if (!a.d.p.block_table) return start + t * tensor.stride[1];
+    const Problem& p = a.d.p;
+    const int position = block.begin + t, index = jobs.by_page(position);
+    const int page = p.block_table[block.sequence.index * p.block_table_stride + index];
+    const int64_t in_cache = page >= 0 && page < p.page_count ? page : 0;
+    return start + in_cache * tensor.stride[0] + (position - index * p.page_size) * tensor.stride[1] +
+           head * tensor.stride[2];
+  }
+
+  // body(t, whether there is such a row and column, chunk), for whole warps.
+  template <typename Body>
+  __device__ void ForRows(bool first_pass, Body&& body) {
+    for (int batch = 0; batch < batches; ++batch) {
+      const int first = group + batch * kInFlight * groups;
+      if (first_pass || batches > 1) {
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          const int t = first + i * groups;
+          if (t < block.keys && active) {
+            held[i] = LoadChunk<T, VECTOR>(Row(t), column, a.d.p.head_dim, tensor.stride[3]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int t = first + i * groups;
+        body(t, t < block.keys && active, held[i]);
+      }
+    }
+  }
+};
+
+// Adds up one value a column over all rows' threads; thread d < 256 gets the sum of column d. Ends with a barrier
+// passed.
+__device__ inline float SumOverRows(float (&x)[kColumns], int lanes, float (*partial)[kMaxDim]) {
+  for (int offset = lanes; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) x[i] += __shfl_xor_sync(~0u, x[i], offset);
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (lane < lanes) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) partial[warp][lane * kColumns + i] = x[i];
+  }
+  __syncthreads();
+  float sum = 0;
+  if (threadIdx.x < lanes * kColumns) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += partial[w][threadIdx.x];
+  }
+  __syncthreads();
+  return sum;
+}
+
+struct PoolShared {
+  float partial[kWarps][kMaxDim];
+  float mean[kMaxDim];
+  float distance[kMaxBlock];
+  int outlier[kMaxOutliers];
+};
+
+// The mean of a block. Thread d returns column d's, not rounded.
+template <typename T, bool VECTOR>
+__device__ float MeanOfBlock(BlockReader<T, VECTOR>& reader, PoolShared& shared) {
+  float sum[kColumns] = {};
+  reader.ForRows(true, [&](int, bool valid, const Chunk<T>& chunk) {
+    if (!valid) return;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sum[i] += ToFloat(chunk.value[i]);
+  });
+  return __fdiv_rn(SumOverRows(sum, reader.jobs.lanes, shared.partial), static_cast<float>(reader.block.keys));
+}
+
+template <typename T>
+__device__ void StoreMean(void* means, const PoolArgs& a, int64_t row, float mean) {
+  if (threadIdx.x < a.pitch) {
+    static_cast<T*>(means)[row * a.pitch + threadIdx.x] = FromFloat<T>(threadIdx.x < a.d.p.head_dim ? mean : 0.f);
+  }
+}
+
+// The farthest keys from the block's mean, by a warp, one after another: distances are at least 0, so they order as
+// integers do; equal ones go by index; one that is no number counts as the nearest, as in the reference.
+__device__ void FindOutliers(PoolShared& shared, int keys, int outliers) {
+  const int lane = threadIdx.x % 32;
+  for (int r = 0; r < outliers; ++r) {
+    uint64_t best = 0;
+    for (int t = lane; t < keys; t += 32) {
+      const float distance = shared.distance[t];
+      if (distance == -INFINITY) continue; // taken
+      const uint32_t rank = distance >= 0 ? __float_as_uint(distance) + 1 : 0;
+      best = max(best, uint64_t{rank} << 32 | (0xffffffffu - t));
+    }
+    for (int offset = 16; offset; offset /= 2) best = max(best, __shfl_xor_sync(~0u, best, offset));
+    const int t = static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
+    __syncwarp();
+    if (lane == 0) {
+      shared.outlier[r] = t;
+      shared.distance[t] = -INFINITY;
+    }
+    __syncwarp();
+  }
+}
+
+template <typename T, bool VECTOR>
+__device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, float mean, PoolShared& shared) {
+  const int keys = reader.block.keys, lanes = reader.jobs.lanes;
+  const int64_t plane = int64_t{a.d.p.kv_heads} * a.mean_rows * a.pitch;
+  const int64_t row = reader.head * a.mean_rows + reader.block.row;
+  T* const planes = static_cast<T*>(a.sketch) + row * a.pitch;
+  const int outliers = min(a.outliers, keys);
+
+  if (threadIdx.x < lanes * kColumns) shared.mean[threadIdx.x] = mean;
+  __syncthreads();
+  float center[kColumns];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) center[i] = shared.mean[reader.column + i];
+  reader.ForRows(false, [&](int t, bool valid, const Chunk<T>& chunk) {
+    float distance = 0;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float x = ToFloat(chunk.value[i]) - center[i];
+      distance += valid && reader.column + i < a.d.p.head_dim ? x * x : 0.f;
+    }
+    for (int offset = lanes / 2; offset; offset /= 2) distance += __shfl_xor_sync(~0u, distance, offset);
+    if (valid && reader.column == 0) shared.distance[t] = distance;
+  });
+  __syncthreads();
+  if (threadIdx.x < 32) FindOutliers(shared, keys, outliers);
+  __syncthreads();
+
+  // Sums about the mean of all keys, which is near enough to theirs that the difference of squares keeps its digits.
+  float sum[kColumns] = {}, square[kColumns] = {};
+  reader.ForRows(false, [&](int t, bool valid, const Chunk<T>& chunk) {
+    if (!valid || shared.distance[t] == -INFINITY) return;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float x = ToFloat(chunk.value[i]) - center[i];
+      sum[i] += x;
+      square[i] += x * x;
+    }
+  });
+  const float rest = static_cast<float>(keys - outliers);
+  const float offset = SumOverRows(sum, lanes, shared.partial);
+  const float squares = SumOverRows(square, lanes, shared.partial);
+  const float shift = rest > 0 ? __fdiv_rn(offset, rest) : 0.f;
+  if (threadIdx.x < a.pitch) {
+    const bool real = threadIdx.x < a.d.p.head_dim && rest > 0;
+    const float variance = real ? __fdiv_rn(squares, rest) - shift * shift : 0.f;
+    planes[threadIdx.x] = FromFloat<T>(real ? mean + shift : 0.f);
+    planes[plane + threadIdx.x] = FromFloat<T>(variance < 0 ? 0.f : variance); // NaN stays
+  }
+  for (int i = threadIdx.x; i < a.outliers * a.pitch; i += kThreads) {
+    const int r = i / a.pitch, column = i % a.pitch;
+    T value = FromFloat<T>(0.f);
+    if (r < outliers && column < a.d.p.head_dim) {
+      value = reader.Row(shared.outlier[r])[column * reader.tensor.stride[3]];
+    }
+    planes[(2 + r) * plane + column] = value;
+  }
+}
+
+template <typename T, bool VECTOR, bool SKETCH>
+__device__ void PoolKeys(const PoolArgs& a, const Jobs& jobs, uint32_t job, bool of_v) {
+  __shared__ PoolShared shared;
+  const int slot = jobs.by_kv(static_cast<int>(job)), head = static_cast<int>(job) - slot * a.d.p.kv_heads;
+  const Block block = BlockOfSlot(a, jobs, slot);
+  if (!block.wanted) return;
+  BlockReader<T, VECTOR> reader(a, jobs, of_v ? a.d.p.v : a.d.p.k, block, head);
+  const float mean = MeanOfBlock<T, VECTOR>(reader, shared);
+  void* const means = of_v ? a.v_means : a.k_means;
+  if (means) StoreMean<T>(means, a, head * a.mean_rows + block.row, mean);
+  if constexpr (SKETCH) {
+    if (!of_v) SketchBlock<T, VECTOR>(a, reader, mean, shared);
+  }
+}
+
+// One thread: eight columns of one pooled row.
+template <typename T, bool VECTOR>
+__device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
+  const Problem& p = a.d.p;
+  const TileRules& r = a.rules;
+  const int tile_row = jobs.by_parts(static_cast<int>(job));
+  const int index = (static_cast<int>(job) - tile_row * jobs.q_parts) * kThreads + threadIdx.x;
+  const int row_index = jobs.by_chunks(index), column = (index - row_index * jobs.chunks) * kColumns;
+  const int j = jobs.by_heads(row_index), head = row_index - j * p.q_heads;
+  if (j >= jobs.q_row_count) return;
+  const int b = SequenceOfSlot(p.batch, tile_row, [&](int i) { return TileBaseOf(a.d, r, i); });
+  const DeviceSequence s = SequenceAt(a.d, b);
+  const int m = tile_row - s.TileBase(r);
+  if (m < 0 || m >= FirstDenseTile(r, s) || (a.skip_forced && AllForcedAt(p, r, s))) return;
+  const DeviceTile tile = TileAt(p, r, s, m);
+  const int begin = tile.begin + j * a.query_pool;
+  const int tokens = min(a.query_pool, tile.end - begin);
+  if (tokens <= 0) return;
+
+  float sum[kColumns] = {};
+  const T* const rows = static_cast<const T*>(p.q.data) + RowOffsetAt(p, p.q.stride, s, begin, head);
+  for (int first = 0; first < tokens; first += kInFlight) {
+    Chunk<T> chunk[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i < tokens) {
+        chunk[i] = LoadChunk<T, VECTOR>(rows + (first + i) * p.q.stride[1], column, p.head_dim, p.q.stride[3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i < tokens) {
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) sum[k] += ToFloat(chunk[i].value[k]);
+      }
+    }
+  }
+  const float share = __frcp_rn(static_cast<float>(tokens));
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) sum[k] *= share;
+
+  const int group = r.heads_a_tile * r.units_a_kv;
+  const int kv = jobs.by_group(head), in_group = head - kv * group;
+  const int unit = jobs.by_tile_heads(in_group), in_tile = in_group - unit * r.heads_a_tile;
+  const int64_t units = int64_t{p.kv_heads} * r.tile_rows * r.units_a_kv;
+  const int64_t row =
+      ((int64_t{kv} * r.tile_rows + tile_row) * r.units_a_kv + unit) * a.unit_rows + j * r.heads_a_tile + in_tile;
+  T* const to = static_cast<T*>(a.q_rows) + row * a.pitch + column;
+  StoreChunk(to, sum);
+  if (a.squares) {
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) {
+      const float rounded = ToFloat(FromFloat<T>(sum[k]));
+      sum[k] = rounded * rounded * a.square_scale;
+    }
+    StoreChunk(to + units * a.unit_rows * a.pitch, sum);
+  }
+}
+
+__device__ void WriteFallbacks(const PoolArgs& a) {
+  for (int b = threadIdx.x; b < a.d.p.batch; b += kThreads) {
+    a.fallback[b] = FallbackOf(a.d, a.rules, SequenceAt(a.d, b));
+  }
+}
+
+// Four CTAs of 64 registers a thread on a multiprocessor, three of 80 where Sketch's passes need them.
+template <typename T, bool VECTOR, bool SKETCH>
+__global__ void __launch_bounds__(kThreads, SKETCH || !VECTOR ? 3 : 4)
+    PoolKernel(const __grid_constant__ PoolArgs a, const __grid_constant__ Jobs jobs) {
+  cudaTriggerProgrammaticLaunchCompletion(); // the score kernel may take its place as soon as there is room
+  const uint32_t job = blockIdx.x;
+  if (job < jobs.k_end) {
+    PoolKeys<T, VECTOR, SKETCH>(a, jobs, job, false);
+  } else if (job < jobs.v_end) {
+    PoolKeys<T, VECTOR, SKETCH>(a, jobs, job - jobs.k_end, true);
+  } else if (job < jobs.q_end) {
+    PoolQueries<T, VECTOR>(a, jobs, job - jobs.v_end);
+  } else {
+    WriteFallbacks(a);
+  }
+}
+
+template <typename T>
+auto KernelOf(bool vector, bool sketch) {
+  return vector ? (sketch ? PoolKernel<T, true, true> : PoolKernel<T, true, false>)
+                : (sketch ? PoolKernel<T, false, true> : PoolKernel<T, false, false>);
+}
+
+bool Aligned(const Tensor& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[3] == 1;
+  for (int axis = 0; axis < 3; ++axis) aligned &= t.stride[axis] % kColumns == 0;
+  return aligned;
+}
+
+} // namespace
+
+cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
+  const Problem& p = args.d.p;
+  Jobs jobs{};
+  jobs.chunks = DivUp(p.head_dim, kColumns);
+  for (jobs.lanes = 4; jobs.lanes < jobs.chunks;) jobs.lanes *= 2;
+  jobs.q_row_count = DivUp(args.rules.tile_tokens, args.query_pool);
+  jobs.q_parts = DivUp(jobs.q_row_count * p.q_heads * jobs.chunks, kThreads);
+  jobs.blocks = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, args.rules.block_size));
+  jobs.by_blocks = Divider::Of(std::max(1, jobs.blocks));
+  jobs.by_kv = Divider::Of(p.kv_heads);
+  jobs.by_page = Divider::Of(std::max(1, p.page_size));
+  jobs.by_parts = Divider::Of(jobs.q_parts);
+  jobs.by_chunks = Divider::Of(jobs.chunks);
+  jobs.by_heads = Divider::Of(p.q_heads);
+  jobs.by_group = Divider::Of(p.q_heads / p.kv_heads);
+  jobs.by_tile_heads = Divider::Of(args.rules.heads_a_tile);
+  const bool keys = args.k_means || args.sketch;
+  const int64_t blocks = args.mean_rows * p.kv_heads;
+  const int64_t tiles = args.q_rows ? int64_t{args.rules.tile_rows} * jobs.q_parts : 0;
+  const int64_t grid = (keys ? blocks : 0) + (args.v_means ? blocks : 0) + tiles + (args.fallback ? 1 : 0);
+  if (grid == 0) return cudaSuccess;
+  if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  jobs.k_end = static_cast<uint32_t>(keys ? blocks : 0);
+  jobs.v_end = static_cast<uint32_t>(jobs.k_end + (args.v_means ? blocks : 0));
+  jobs.q_end = static_cast<uint32_t>(jobs.v_end + tiles);
+
+  const bool vector = p.head_dim % kColumns == 0 && (!args.q_rows || Aligned(p.q)) && (!keys || Aligned(p.k)) &&
+                      (!args.v_means || Aligned(p.v));
+  const bool bf16 = p.k.dtype == FP_BF16, sketch = args.sketch != nullptr;
+  const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch) : KernelOf<__half>(vector, sketch);
+  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args, jobs);
+  return cudaGetLastError();
+}
+
+} // namespace flashprefill::cuda

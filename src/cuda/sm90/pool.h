@@ -1,0 +1,43 @@
+// The pooling pass: what it is asked for, and its launch. Plain C++.
+#ifndef FLASHPREFILL_CUDA_SM90_POOL_H_
+#define FLASHPREFILL_CUDA_SM90_POOL_H_
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/sequence.cuh"
+
+namespace flashprefill::cuda {
+
+constexpr int kMaxOutliers = 16;
+
+// Everything that one pooling pass reads and writes. Pointers that are null are not wanted.
+//   means  [kv_heads, mean_rows, pitch]: block j of sequence b is row MeanBase(b) + j (attend.h)
+//   planes of Sketch, each of that shape, one after another: mean and variance of the keys that are no outliers, then
+//   the
+//          outliers, the farthest first
+//   q rows [kv_heads, tile_rows, units_a_kv, unit_rows, pitch]: the pooled rows of a tile of a mask head lie together,
+//          heads fastest; rows that stand for no token are not written. Squares follow as a second array of that shape
+struct PoolArgs {
+  DeviceProblem d;
+  TileRules rules;
+  int64_t mean_rows; // MeanRows of attend.h
+  int pitch;         // head_dim rounded up to 8 elements
+  void* k_means;
+  void* v_means;
+  void* sketch;   // planes of Sketch
+  int outliers;   // Sketch's, 0 .. kMaxOutliers
+  void* q_rows;   // pooled rows of q
+  int query_pool; // tokens a row
+  int unit_rows;  // rows that a tile of a mask head has room for
+  bool squares;   // also q^2 * square_scale, rounded
+  float square_scale;
+  bool skip_forced;  // sequences in which everything is forced need no means
+  int32_t* fallback; // [batch]
+};
+
+// One launch, on the stream. q, k and v have 16-bit dtypes, k and q the same one.
+cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream);
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_POOL_H_

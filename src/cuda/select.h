@@ -1,0 +1,36 @@
+// Select on the GPU, from the host's side: scratch memory and launches. Plain C++.
+#ifndef FLASHPREFILL_CUDA_SELECT_H_
+#define FLASHPREFILL_CUDA_SELECT_H_
+
+#include <cuda_runtime_api.h>
+
+#include "core/backend.h"
+#include "core/types.h"
+
+namespace flashprefill::cuda {
+
+// Scratch memory of a call. Pointers are null where nothing is needed there, and in a size query.
+struct SelectScratch {
+  void* k_means; // [kv_heads, MeanRows, head_dim], as attend.h wants them
+  void* v_means;
+  void* sketch;
+  void* q_rows;
+
+  // What select needs for this policy, and with `correction` the means of K and V too, for attend.
+  static SelectScratch Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction);
+};
+
+// Null if select does this problem and policy, else what it would need, in words.
+const char* SelectUnsupported(const Problem& problem, const Policy& policy);
+
+// Puts select on the stream, and with `correction` the pooling of K and V for attend, in the same pass.
+cudaError_t LaunchSelect(const Problem& problem, const Policy& policy, const BlockMask& mask,
+                         const SelectScratch& scratch, bool correction, cudaStream_t stream);
+
+// The means alone, for an attend with correction that follows no select.
+cudaError_t LaunchMeans(const Problem& problem, const BlockMask& mask, void* k_means, void* v_means,
+                        cudaStream_t stream);
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SELECT_H_

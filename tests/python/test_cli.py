@@ -74,7 +74,13 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"flashprefill {fp.__version__}\n", "")
 
 
-def test_runs_as_a_module_without_torch():
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "flashprefill", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"flashprefill {fp.__version__}\n"), done.stderr
+
+
+def test_info_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; from flashprefill import cli; sys.exit(cli.main(['info']))"
     )

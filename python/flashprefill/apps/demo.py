@@ -150,10 +150,15 @@ class Runner:
             self.captured = clock.captured or self.captured
             self._compare(method, measure.log_probabilities(model, result))
         if turn == repeats - 1:
-            written = measure.continue_greedily(model, result, self.options.continuation)
+            written, least = measure.continue_greedily(model, result, self.options.continuation)
             words = self.loaded.tokenizer.decode(written, skip_special_tokens=True)
             method.needles.append(
-                {"depth": text.depth, "found": text.found_in(words), "continuation": words.strip()}
+                {
+                    "depth": text.depth,
+                    "found": text.found_in(words),
+                    "least_sure_token": round(least, 3),
+                    "continuation": words.strip(),
+                }
             )
 
     def _compare(self, method: Method, logs: Any) -> None:

@@ -99,20 +99,30 @@ def run(
     return Pass(ttft, clock.seconds, stats.select_seconds, logits, hidden[0], stats, cache), clock
 
 
-def continue_greedily(model: Any, result: Pass, tokens: int) -> list[int]:
-    """The most likely continuation, token by token from the prompt's cache, which is used up by it."""
+def continue_greedily(model: Any, result: Pass, tokens: int) -> tuple[list[int], float]:
+    """The most likely continuation, token by token from the prompt's cache, which is used up by it.
+
+    Returns the tokens and the probability of the least sure of them: where dense attention is as good as
+    guessing, what another method writes says little about the method.
+    """
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, (list, tuple)) else {end}
-    token = int(result.logits.argmax())
+
+    def pick(logits: torch.Tensor) -> tuple[int, float]:
+        probability, token = torch.softmax(logits.float(), dim=-1).max(dim=-1)
+        return int(token), float(probability)
+
+    token, least = pick(result.logits)
     written = [token]
     with torch.inference_mode():
         while len(written) < tokens and token not in ends:
             step = torch.tensor([[token]])
             output = model(input_ids=step, past_key_values=result.cache, use_cache=True, logits_to_keep=1)
-            token = int(output.logits[0, -1].argmax())
+            token, probability = pick(output.logits[0, -1])
             written.append(token)
+            least = min(least, probability)
     result.cache = None
-    return written
+    return written, least
 
 
 def log_probabilities(model: Any, result: Pass) -> torch.Tensor | None:

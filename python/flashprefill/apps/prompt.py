@@ -40,7 +40,7 @@ STDLIB_NAMES = (
 )
 
 NEEDLE = "The secret number of the lighthouse is {answer}."
-QUESTION = "What is the secret number of the lighthouse?"
+QUESTION = "What is the secret number of the lighthouse mentioned in the text above?"
 OPENING = "The secret number of the lighthouse is"
 ANSWER = "48213"
 PLACEHOLDER = "@@flashprefill-content@@"

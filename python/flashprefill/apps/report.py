@@ -103,18 +103,20 @@ def _answers(results: dict[str, Any]) -> str:
             f"<p>One sentence that does not belong there was hidden {depths} of the way into the text:</p>",
             f"<blockquote>{escape(asked['needle'])}</blockquote>",
             f"<p>The prompt ends with: {escape(asked['question'])} A method has found the needle if what",
-            f" the model writes holds <b>{escape(asked['answer'])}</b>.</p>",
+            f" the model writes holds <b>{escape(asked['answer'])}</b>. The probability of the least sure",
+            " token tells a model that knows from one that guesses.</p>",
         ]
     else:
         lines.append("<p>The most likely continuation of the prompt:</p>")
-    rows = ["<tr><th></th><th>depth</th><th class=words>continuation</th></tr>"]
+    rows = ["<tr><th></th><th>depth</th><th>least sure<br>token</th><th class=words>continuation</th></tr>"]
     for run in results["runs"]:
         for needle in run["needles"]:
             kind = {True: "yes", False: "no", None: ""}[needle["found"]]
             depth = "-" if needle["depth"] is None else f"{needle['depth']:g}"
             words = f'<span class="{kind}">{escape(needle["continuation"]) or "(nothing)"}</span>'
             rows.append(
-                f"<tr><td>{escape(run['label'])}</td><td>{depth}</td><td class=words>{words}</td></tr>"
+                f"<tr><td>{escape(run['label'])}</td><td>{depth}</td>"
+                f"<td>{needle['least_sure_token']:.2f}</td><td class=words>{words}</td></tr>"
             )
     lines.append(f'<div class="card"><table>{"".join(rows)}</table></div>')
     return "".join(lines)

@@ -130,7 +130,14 @@ typedef struct fp_exec {
 
 /* ---------------------------------------------------------------- policies */
 
-typedef enum fp_policy_kind { FP_DENSE = 0, FP_STREAMING = 1, FP_FLASHPREFILL = 2, FP_SKETCH = 3 } fp_policy_kind;
+typedef enum fp_policy_kind {
+  FP_DENSE = 0,
+  FP_STREAMING = 1,
+  FP_FLASHPREFILL = 2,
+  FP_SKETCH = 3,
+  FP_FLEXPREFILL = 4,
+  FP_MINFERENCE = 5
+} fp_policy_kind;
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
  * tile below is the key block of its last row. */
@@ -178,6 +185,49 @@ typedef struct fp_sketch {
   int32_t reserved;
 } fp_sketch;
 
+/* FlexPrefill, arXiv 2502.20766: each head looks at the softmax of its last block_size query rows. Where pooled queries
+ * and keys foretell it (Jensen-Shannon distance below tau) the head is query-aware, and blocks are kept by pooled
+ * scores until they hold the share gamma of the head's whole map; else it keeps columns of blocks and diagonals of
+ * blocks, as many as it takes tokens to hold gamma of those rows' mass. Heads choose for themselves: share_heads must
+ * be 0. */
+typedef enum fp_flex_cover {
+  FP_COVER_FIRST = 0, /* a slash line keeps the nearer one of the two block diagonals that it crosses, as published */
+  FP_COVER_BOTH = 1   /* both */
+} fp_flex_cover;
+
+typedef struct fp_flexprefill {
+  fp_policy common;
+  float gamma; /* in (0, 1] */
+  float tau;   /* at least 0; 0: no head is query-aware */
+  int32_t
+      min_budget; /* tokens: at least so many in columns and in diagonals, rounded up to blocks, at least one block */
+  int32_t max_budget; /* tokens: at most so many; 0: no limit */
+  int32_t cover;      /* fp_flex_cover */
+  int32_t reserved;
+} fp_flexprefill;
+
+/* MInference, arXiv 2407.02490: each head has a pattern of its own, found once for a model. Heads choose for
+ * themselves: share_heads must be 0. */
+typedef enum fp_minference_pattern {
+  FP_VERTICAL_SLASH = 0, /* a columns and b diagonals of tokens, by the softmax of the last 64 query rows */
+  FP_A_SHAPE = 1,        /* the first a tokens and the nearest b */
+  FP_BLOCK_SPARSE = 2    /* a blocks of each block of queries, by pooled scores; b is not read */
+} fp_minference_pattern;
+
+typedef struct fp_minference_head {
+  int32_t pattern; /* fp_minference_pattern */
+  int32_t a, b;    /* at least 0 */
+} fp_minference_head;
+
+typedef struct fp_minference {
+  fp_policy common;
+  int32_t vertical; /* without a list of heads all are FP_VERTICAL_SLASH with a = vertical, b = slash */
+  int32_t slash;
+  int32_t head_count; /* q_heads, or 0: no list */
+  int32_t reserved;
+  const fp_minference_head* heads; /* [head_count], host memory that lives until the call returns; or NULL */
+} fp_minference;
+
 /* Fill a policy with its published defaults. policy points at the struct of that kind, size is its sizeof. */
 FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);
 
@@ -186,7 +236,8 @@ FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);
 /* Why a sequence was not selected for. */
 typedef enum fp_fallback {
   FP_SELECTED = 0,
-  FP_FALLBACK_SHORT = 1, /* the forced blocks alone are all there is: nothing was scored */
+  FP_FALLBACK_SHORT = 1, /* the forced blocks alone are all there is, or the policy asks for more tokens than there are:
+                            nothing was scored, everything is kept */
   FP_FALLBACK_DENSE = 2, /* the policy is Dense */
   FP_BAD_SEQUENCE = -1 /* CUDA: its lengths in device memory are impossible (out of range, or fewer keys than rows with
                           causal); nothing was selected or computed for it */

@@ -1,7 +1,7 @@
 // flashprefill: sparse attention for the prefill of long prompts. The C++ API: three verbs over the C ABI, header only.
 //
 //     fp::Problem problem = fp::Problem::Rectangular(fp::Shape{...}, FP_BF16, q, k, v);
-//     fp::FlashPrefill policy;              // or Sketch, Streaming, Dense
+//     fp::FlashPrefill policy;              // or FlexPrefill, MInference, Sketch, ...
 //     policy.alpha = 0.18f;
 //     fp::BlockMask mask = fp::select(problem, policy);
 //     fp::attend(problem, mask, fp::Output(problem, out));
@@ -70,6 +70,22 @@ struct Sketch : fp_sketch {
   Sketch& KeepFrom(float share_of_largest) {
     alpha = share_of_largest;
     mass = std::numeric_limits<float>::quiet_NaN();
+    return *this;
+  }
+};
+
+// FlexPrefill, arXiv 2502.20766. Budgets count tokens.
+struct FlexPrefill : fp_flexprefill {
+  FlexPrefill() { Check(fp_policy_init(FP_FLEXPREFILL, this, sizeof(fp_flexprefill))); }
+};
+
+// MInference, arXiv 2407.02490: vertical and slash of all heads, or a pattern for each.
+struct MInference : fp_minference {
+  MInference() { Check(fp_policy_init(FP_MINFERENCE, this, sizeof(fp_minference))); }
+  // The list is read during calls, and stays the caller's.
+  MInference& SetHeads(const std::vector<fp_minference_head>& list) {
+    heads = list.data();
+    head_count = static_cast<int32_t>(list.size());
     return *this;
   }
 };

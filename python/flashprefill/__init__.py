@@ -28,7 +28,7 @@ from .errors import (
 )
 from .info import Backend, backends, library_path, library_version, thread_runtime
 from .mask import BlockMask
-from .policies import Dense, FlashPrefill, Policy, Sketch, Streaming
+from .policies import Dense, FlashPrefill, FlexPrefill, MInference, Policy, Sketch, Streaming
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -47,8 +47,10 @@ __all__ = [
     "DeviceError",
     "FlashPrefill",
     "FlashPrefillError",
+    "FlexPrefill",
     "InternalError",
     "InvalidArgumentError",
+    "MInference",
     "OutOfMemoryError",
     "Policy",
     "Sketch",

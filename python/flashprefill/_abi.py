@@ -35,6 +35,7 @@ from . import errors
 F32, BF16, F16 = 0, 1, 2
 CPU, CUDA = 0, 1
 DENSE, STREAMING, FLASHPREFILL, SKETCH = 0, 1, 2, 3
+FLEXPREFILL, MINFERENCE = 4, 5
 FALLBACK_NAMES = ("selected", "short", "dense")  # fp_fallback
 
 
@@ -137,6 +138,39 @@ class Sketch(Structure):
         ("query_pool", c_int32),
         ("min_blocks", c_int32),
         ("reserved", c_int32),
+    ]
+
+
+class FlexPrefill(Structure):
+    """fp_flexprefill."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("gamma", c_float),
+        ("tau", c_float),
+        ("min_budget", c_int32),
+        ("max_budget", c_int32),
+        ("cover", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class MInferenceHead(Structure):
+    """fp_minference_head."""
+
+    _fields_ = [("pattern", c_int32), ("a", c_int32), ("b", c_int32)]
+
+
+class MInference(Structure):
+    """fp_minference."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("vertical", c_int32),
+        ("slash", c_int32),
+        ("head_count", c_int32),
+        ("reserved", c_int32),
+        ("heads", POINTER(MInferenceHead)),
     ]
 
 

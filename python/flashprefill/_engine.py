@@ -30,6 +30,8 @@ _STRUCTS: dict[str, tuple[int, Any]] = {
     "streaming": (_abi.STREAMING, _abi.Policy),
     "flashprefill": (_abi.FLASHPREFILL, _abi.FlashPrefill),
     "sketch": (_abi.SKETCH, _abi.Sketch),
+    "flexprefill": (_abi.FLEXPREFILL, _abi.FlexPrefill),
+    "minference": (_abi.MINFERENCE, _abi.MInference),
 }
 
 
@@ -72,9 +74,15 @@ def _policy(spec: str) -> Any:
     common = policy if struct is _abi.Policy else policy.common
     _abi.check(_abi.lib.fp_policy_init(number, byref(policy), ctypes.sizeof(policy)))
     shared = {field[0] for field in _abi.Policy._fields_}
-    floats = {"alpha", "mass"}
+    floats = {field[0] for field in struct._fields_ if field[1] is ctypes.c_float}
     for name, value in numbers.items():
-        setattr(common if name in shared else policy, name, value if name in floats else int(value))
+        if isinstance(
+            value, list
+        ):  # rows of integers: a list of structs, which ctypes keeps alive with the policy
+            row = dict(struct._fields_)[name]._type_
+            setattr(policy, name, (row * len(value))(*(row(*map(int, entry)) for entry in value)))
+        else:
+            setattr(common if name in shared else policy, name, value if name in floats else int(value))
     return policy
 
 

@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 
 from .errors import refuse, refuse_type
 
-__all__ = ["Dense", "FlashPrefill", "Policy", "Sketch", "Streaming"]
+__all__ = ["Dense", "FlashPrefill", "FlexPrefill", "MInference", "Policy", "Sketch", "Streaming"]
 
 _MAX_FLOAT32 = 3.4028234663852886e38
+_MAX_TOKENS = (1 << 31) - 1
 _MAX_BLOCKS = 1 << 24  # the library's limit: more blocks than the longest sequence has
 
 # alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
@@ -99,9 +100,12 @@ class Policy:
             object.__setattr__(self, name, value)
         spec = self.kind
         for name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
-            value = getattr(self, name)
-            spec += f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
+            spec += self._spell(name, getattr(self, name))
         object.__setattr__(self, "_spec", spec)
+
+    def _spell(self, name: str, value: Any) -> str:
+        """Return a field as the spec has it: a number, or rows of integers, "1:2:3,4:5:6"."""
+        return f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
 
     @property
     def corrects(self) -> bool:
@@ -264,8 +268,142 @@ class Sketch(Policy):
         self._seal(mass=mass, alpha=alpha, outliers=_integer("outliers", self.outliers, 0, 16))
 
 
-def numbers_of(spec: str) -> tuple[str, dict[str, float]]:
-    """Read a policy's spec back: its kind and its fields, None as NaN."""
+@dataclass(frozen=True)
+class FlexPrefill(Policy):
+    """FlexPrefill (arXiv 2502.20766): each head finds by itself what it keeps, from its last query rows.
+
+    The softmax of the last ``block_size`` query rows over all keys is summed by key (columns) and by distance
+    (diagonals). Where the pooled keys foretell the columns (Jensen-Shannon distance below ``tau``), the head
+    is *query-aware*: blocks are kept by pooled scores of each block of queries, until they hold ``gamma`` of
+    the head's whole map. Else it keeps columns and diagonals of blocks, as many as hold ``gamma`` of those
+    rows' mass. The first column and the diagonal are kept always. See docs/methods/flexprefill.md.
+
+    Args:
+        gamma: share of the mass to keep, in (0, 1]. The authors use 0.95 for Llama-3.1-8B and GLM-4-9B, 0.9
+            for Qwen2-7B and Yi-9B.
+        tau: Jensen-Shannon distance, at least 0; 0 makes no head query-aware. The authors use 0.1.
+        min_budget: tokens; columns and diagonals hold at least so many, rounded up to blocks.
+        max_budget: tokens; at most so many; None is no limit.
+        block_size: keys a block, and the query rows that are looked at; 128 is the paper.
+        cover: a diagonal of tokens crosses two diagonals of blocks. "first" keeps the nearer of them, as
+            published; "both" keeps both.
+        sink_blocks: blocks kept at the beginning, beside what the policy keeps.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    gamma: float = 0.9
+    tau: float = 0.1
+    min_budget: int = 512
+    max_budget: int | None = None
+    block_size: int = 128
+    cover: str = "first"
+    sink_blocks: int = 0
+    window_blocks: int = 0
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "flexprefill"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        gamma, tau = _number("gamma", self.gamma), _number("tau", self.tau)
+        if not 1e-37 <= gamma <= 1.0:
+            refuse("gamma", gamma, "above 0 and at most 1")
+        if not 0.0 <= tau <= _MAX_FLOAT32:
+            refuse("tau", tau, "finite and at least 0")
+        least = _integer("min_budget", self.min_budget, 0, _MAX_TOKENS)
+        most = self.max_budget
+        if most is not None:
+            most = _integer("max_budget", most, 1, _MAX_TOKENS)
+            if most < least:
+                refuse("max_budget", most, f"at least min_budget ({least}), or None")
+        if self.cover not in _COVERS:
+            refuse("cover", repr(self.cover), "one of " + ", ".join(map(repr, _COVERS)))
+        self._seal(gamma=gamma, tau=tau, min_budget=least, max_budget=most)
+
+    def _spell(self, name: str, value: Any) -> str:
+        if name == "cover":
+            return f" cover={_COVERS.index(value)}"
+        return super()._spell(name, 0 if name == "max_budget" and value is None else value)
+
+
+@dataclass(frozen=True)
+class MInference(Policy):
+    """MInference (arXiv 2407.02490): a pattern for each head, found once for a model.
+
+    *Vertical and slash*: the softmax of the last 64 query rows over all keys, summed by key and by distance;
+    the ``vertical`` keys and ``slash`` distances with the largest sums are kept, the first 30 keys and the
+    nearest 100 distances always among them. Without a table of heads all of them use it, with the authors'
+    default for models that they have no table for. See docs/methods/minference.md.
+
+    Args:
+        vertical: tokens; columns that a head keeps.
+        slash: tokens; diagonals that a head keeps.
+        heads: a (pattern, a, b) for each query head, in place of vertical and slash: ("vertical_and_slash",
+            columns, diagonals), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
+        block_size: keys a block; 64 are the authors' kernels'.
+        sink_blocks: blocks kept at the beginning, beside what the policy keeps.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    vertical: int = 1000
+    slash: int = 6096
+    heads: tuple[tuple[str, int, int], ...] | None = None
+    block_size: int = 64
+    sink_blocks: int = 0
+    window_blocks: int = 0
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "minference"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        heads = self.heads
+        if heads is not None:
+            heads = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
+            if not heads:
+                refuse("heads", heads, "a pattern for each query head, or None")
+        self._seal(
+            vertical=_integer("vertical", self.vertical, 0, _MAX_TOKENS),
+            slash=_integer("slash", self.slash, 0, _MAX_TOKENS),
+            heads=heads,
+        )
+
+    def _spell(self, name: str, value: Any) -> str:
+        if name != "heads":
+            return super()._spell(name, value)
+        if value is None:
+            return ""
+        rows = ",".join(f"{_PATTERNS.index(pattern)}:{a}:{b}" for pattern, a, b in value)
+        return f" head_count={len(value)} heads={rows}"
+
+
+_COVERS = ("first", "both")  # by fp_flex_cover
+_PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
+
+
+def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+        refuse_type(name, repr(entry), "(pattern, a, b)")
+    pattern, a, b = entry
+    if pattern not in _PATTERNS:
+        refuse(f"{name}'s pattern", repr(pattern), "one of " + ", ".join(_PATTERNS))
+    return pattern, _integer(f"{name}'s a", a, 0, _MAX_TOKENS), _integer(f"{name}'s b", b, 0, _MAX_TOKENS)
+
+
+def numbers_of(spec: str) -> tuple[str, dict[str, float | list[list[float]]]]:
+    """Read a policy's spec back: its kind and its fields, None as NaN, rows of integers as lists."""
     kind, *parts = spec.split()
-    pairs = (part.split("=") for part in parts)
-    return kind, {name: math.nan if value == "nan" else float(value) for name, value in pairs}
+    fields: dict[str, float | list[list[float]]] = {}
+    for part in parts:
+        name, value = part.split("=")
+        if ":" in value:
+            fields[name] = [[float(x) for x in row.split(":")] for row in value.split(",")]
+        else:
+            fields[name] = math.nan if value == "nan" else float(value)
+    return kind, fields

@@ -23,6 +23,12 @@ fp_policy Common(int32_t kind, size_t size) {
           .mean_correction = 0};
 }
 
+fp_policy Unforced(fp_policy common, int32_t block_size = 128) {
+  common.block_size = block_size;
+  common.sink_blocks = common.window_blocks = common.dense_tail_blocks = 0;
+  return common;
+}
+
 } // namespace
 
 size_t PolicySize(int32_t kind) {
@@ -35,6 +41,10 @@ size_t PolicySize(int32_t kind) {
       return sizeof(fp_flashprefill);
     case FP_SKETCH:
       return sizeof(fp_sketch);
+    case FP_FLEXPREFILL:
+      return sizeof(fp_flexprefill);
+    case FP_MINFERENCE:
+      return sizeof(fp_minference);
     default:
       return 0;
   }
@@ -60,6 +70,24 @@ void InitPolicy(int32_t kind, void* policy) {
                              .query_pool = 16,
                              .min_blocks = 0,
                              .reserved = 0};
+      return;
+    case FP_FLEXPREFILL: // gamma, tau and min_budget of its authors' example; nothing is forced but what it forces
+                         // itself
+      new (policy) fp_flexprefill{.common = Unforced(common),
+                                  .gamma = 0.9f,
+                                  .tau = 0.1f,
+                                  .min_budget = 512,
+                                  .max_budget = 0,
+                                  .cover = FP_COVER_FIRST,
+                                  .reserved = 0};
+      return;
+    case FP_MINFERENCE: // what it uses for heads that its tables don't know, over its kernels' blocks
+      new (policy) fp_minference{.common = Unforced(common, 64),
+                                 .vertical = 1000,
+                                 .slash = 6096,
+                                 .head_count = 0,
+                                 .reserved = 0,
+                                 .heads = nullptr};
       return;
     default:
       return;

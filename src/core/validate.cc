@@ -118,6 +118,37 @@ void CheckIndexArrays(const Problem& p) {
   }
 }
 
+// Policies whose heads choose each for itself.
+void CheckOwnHeads(const Policy& policy) {
+  if (policy.share_heads) Refuse("share_heads", 1, "0 for this policy: each of its query heads has a list of its own");
+}
+
+void CheckFlexPrefill(const fp_flexprefill& f) {
+  if (!(f.gamma > 0 && f.gamma <= 1)) Refuse("gamma", f.gamma, "above 0 and at most 1");
+  if (!(f.tau >= 0) || !std::isfinite(f.tau)) Refuse("tau", f.tau, "finite and at least 0");
+  CheckRange("min_budget", f.min_budget, 0, kMaxTokens);
+  CheckRange("max_budget", f.max_budget, 0, kMaxTokens);
+  if (f.max_budget > 0 && f.max_budget < f.min_budget) {
+    Refuse("max_budget", f.max_budget, "at least min_budget (" + std::to_string(f.min_budget) + "), or 0: no limit");
+  }
+  CheckRange("cover", f.cover, FP_COVER_FIRST, FP_COVER_BOTH);
+}
+
+void CheckMInference(const fp_minference& m, const Problem& p) {
+  CheckRange("vertical", m.vertical, 0, kMaxTokens);
+  CheckRange("slash", m.slash, 0, kMaxTokens);
+  if (m.head_count != 0 && m.head_count != p.q_heads) {
+    Refuse("head_count", m.head_count, "the problem's q_heads (" + std::to_string(p.q_heads) + "), or 0: no list");
+  }
+  if (m.head_count > 0 && !m.heads) Refuse("heads", "NULL", "the address of the patterns of all heads");
+  for (int h = 0; h < m.head_count; ++h) {
+    const std::string at = "heads[" + std::to_string(h) + "].";
+    CheckRange(at + "pattern", m.heads[h].pattern, FP_VERTICAL_SLASH, FP_BLOCK_SPARSE);
+    CheckRange(at + "a", m.heads[h].a, 0, kMaxTokens);
+    CheckRange(at + "b", m.heads[h].b, 0, kMaxTokens);
+  }
+}
+
 } // namespace
 
 void ValidateProblem(const Problem* problem) {
@@ -210,6 +241,12 @@ void ValidatePolicy(const Policy* policy, const Problem& p) {
     CheckRange("outliers", s.outliers, 0, 16);
     CheckRange("query_pool", s.query_pool, 1, kTileRows);
     CheckRange("min_blocks", s.min_blocks, 0, kMaxForcedBlocks);
+  } else if (policy->kind == FP_FLEXPREFILL) {
+    CheckOwnHeads(*policy);
+    CheckFlexPrefill(*reinterpret_cast<const fp_flexprefill*>(policy));
+  } else if (policy->kind == FP_MINFERENCE) {
+    CheckOwnHeads(*policy);
+    CheckMInference(*reinterpret_cast<const fp_minference*>(policy), p);
   }
 }
 

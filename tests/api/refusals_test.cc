@@ -20,6 +20,8 @@ union AnyPolicy {
   fp_policy common;
   fp_flashprefill flashprefill;
   fp_sketch sketch;
+  fp_flexprefill flex;
+  fp_minference minference;
 };
 
 // A call that is right; each case breaks one thing of it.
@@ -78,6 +80,8 @@ struct Call {
     problem.seqused_k = used.data();
     problem.k.stride[0] = problem.v.stride[0] = kPage * kKvHeads * kDim;
   }
+  void MakeFlexPrefill() { fp_policy_init(FP_FLEXPREFILL, &policy, sizeof policy); }
+  void MakeMInference() { fp_policy_init(FP_MINFERENCE, &policy, sizeof policy); }
   void MakeSketch() { fp_policy_init(FP_SKETCH, &policy, sizeof policy); }
 
   fp_status Prefill() {
@@ -208,6 +212,37 @@ const std::vector<Refusal>& Refusals() {
        [](Call& c) { c.MakeSketch(), c.policy.sketch.mass = kNan; },
        {"mass is nan", "one of the two"}},
       {"sketch_outliers", [](Call& c) { c.MakeSketch(), c.policy.sketch.outliers = 17; }, {"outliers is 17"}},
+      {"flex_gamma_zero", [](Call& c) { c.MakeFlexPrefill(), c.policy.flex.gamma = 0; }, {"gamma is 0", "above 0"}},
+      {"flex_gamma_nan", [](Call& c) { c.MakeFlexPrefill(), c.policy.flex.gamma = kNan; }, {"gamma is nan"}},
+      {"flex_tau", [](Call& c) { c.MakeFlexPrefill(), c.policy.flex.tau = -1; }, {"tau is -1", "at least 0"}},
+      {"flex_min", [](Call& c) { c.MakeFlexPrefill(), c.policy.flex.min_budget = -1; }, {"min_budget is -1"}},
+      {"flex_max",
+       [](Call& c) { c.MakeFlexPrefill(), c.policy.flex.max_budget = 511; },
+       {"max_budget is 511", "at least min_budget (512)"}},
+      {"flex_cover", [](Call& c) { c.MakeFlexPrefill(), c.policy.flex.cover = 2; }, {"cover is 2", "0 to 1"}},
+      {"flex_shared",
+       [](Call& c) { c.MakeFlexPrefill(), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
+      {"minference_vertical",
+       [](Call& c) { c.MakeMInference(), c.policy.minference.vertical = -5; },
+       {"vertical is -5"}},
+      {"minference_count",
+       [](Call& c) { c.MakeMInference(), c.policy.minference.head_count = 99; },
+       {"head_count is 99", "q_heads"}},
+      {"minference_heads",
+       [](Call& c) { c.MakeMInference(), c.policy.minference.head_count = c.problem.q_heads; },
+       {"heads is NULL"}},
+      {"minference_pattern",
+       [](Call& c) {
+         static const fp_minference_head heads[64] = {{FP_A_SHAPE, 1, 2}, {7, 1, 2}};
+         c.MakeMInference();
+         c.policy.minference.head_count = c.problem.q_heads;
+         c.policy.minference.heads = heads;
+       },
+       {"heads[1].pattern is 7", "0 to 2"}},
+      {"minference_shared",
+       [](Call& c) { c.MakeMInference(), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
       {"exec_size", [](Call& c) { c.exec.struct_size = 1; }, {"exec.struct_size is 1"}},
       {"threads", [](Call& c) { c.exec.threads = -1; }, {"exec.threads is -1"}},
       {"backend", [](Call& c) { c.exec.backend = "quantum"; }, {"exec.backend is quantum", "reference"}},

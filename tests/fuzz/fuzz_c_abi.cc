@@ -75,10 +75,14 @@ union AnyPolicy {
   fp_policy common;
   fp_flashprefill flashprefill;
   fp_sketch sketch;
+  fp_flexprefill flex;
+  fp_minference minference;
 };
 
+const fp_minference_head kHeads[16] = {{FP_A_SHAPE, 20, 30}, {FP_BLOCK_SPARSE, 2, 0}, {FP_VERTICAL_SLASH, 5, 7}};
+
 void FillPolicy(Bytes& in, AnyPolicy& policy) {
-  const int kind = in.Upto(3);
+  const int kind = in.Upto(5);
   if (fp_policy_init(kind, &policy, sizeof policy) != FP_OK) std::abort();
   policy.common.kind = in.Mostly(policy.common.kind);
   policy.common.struct_size = in.Mostly(policy.common.struct_size);
@@ -98,7 +102,20 @@ void FillPolicy(Bytes& in, AnyPolicy& policy) {
     policy.sketch.outliers = in.Mostly(in.Upto(5));
     policy.sketch.query_pool = in.Mostly(1 + in.Upto(20));
     policy.sketch.min_blocks = in.Mostly(in.Upto(3));
+  } else if (kind == FP_FLEXPREFILL) {
+    policy.flex.gamma = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
+    policy.flex.tau = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
+    policy.flex.min_budget = in.Mostly(in.Upto(40));
+    policy.flex.max_budget = in.Mostly(in.OneIn(2) ? 40 + in.Upto(40) : 0);
+    policy.flex.cover = in.Mostly(in.Upto(1));
+  } else if (kind == FP_MINFERENCE) {
+    policy.minference.vertical = in.Mostly(in.Upto(40));
+    policy.minference.slash = in.Mostly(in.Upto(40));
+    policy.minference.head_count = in.Mostly(in.Upto(3));
+    policy.minference.heads = kHeads;
   }
+  // Only MInference's own struct has a list at the address that it names.
+  if (policy.common.kind == FP_MINFERENCE && kind != FP_MINFERENCE) policy.common.kind = kind;
 }
 
 int accepted = 0; // inputs that ran to the end

@@ -333,6 +333,28 @@ POLICIES = [
     (fp.Sketch, {"mass": 0.5, "alpha": 0.1}, ValueError, "alpha is 0.1; it must be None where mass is given"),
     (fp.Sketch, {"alpha": math.inf}, ValueError, "alpha is inf; it must be finite"),
     (fp.Sketch, {"outliers": 17}, ValueError, "outliers is 17; it must be from 0 to 16"),
+    (fp.FlexPrefill, {"gamma": 0.0}, ValueError, "gamma is 0.0; it must be above 0 and at most 1"),
+    (fp.FlexPrefill, {"gamma": None}, TypeError, "gamma is None; it must be a number"),
+    (fp.FlexPrefill, {"tau": -0.1}, ValueError, "tau is -0.1; it must be finite and at least 0"),
+    (fp.FlexPrefill, {"min_budget": 0.5}, TypeError, "min_budget is 0.5; it must be an integer"),
+    (fp.FlexPrefill, {"max_budget": 100}, ValueError, r"max_budget is 100; it must be at least min_budget"),
+    (fp.FlexPrefill, {"cover": "all"}, ValueError, "cover is 'all'; it must be one of 'first', 'both'"),
+    (fp.MInference, {"vertical": -1}, ValueError, "vertical is -1; it must be from 0"),
+    (fp.MInference, {"slash": 1.5}, TypeError, "slash is 1.5; it must be an integer"),
+    (fp.MInference, {"heads": []}, ValueError, r"heads is \(\); it must be a pattern for each query head"),
+    (fp.MInference, {"heads": [3]}, TypeError, r"heads\[0\] is 3; it must be \(pattern, a, b\)"),
+    (
+        fp.MInference,
+        {"heads": [("diagonal", 1, 2)]},
+        ValueError,
+        r"heads\[0\]'s pattern is 'diagonal'; it must be one of vertical_and_slash, stream_llm, block_sparse",
+    ),
+    (
+        fp.MInference,
+        {"heads": [("stream_llm", 1, -2)]},
+        ValueError,
+        r"heads\[0\]'s b is -2; it must be from 0",
+    ),
     (fp.Dense, {"block_size": "128"}, TypeError, "block_size is '128'; it must be an integer"),
 ]
 

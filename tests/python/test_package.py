@@ -90,6 +90,9 @@ def test_structs_are_those_of_the_header(tmp_path):
         "fp_policy": _abi.Policy,
         "fp_flashprefill": _abi.FlashPrefill,
         "fp_sketch": _abi.Sketch,
+        "fp_flexprefill": _abi.FlexPrefill,
+        "fp_minference_head": _abi.MInferenceHead,
+        "fp_minference": _abi.MInference,
         "fp_block_mask": _abi.BlockMask,
         "fp_stats": _abi.Stats,
         "fp_output": _abi.Output,
@@ -110,7 +113,9 @@ def test_structs_are_those_of_the_header(tmp_path):
     assert [int(n) for n in printed.split()] == expected
 
 
-@pytest.mark.parametrize("policy", [fp.Dense, fp.Streaming, fp.FlashPrefill, fp.Sketch])
+@pytest.mark.parametrize(
+    "policy", [fp.Dense, fp.Streaming, fp.FlashPrefill, fp.Sketch, fp.FlexPrefill, fp.MInference]
+)
 def test_defaults_are_the_library_s(policy):
     number, struct = _engine._STRUCTS[policy.kind]
     theirs = struct()
@@ -118,10 +123,12 @@ def test_defaults_are_the_library_s(policy):
     common = theirs if struct is _abi.Policy else theirs.common
     ours = policy()
     for field in dataclasses.fields(ours):
+        if field.name in ("cover", "heads"):  # words and lists: the next tests
+            continue
         value = getattr(ours, field.name)
         other = getattr(common if hasattr(common, field.name) else theirs, field.name)
         if value is None:
-            assert math.isnan(other), field.name
+            assert other == 0 if field.name == "max_budget" else math.isnan(other), field.name
         else:
             assert float(other) == pytest.approx(float(value)), field.name
 
@@ -138,13 +145,34 @@ def test_specs_carry_every_field():
     assert [getattr(struct.common, n) for n in [*names, "mean_correction"]] == [3, 64, 7, 8, 9, 1, 1]
 
 
+def test_specs_carry_words_and_lists():
+    flex = _engine._policy(fp.FlexPrefill(gamma=0.5, cover="both")._spec)
+    assert (flex.gamma, flex.tau, flex.min_budget, flex.max_budget, flex.cover) == (
+        0.5,
+        pytest.approx(0.1),
+        512,
+        0,
+        1,
+    )
+    assert _engine._policy(fp.FlexPrefill(max_budget=2048)._spec).max_budget == 2048
+    heads = [("stream_llm", 30, 800), ("vertical_and_slash", 1, 2), ("block_sparse", 100, 0)]
+    listed = _engine._policy(fp.MInference(heads=heads)._spec)
+    assert [(h.pattern, h.a, h.b) for h in listed.heads[: listed.head_count]] == [
+        (1, 30, 800),
+        (0, 1, 2),
+        (2, 100, 0),
+    ]
+    assert _engine._policy(fp.MInference()._spec).head_count == 0
+
+
 def test_policies_are_values():
     policy = fp.FlashPrefill(alpha=np.float32(0.25), block_size=np.int64(64))
     assert policy == fp.FlashPrefill(alpha=0.25, block_size=64) and type(policy.alpha) is float
     assert len({policy, fp.FlashPrefill(alpha=0.25, block_size=64), fp.Sketch()}) == 2
     assert dataclasses.replace(policy, alpha=0.5).alpha == 0.5
     assert dataclasses.replace(policy, alpha=0.5)._spec != policy._spec
-    for each in (policy, fp.Sketch(), fp.Sketch(alpha=0.1), fp.Dense(), fp.Streaming(1, 2, 3)):
+    more = (fp.FlexPrefill(cover="both"), fp.MInference(heads=[("stream_llm", 1, 2)]))
+    for each in (policy, fp.Sketch(), fp.Sketch(alpha=0.1), fp.Dense(), fp.Streaming(1, 2, 3), *more):
         assert pickle.loads(pickle.dumps(each)) == each
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.alpha = 1.0

@@ -19,8 +19,10 @@ POLICIES: dict[str, type[policies.Policy]] = {
     "streaming": policies.Streaming,
     "flashprefill": policies.FlashPrefill,
     "sketch": policies.Sketch,
+    "flexprefill": policies.FlexPrefill,
+    "minference": policies.MInference,
 }
-THRESHOLDS = ("alpha", "mass")  # what a policy is known by, so it is always shown
+THRESHOLDS = ("alpha", "mass", "gamma")  # what a policy is known by, so it is always shown
 
 
 def parse_policy(text: str) -> policies.Policy:

@@ -3,7 +3,8 @@ find_path(HIGHWAY_INCLUDE_DIR hwy/highway.h REQUIRED)
 target_include_directories(flashprefill_objects SYSTEM PRIVATE ${HIGHWAY_INCLUDE_DIR})
 flashprefill_add_backend(Cpu SOURCES backend.cc targets.cc
                          attend.cc attend_tile.cc attend_kernels.cc
-                         select.cc select_keep.cc select_kernels.cc)
+                         select.cc select_keep.cc select_kernels.cc
+                         select_lines.cc lines.cc lines_kernels.cc flexprefill.cc minference.cc)
 
 # One file of intrinsics with flags of its own, called behind CPUID: see the head of that file.
 include(CheckCXXCompilerFlag)

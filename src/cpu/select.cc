@@ -13,6 +13,7 @@
 #include "core/threads.h"
 #include "cpu/select_keep.h"
 #include "cpu/select_kernels.h"
+#include "cpu/select_lines.h"
 #include "cpu/select_plan.h"
 
 namespace flashprefill::cpu {
@@ -265,10 +266,12 @@ class Selection {
 } // namespace
 
 size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
+  if (ChoosesByHead(policy)) return SelectLinesWorkspace(p, policy, exec);
   return MemoryOf(p, SelectPlan::Of(p, policy), policy, exec, nullptr).bytes;
 }
 
 void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
+  if (ChoosesByHead(policy)) return SelectLines(p, policy, exec, mask, workspace);
   Selection(p, policy, exec, mask, workspace).Run();
 }
 

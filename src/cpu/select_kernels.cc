@@ -15,6 +15,7 @@
 #include "hwy/highway.h"
 // clang-format on
 #include "core/half.h"
+#include "cpu/exp2.h"
 #include "cpu/rows.h"
 #include "cpu/select_kernels.h"
 #include "hwy/cache_control.h"
@@ -334,23 +335,6 @@ void LoadRows(const Problem& p, const SelectPlan& plan, const Sequence& s, int64
 }
 
 // ---------------------------------------------------------------- scoring
-
-// 2^x for x <= 0, with a relative error below 4e-6; 0 below 2^-126 and for -inf. Adding 1.5 * 2^23 rounds x to an
-// integer and leaves that integer in the lowest bits, from where it is shifted into the exponent.
-HWY_INLINE VF Exp2(VF x) {
-  const VF magic = hn::Set(f, 12582912.f);
-  const VF shifted = hn::Add(x, magic);
-  const VF r = hn::Sub(x, hn::Sub(shifted, magic));
-  VF y = hn::Set(f, 0.00957010221f);
-  y = hn::MulAdd(y, r, hn::Set(f, 0.0559178591f));
-  y = hn::MulAdd(y, r, hn::Set(f, 0.240247443f));
-  y = hn::MulAdd(y, r, hn::Set(f, 0.693121791f));
-  y = hn::MulAdd(y, r, hn::Set(f, 0.999999285f));
-  const DI i;
-  const auto power = hn::ShiftLeft<23>(hn::BitCast(i, shifted));
-  const VF scaled = hn::BitCast(f, hn::Add(hn::BitCast(i, y), power));
-  return hn::IfThenElseZero(hn::Ge(x, hn::Set(f, -126.f)), scaled);
-}
 
 // R rows against C vectors of blocks of one term. MASK: some row does not see some of the blocks.
 template <int R, int C, bool MASK>

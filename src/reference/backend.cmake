@@ -1,1 +1,2 @@
-flashprefill_add_backend(Reference SOURCES backend.cc rows.cc select.cc energies.cc flashprefill.cc sketch.cc attend.cc)
+flashprefill_add_backend(Reference SOURCES backend.cc rows.cc select.cc energies.cc flashprefill.cc sketch.cc
+                         lines.cc flexprefill.cc minference.cc attend.cc)

@@ -42,6 +42,9 @@ void MeanOfRows(const Matrix& m, int64_t begin, int64_t end, int32_t dtype, doub
 // One row a key block: the rounded means of the sequence's keys (or values).
 Matrix BlockMeans(const Geometry& g, const Sequence& s, const Matrix& keys, int32_t dtype);
 
+// Rule 4: masks agree but for scores that are within this relative error of their threshold.
+inline double ScoreTolerance(const Problem& p) { return p.q.dtype == FP_F32 && p.k.dtype == FP_F32 ? 1e-3 : 1e-2; }
+
 // How energies decide. NaN: this rule is not in use.
 struct KeepRule {
   double alpha = std::numeric_limits<double>::quiet_NaN();
@@ -55,6 +58,7 @@ struct TileChoice {
   std::vector<uint8_t> scored; // some row of the tile sees the block, as far as scoring goes
   std::vector<uint8_t> kept;
   KeepRule rule;
+  std::vector<uint8_t> open; // of policies that don't decide by the tile's energies: whether `kept` is near a tie
 };
 
 // All that a policy may look at when it selects for one mask head of one sequence. V is not there.
@@ -65,6 +69,7 @@ struct HeadView {
   const Sequence& sequence;
   const Matrix& keys;
   const std::vector<Matrix>& queries; // of the heads whose rows lie in one tile
+  int64_t first_head;                 // the first of these heads
 };
 
 class HeadSelector {
@@ -75,6 +80,8 @@ class HeadSelector {
 
 std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head);
 std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeFlexPrefill(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeMInference(const HeadView& head);
 
 // Scored blocks by energy, largest first, equal ones by index: the order that mass and min_blocks go by.
 std::vector<int64_t> Ranking(const TileChoice& choice);

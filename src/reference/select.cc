@@ -1,4 +1,5 @@
 // Select: the policy's own choice for each tile, joined with the forced blocks (Rule 3), as bits.
+#include "core/fallback.h"
 #include "reference/reference.h"
 
 namespace flashprefill::reference {
@@ -11,6 +12,10 @@ std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
       return MakeFlashPrefill(head);
     case FP_SKETCH:
       return MakeSketch(head);
+    case FP_FLEXPREFILL:
+      return MakeFlexPrefill(head);
+    case FP_MINFERENCE:
+      return MakeMInference(head);
     default:
       return nullptr;
   }
@@ -26,7 +31,7 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
     std::vector<Matrix> queries;
     Matrix keys;
     std::unique_ptr<HeadSelector> selector;
-    const HeadView view{p, policy, g, s, keys, queries};
+    const HeadView view{p, policy, g, s, keys, queries, first_head};
     if (!everything) {
       for (int64_t h = first_head; h < first_head + g.heads_a_tile; ++h) queries.push_back(LoadQueries(p, s, h));
       keys = LoadKeys(p, p.k, s, first_head / g.group);
@@ -58,9 +63,7 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
 
   for (int b = 0; b < p.batch; ++b) {
     const Sequence s = SequenceOf(p, b);
-    const int32_t fallback = policy.kind == FP_DENSE      ? FP_FALLBACK_DENSE
-                             : AllForced(p, g, policy, s) ? FP_FALLBACK_SHORT
-                                                          : FP_SELECTED;
+    const int32_t fallback = FallbackOf(p, g, policy, s);
     if (mask.fallback) mask.fallback[b] = fallback;
     for (int64_t h = 0; h < g.mask_heads; ++h) select_head(s, h, fallback != FP_SELECTED);
   }

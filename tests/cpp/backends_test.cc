@@ -58,6 +58,25 @@ void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
   ties.Print();
 }
 
+// Policies of heads: rules that go by a number of rows or keys meet all lengths, the pooled ones all dtypes.
+void SelectByHeadOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
+  TieCount ties;
+  size_t next = 0;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const OpData data(cases[i]);
+    const int block_size = std::min(BlockSize(i), 128); // larger ones have hardly two blocks here
+    const std::vector<AnyPolicy> policies = HeadPolicies(block_size);
+    for (size_t j = 0; j < policies_a_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
+    std::vector<fp_minference_head> heads;
+    for (int h = 0; h < data.problem().q_heads; ++h) {
+      const fp_minference_head kinds[] = {{FP_BLOCK_SPARSE, 2, 0}, {FP_A_SHAPE, 40, 70}, {FP_VERTICAL_SLASH, 40, 60}};
+      heads.push_back(kinds[h % 3]);
+    }
+    CompareSelect(data, MInference(block_size, heads), ties);
+  }
+  ties.Print();
+}
+
 void AttendOver(const std::vector<OpCase>& cases, double density = 0.5) {
   for (size_t i = 0; i < cases.size(); ++i) {
     const OpData data(cases[i]);
@@ -76,6 +95,14 @@ TEST_F(Backends, SelectStrides) { SelectOver(Thinned(StrideCases()), 3); }
 TEST_F(Backends, SelectFar) { SelectOver(FarCases(), 4); }
 TEST_F(Backends, SelectPeaked) { SelectOver(Thinned(PeakedCases()), 20); }
 
+TEST_F(Backends, SelectByHeadLengths) { SelectByHeadOver(Thinned(LengthCases()), 9); }
+TEST_F(Backends, SelectByHeadHeads) { SelectByHeadOver(Thinned(HeadCases()), 2); }
+TEST_F(Backends, SelectByHeadDtypes) { SelectByHeadOver(Thinned(DtypeCases()), 4); }
+TEST_F(Backends, SelectByHeadLayouts) { SelectByHeadOver(Thinned(LayoutCases()), 2); }
+TEST_F(Backends, SelectByHeadStrides) { SelectByHeadOver(Thinned(StrideCases()), 2); }
+TEST_F(Backends, SelectByHeadFar) { SelectByHeadOver(FarCases(), 3); }
+TEST_F(Backends, SelectByHeadPeaked) { SelectByHeadOver(Thinned(PeakedCases()), 9); }
+
 TEST_F(Backends, SelectLong) {
   TieCount ties;
   for (const OpCase& op : Thinned(LongCases(), 2)) {
@@ -84,6 +111,9 @@ TEST_F(Backends, SelectLong) {
     CompareSelect(data, AnyPolicy(FP_SKETCH), ties);
     CompareSelect(data, FlashPrefill(16, 0.5f, 16), ties); // 256 blocks: four words a row
     CompareSelect(data, Shared(FlashPrefill(64, 0.5f)), ties);
+    CompareSelect(data, AnyPolicy(FP_FLEXPREFILL), ties);
+    CompareSelect(data, FlexPrefill(16, 0.8f, 1), ties);
+    CompareSelect(data, MInference(64, 100, 300), ties);
   }
   ties.Print();
 }

@@ -228,4 +228,20 @@ std::vector<AnyPolicy> ScoringPolicies(int block_size) {
   return policies;
 }
 
+std::vector<AnyPolicy> HeadPolicies(int block_size) {
+  AnyPolicy both = FlexPrefill(block_size, 0.5f, 0, 1);
+  both.flex.cover = FP_COVER_BOTH;
+  return {
+      FlexPrefill(block_size, 0.4f, 0, 1),
+      FlexPrefill(block_size, 0.6f, 1, 1), // 1 is above every distance: all heads are query-aware
+      MInference(block_size, 33, 0),
+      WithForced(FlexPrefill(block_size, 0.7f, 0.3f, block_size), 1, 2, 1),
+      both,
+      MInference(block_size, 0, 105),
+      FlexPrefill(block_size, 0.95f, 0.5f, 16, 3 * block_size),
+      WithForced(MInference(block_size, 60, 120), 0, 2, 1),
+      FlexPrefill(block_size, 0.3f, 1, 2 * block_size),
+  };
+}
+
 } // namespace flashprefill::test

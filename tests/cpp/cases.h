@@ -20,6 +20,9 @@ std::vector<OpCase> PeakedCases(); // structured values
 // Policies that decide by score, per head and shared, at this block size.
 std::vector<AnyPolicy> ScoringPolicies(int block_size);
 
+// Policies that choose for a whole head at once.
+std::vector<AnyPolicy> HeadPolicies(int block_size);
+
 } // namespace flashprefill::test
 
 #endif // FLASHPREFILL_TESTS_CASES_H_

@@ -71,6 +71,7 @@ testing::AssertionResult SameBits(const fp_problem& p, const Attended& expected,
 // A block is in for sure if one of the rules takes it even where all that may rank before it does, and out for sure if
 // each rule leaves it even where only those rank before it that must.
 std::vector<uint8_t> Undecided(const reference::TileChoice& choice, double tolerance) {
+  if (!choice.open.empty()) return choice.open;
   const reference::KeepRule& rule = choice.rule;
   const size_t blocks = choice.energy.size();
   double total = 0, largest = 0;
@@ -121,7 +122,7 @@ ExpectedMask::ExpectedMask(const fp_problem& problem, const AnyPolicy& policy)
 testing::AssertionResult ExpectedMask::Agrees(const Mask& actual, TieCount& ties) const {
   const fp_problem& p = problem_;
   const Geometry g = Geometry::Of(p, *policy_.get());
-  const double tolerance = p.q.dtype == FP_F32 && p.k.dtype == FP_F32 ? 1e-3 : 1e-2;
+  const double tolerance = reference::ScoreTolerance(p);
 
   const auto tile_agrees = [&](const Sequence& s, int64_t head, int64_t m) {
     const Tile tile = g.TileOf(p, s, m);

@@ -85,6 +85,31 @@ AnyPolicy SketchByAlpha(int block_size, float alpha, int outliers, int query_poo
   return policy;
 }
 
+AnyPolicy FlexPrefill(int block_size, float gamma, float tau, int min_budget, int max_budget) {
+  AnyPolicy policy(FP_FLEXPREFILL);
+  policy.common.block_size = block_size;
+  policy.flex.gamma = gamma;
+  policy.flex.tau = tau;
+  policy.flex.min_budget = min_budget;
+  policy.flex.max_budget = max_budget;
+  return policy;
+}
+
+AnyPolicy MInference(int block_size, int vertical, int slash) {
+  AnyPolicy policy(FP_MINFERENCE);
+  policy.common.block_size = block_size;
+  policy.minference.vertical = vertical;
+  policy.minference.slash = slash;
+  return policy;
+}
+
+AnyPolicy MInference(int block_size, const std::vector<fp_minference_head>& heads) {
+  AnyPolicy policy = MInference(block_size, 0, 0);
+  policy.minference.heads = heads.data();
+  policy.minference.head_count = static_cast<int32_t>(heads.size());
+  return policy;
+}
+
 AnyPolicy Shared(AnyPolicy policy) {
   policy.common.share_heads = 1;
   return policy;
@@ -108,6 +133,15 @@ std::string Name(const AnyPolicy& policy) {
     text << "Sketch(alpha=" << policy.sketch.alpha << " mass=" << policy.sketch.mass
          << " outliers=" << policy.sketch.outliers << " query_pool=" << policy.sketch.query_pool
          << " min_blocks=" << policy.sketch.min_blocks << " ";
+  }
+  if (c.kind == FP_FLEXPREFILL) {
+    text << "FlexPrefill(gamma=" << policy.flex.gamma << " tau=" << policy.flex.tau
+         << " min_budget=" << policy.flex.min_budget << " max_budget=" << policy.flex.max_budget
+         << " cover=" << policy.flex.cover << " ";
+  }
+  if (c.kind == FP_MINFERENCE) {
+    text << "MInference(vertical=" << policy.minference.vertical << " slash=" << policy.minference.slash
+         << " heads=" << policy.minference.head_count << " ";
   }
   text << "block_size=" << c.block_size << " sink=" << c.sink_blocks << " window=" << c.window_blocks
        << " tail=" << c.dense_tail_blocks << " share_heads=" << c.share_heads << " correction=" << c.mean_correction

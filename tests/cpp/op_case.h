@@ -40,6 +40,8 @@ struct AnyPolicy {
     fp_streaming streaming;
     fp_flashprefill flashprefill;
     fp_sketch sketch;
+    fp_flexprefill flex;
+    fp_minference minference;
   };
   explicit AnyPolicy(int32_t kind); // with its published defaults
   const fp_policy* get() const { return &common; }
@@ -51,6 +53,10 @@ AnyPolicy Streaming(int block_size, int sink, int window, int tail);
 AnyPolicy FlashPrefill(int block_size, float alpha, int query_pool = 1);
 AnyPolicy SketchByMass(int block_size, float mass, int outliers = 4, int query_pool = 16);
 AnyPolicy SketchByAlpha(int block_size, float alpha, int outliers = 4, int query_pool = 16);
+AnyPolicy FlexPrefill(int block_size, float gamma, float tau, int min_budget = 16, int max_budget = 0);
+AnyPolicy MInference(int block_size, int vertical, int slash);
+// One pattern for each query head; the list has to outlive the policy.
+AnyPolicy MInference(int block_size, const std::vector<fp_minference_head>& heads);
 AnyPolicy WithForced(AnyPolicy policy, int sink, int window, int tail);
 AnyPolicy Shared(AnyPolicy policy);
 AnyPolicy Corrected(AnyPolicy policy);

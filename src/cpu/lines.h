@@ -1,0 +1,98 @@
+// What policies that choose by head have at hand: sums of the last rows' softmax by column and diagonal, and scores of
+// pooled blocks. A head is one thread's from beginning to end. K passes by twice for the sums (first for each row's
+// softmax denominator, then for its shares), and no score is kept: memory is that of some vectors over keys.
+#ifndef FLASHPREFILL_CPU_LINES_H_
+#define FLASHPREFILL_CPU_LINES_H_
+
+#include "core/backend.h"
+#include "core/half.h"
+#include "core/types.h"
+#include "cpu/lines_kernels.h"
+
+namespace flashprefill::cpu {
+
+// A thread's own memory, for the longest sequence.
+struct LineScratch {
+  float* column;          // [keys]
+  float* diagonal;        // [keys + lanes]: of key t and the row r before the last one: at t + r
+  float* key_means;       // [blocks][head_dim]
+  float* query_panels;    // means of blocks of query rows, as panels
+  float* query_reference; // [blocks of query rows, in whole panels]: log2 of their softmax denominators
+  int32_t* query_seen;    // the same: key blocks that they see
+  int32_t* query_left;    // the same: for the policy
+  float* logits;          // [blocks][32]: of one panel
+  float* rows;            // [rows at a time][head_dim]
+  float* panels;          // of the last rows
+  float* scores;          // [kChunkKeys][lanes]
+  float* largest;         // [lanes]
+  float* sums;            // [lanes]
+  int32_t* seen;          // [lanes]
+  uint64_t* ranks;        // [keys or blocks]
+  int32_t* counts;        // [keys + 1]
+  uint64_t* columns;      // [words]
+
+  static LineScratch Take(Workspace& memory, const Problem& p, const Policy& policy);
+};
+
+// One head of one sequence, and its rows of the mask.
+struct HeadCall {
+  const Problem& p;
+  const Policy& policy;
+  const Geometry& g;
+  const LineKernels& kernels;
+  const Sequence& s;
+  int64_t head;
+  BlockMask& mask;
+  LineScratch scratch;
+
+  int64_t kv_head() const { return head / g.group; }
+  int64_t block_size() const { return g.block_size; }
+  int64_t blocks() const { return g.Blocks(s); }
+  int64_t query_blocks() const { return DivUp<int64_t>(s.q_len, g.block_size); }
+  uint64_t* Row(int64_t m) const { return mask.bits + g.Row(s, head, m) * g.words; }
+  float exponent_scale() const { return static_cast<float>(p.softmax_scale * 1.4426950408889634); }
+};
+
+// Fills column and diagonal from the last `rows` query rows: means over the rows. key_means too, where asked for.
+void SumLines(const HeadCall& call, int64_t rows, bool with_means);
+
+// Fills key_means alone.
+void MeanKeys(const HeadCall& call);
+
+// The mean of query rows [begin, end), at most as many as a block or kMInferenceRows, rounded to q's dtype.
+void MeanQueries(const HeadCall& call, int64_t begin, int64_t end, float* mean);
+
+// Fills query_panels and query_seen. Needs nothing.
+void PoolQueries(const HeadCall& call);
+
+// Scores of 32 pooled blocks of query rows against all pooled keys that some of them sees, a chunk at a time. Needs
+// PoolQueries and key_means.
+template <typename Body>
+void ForPooledScores(const HeadCall& call, int64_t panel, const Body& body) {
+  const LineScratch& t = call.scratch;
+  const int64_t depth = call.p.head_dim, last = std::min((panel + 1) * kPanelRows, call.query_blocks()) - 1;
+  const int64_t most = t.query_seen[last];
+  for (int64_t first = 0; first < most; first += kChunkKeys) {
+    const ScoreChunk chunk{t.query_panels + panel * kPanelRows * depth,
+                           t.key_means + first * depth,
+                           t.query_seen + panel * kPanelRows,
+                           depth,
+                           first,
+                           std::min<int64_t>(kChunkKeys, most - first),
+                           kPanelRows,
+                           t.scores};
+    call.kernels.score(chunk);
+    body(chunk);
+  }
+}
+
+// Puts the `count` best of n values first, equal ones by index: ranks[i] for i < count, in no order, are their indices.
+// Those below `forced` come before all others; NaN and -inf are never among them. Returns how many there are.
+int64_t Best(const float* values, int64_t stride, int64_t n, int64_t forced, int64_t count, uint64_t* ranks);
+
+void ChooseFlexPrefill(const HeadCall& call);
+void ChooseMInference(const HeadCall& call);
+
+} // namespace flashprefill::cpu
+
+#endif // FLASHPREFILL_CPU_LINES_H_

@@ -1,0 +1,52 @@
+// Policies that look at a few of a head's last query rows, or at pooled blocks of all of them, and choose for the whole
+// head at once: FlexPrefill and MInference. What a tile keeps follows from what its head chose, so a choice here is a
+// set over columns, diagonals or (block of queries, block of keys), not over a tile's blocks.
+#ifndef FLASHPREFILL_REFERENCE_LINES_H_
+#define FLASHPREFILL_REFERENCE_LINES_H_
+
+#include <vector>
+
+#include "reference/reference.h"
+
+namespace flashprefill::reference {
+
+// The softmax of the last `rows` query rows over all keys that they see, averaged over the rows: by key, and by how far
+// the key lies behind the row. Both sum to 1 where every row has a finite score.
+struct LineSums {
+  std::vector<double> column, diagonal; // [k_len]: by key; by distance
+};
+LineSums SumLines(const HeadView& head, int64_t rows);
+
+// Softmax logits of pooled blocks: element (r, c) is softmax_scale times the mean of query rows [r B, (r + 1) B) times
+// the mean of key block c, both means of as many tokens as there are. -inf where no row of r sees a token of c, and
+// where the product is not finite.
+Matrix PooledLogits(const HeadView& head, const Matrix& key_means);
+
+// Blocks of query rows that a tile overlaps: [first, last].
+struct QueryBlocks {
+  int64_t first, last;
+  QueryBlocks(const Geometry& g, const Tile& tile)
+      : first(tile.begin / g.block_size), last((tile.end - 1) / g.block_size) {}
+};
+
+// A set, and how far it is decided: what is in it however scores are off by their tolerance, and what may be in it.
+struct Chosen {
+  std::vector<uint8_t> kept, least, most;
+  explicit Chosen(size_t n) : kept(n), least(n), most(n) {}
+};
+
+// How many to take: the number, and between which numbers it lies.
+struct Count {
+  int64_t is, least, most;
+};
+
+// The count largest values, equal ones by index. Values are known to within the relative error `tolerance`, and below
+// 1e-35 not at all: fp32 ends there. -inf is never chosen, +inf always ranks first.
+Chosen Largest(const std::vector<double>& values, const Count& count, double tolerance);
+
+// Scores of tokens themselves, no means among them: what fp32 arithmetic can be off by.
+constexpr double kLineTolerance = 2e-4;
+
+} // namespace flashprefill::reference
+
+#endif // FLASHPREFILL_REFERENCE_LINES_H_

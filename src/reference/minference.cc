@@ -1,0 +1,145 @@
+// MInference (arXiv 2407.02490): each head follows its own pattern, with numbers from a table. Choices of tokens are
+// rounded out to the blocks that hold them.
+//
+//   vertical and slash: the softmax of the last min(64, Lq) query rows over all keys, by column and by distance; the
+//       first 30 columns and the nearest 100 distances rank before all; the max(a, 30) best columns are kept, and the
+//       max(b, 50) best distances
+//   A-shape: the first a tokens, and of each row the nearest b
+//   block-sparse: for each block of query rows the a best blocks by pooled score, its diagonal among them
+//
+// Blocks of queries are counted from the sequence's first query row, and a tile keeps what each of those that it
+// overlaps would keep.
+#include "core/minference.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "reference/lines.h"
+
+namespace flashprefill::reference {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+Count Exactly(int64_t count) { return {count, count, count}; }
+
+class VerticalSlash : public HeadSelector {
+ public:
+  VerticalSlash(const HeadView& head, int64_t a, int64_t b)
+      : VerticalSlash(head, a, b, SumLines(head, kMInferenceRows)) {}
+
+  TileChoice Choose(const Tile& tile) const override {
+    TileChoice choice;
+    choice.energy.resize(static_cast<size_t>(tile.visible));
+    choice.scored.assign(static_cast<size_t>(tile.visible), 1);
+    for (int64_t b = 0; b < tile.visible; ++b) {
+      choice.kept.push_back(Keeps(&Chosen::kept, tile, b));
+      choice.open.push_back(Keeps(&Chosen::most, tile, b) && !Keeps(&Chosen::least, tile, b));
+    }
+    return choice;
+  }
+
+ private:
+  VerticalSlash(const HeadView& head, int64_t a, int64_t b, LineSums sums)
+      : head_(head),
+        columns_(Best(sums.column, kMInferenceColumns, std::max(a, kMInferenceColumns))),
+        distances_(Best(sums.diagonal, kMInferenceDistances, std::max(b, kMInferenceLeastDistances))) {}
+
+  static Chosen Best(std::vector<double>& sums, int64_t forced, int64_t count) {
+    std::fill_n(sums.begin(), std::min(forced, static_cast<int64_t>(sums.size())), kInfinity);
+    return Largest(sums, Exactly(count), kLineTolerance);
+  }
+
+  // Whether a column lies in the block, or a diagonal crosses it on its way through the tile.
+  bool Keeps(std::vector<uint8_t> Chosen::*level, const Tile& tile, int64_t block) const {
+    const int64_t begin = block * head_.geometry.block_size;
+    const int64_t end = begin + head_.geometry.BlockKeys(head_.sequence, block);
+    for (int64_t t = begin; t < end; ++t) {
+      if ((columns_.*level)[t]) return true;
+    }
+    const int64_t first = head_.sequence.prefix + tile.begin, last = head_.sequence.prefix + tile.end - 1;
+    for (int64_t d = std::max<int64_t>(0, first - (end - 1)); d <= last - begin; ++d) {
+      if ((distances_.*level)[d]) return true;
+    }
+    return false;
+  }
+
+  HeadView head_;
+  Chosen columns_, distances_;
+};
+
+class AShape : public HeadSelector {
+ public:
+  AShape(const HeadView& head, int64_t first, int64_t nearest) : head_(head), first_(first), nearest_(nearest) {}
+
+  TileChoice Choose(const Tile& tile) const override {
+    TileChoice choice;
+    choice.energy.resize(static_cast<size_t>(tile.visible));
+    choice.scored.assign(static_cast<size_t>(tile.visible), 1);
+    choice.open.resize(static_cast<size_t>(tile.visible));
+    const int64_t size = head_.geometry.block_size, position = head_.sequence.prefix + tile.begin;
+    for (int64_t b = 0; b < tile.visible; ++b) {
+      choice.kept.push_back(b * size < first_ || (b + 1) * size > position - nearest_ + 1);
+    }
+    return choice;
+  }
+
+ private:
+  HeadView head_;
+  int64_t first_, nearest_;
+};
+
+class BlockSparse : public HeadSelector {
+ public:
+  BlockSparse(const HeadView& head, int64_t count) : head_(head) {
+    const Matrix means = BlockMeans(head.geometry, head.sequence, head.keys, head.problem.k.dtype);
+    const Matrix logits = PooledLogits(head, means);
+    const double tolerance = ScoreTolerance(head.problem);
+    for (int64_t r = 0; r < logits.rows; ++r) {
+      std::vector<double> energy(logits[r], logits[r] + logits.columns);
+      const double largest = *std::max_element(energy.begin(), energy.end());
+      // Ranks are those of the logits; as energies their tolerance is what it is everywhere.
+      for (double& z : energy) z = z == -kInfinity ? z : std::max(std::exp(z - largest), 1e-300);
+      rows_.push_back(Largest(energy, Exactly(count), tolerance));
+    }
+  }
+
+  TileChoice Choose(const Tile& tile) const override {
+    TileChoice choice;
+    choice.energy.resize(static_cast<size_t>(tile.visible));
+    choice.scored.assign(static_cast<size_t>(tile.visible), 1);
+    choice.kept.resize(static_cast<size_t>(tile.visible));
+    choice.open.resize(static_cast<size_t>(tile.visible));
+    const QueryBlocks rows(head_.geometry, tile);
+    for (int64_t b = 0; b < tile.visible; ++b) {
+      bool least = false, most = false;
+      for (int64_t r = rows.first; r <= rows.last; ++r) {
+        choice.kept[b] |= rows_[r].kept[b];
+        least |= rows_[r].least[b];
+        most |= rows_[r].most[b];
+      }
+      choice.open[b] = most && !least;
+    }
+    return choice;
+  }
+
+ private:
+  HeadView head_;
+  std::vector<Chosen> rows_;
+};
+
+} // namespace
+
+std::unique_ptr<HeadSelector> MakeMInference(const HeadView& head) {
+  const fp_minference_head own = MInferenceHead(reinterpret_cast<const fp_minference&>(head.policy), head.first_head);
+  switch (own.pattern) {
+    case FP_A_SHAPE:
+      return std::make_unique<AShape>(head, own.a, own.b);
+    case FP_BLOCK_SPARSE:
+      return std::make_unique<BlockSparse>(head, own.a);
+    default:
+      return std::make_unique<VerticalSlash>(head, own.a, own.b);
+  }
+}
+
+} // namespace flashprefill::reference

@@ -21,8 +21,12 @@ checked when it is made. A policy counts in *blocks* of ``block_size`` keys. The
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import refuse, refuse_type
@@ -107,6 +111,11 @@ class Policy:
         """Return a field as the spec has it: a number, or rows of integers, "1:2:3,4:5:6"."""
         return f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Policy:
+        """Make a policy of a mapping of options, which may name fields as the method's own code does."""
+        return cls(**options)
+
     @property
     def corrects(self) -> bool:
         """Whether blocks left out count by their means."""
@@ -160,6 +169,46 @@ class Streaming(Policy):
 
     def __post_init__(self) -> None:
         self._seal()
+
+    @classmethod
+    def a_shape(
+        cls, n_init: int = 128, n_local: int = 3968, *, block_size: int = 128, **fields: Any
+    ) -> Streaming:
+        """Return A-shape, in tokens rounded out to blocks: the first n_init keys and each row's nearest.
+
+        The defaults are MInference's (arXiv 2407.02490).
+        """
+        first, nearest = (
+            _integer("n_init", n_init, 0, _MAX_TOKENS),
+            _integer("n_local", n_local, 1, _MAX_TOKENS),
+        )
+        size = _integer("block_size", block_size, 16, 1024)
+        # A row at the beginning of a block sees n_local - 1 keys before itself.
+        window = -(-(nearest - 1) // size) + 1
+        forced = {"sink_blocks": -(-first // size), "window_blocks": window, "dense_tail_blocks": 0}
+        return cls(**{**forced, "block_size": size, **fields})
+
+    @classmethod
+    def tri_shape(
+        cls,
+        n_init: int = 128,
+        n_local: int = 3968,
+        n_last: int = 100,
+        *,
+        block_size: int = 128,
+        **fields: Any,
+    ) -> Streaming:
+        """Return A-shape whose last n_last rows see everything, rounded out to tiles.
+
+        The defaults are MInference's; its second benchmark is where Tri-shape comes from (SCBench, arXiv
+        2412.10319). Rows that end a prompt may begin in the middle of a tile, so that there is one tile more
+        than they fill.
+        """
+        rows = _integer("n_last", n_last, 0, _MAX_TOKENS)
+        size = _integer("block_size", block_size, 16, 1024)
+        tiles = -(-(rows - 1) // 128) + 1 if rows else 0
+        tail = {"dense_tail_blocks": -(-tiles * 128 // size)}
+        return cls.a_shape(n_init, n_local, block_size=size, **{**tail, **fields})
 
 
 @dataclass(frozen=True)
@@ -323,6 +372,27 @@ class FlexPrefill(Policy):
             refuse("cover", repr(self.cover), "one of " + ", ".join(map(repr, _COVERS)))
         self._seal(gamma=gamma, tau=tau, min_budget=least, max_budget=most)
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> FlexPrefill:
+        """Make a policy of FlexPrefill's own options, "flex_prefill_gamma" and so on, or of fields."""
+        return cls(**{name.removeprefix("flex_prefill_"): value for name, value in options.items()})
+
+    @classmethod
+    def for_model(cls, name: str, **changes: Any) -> FlexPrefill:
+        """Return the policy that the authors' scripts use for a family of models.
+
+        Args:
+            name: "llama-3.1", "glm-4", "qwen2" or "yi-9b-200k".
+            **changes: other fields of the policy.
+
+        Raises:
+            ValueError: the name is not known; the message lists those that are.
+        """
+        gamma = _GAMMAS.get(str(name).lower())
+        if gamma is None:
+            refuse("name", repr(name), "one of " + ", ".join(sorted(_GAMMAS)))
+        return cls(**{"gamma": gamma, "tau": 0.1, "min_budget": 1024, **changes})
+
     def _spell(self, name: str, value: Any) -> str:
         if name == "cover":
             return f" cover={_COVERS.index(value)}"
@@ -374,6 +444,66 @@ class MInference(Policy):
             heads=heads,
         )
 
+    @classmethod
+    def from_config(
+        cls, config: Any, *, q_heads: int | None = None, ratio: float = 1.0, **fields: Any
+    ) -> dict[Any, MInference]:
+        """Read a table of heads as MInference ships them, into a policy for each layer.
+
+        Args:
+            config: a path to the JSON file, or what is in it: a list with an object a layer, from a head's
+                index to [pattern, a, b, score]. A head that is missing gets the authors' default,
+                ["vertical_and_slash", 1000, 6096].
+            q_heads: query heads of the model; the default is what the table's largest index says.
+            ratio: factor on every a and b of vertical and slash (the authors' minference_ratio).
+            **fields: other fields of the policies.
+
+        Returns:
+            A mapping from layer to policy, with the default for layers that the table has not: what
+            ``flashprefill.patch_model(model, mapping)`` takes.
+        """
+        if isinstance(config, (str, os.PathLike)):
+            config = json.loads(Path(config).read_text())
+        if not isinstance(config, list) or not all(isinstance(layer, Mapping) for layer in config):
+            refuse_type("config", repr(config)[:60], "a list with one object a layer, or a path to it")
+        if not ratio > 0.0:
+            refuse("ratio", ratio, "above 0")
+        if q_heads is None:
+            q_heads = 1 + max((int(head) for layer in config for head in layer), default=-1)
+        scaled: dict[Any, MInference] = {}
+        for number, layer in enumerate(config):
+            heads = [(_PATTERNS[0], 1000, 6096)] * q_heads
+            for head, entry in layer.items():
+                if not 0 <= int(head) < q_heads:
+                    refuse(f"config[{number}]'s head", head, f"from 0 to {q_heads - 1}")
+                pattern, a, b = _pattern(f"config[{number}][{head}]", tuple(entry)[:3])
+                heads[int(head)] = pattern, a, b
+            if ratio != 1.0:
+                heads = [
+                    (p, int(a * ratio), int(b * ratio)) if p == _PATTERNS[0] else (p, a, b)
+                    for p, a, b in heads
+                ]
+            scaled[number] = cls(heads=tuple(heads), **fields)
+        scaled["default"] = cls(**fields)
+        return scaled
+
+    @classmethod
+    def for_model(cls, name: str, **changes: Any) -> MInference:
+        """Return the policy of a model for which the authors publish one pair of numbers for all heads.
+
+        Args:
+            name: "llama-3.1-8b". Other models have tables of heads, which :meth:`from_config` reads, or the
+                default, ``MInference()``.
+            **changes: other fields of the policy.
+
+        Raises:
+            ValueError: the name is not known; the message lists those that are.
+        """
+        pair = _PAIRS.get(str(name).lower())
+        if pair is None:
+            refuse("name", repr(name), "one of " + ", ".join(sorted(_PAIRS)))
+        return cls(**{"vertical": pair[0], "slash": pair[1], **changes})
+
     def _spell(self, name: str, value: Any) -> str:
         if name != "heads":
             return super()._spell(name, value)
@@ -383,6 +513,8 @@ class MInference(Policy):
         return f" head_count={len(value)} heads={rows}"
 
 
+_GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  # FlexPrefill's scripts
+_PAIRS = {"llama-3.1-8b": (512, 2048)}  # MInference's second table for it has one pair
 _COVERS = ("first", "both")  # by fp_flex_cover
 _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from ..errors import refuse, refuse_type
-from ..policies import Policy
+from ..policies import Policy, Streaming
 from .attention import ATTRIBUTE, Layer
 from .fallback import supports_sdpa
 from .register import IMPLEMENTATION, register_transformers
@@ -32,12 +32,14 @@ class _Before:
 
 
 def policy_named(name: str, options: Mapping[str, Any] | None = None) -> Policy:
-    """Return the policy of that name ("flashprefill", "sketch", ...) with options as its fields."""
-    kinds = {kind.kind: kind for kind in Policy.__subclasses__()}
-    kind = kinds.get(name.lower().replace("-", "_"))
-    if kind is None:
-        refuse("policy", repr(name), "one of " + ", ".join(sorted(kinds)))
-    return kind(**(options or {}))
+    """Return the policy of that name ("flashprefill", "flex_prefill", ...) with options as its fields."""
+    makers: dict[str, Any] = {kind.kind: kind.from_options for kind in Policy.__subclasses__()}
+    makers["ashape"] = lambda options: Streaming.a_shape(**options)
+    makers["trishape"] = lambda options: Streaming.tri_shape(**options)
+    make = makers.get(name.lower().replace("-", "").replace("_", ""))
+    if make is None:
+        refuse("policy", repr(name), "one of " + ", ".join(sorted(makers)))
+    return make(options or {})  # type: ignore[no-any-return]
 
 
 def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | None:

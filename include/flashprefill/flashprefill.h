@@ -136,7 +136,12 @@ typedef enum fp_policy_kind {
   FP_FLASHPREFILL = 2,
   FP_SKETCH = 3,
   FP_FLEXPREFILL = 4,
-  FP_MINFERENCE = 5
+  FP_MINFERENCE = 5,
+  FP_XATTENTION = 8,
+  FP_RRATTENTION = 9,
+  FP_SPARGE_ATTN = 10,
+  FP_PRISM = 11,
+  FP_SAMPLE_ATTENTION = 12
 } fp_policy_kind;
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
@@ -227,6 +232,62 @@ typedef struct fp_minference {
   int32_t reserved;
   const fp_minference_head* heads; /* [head_count], host memory that lives until the call returns; or NULL */
 } fp_minference;
+
+/* XAttention, arXiv 2503.16428: queries and keys in cells of `stride` tokens, a pair of cells scored by the sum of its
+ * anti-diagonal, softmax over each row of cells, and blocks kept by descending mass until they hold `threshold` of the
+ * tile's; the forced blocks are counted first. Heads choose for themselves: share_heads must be 0. */
+typedef struct fp_xattention {
+  fp_policy common;
+  float threshold;              /* in [0, 1]; 0: the forced blocks alone */
+  float norm;                   /* scores are divided by stride * norm; above 0 */
+  int32_t stride;               /* tokens a cell: 4, 8, 16, 32, 64 or 128, and a divisor of block_size */
+  int32_t head_count;           /* q_heads, or 0: no list */
+  const float* head_thresholds; /* [head_count], in place of threshold; host memory that lives until the call returns;
+                                   or NULL */
+} fp_xattention;
+
+/* RRAttention, arXiv 2602.05853: as XAttention, but a row of the grid is one query, whose place in its cell moves on
+ * from head to head, and a key cell is its mean. The smallest set of blocks with `threshold` of the tile's mass is
+ * kept. share_heads must be 0. */
+typedef struct fp_rrattention {
+  fp_policy common;
+  float threshold; /* in (0, 1] */
+  int32_t stride;  /* as XAttention's */
+} fp_rrattention;
+
+/* SpargeAttn, arXiv 2502.18137, its first stage: blocks by the softmax of mean query times mean key, where the tokens
+ * of a block are alike. Key blocks of tokens that are not alike are kept; and so is everything for such a tile of
+ * queries. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
+typedef struct fp_sparge_attn {
+  fp_policy common;
+  float similarity; /* in [-1, 1]: tokens are alike where their mean cosine is above it */
+  float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
+  float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
+  int32_t reserved;
+} fp_sparge_attn;
+
+/* Prism, arXiv 2602.08426: mean query times mean key in two bands of rotary frequencies, each with a softmax of its
+ * own, and the union of what they keep. share_heads must be 0. */
+typedef struct fp_prism {
+  fp_policy common;
+  float mass;          /* in (0, 1]: the smallest set of blocks with this share of a band's probability */
+  int32_t rotary_dim;  /* the first so many dimensions are rotated; even, at most head_dim; 0: head_dim */
+  int32_t high_pairs;  /* rotary pairs of the high band, fastest first; 0: half of them */
+  int32_t low_pairs;   /* of the low band, slowest first, beside what is not rotated; 0: three quarters of them */
+  int32_t interleaved; /* 0: dimension i is paired with i + rotary_dim / 2; 1: 2i with 2i + 1 */
+  int32_t reserved;
+} fp_prism;
+
+/* SampleAttention, arXiv 2406.15486: the exact softmax of sampled query rows, summed by key block and by distance in
+ * blocks; the smallest sets of columns and of diagonals with `coverage` of the mass are kept, beside a window.
+ * share_heads must be 0. */
+typedef struct fp_sample_attention {
+  fp_policy common;
+  float coverage;      /* in (0, 1] */
+  float sample_ratio;  /* in (0, 1]: share of the query rows that are sampled */
+  float window_ratio;  /* in [0, 1]: tokens before a tile that are kept, as a share of the sequence's keys */
+  int32_t sample_rows; /* rows sampled at the end of each segment of about sample_rows / sample_ratio rows: 1 .. 128 */
+} fp_sample_attention;
 
 /* Fill a policy with its published defaults. policy points at the struct of that kind, size is its sizeof. */
 FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);

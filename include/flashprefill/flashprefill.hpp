@@ -90,6 +90,42 @@ struct MInference : fp_minference {
   }
 };
 
+// XAttention, arXiv 2503.16428: one threshold, or one for each query head.
+struct XAttention : fp_xattention {
+  XAttention() { Check(fp_policy_init(FP_XATTENTION, this, sizeof(fp_xattention))); }
+  // The list is read during calls, and stays the caller's.
+  XAttention& SetHeadThresholds(const std::vector<float>& list) {
+    head_thresholds = list.data();
+    head_count = static_cast<int32_t>(list.size());
+    return *this;
+  }
+};
+
+// RRAttention, arXiv 2602.05853.
+struct RRAttention : fp_rrattention {
+  RRAttention() { Check(fp_policy_init(FP_RRATTENTION, this, sizeof(fp_rrattention))); }
+};
+
+// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, .98) or, after KeepTop, by topk.
+struct SpargeAttn : fp_sparge_attn {
+  SpargeAttn() { Check(fp_policy_init(FP_SPARGE_ATTN, this, sizeof(fp_sparge_attn))); }
+  SpargeAttn& KeepTop(float share_of_blocks) {
+    topk = share_of_blocks;
+    cdf = std::numeric_limits<float>::quiet_NaN();
+    return *this;
+  }
+};
+
+// Prism, arXiv 2602.08426.
+struct Prism : fp_prism {
+  Prism() { Check(fp_policy_init(FP_PRISM, this, sizeof(fp_prism))); }
+};
+
+// SampleAttention, arXiv 2406.15486.
+struct SampleAttention : fp_sample_attention {
+  SampleAttention() { Check(fp_policy_init(FP_SAMPLE_ATTENTION, this, sizeof(fp_sample_attention))); }
+};
+
 // ---------------------------------------------------------------- problem
 
 struct Shape {

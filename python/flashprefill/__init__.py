@@ -28,7 +28,20 @@ from .errors import (
 )
 from .info import Backend, backends, library_path, library_version, thread_runtime
 from .mask import BlockMask
-from .policies import Dense, FlashPrefill, FlexPrefill, MInference, Policy, Sketch, Streaming
+from .policies import (
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    Policy,
+    Prism,
+    RRAttention,
+    SampleAttention,
+    Sketch,
+    SpargeAttn,
+    Streaming,
+    XAttention,
+)
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -53,11 +66,16 @@ __all__ = [
     "MInference",
     "OutOfMemoryError",
     "Policy",
+    "Prism",
+    "RRAttention",
+    "SampleAttention",
     "Sketch",
+    "SpargeAttn",
     "Stats",
     "Streaming",
     "Timings",
     "UnsupportedError",
+    "XAttention",
     "__version__",
     "attend",
     "backends",

@@ -36,6 +36,7 @@ F32, BF16, F16 = 0, 1, 2
 CPU, CUDA = 0, 1
 DENSE, STREAMING, FLASHPREFILL, SKETCH = 0, 1, 2, 3
 FLEXPREFILL, MINFERENCE = 4, 5
+XATTENTION, RRATTENTION, SPARGE_ATTN, PRISM, SAMPLE_ATTENTION = 8, 9, 10, 11, 12
 FALLBACK_NAMES = ("selected", "short", "dense")  # fp_fallback
 
 
@@ -171,6 +172,63 @@ class MInference(Structure):
         ("head_count", c_int32),
         ("reserved", c_int32),
         ("heads", POINTER(MInferenceHead)),
+    ]
+
+
+class XAttention(Structure):
+    """fp_xattention."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("threshold", c_float),
+        ("norm", c_float),
+        ("stride", c_int32),
+        ("head_count", c_int32),
+        ("head_thresholds", POINTER(c_float)),
+    ]
+
+
+class RRAttention(Structure):
+    """fp_rrattention."""
+
+    _fields_ = [("common", Policy), ("threshold", c_float), ("stride", c_int32)]
+
+
+class SpargeAttn(Structure):
+    """fp_sparge_attn."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("similarity", c_float),
+        ("cdf", c_float),
+        ("topk", c_float),
+        ("reserved", c_int32),
+    ]
+
+
+class Prism(Structure):
+    """fp_prism."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("mass", c_float),
+        ("rotary_dim", c_int32),
+        ("high_pairs", c_int32),
+        ("low_pairs", c_int32),
+        ("interleaved", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class SampleAttention(Structure):
+    """fp_sample_attention."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("coverage", c_float),
+        ("sample_ratio", c_float),
+        ("window_ratio", c_float),
+        ("sample_rows", c_int32),
     ]
 
 

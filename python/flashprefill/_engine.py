@@ -32,6 +32,11 @@ _STRUCTS: dict[str, tuple[int, Any]] = {
     "sketch": (_abi.SKETCH, _abi.Sketch),
     "flexprefill": (_abi.FLEXPREFILL, _abi.FlexPrefill),
     "minference": (_abi.MINFERENCE, _abi.MInference),
+    "xattention": (_abi.XATTENTION, _abi.XAttention),
+    "rrattention": (_abi.RRATTENTION, _abi.RRAttention),
+    "spargeattn": (_abi.SPARGE_ATTN, _abi.SpargeAttn),
+    "prism": (_abi.PRISM, _abi.Prism),
+    "sampleattention": (_abi.SAMPLE_ATTENTION, _abi.SampleAttention),
 }
 
 
@@ -80,7 +85,10 @@ def _policy(spec: str) -> Any:
             value, list
         ):  # rows of integers: a list of structs, which ctypes keeps alive with the policy
             row = dict(struct._fields_)[name]._type_
-            setattr(policy, name, (row * len(value))(*(row(*map(int, entry)) for entry in value)))
+            if row is ctypes.c_float:  # one row of thresholds
+                setattr(policy, name, (row * len(value[0]))(*value[0]))
+            else:
+                setattr(policy, name, (row * len(value))(*(row(*map(int, entry)) for entry in value)))
         else:
             setattr(common if name in shared else policy, name, value if name in floats else int(value))
     return policy

@@ -31,7 +31,20 @@ from typing import Any, ClassVar
 
 from .errors import refuse, refuse_type
 
-__all__ = ["Dense", "FlashPrefill", "FlexPrefill", "MInference", "Policy", "Sketch", "Streaming"]
+__all__ = [
+    "Dense",
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "Policy",
+    "Prism",
+    "RRAttention",
+    "SampleAttention",
+    "Sketch",
+    "SpargeAttn",
+    "Streaming",
+    "XAttention",
+]
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 _MAX_TOKENS = (1 << 31) - 1
@@ -528,6 +541,266 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
     return pattern, _integer(f"{name}'s a", a, 0, _MAX_TOKENS), _integer(f"{name}'s b", b, 0, _MAX_TOKENS)
 
 
+_STRIDES = (4, 8, 16, 32, 64, 128)
+
+
+def _share(name: str, value: Any, *, zero: bool = False) -> float:
+    number = _number(name, value)
+    if not (0.0 if zero else 1e-37) <= number <= 1.0:  # 1e-37: less would be 0 or subnormal in fp32
+        refuse(name, number, "at least 0 and at most 1" if zero else "above 0 and at most 1")
+    return number
+
+
+def _stride(stride: Any, block_size: Any) -> int:
+    number = _integer("stride", stride, 4, 128)
+    if number not in _STRIDES:
+        refuse("stride", number, "4, 8, 16, 32, 64 or 128")
+    if _integer("block_size", block_size, 16, 1024) % number:
+        refuse("stride", number, f"a divisor of block_size ({block_size})")
+    return number
+
+
+@dataclass(frozen=True)
+class XAttention(Policy):
+    """XAttention (arXiv 2503.16428): blocks by the sums of the anti-diagonals of a strided grid.
+
+    Queries and keys are cut into cells of ``stride`` tokens. A pair of cells is scored by the sum over its
+    anti-diagonal, each row of the grid becomes a softmax, and the masses of a tile's rows are summed by
+    block. A tile keeps its forced blocks (as published the first one and the diagonal) and, by descending
+    mass, as many others as it takes to hold ``threshold`` of its mass. See docs/methods/xattention.md.
+
+    Args:
+        threshold: share of the mass to keep, in [0, 1]; 0 keeps the forced blocks alone.
+        stride: tokens a cell, 4, 8, 16, 32, 64 or 128, and a divisor of ``block_size``; 8 and 16 are the
+            paper's.
+        norm: divides the scores, above 0; 1 in the paper.
+        head_thresholds: one threshold for each query head, in place of ``threshold``.
+        block_size: keys a block; 128 is the paper.
+        sink_blocks: blocks kept at the beginning, counted before the others.
+        window_blocks: blocks kept before and at the diagonal, counted before the others.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    threshold: float = 0.9
+    stride: int = 16
+    norm: float = 1.0
+    head_thresholds: tuple[float, ...] | None = None
+    block_size: int = 128
+    sink_blocks: int = 1
+    window_blocks: int = 1
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "xattention"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        norm = _number("norm", self.norm)
+        if not 1e-37 <= norm <= _MAX_FLOAT32:
+            refuse("norm", norm, "finite and above 0")
+        heads = self.head_thresholds
+        if heads is not None:
+            heads = tuple(_share(f"head_thresholds[{h}]", each, zero=True) for h, each in enumerate(heads))
+            if not heads:
+                refuse("head_thresholds", heads, "a threshold for each query head, or None")
+        self._seal(
+            threshold=_share("threshold", self.threshold, zero=True),
+            stride=_stride(self.stride, self.block_size),
+            norm=norm,
+            head_thresholds=heads,
+        )
+
+    def _spell(self, name: str, value: Any) -> str:
+        if name != "head_thresholds":
+            return super()._spell(name, value)
+        return (
+            "" if value is None else f" head_count={len(value)} head_thresholds=:{':'.join(map(str, value))}"
+        )
+
+
+@dataclass(frozen=True)
+class RRAttention(Policy):
+    """RRAttention (arXiv 2602.05853): a strided grid of single queries, whose place moves on from head to head.
+
+    As :class:`XAttention`, but a row of the grid is one query of its cell, another one in each head, and a
+    key cell is the mean of its keys. A tile keeps the smallest set of blocks that holds ``threshold`` of its
+    mass, and its forced blocks. See docs/methods/rrattention.md.
+
+    Args:
+        threshold: share of the mass to keep, in (0, 1]; the paper uses 0.95 and 0.9.
+        stride: tokens a cell, 4, 8, 16, 32, 64 or 128, and a divisor of ``block_size``; 8 is the paper's.
+        block_size: keys a block; 128 is the paper.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    threshold: float = 0.95
+    stride: int = 8
+    block_size: int = 128
+    sink_blocks: int = 1
+    window_blocks: int = 1
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "rrattention"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        self._seal(
+            threshold=_share("threshold", self.threshold), stride=_stride(self.stride, self.block_size)
+        )
+
+
+@dataclass(frozen=True)
+class SpargeAttn(Policy):
+    """SpargeAttn's first stage (arXiv 2502.18137): means stand for blocks whose tokens are alike.
+
+    Where the mean cosine of a block's tokens is above ``similarity``, the softmax of mean query times mean
+    key ranks the key blocks of a tile. Key blocks of other kinds are kept, and so is everything for a tile of
+    queries that are not alike. See docs/methods/spargeattn.md.
+
+    Args:
+        cdf: keep the top blocks whose probabilities sum up to at most this, at least one, in [0, 1]. 0.98
+            unless ``topk`` is given.
+        topk: keep the top floor(topk * all key blocks of the sequence), in [0, 1]. One of cdf and topk
+            decides.
+        similarity: mean cosine, in [-1, 1]; below 0 all blocks are alike. The authors use 0.6 with cdf, -0.1
+            with topk.
+        block_size: keys a block; 64 is the paper's.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    cdf: float | None = None
+    topk: float | None = None
+    similarity: float | None = None
+    block_size: int = 64
+    sink_blocks: int = 0
+    window_blocks: int = 0
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "spargeattn"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        cdf, topk = self.cdf, self.topk
+        if cdf is not None and topk is not None:
+            refuse("topk", topk, f"None where cdf is given ({cdf}): one of the two decides")
+        if topk is not None:
+            topk = _share("topk", topk, zero=True)
+        else:
+            cdf = _share("cdf", 0.98 if cdf is None else cdf, zero=True)
+        similarity = self.similarity
+        similarity = _number(
+            "similarity", (0.6 if topk is None else -0.1) if similarity is None else similarity
+        )
+        if not -1.0 <= similarity <= 1.0:
+            refuse("similarity", similarity, "at least -1 and at most 1")
+        self._seal(cdf=cdf, topk=topk, similarity=similarity)
+
+
+@dataclass(frozen=True)
+class Prism(Policy):
+    """Prism (arXiv 2602.08426): pooled scores in two bands of rotary frequencies.
+
+    A mean over a block averages out what rotates fast. So the fast and the slow dimensions are scored apart,
+    each with the temperature that its pooled energy calls for, and a tile keeps the union of the smallest
+    sets that hold ``mass`` of either softmax. See docs/methods/prism.md.
+
+    Args:
+        mass: share of a band's probability to keep, in (0, 1]; 0.95 in the paper.
+        rotary_dim: dimensions that are rotated, the first ones; 0 is head_dim.
+        high_pairs: rotary pairs in the high band, fastest first; 0 is half of them (the paper: 32 of 64).
+        low_pairs: rotary pairs in the low band, slowest first; 0 is three quarters of them (the paper: 48 of
+            64). Dimensions that are not rotated belong to the low band.
+        interleaved: False: dimension i is paired with i + rotary_dim / 2 (Llama, Qwen in Transformers); True:
+            2i with 2i + 1.
+        block_size: keys a block; 128 is the paper's.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    mass: float = 0.95
+    rotary_dim: int = 0
+    high_pairs: int = 0
+    low_pairs: int = 0
+    interleaved: bool = False
+    block_size: int = 128
+    sink_blocks: int = 1
+    window_blocks: int = 2
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "prism"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        rotary = _integer("rotary_dim", self.rotary_dim, 0, 512)
+        if rotary % 2:
+            refuse("rotary_dim", rotary, "even")
+        if not isinstance(self.interleaved, bool):
+            refuse_type("interleaved", repr(self.interleaved), "True or False")
+        self._seal(
+            mass=_share("mass", self.mass),
+            rotary_dim=rotary,
+            high_pairs=_integer("high_pairs", self.high_pairs, 0, 256),
+            low_pairs=_integer("low_pairs", self.low_pairs, 0, 256),
+        )
+
+
+@dataclass(frozen=True)
+class SampleAttention(Policy):
+    """SampleAttention (arXiv 2406.15486): columns and diagonals of blocks by the softmax of sampled rows.
+
+    Some query rows at the end of each segment of the prompt attend to all keys exactly. Their mass, summed by
+    key block and by distance in blocks, decides which columns and diagonals all tiles of the head keep,
+    beside a window. See docs/methods/sampleattention.md.
+
+    Args:
+        coverage: share of the sampled mass that columns, and diagonals, hold each, in (0, 1]; 0.95 in the
+            paper.
+        sample_ratio: share of the query rows that are sampled, in (0, 1]; 0.05 in the paper.
+        window_ratio: tokens before a tile that are kept, as a share of the sequence's keys, in [0, 1]; 0.08
+            in the paper.
+        sample_rows: rows sampled at the end of each segment of about sample_rows / sample_ratio rows, 1 to
+            128.
+        block_size: keys a block; 128 is the paper's.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal, beside ``window_ratio``.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    coverage: float = 0.95
+    sample_ratio: float = 0.05
+    window_ratio: float = 0.08
+    sample_rows: int = 32
+    block_size: int = 128
+    sink_blocks: int = 1
+    window_blocks: int = 1
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "sampleattention"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        self._seal(
+            coverage=_share("coverage", self.coverage),
+            sample_ratio=_share("sample_ratio", self.sample_ratio),
+            window_ratio=_share("window_ratio", self.window_ratio, zero=True),
+            sample_rows=_integer("sample_rows", self.sample_rows, 1, 128),
+        )
+
+
 def numbers_of(spec: str) -> tuple[str, dict[str, float | list[list[float]]]]:
     """Read a policy's spec back: its kind and its fields, None as NaN, rows of integers as lists."""
     kind, *parts = spec.split()
@@ -535,7 +808,7 @@ def numbers_of(spec: str) -> tuple[str, dict[str, float | list[list[float]]]]:
     for part in parts:
         name, value = part.split("=")
         if ":" in value:
-            fields[name] = [[float(x) for x in row.split(":")] for row in value.split(",")]
+            fields[name] = [[float(x) for x in row.split(":") if x] for row in value.split(",")]
         else:
             fields[name] = math.nan if value == "nan" else float(value)
     return kind, fields

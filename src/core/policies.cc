@@ -29,6 +29,13 @@ fp_policy Unforced(fp_policy common, int32_t block_size = 128) {
   return common;
 }
 
+fp_policy WithSink(fp_policy common, int32_t window_blocks) {
+  common = Unforced(common);
+  common.sink_blocks = 1;
+  common.window_blocks = window_blocks;
+  return common;
+}
+
 } // namespace
 
 size_t PolicySize(int32_t kind) {
@@ -45,6 +52,16 @@ size_t PolicySize(int32_t kind) {
       return sizeof(fp_flexprefill);
     case FP_MINFERENCE:
       return sizeof(fp_minference);
+    case FP_XATTENTION:
+      return sizeof(fp_xattention);
+    case FP_RRATTENTION:
+      return sizeof(fp_rrattention);
+    case FP_SPARGE_ATTN:
+      return sizeof(fp_sparge_attn);
+    case FP_PRISM:
+      return sizeof(fp_prism);
+    case FP_SAMPLE_ATTENTION:
+      return sizeof(fp_sample_attention);
     default:
       return 0;
   }
@@ -88,6 +105,40 @@ void InitPolicy(int32_t kind, void* policy) {
                                  .head_count = 0,
                                  .reserved = 0,
                                  .heads = nullptr};
+      return;
+    case FP_XATTENTION: // the paper's S = 16; its mandatory blocks are the first one and the diagonal
+      new (policy) fp_xattention{.common = WithSink(common, 1),
+                                 .threshold = 0.9f,
+                                 .norm = 1,
+                                 .stride = 16,
+                                 .head_count = 0,
+                                 .head_thresholds = nullptr};
+      return;
+    case FP_RRATTENTION: // the more careful of its two settings; keep_sink and keep_recent
+      new (policy) fp_rrattention{.common = WithSink(common, 1), .threshold = 0.95f, .stride = 8};
+      return;
+    case FP_SPARGE_ATTN: // its cdf interface; its kernels take blocks of 64 keys
+      new (policy) fp_sparge_attn{.common = Unforced(common, 64),
+                                  .similarity = 0.6f,
+                                  .cdf = 0.98f,
+                                  .topk = std::numeric_limits<float>::quiet_NaN(),
+                                  .reserved = 0};
+      return;
+    case FP_PRISM: // sink and recent blocks are forced; how many, we chose
+      new (policy) fp_prism{.common = WithSink(common, 2),
+                            .mass = 0.95f,
+                            .rotary_dim = 0,
+                            .high_pairs = 0,
+                            .low_pairs = 0,
+                            .interleaved = 0,
+                            .reserved = 0};
+      return;
+    case FP_SAMPLE_ATTENTION: // the paper's alpha, row ratio and window; rows a segment we chose
+      new (policy) fp_sample_attention{.common = WithSink(common, 1),
+                                       .coverage = 0.95f,
+                                       .sample_ratio = 0.05f,
+                                       .window_ratio = 0.08f,
+                                       .sample_rows = 32};
       return;
     default:
       return;

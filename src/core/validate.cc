@@ -149,6 +149,67 @@ void CheckMInference(const fp_minference& m, const Problem& p) {
   }
 }
 
+void CheckShare(const std::string& name, float value, bool zero_too) {
+  if (!(value >= 0 && value <= 1) || (!zero_too && value == 0)) {
+    Refuse(name, value, zero_too ? "at least 0 and at most 1" : "above 0 and at most 1");
+  }
+}
+
+void CheckStride(int32_t stride, int32_t block_size) {
+  if (stride < 4 || stride > kTileRows || (stride & (stride - 1)) != 0) {
+    Refuse("stride", stride, "4, 8, 16, 32, 64 or 128");
+  }
+  if (block_size % stride != 0) {
+    Refuse("stride", stride, "a divisor of block_size (" + std::to_string(block_size) + ")");
+  }
+}
+
+void CheckXAttention(const fp_xattention& x, const Problem& p) {
+  CheckShare("threshold", x.threshold, true);
+  if (!(x.norm > 0) || !std::isfinite(x.norm)) Refuse("norm", x.norm, "finite and above 0");
+  CheckStride(x.stride, x.common.block_size);
+  if (x.head_count != 0 && x.head_count != p.q_heads) {
+    Refuse("head_count", x.head_count, "the problem's q_heads (" + std::to_string(p.q_heads) + "), or 0: no list");
+  }
+  if (x.head_count > 0 && !x.head_thresholds) {
+    Refuse("head_thresholds", "NULL", "the address of the thresholds of all heads");
+  }
+  for (int h = 0; h < x.head_count; ++h) {
+    CheckShare("head_thresholds[" + std::to_string(h) + "]", x.head_thresholds[h], true);
+  }
+}
+
+void CheckRRAttention(const fp_rrattention& r) {
+  CheckShare("threshold", r.threshold, false);
+  CheckStride(r.stride, r.common.block_size);
+}
+
+void CheckSpargeAttn(const fp_sparge_attn& s) {
+  if (!(s.similarity >= -1 && s.similarity <= 1)) Refuse("similarity", s.similarity, "at least -1 and at most 1");
+  if (std::isnan(s.cdf) == std::isnan(s.topk)) {
+    Refuse("cdf", s.cdf, "given where topk is not, and NaN where topk is given: one of the two decides");
+  }
+  if (!std::isnan(s.cdf)) CheckShare("cdf", s.cdf, true);
+  if (!std::isnan(s.topk)) CheckShare("topk", s.topk, true);
+}
+
+void CheckPrism(const fp_prism& f, const Problem& p) {
+  CheckShare("mass", f.mass, false);
+  CheckRange("rotary_dim", f.rotary_dim, 0, p.head_dim);
+  if (f.rotary_dim % 2 != 0) Refuse("rotary_dim", f.rotary_dim, "even");
+  const int32_t pairs = (f.rotary_dim > 0 ? f.rotary_dim : p.head_dim) / 2;
+  CheckRange("high_pairs", f.high_pairs, 0, pairs);
+  CheckRange("low_pairs", f.low_pairs, 0, pairs);
+  CheckFlag("interleaved", f.interleaved);
+}
+
+void CheckSampleAttention(const fp_sample_attention& s) {
+  CheckShare("coverage", s.coverage, false);
+  CheckShare("sample_ratio", s.sample_ratio, false);
+  CheckShare("window_ratio", s.window_ratio, true);
+  CheckRange("sample_rows", s.sample_rows, 1, kTileRows);
+}
+
 } // namespace
 
 void ValidateProblem(const Problem* problem) {
@@ -247,6 +308,21 @@ void ValidatePolicy(const Policy* policy, const Problem& p) {
   } else if (policy->kind == FP_MINFERENCE) {
     CheckOwnHeads(*policy);
     CheckMInference(*reinterpret_cast<const fp_minference*>(policy), p);
+  } else if (policy->kind == FP_XATTENTION) {
+    CheckOwnHeads(*policy);
+    CheckXAttention(*reinterpret_cast<const fp_xattention*>(policy), p);
+  } else if (policy->kind == FP_RRATTENTION) {
+    CheckOwnHeads(*policy);
+    CheckRRAttention(*reinterpret_cast<const fp_rrattention*>(policy));
+  } else if (policy->kind == FP_SPARGE_ATTN) {
+    CheckOwnHeads(*policy);
+    CheckSpargeAttn(*reinterpret_cast<const fp_sparge_attn*>(policy));
+  } else if (policy->kind == FP_PRISM) {
+    CheckOwnHeads(*policy);
+    CheckPrism(*reinterpret_cast<const fp_prism*>(policy), p);
+  } else if (policy->kind == FP_SAMPLE_ATTENTION) {
+    CheckOwnHeads(*policy);
+    CheckSampleAttention(*reinterpret_cast<const fp_sample_attention*>(policy));
   }
 }
 

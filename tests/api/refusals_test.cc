@@ -22,6 +22,11 @@ union AnyPolicy {
   fp_sketch sketch;
   fp_flexprefill flex;
   fp_minference minference;
+  fp_xattention xattention;
+  fp_rrattention rrattention;
+  fp_sparge_attn sparge;
+  fp_prism prism;
+  fp_sample_attention sample;
 };
 
 // A call that is right; each case breaks one thing of it.
@@ -82,6 +87,7 @@ struct Call {
   }
   void MakeFlexPrefill() { fp_policy_init(FP_FLEXPREFILL, &policy, sizeof policy); }
   void MakeMInference() { fp_policy_init(FP_MINFERENCE, &policy, sizeof policy); }
+  void Make(int32_t kind) { fp_policy_init(kind, &policy, sizeof policy); }
   void MakeSketch() { fp_policy_init(FP_SKETCH, &policy, sizeof policy); }
 
   fp_status Prefill() {
@@ -242,6 +248,79 @@ const std::vector<Refusal>& Refusals() {
        {"heads[1].pattern is 7", "0 to 2"}},
       {"minference_shared",
        [](Call& c) { c.MakeMInference(), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
+      {"xattention_threshold",
+       [](Call& c) { c.Make(FP_XATTENTION), c.policy.xattention.threshold = 1.5f; },
+       {"threshold is 1.5", "at most 1"}},
+      {"xattention_norm", [](Call& c) { c.Make(FP_XATTENTION), c.policy.xattention.norm = 0; }, {"norm is 0"}},
+      {"xattention_stride",
+       [](Call& c) { c.Make(FP_XATTENTION), c.policy.xattention.stride = 12; },
+       {"stride is 12", "4, 8, 16"}},
+      {"xattention_stride_of_block",
+       [](Call& c) { c.Make(FP_XATTENTION), c.policy.common.block_size = 48, c.policy.xattention.stride = 32; },
+       {"stride is 32", "divisor of block_size (48)"}},
+      {"xattention_count",
+       [](Call& c) { c.Make(FP_XATTENTION), c.policy.xattention.head_count = 99; },
+       {"head_count is 99", "q_heads"}},
+      {"xattention_list",
+       [](Call& c) { c.Make(FP_XATTENTION), c.policy.xattention.head_count = c.problem.q_heads; },
+       {"head_thresholds is NULL"}},
+      {"xattention_list_value",
+       [](Call& c) {
+         static const float thresholds[64] = {0.5f, -1};
+         c.Make(FP_XATTENTION);
+         c.policy.xattention.head_count = c.problem.q_heads;
+         c.policy.xattention.head_thresholds = thresholds;
+       },
+       {"head_thresholds[1] is -1"}},
+      {"xattention_shared",
+       [](Call& c) { c.Make(FP_XATTENTION), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
+      {"rrattention_threshold",
+       [](Call& c) { c.Make(FP_RRATTENTION), c.policy.rrattention.threshold = 0; },
+       {"threshold is 0", "above 0"}},
+      {"rrattention_stride",
+       [](Call& c) { c.Make(FP_RRATTENTION), c.policy.rrattention.stride = 256; },
+       {"stride is 256"}},
+      {"rrattention_shared",
+       [](Call& c) { c.Make(FP_RRATTENTION), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
+      {"sparge_similarity",
+       [](Call& c) { c.Make(FP_SPARGE_ATTN), c.policy.sparge.similarity = kNan; },
+       {"similarity is nan", "at least -1"}},
+      {"sparge_both",
+       [](Call& c) { c.Make(FP_SPARGE_ATTN), c.policy.sparge.topk = 0.5f; },
+       {"cdf is 0.98", "one of the two"}},
+      {"sparge_cdf", [](Call& c) { c.Make(FP_SPARGE_ATTN), c.policy.sparge.cdf = 2; }, {"cdf is 2", "at most 1"}},
+      {"sparge_topk",
+       [](Call& c) { c.Make(FP_SPARGE_ATTN), c.policy.sparge.cdf = kNan, c.policy.sparge.topk = -1; },
+       {"topk is -1", "at least 0"}},
+      {"sparge_shared",
+       [](Call& c) { c.Make(FP_SPARGE_ATTN), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
+      {"prism_mass", [](Call& c) { c.Make(FP_PRISM), c.policy.prism.mass = 0; }, {"mass is 0", "above 0"}},
+      {"prism_rotary", [](Call& c) { c.Make(FP_PRISM), c.policy.prism.rotary_dim = 3; }, {"rotary_dim is 3", "even"}},
+      {"prism_rotary_large", [](Call& c) { c.Make(FP_PRISM), c.policy.prism.rotary_dim = 600; }, {"rotary_dim is 600"}},
+      {"prism_high", [](Call& c) { c.Make(FP_PRISM), c.policy.prism.high_pairs = 300; }, {"high_pairs is 300"}},
+      {"prism_low", [](Call& c) { c.Make(FP_PRISM), c.policy.prism.low_pairs = -1; }, {"low_pairs is -1"}},
+      {"prism_interleaved", [](Call& c) { c.Make(FP_PRISM), c.policy.prism.interleaved = 2; }, {"interleaved is 2"}},
+      {"prism_shared",
+       [](Call& c) { c.Make(FP_PRISM), c.policy.common.share_heads = 1; },
+       {"share_heads is 1", "list of its own"}},
+      {"sample_coverage",
+       [](Call& c) { c.Make(FP_SAMPLE_ATTENTION), c.policy.sample.coverage = 0; },
+       {"coverage is 0", "above 0"}},
+      {"sample_ratio",
+       [](Call& c) { c.Make(FP_SAMPLE_ATTENTION), c.policy.sample.sample_ratio = kInf; },
+       {"sample_ratio is inf"}},
+      {"sample_window",
+       [](Call& c) { c.Make(FP_SAMPLE_ATTENTION), c.policy.sample.window_ratio = -0.5f; },
+       {"window_ratio is -0.5"}},
+      {"sample_rows",
+       [](Call& c) { c.Make(FP_SAMPLE_ATTENTION), c.policy.sample.sample_rows = 129; },
+       {"sample_rows is 129", "1 to 128"}},
+      {"sample_shared",
+       [](Call& c) { c.Make(FP_SAMPLE_ATTENTION), c.policy.common.share_heads = 1; },
        {"share_heads is 1", "list of its own"}},
       {"exec_size", [](Call& c) { c.exec.struct_size = 1; }, {"exec.struct_size is 1"}},
       {"threads", [](Call& c) { c.exec.threads = -1; }, {"exec.threads is -1"}},

@@ -77,12 +77,20 @@ union AnyPolicy {
   fp_sketch sketch;
   fp_flexprefill flex;
   fp_minference minference;
+  fp_xattention xattention;
+  fp_rrattention rrattention;
+  fp_sparge_attn sparge;
+  fp_prism prism;
+  fp_sample_attention sample;
 };
 
 const fp_minference_head kHeads[16] = {{FP_A_SHAPE, 20, 30}, {FP_BLOCK_SPARSE, 2, 0}, {FP_VERTICAL_SLASH, 5, 7}};
 
+const float kThresholds[16] = {0.5f, 0, 1, 0.9f};
+
 void FillPolicy(Bytes& in, AnyPolicy& policy) {
-  const int kind = in.Upto(5);
+  constexpr int kKinds[] = {0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12};
+  const int kind = kKinds[in.Upto(10)];
   if (fp_policy_init(kind, &policy, sizeof policy) != FP_OK) std::abort();
   policy.common.kind = in.Mostly(policy.common.kind);
   policy.common.struct_size = in.Mostly(policy.common.struct_size);
@@ -113,9 +121,37 @@ void FillPolicy(Bytes& in, AnyPolicy& policy) {
     policy.minference.slash = in.Mostly(in.Upto(40));
     policy.minference.head_count = in.Mostly(in.Upto(3));
     policy.minference.heads = kHeads;
+  } else if (kind == FP_XATTENTION) {
+    policy.xattention.threshold = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
+    policy.xattention.norm = in.Mostly(static_cast<float>(1 + in.Upto(10)) / 10);
+    policy.xattention.stride = in.Mostly(4 << in.Upto(3));
+    policy.xattention.head_count = in.Mostly(in.Upto(3));
+    policy.xattention.head_thresholds = kThresholds;
+  } else if (kind == FP_RRATTENTION) {
+    policy.rrattention.threshold = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
+    policy.rrattention.stride = in.Mostly(4 << in.Upto(3));
+  } else if (kind == FP_SPARGE_ATTN) {
+    policy.sparge.similarity = in.Mostly(static_cast<float>(in.Upto(10)) / 5 - 1);
+    if (in.OneIn(2)) {
+      policy.sparge.cdf = std::numeric_limits<float>::quiet_NaN();
+      policy.sparge.topk = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
+    }
+  } else if (kind == FP_PRISM) {
+    policy.prism.mass = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
+    policy.prism.rotary_dim = in.Mostly(2 * in.Upto(4));
+    policy.prism.high_pairs = in.Mostly(in.Upto(3));
+    policy.prism.low_pairs = in.Mostly(in.Upto(3));
+    policy.prism.interleaved = in.Mostly(in.Upto(1));
+  } else if (kind == FP_SAMPLE_ATTENTION) {
+    policy.sample.coverage = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
+    policy.sample.sample_ratio = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
+    policy.sample.window_ratio = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
+    policy.sample.sample_rows = in.Mostly(1 + in.Upto(40));
   }
-  // Only MInference's own struct has a list at the address that it names.
-  if (policy.common.kind == FP_MINFERENCE && kind != FP_MINFERENCE) policy.common.kind = kind;
+  // Only the structs of MInference and XAttention have a list at the address that they name.
+  for (const int listed : {FP_MINFERENCE, FP_XATTENTION}) {
+    if (policy.common.kind == listed && kind != listed) policy.common.kind = kind;
+  }
 }
 
 int accepted = 0; // inputs that ran to the end

@@ -93,6 +93,11 @@ def test_structs_are_those_of_the_header(tmp_path):
         "fp_flexprefill": _abi.FlexPrefill,
         "fp_minference_head": _abi.MInferenceHead,
         "fp_minference": _abi.MInference,
+        "fp_xattention": _abi.XAttention,
+        "fp_rrattention": _abi.RRAttention,
+        "fp_sparge_attn": _abi.SpargeAttn,
+        "fp_prism": _abi.Prism,
+        "fp_sample_attention": _abi.SampleAttention,
         "fp_block_mask": _abi.BlockMask,
         "fp_stats": _abi.Stats,
         "fp_output": _abi.Output,
@@ -114,7 +119,20 @@ def test_structs_are_those_of_the_header(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "policy", [fp.Dense, fp.Streaming, fp.FlashPrefill, fp.Sketch, fp.FlexPrefill, fp.MInference]
+    "policy",
+    [
+        fp.Dense,
+        fp.Streaming,
+        fp.FlashPrefill,
+        fp.Sketch,
+        fp.FlexPrefill,
+        fp.MInference,
+        fp.XAttention,
+        fp.RRAttention,
+        fp.SpargeAttn,
+        fp.Prism,
+        fp.SampleAttention,
+    ],
 )
 def test_defaults_are_the_library_s(policy):
     number, struct = _engine._STRUCTS[policy.kind]
@@ -123,7 +141,7 @@ def test_defaults_are_the_library_s(policy):
     common = theirs if struct is _abi.Policy else theirs.common
     ours = policy()
     for field in dataclasses.fields(ours):
-        if field.name in ("cover", "heads"):  # words and lists: the next tests
+        if field.name in ("cover", "heads", "head_thresholds"):  # words and lists: the next tests
             continue
         value = getattr(ours, field.name)
         other = getattr(common if hasattr(common, field.name) else theirs, field.name)
@@ -163,6 +181,10 @@ def test_specs_carry_words_and_lists():
         (2, 100, 0),
     ]
     assert _engine._policy(fp.MInference()._spec).head_count == 0
+    each = _engine._policy(fp.XAttention(head_thresholds=[0.5, 0.75, 1])._spec)
+    assert each.head_thresholds[: each.head_count] == [0.5, 0.75, 1]
+    assert _engine._policy(fp.XAttention(head_thresholds=[0.5])._spec).head_thresholds[:1] == [0.5]
+    assert _engine._policy(fp.XAttention()._spec).head_count == 0
 
 
 def test_policies_are_values():
@@ -171,7 +193,11 @@ def test_policies_are_values():
     assert len({policy, fp.FlashPrefill(alpha=0.25, block_size=64), fp.Sketch()}) == 2
     assert dataclasses.replace(policy, alpha=0.5).alpha == 0.5
     assert dataclasses.replace(policy, alpha=0.5)._spec != policy._spec
-    more = (fp.FlexPrefill(cover="both"), fp.MInference(heads=[("stream_llm", 1, 2)]))
+    more = (
+        fp.FlexPrefill(cover="both"),
+        fp.MInference(heads=[("stream_llm", 1, 2)]),
+        fp.XAttention(head_thresholds=[1, 0.5]),
+    )
     for each in (policy, fp.Sketch(), fp.Sketch(alpha=0.1), fp.Dense(), fp.Streaming(1, 2, 3), *more):
         assert pickle.loads(pickle.dumps(each)) == each
     with pytest.raises(dataclasses.FrozenInstanceError):

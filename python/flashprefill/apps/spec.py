@@ -21,8 +21,21 @@ POLICIES: dict[str, type[policies.Policy]] = {
     "sketch": policies.Sketch,
     "flexprefill": policies.FlexPrefill,
     "minference": policies.MInference,
+    "xattention": policies.XAttention,
+    "rrattention": policies.RRAttention,
+    "spargeattn": policies.SpargeAttn,
+    "prism": policies.Prism,
+    "sampleattention": policies.SampleAttention,
 }
-THRESHOLDS = ("alpha", "mass", "gamma")  # what a policy is known by, so it is always shown
+THRESHOLDS = (
+    "alpha",
+    "mass",
+    "gamma",
+    "threshold",
+    "cdf",
+    "topk",
+    "coverage",
+)  # what a policy is known by, so it is always shown
 
 
 def parse_policy(text: str) -> policies.Policy:

@@ -1,7 +1,6 @@
 // The reference as a backend: everything is supported, on every machine, and nothing asks for scratch memory.
 #include "core/backend.h"
 
-#include "core/error.h"
 #include "reference/reference.h"
 
 namespace flashprefill {
@@ -10,11 +9,7 @@ namespace {
 bool Available() { return true; }
 std::string Describe() { return "scalar loops in double precision, one thread: for tests, not for use"; }
 std::vector<std::string> Targets() { return {}; }
-void Check(const Problem&, const Policy* policy, const BlockMask*, const Exec&) {
-  if (policy && policy->kind >= FP_XATTENTION) {
-    Refuse("policy.kind", policy->kind, "one that the reference selects for", FP_UNSUPPORTED);
-  }
-}
+void Check(const Problem&, const Policy*, const BlockMask*, const Exec&) {}
 size_t SelectWorkspace(const Problem&, const Policy&, const Exec&) { return 0; }
 size_t AttendWorkspace(const Problem&, const BlockMask&, const Exec&) { return 0; }
 

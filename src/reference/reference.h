@@ -82,6 +82,11 @@ std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head);
 std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head);
 std::unique_ptr<HeadSelector> MakeFlexPrefill(const HeadView& head);
 std::unique_ptr<HeadSelector> MakeMInference(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeXAttention(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeRRAttention(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeSpargeAttn(const HeadView& head);
+std::unique_ptr<HeadSelector> MakePrism(const HeadView& head);
+std::unique_ptr<HeadSelector> MakeSampleAttention(const HeadView& head);
 
 // Scored blocks by energy, largest first, equal ones by index: the order that mass and min_blocks go by.
 std::vector<int64_t> Ranking(const TileChoice& choice);

@@ -16,6 +16,16 @@ std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
       return MakeFlexPrefill(head);
     case FP_MINFERENCE:
       return MakeMInference(head);
+    case FP_XATTENTION:
+      return MakeXAttention(head);
+    case FP_RRATTENTION:
+      return MakeRRAttention(head);
+    case FP_SPARGE_ATTN:
+      return MakeSpargeAttn(head);
+    case FP_PRISM:
+      return MakePrism(head);
+    case FP_SAMPLE_ATTENTION:
+      return MakeSampleAttention(head);
     default:
       return nullptr;
   }

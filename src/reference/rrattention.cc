@@ -1,0 +1,55 @@
+// RRAttention (arXiv 2602.05853): one query of each cell against the means of cells of keys. Which one moves on from
+// head to head, so that together the heads look at all of them.
+#include "reference/grid.h"
+#include "reference/shares.h"
+
+namespace flashprefill::reference {
+namespace {
+
+class RRAttention : public HeadSelector {
+ public:
+  explicit RRAttention(const HeadView& head)
+      : head_(head), policy_(reinterpret_cast<const fp_rrattention&>(head.policy)), cells_(KeyCells()) {}
+
+  // Cells of queries begin at the tile's first token; a short one gives its last query where its place is past the end.
+  TileChoice Choose(const Tile& tile) const override {
+    const int64_t stride = policy_.stride;
+    const Matrix& queries = head_.queries.front();
+    const int64_t place = stride - 1 - head_.first_head % stride;
+    std::vector<GridRow> rows;
+    for (int64_t begin = tile.begin; begin < tile.end; begin += stride) {
+      const int64_t i = std::min(begin + place, tile.end - 1);
+      rows.push_back(
+          {(head_.sequence.prefix + i) / stride, std::vector<double>(queries[i], queries[i] + queries.columns)});
+    }
+    TileChoice choice;
+    choice.energy =
+        GridMass(cells_, rows, head_.problem.softmax_scale, head_.geometry.block_size / stride, tile.visible);
+    choice.scored.assign(choice.energy.size(), 1);
+    Verdict verdict = KeepUntil(choice.energy, policy_.threshold, {}, ScoreTolerance(head_.problem));
+    choice.kept = std::move(verdict.kept);
+    choice.open = std::move(verdict.open);
+    return choice;
+  }
+
+ private:
+  Matrix KeyCells() const {
+    const Matrix& keys = head_.keys;
+    Matrix cells(DivUp<int64_t>(keys.rows, policy_.stride), keys.columns);
+    for (int64_t j = 0; j < cells.rows; ++j) {
+      const int64_t begin = j * policy_.stride;
+      MeanOfRows(keys, begin, std::min(begin + policy_.stride, keys.rows), head_.problem.k.dtype, cells[j]);
+    }
+    return cells;
+  }
+
+  HeadView head_;
+  const fp_rrattention& policy_;
+  Matrix cells_;
+};
+
+} // namespace
+
+std::unique_ptr<HeadSelector> MakeRRAttention(const HeadView& head) { return std::make_unique<RRAttention>(head); }
+
+} // namespace flashprefill::reference

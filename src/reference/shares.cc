@@ -1,0 +1,107 @@
+// See shares.h. An answer is open unless it holds whichever of the items that are nearly alike come first, and with
+// sums a little larger or smaller.
+#include "reference/shares.h"
+
+#include <algorithm>
+#include <functional>
+
+namespace flashprefill::reference {
+namespace {
+
+std::vector<size_t> ByMass(const std::vector<double>& mass, const std::vector<uint8_t>& first) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < mass.size(); ++i) {
+    if (first.empty() || !first[i]) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return mass[a] > mass[b]; });
+  return order;
+}
+
+// What comes before an item: at least, and at most.
+struct Before {
+  int64_t surely = 0, perhaps = 0;
+  double surely_sum = 0, perhaps_sum = 0;
+};
+
+// open[i] unless surely_in or surely_out of what comes before it.
+void MarkOpen(const std::vector<double>& mass, const std::vector<size_t>& order, double tolerance,
+              const std::function<bool(size_t, const Before&)>& surely_in,
+              const std::function<bool(size_t, const Before&)>& surely_out, Verdict& verdict) {
+  for (const size_t i : order) {
+    Before before;
+    for (const size_t other : order) {
+      if (other == i) continue;
+      if (mass[other] > mass[i] * (1 + tolerance)) before.surely_sum += mass[other], ++before.surely;
+      if (mass[other] >= mass[i] * (1 - tolerance)) before.perhaps_sum += mass[other], ++before.perhaps;
+    }
+    verdict.open[i] = !surely_in(i, before) && !surely_out(i, before);
+  }
+}
+
+Verdict Nothing(size_t n) { return {std::vector<uint8_t>(n), std::vector<uint8_t>(n)}; }
+
+} // namespace
+
+Verdict KeepUntil(const std::vector<double>& mass, double share, const std::vector<uint8_t>& first, double tolerance) {
+  Verdict verdict = Nothing(mass.size());
+  double first_sum = 0;
+  for (size_t i = 0; i < first.size(); ++i) {
+    if (first[i]) verdict.kept[i] = 1, first_sum += mass[i];
+  }
+  const std::vector<size_t> order = ByMass(mass, first);
+  double total = first_sum;
+  for (const size_t i : order) total += mass[i];
+  double sum = first_sum;
+  for (const size_t i : order) {
+    if (sum >= share * total) break;
+    verdict.kept[i] = 1;
+    sum += mass[i];
+  }
+  MarkOpen(
+      mass, order, tolerance,
+      [&](size_t, const Before& b) { return first_sum + b.perhaps_sum < (share - tolerance) * total; },
+      [&](size_t, const Before& b) { return first_sum + b.surely_sum >= (share + tolerance) * total; }, verdict);
+  return verdict;
+}
+
+Verdict KeepWithin(const std::vector<double>& mass, double share, double tolerance) {
+  Verdict verdict = Nothing(mass.size());
+  const std::vector<size_t> order = ByMass(mass, {});
+  double total = 0, sum = 0;
+  for (const size_t i : order) total += mass[i];
+  for (const size_t i : order) {
+    sum += mass[i];
+    if (sum > share * total && i != order.front()) break;
+    verdict.kept[i] = 1;
+  }
+  MarkOpen(
+      mass, order, tolerance,
+      [&](size_t i, const Before& b) {
+        return b.perhaps == 0 || b.perhaps_sum + mass[i] <= (share - tolerance) * total;
+      },
+      [&](size_t i, const Before& b) { return b.surely > 0 && b.surely_sum + mass[i] > (share + tolerance) * total; },
+      verdict);
+  return verdict;
+}
+
+Verdict KeepTop(const std::vector<double>& mass, int64_t count, double tolerance) {
+  Verdict verdict = Nothing(mass.size());
+  const std::vector<size_t> order = ByMass(mass, {});
+  for (size_t i = 0; i < order.size() && static_cast<int64_t>(i) < count; ++i) verdict.kept[order[i]] = 1;
+  MarkOpen(
+      mass, order, tolerance, [&](size_t, const Before& b) { return b.perhaps < count; },
+      [&](size_t, const Before& b) { return b.surely >= count; }, verdict);
+  return verdict;
+}
+
+Verdict Union(const Verdict& a, const Verdict& b) {
+  Verdict both = Nothing(a.kept.size());
+  for (size_t i = 0; i < a.kept.size(); ++i) {
+    const bool sure = (a.kept[i] && !a.open[i]) || (b.kept[i] && !b.open[i]);
+    both.kept[i] = a.kept[i] || b.kept[i];
+    both.open[i] = !sure && (a.open[i] || b.open[i]);
+  }
+  return both;
+}
+
+} // namespace flashprefill::reference

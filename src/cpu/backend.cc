@@ -25,7 +25,7 @@ std::string Describe() {
 }
 
 void Check(const Problem&, const Policy* policy, const BlockMask*, const Exec&) {
-  if (policy && policy->kind >= FP_XATTENTION) {
+  if (policy && policy->kind > FP_RRATTENTION) {
     Refuse("policy.kind", policy->kind, "one that the cpu backend selects for", FP_UNSUPPORTED);
   }
 }

@@ -4,7 +4,8 @@ target_include_directories(flashprefill_objects SYSTEM PRIVATE ${HIGHWAY_INCLUDE
 flashprefill_add_backend(Cpu SOURCES backend.cc targets.cc
                          attend.cc attend_tile.cc attend_kernels.cc
                          select.cc select_keep.cc select_kernels.cc
-                         select_lines.cc lines.cc lines_kernels.cc flexprefill.cc minference.cc)
+                         select_lines.cc lines.cc lines_kernels.cc flexprefill.cc minference.cc
+                         grid_select.cc grid_kernels.cc xattention.cc rrattention.cc)
 
 # One file of intrinsics with flags of its own, called behind CPUID: see the head of that file.
 include(CheckCXXCompilerFlag)

@@ -7,14 +7,14 @@
 // counter; the tiles with the most blocks come first, so that the last ones to be taken are small.
 #include "cpu/select.h"
 
-#include <atomic>
-
 #include "core/backend.h"
 #include "core/threads.h"
+#include "cpu/policies.h"
 #include "cpu/select_keep.h"
 #include "cpu/select_kernels.h"
 #include "cpu/select_lines.h"
 #include "cpu/select_plan.h"
+#include "cpu/work.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -88,15 +88,6 @@ Memory MemoryOf(const Problem& p, const SelectPlan& plan, const Policy& policy, 
   }
   m.bytes = parts.used();
   return m;
-}
-
-// Runs work(index, thread) for all indices below n.
-template <typename Work>
-void ForAll(int threads, int64_t n, const Work& work) {
-  std::atomic<int64_t> next{0};
-  Parallel(static_cast<int>(std::min<int64_t>(threads, n)), [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(i, thread);
-  });
 }
 
 class Selection {
@@ -267,11 +258,15 @@ class Selection {
 
 size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
   if (ChoosesByHead(policy)) return SelectLinesWorkspace(p, policy, exec);
+  if (policy.kind == FP_XATTENTION) return XAttentionWorkspace(p, policy, exec);
+  if (policy.kind == FP_RRATTENTION) return RRAttentionWorkspace(p, policy, exec);
   return MemoryOf(p, SelectPlan::Of(p, policy), policy, exec, nullptr).bytes;
 }
 
 void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
   if (ChoosesByHead(policy)) return SelectLines(p, policy, exec, mask, workspace);
+  if (policy.kind == FP_XATTENTION) return SelectXAttention(p, policy, exec, mask, workspace);
+  if (policy.kind == FP_RRATTENTION) return SelectRRAttention(p, policy, exec, mask, workspace);
   Selection(p, policy, exec, mask, workspace).Run();
 }
 

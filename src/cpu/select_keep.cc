@@ -51,6 +51,26 @@ void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored,
   }
 }
 
+void KeepUntil(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* row) {
+  double sum = 0;
+  int64_t ranked = 0;
+  for (int64_t b = 0; b < n; ++b) {
+    if (TestBit(row, b)) {
+      sum += mass[b];
+    } else {
+      keys[ranked++] = Key(mass[b], b);
+    }
+  }
+  std::sort(keys, keys + ranked, std::greater<>());
+  double total = sum; // in the order of the sum below, so that a share of 1 is reached exactly
+  for (int64_t i = 0; i < ranked; ++i) total += EnergyOf(keys[i]);
+  const double enough = share * total;
+  for (int64_t i = 0; i < ranked && sum < enough; ++i) {
+    SetBit(row, BlockOf(keys[i]));
+    sum += EnergyOf(keys[i]);
+  }
+}
+
 void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row) {
   const int64_t window = std::max<int64_t>(0, tile.diagonal - std::max(0, policy.window_blocks - 1));
   for (int64_t b = 0; b < std::min<int64_t>(policy.sink_blocks, tile.visible); ++b) SetBit(row, b);

@@ -12,6 +12,10 @@ namespace flashprefill::cpu {
 void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored, float largest, uint64_t* keys,
                   uint64_t* row);
 
+// Sets the bits of more blocks among [0, n), by descending mass, until those that are set hold this share of all mass:
+// the block that crosses it is set too. keys: scratch memory of n words.
+void KeepUntil(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* row);
+
 // Sets the bits of forced blocks.
 void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row);
 

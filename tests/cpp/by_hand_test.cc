@@ -6,40 +6,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <map>
-
-#include "reference/reference.h"
 
 namespace flashprefill::test {
 namespace {
-
-using reference::TileChoice;
-
-// What was scored in tile m of mask head 0.
-TileChoice ChoiceOf(const OpData& data, const AnyPolicy& policy, int64_t m) {
-  std::map<int64_t, TileChoice> choices;
-  Mask mask(data.problem(), policy.get());
-  reference::Select(data.problem(), *policy.get(), mask.view,
-                    [&](const Sequence&, int64_t head, int64_t tile, const TileChoice& choice) {
-                      if (head == 0) choices[tile] = choice;
-                    });
-  return choices.at(m);
-}
-
-// Energies over the energy of block `unit`.
-std::vector<double> Relative(const TileChoice& choice, int64_t unit) {
-  std::vector<double> energies = choice.energy;
-  const double one = energies.at(unit);
-  for (double& e : energies) e /= one;
-  return energies;
-}
-
-void ExpectNear(const std::vector<double>& expected, const std::vector<double>& actual, double tolerance = 1e-6) {
-  ASSERT_EQ(expected.size(), actual.size());
-  for (size_t i = 0; i < expected.size(); ++i) {
-    EXPECT_NEAR(actual[i], expected[i], tolerance * std::max(1.0, std::abs(expected[i]))) << "block " << i;
-  }
-}
 
 TEST(SelectByHand, AHeadOfItsOwnSeesBlocksByTheirLastToken) {
   OpData data(OneDimension({256, 256}));

@@ -110,6 +110,56 @@ AnyPolicy MInference(int block_size, const std::vector<fp_minference_head>& head
   return policy;
 }
 
+AnyPolicy XAttention(int block_size, float threshold, int stride, float norm) {
+  AnyPolicy policy(FP_XATTENTION);
+  policy.common.block_size = block_size;
+  policy.xattention.threshold = threshold;
+  policy.xattention.stride = stride;
+  policy.xattention.norm = norm;
+  return policy;
+}
+
+AnyPolicy RRAttention(int block_size, float threshold, int stride) {
+  AnyPolicy policy(FP_RRATTENTION);
+  policy.common.block_size = block_size;
+  policy.rrattention.threshold = threshold;
+  policy.rrattention.stride = stride;
+  return policy;
+}
+
+AnyPolicy SpargeByCdf(int block_size, float cdf, float similarity) {
+  AnyPolicy policy(FP_SPARGE_ATTN);
+  policy.common.block_size = block_size;
+  policy.sparge.cdf = cdf;
+  policy.sparge.similarity = similarity;
+  return policy;
+}
+
+AnyPolicy SpargeByTopk(int block_size, float topk, float similarity) {
+  AnyPolicy policy = SpargeByCdf(block_size, std::nanf(""), similarity);
+  policy.sparge.topk = topk;
+  return policy;
+}
+
+AnyPolicy Prism(int block_size, float mass, int rotary_dim, bool interleaved) {
+  AnyPolicy policy(FP_PRISM);
+  policy.common.block_size = block_size;
+  policy.prism.mass = mass;
+  policy.prism.rotary_dim = rotary_dim;
+  policy.prism.interleaved = interleaved;
+  return policy;
+}
+
+AnyPolicy SampleAttention(int block_size, float coverage, float sample_ratio, float window_ratio, int sample_rows) {
+  AnyPolicy policy(FP_SAMPLE_ATTENTION);
+  policy.common.block_size = block_size;
+  policy.sample.coverage = coverage;
+  policy.sample.sample_ratio = sample_ratio;
+  policy.sample.window_ratio = window_ratio;
+  policy.sample.sample_rows = sample_rows;
+  return policy;
+}
+
 AnyPolicy Shared(AnyPolicy policy) {
   policy.common.share_heads = 1;
   return policy;
@@ -142,6 +192,25 @@ std::string Name(const AnyPolicy& policy) {
   if (c.kind == FP_MINFERENCE) {
     text << "MInference(vertical=" << policy.minference.vertical << " slash=" << policy.minference.slash
          << " heads=" << policy.minference.head_count << " ";
+  }
+  if (c.kind == FP_XATTENTION) {
+    text << "XAttention(threshold=" << policy.xattention.threshold << " stride=" << policy.xattention.stride
+         << " norm=" << policy.xattention.norm << " thresholds=" << policy.xattention.head_count << " ";
+  }
+  if (c.kind == FP_RRATTENTION) {
+    text << "RRAttention(threshold=" << policy.rrattention.threshold << " stride=" << policy.rrattention.stride << " ";
+  }
+  if (c.kind == FP_SPARGE_ATTN) {
+    text << "SpargeAttn(cdf=" << policy.sparge.cdf << " topk=" << policy.sparge.topk
+         << " similarity=" << policy.sparge.similarity << " ";
+  }
+  if (c.kind == FP_PRISM) {
+    text << "Prism(mass=" << policy.prism.mass << " rotary_dim=" << policy.prism.rotary_dim
+         << " interleaved=" << policy.prism.interleaved << " ";
+  }
+  if (c.kind == FP_SAMPLE_ATTENTION) {
+    text << "SampleAttention(coverage=" << policy.sample.coverage << " sample_ratio=" << policy.sample.sample_ratio
+         << " window_ratio=" << policy.sample.window_ratio << " sample_rows=" << policy.sample.sample_rows << " ";
   }
   text << "block_size=" << c.block_size << " sink=" << c.sink_blocks << " window=" << c.window_blocks
        << " tail=" << c.dense_tail_blocks << " share_heads=" << c.share_heads << " correction=" << c.mean_correction

@@ -42,6 +42,11 @@ struct AnyPolicy {
     fp_sketch sketch;
     fp_flexprefill flex;
     fp_minference minference;
+    fp_xattention xattention;
+    fp_rrattention rrattention;
+    fp_sparge_attn sparge;
+    fp_prism prism;
+    fp_sample_attention sample;
   };
   explicit AnyPolicy(int32_t kind); // with its published defaults
   const fp_policy* get() const { return &common; }
@@ -57,6 +62,13 @@ AnyPolicy FlexPrefill(int block_size, float gamma, float tau, int min_budget = 1
 AnyPolicy MInference(int block_size, int vertical, int slash);
 // One pattern for each query head; the list has to outlive the policy.
 AnyPolicy MInference(int block_size, const std::vector<fp_minference_head>& heads);
+// These keep what they force by default, unless WithForced says otherwise. `norm` below 1 makes scores peaked.
+AnyPolicy XAttention(int block_size, float threshold, int stride = 16, float norm = 1);
+AnyPolicy RRAttention(int block_size, float threshold, int stride = 8);
+AnyPolicy SpargeByCdf(int block_size, float cdf, float similarity);
+AnyPolicy SpargeByTopk(int block_size, float topk, float similarity);
+AnyPolicy Prism(int block_size, float mass, int rotary_dim = 0, bool interleaved = false);
+AnyPolicy SampleAttention(int block_size, float coverage, float sample_ratio, float window_ratio, int sample_rows);
 AnyPolicy WithForced(AnyPolicy policy, int sink, int window, int tail);
 AnyPolicy Shared(AnyPolicy policy);
 AnyPolicy Corrected(AnyPolicy policy);

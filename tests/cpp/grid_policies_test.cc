@@ -1,0 +1,255 @@
+// XAttention and RRAttention: masks of every backend and instruction set against the reference, and arithmetic done by
+// hand for the reference itself.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "by_hand.h"
+#include "cases.h"
+#include "compare.h"
+#include "engine.h"
+
+namespace flashprefill::test {
+namespace {
+
+// ---------------------------------------------------------------- against the reference
+
+// A block size for the i-th case of a list, all of them multiples of the policies' strides.
+int BlockSize(size_t i) {
+  constexpr int kSizes[] = {64, 16, 128, 48, 32, 1024};
+  return kSizes[i % std::size(kSizes)];
+}
+
+std::vector<AnyPolicy> GridPolicies(int block_size) {
+  static const float thresholds[128] = {0.9f, 0.2f, 0, 1, 0.5f, 0.7f, 0.3f}; // heads past the seventh: 0
+  std::vector<AnyPolicy> policies = {
+      XAttention(block_size, 0.9f),
+      XAttention(block_size, 0.5f, 8, 0.1f),
+      WithForced(XAttention(block_size, 0.7f, 4, 0.05f), 0, 0, 0),
+      WithForced(XAttention(block_size, 0.8f, 16, 0.02f), 2, 3, 1),
+      RRAttention(block_size, 0.95f),
+      WithForced(RRAttention(block_size, 0.5f, 4), 0, 0, 0),
+      WithForced(RRAttention(block_size, 0.7f, 16), 1, 2, 1),
+  };
+  if (block_size % 128 == 0) {
+    policies.push_back(XAttention(block_size, 0.6f, 128, 0.02f));
+    policies.push_back(RRAttention(block_size, 0.6f, 64));
+  }
+  policies[0].xattention.head_thresholds = thresholds;
+  return policies;
+}
+
+void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
+  TieCount ties;
+  size_t next = 0;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const OpData data(cases[i]);
+    const std::vector<AnyPolicy> policies = GridPolicies(BlockSize(i));
+    for (size_t j = 0; j < policies_a_case; ++j) {
+      AnyPolicy policy = policies[next++ % policies.size()];
+      if (policy.common.kind == FP_XATTENTION && policy.xattention.head_thresholds) {
+        policy.xattention.head_count = data.problem().q_heads;
+      }
+      SCOPED_TRACE(cases[i].Describe() + "; " + Name(policy));
+      const ExpectedMask expected(data.problem(), policy);
+      for (const Engine& engine : OtherEngines()) {
+        EXPECT_TRUE(expected.Agrees(Select(engine, data.problem(), policy), ties)) << engine.Name();
+      }
+    }
+  }
+  ties.Print();
+}
+
+TEST(GridPolicies, Lengths) { SelectOver(Thinned(LengthCases()), 7); }
+TEST(GridPolicies, Heads) { SelectOver(Thinned(HeadCases()), 3); }
+TEST(GridPolicies, Dtypes) { SelectOver(Thinned(DtypeCases()), 7); }
+TEST(GridPolicies, Layouts) { SelectOver(Thinned(LayoutCases()), 3); }
+TEST(GridPolicies, Strides) { SelectOver(Thinned(StrideCases()), 3); }
+TEST(GridPolicies, Far) { SelectOver(FarCases(), 3); }
+TEST(GridPolicies, Peaked) { SelectOver(Thinned(PeakedCases()), 7); }
+TEST(GridPolicies, Long) { SelectOver(Thinned(LongCases(), 2), 3); }
+
+// Scores that are not finite speak for nobody, the others decide as always.
+TEST(GridPolicies, NanAndInf) {
+  TieCount ties;
+  for (const int32_t dtype : {FP_F32, FP_BF16, FP_F16}) {
+    OpCase op;
+    op.lengths = {{200, 900}};
+    op.group = 2;
+    op.AllDtypes(dtype);
+    OpData data(op);
+    const Sequence s = data.sequence(0);
+    data.SetKey(data.problem().k, s, 3, 0, 0, NAN);
+    data.SetKey(data.problem().k, s, 300, 0, 5, std::numeric_limits<float>::infinity());
+    data.SetKey(data.problem().k, s, 899, 0, 63, -std::numeric_limits<float>::infinity());
+    data.SetQuery(s, 20, 0, 7, NAN);
+    data.SetQuery(s, 199, 1, 9, std::numeric_limits<float>::infinity());
+    for (const AnyPolicy& policy : GridPolicies(64)) {
+      SCOPED_TRACE(Name(policy));
+      const ExpectedMask expected(data.problem(), policy);
+      for (const Engine& engine : OtherEngines()) {
+        EXPECT_TRUE(expected.Agrees(Select(engine, data.problem(), policy), ties)) << engine.Name();
+      }
+    }
+  }
+  ties.Print();
+}
+
+TEST(GridPolicies, SameBitsWhateverTheThreads) {
+  OpCase op;
+  op.lengths = {{700, 1900}, {700, 900}};
+  op.k_layout = Layout::kPacked;
+  op.kv_heads = 2;
+  op.group = 3;
+  op.values = Values::kStructured;
+  const OpData data(op);
+  for (const AnyPolicy& policy : GridPolicies(64)) {
+    for (const Engine& engine : OtherEngines()) {
+      EXPECT_TRUE(SameMask(data.problem(), Select(engine, data.problem(), policy, 1),
+                           Select(engine, data.problem(), policy, 5)))
+          << engine.Name() << ", " << Name(policy);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- by hand
+// Blocks of 16 and cells of 4: four cells a block. 16 rows behind a prefix of 64: four rows of the grid, which stand in
+// cells 16 to 19, and see blocks 0 to 3 whole and one to four cells of block 4, their diagonal.
+
+struct FiveBlocks {
+  OpData data;
+  explicit FiveBlocks(const std::vector<double>& weights, int group = 1) : data(OneDimension({16, 80}, group)) {
+    SetWeights(data, 16, weights);
+  }
+};
+
+TEST(XAttentionByHand, SoftmaxOverCellsSummedByBlock) {
+  FiveBlocks blocks({1, 4, 2, 1, 1});
+  // Row i (0 .. 3) sees 4 (1 + 4 + 2 + 1) + i + 1 = 33 + i in weights. With H = 1/33 + 1/34 + 1/35 + 1/36 = .116064
+  // block b has the mass 4 w_b H, and block 4: 1/33 + 2/34 + 3/35 + 4/36 = .285952. All of it is 4, one a row.
+  const double h = 1.0 / 33 + 1.0 / 34 + 1.0 / 35 + 1.0 / 36;
+  ExpectNear({4 * h, 16 * h, 8 * h, 4 * h, 1.0 / 33 + 2.0 / 34 + 3.0 / 35 + 4.0 / 36},
+             ChoiceOf(blocks.data, XAttention(16, 0.5f, 4), 0).energy);
+}
+
+TEST(XAttentionByHand, ForcedBlocksCountFirst) {
+  FiveBlocks blocks({1, 4, 2, 1, 1});
+  // Masses .464, 1.857, .929, .464, .286 of 4. Sink and diagonal, 0 and 4, hold .750, which is .1875 of all.
+  ExpectKept(blocks.data, XAttention(16, 0.0f, 4), 0, {0, 4});
+  ExpectKept(blocks.data, XAttention(16, 0.18f, 4), 0, {0, 4});
+  ExpectKept(blocks.data, XAttention(16, 0.19f, 4), 0, {0, 1, 4}); // the crossing block is kept: 2.607
+  // .5: 2 are needed, and 0, 4 and 1 hold 2.607. Counted after the others, they would not have spared block 2.
+  ExpectKept(blocks.data, XAttention(16, 0.5f, 4), 0, {0, 1, 4});
+  ExpectKept(blocks.data, XAttention(16, 0.66f, 4), 0, {0, 1, 2, 4}); // 2.64
+  ExpectKept(blocks.data, XAttention(16, 0.89f, 4), 0, {0, 1, 2, 3, 4});
+  // Without a sink only the diagonal is forced: .286 + 1.857 = 2.143 is enough for .5, not for .55 (2.2).
+  ExpectKept(blocks.data, WithForced(XAttention(16, 0.5f, 4), 0, 0, 0), 0, {1, 4});
+  ExpectKept(blocks.data, WithForced(XAttention(16, 0.55f, 4), 0, 0, 0), 0, {1, 2, 4});
+}
+
+TEST(XAttentionByHand, OfEqualBlocksTheFirstIsKept) {
+  FiveBlocks blocks({1, 2, 2, 2, 1});
+  // All rows see 4 * 7 + i + 1; blocks 1 to 3 have 8 H = .97 each with H = .1214: sink and diagonal and one of them,
+  // .49
+  // + .31 + .97 = 1.77, two of them 2.74.
+  ExpectKept(blocks.data, XAttention(16, 0.4f, 4), 0, {0, 1, 4});
+  ExpectKept(blocks.data, XAttention(16, 0.6f, 4), 0, {0, 1, 2, 4});
+}
+
+TEST(XAttentionByHand, AQueryMeetsTheKeyAcrossTheAntiDiagonal) {
+  FiveBlocks blocks({1, 1, 1, 1, 1});
+  const Sequence s = blocks.data.sequence(0);
+  // The first query of each cell is 1, the others 0: they meet the last key of a cell. 4 ln 9 there, over a stride of
+  // 4, is a weight of 9; the same at the first key of the cell meets a query of 0.
+  for (int64_t i = 0; i < 16; ++i) blocks.data.SetQuery(s, i, 0, 0, i % 4 == 0);
+  for (int64_t cell = 0; cell < 4; ++cell) {
+    const float ln9 = 4 * std::log(9.0f);
+    blocks.data.SetKey(blocks.data.problem().k, s, 16 + cell * 4 + 3, 0, 0, ln9);
+    blocks.data.SetKey(blocks.data.problem().k, s, 32 + cell * 4, 0, 0, ln9);
+  }
+  const TileChoice choice = ChoiceOf(blocks.data, XAttention(16, 0.5f, 4), 0);
+  ExpectNear({1, 9, 1, 1}, {choice.energy[0] / choice.energy[2], choice.energy[1] / choice.energy[2], 1,
+                            choice.energy[3] / choice.energy[2]});
+  // Of 4 (1 + 9 + 1 + 1) + i + 1: the sink and the diagonal hold .13, block 1 the rest of two thirds.
+  ExpectKept(blocks.data, XAttention(16, 0.7f, 4), 0, {0, 1, 4});
+  // norm 2 halves scores: weights of 3.
+  const TileChoice halved = ChoiceOf(blocks.data, XAttention(16, 0.5f, 4, 2), 0);
+  EXPECT_NEAR(halved.energy[1] / halved.energy[2], 3, 1e-5);
+}
+
+TEST(XAttentionByHand, AShortCellIsPaddedWithZeros) {
+  OpData data(OneDimension({2, 66}));
+  SetWeights(data, 16, {1, 1, 1, 1, 1});
+  const Sequence s = data.sequence(0);
+  // Two queries of four: they meet keys 3 and 2 of a cell. Keys 0 and 1 of block 1's cells are met by nobody; key 2 of
+  // block 2's cells is 4 ln 3, a weight of 3. The row stands at 65, in cell 16, half of which is past the end.
+  for (int64_t cell = 0; cell < 4; ++cell) {
+    data.SetKey(data.problem().k, s, 16 + cell * 4, 0, 0, 50);
+    data.SetKey(data.problem().k, s, 17 + cell * 4, 0, 0, 50);
+    data.SetKey(data.problem().k, s, 34 + cell * 4, 0, 0, 4 * std::log(3.0f));
+  }
+  // 4 + 4 + 12 + 4 + 1 = 25 in weights.
+  ExpectNear({4.0 / 25, 4.0 / 25, 12.0 / 25, 4.0 / 25, 1.0 / 25}, ChoiceOf(data, XAttention(16, 0.5f, 4), 0).energy);
+  ExpectKept(data, XAttention(16, 0.6f, 4), 0, {0, 2, 4});
+}
+
+TEST(XAttentionByHand, APrefixOffTheGridLosesNoneOfItsOwnKeys) {
+  OpData data(OneDimension({4, 66}));
+  SetWeights(data, 16, {1, 1, 1, 1, 1});
+  // P = 62: the rows lie at 62 .. 65, in blocks 3 and 4, and see cells 0 .. 16: four of each block, one of block 4.
+  ExpectNear({4.0 / 17, 4.0 / 17, 4.0 / 17, 4.0 / 17, 1.0 / 17}, ChoiceOf(data, XAttention(16, 0.5f, 4), 0).energy);
+  ExpectKept(data, XAttention(16, 0.0f, 4), 0, {0, 3, 4});
+}
+
+TEST(XAttentionByHand, AThresholdForEachHead) {
+  FiveBlocks blocks({1, 4, 2, 1, 1}, 3);
+  const float thresholds[3] = {0, 0.5f, 1};
+  AnyPolicy policy = XAttention(16, 0.9f, 4);
+  policy.xattention.head_thresholds = thresholds;
+  policy.xattention.head_count = 3;
+  const int64_t rows = 1; // tiles of the mask a head: 16 / 128 + 1
+  ExpectKept(blocks.data, policy, 0, {0, 4});
+  ExpectKept(blocks.data, policy, rows, {0, 1, 4});
+  ExpectKept(blocks.data, policy, 2 * rows, {0, 1, 2, 3, 4});
+}
+
+TEST(RRAttentionByHand, TheSmallestSetIsTakenBeforeForcedBlocksAreJoined) {
+  FiveBlocks blocks({1, 4, 2, 1, 1});
+  // With equal queries masses are XAttention's: .464, 1.857, .929, .464, .286 of 4. Half of all is blocks 1 and 2.
+  const double h = 1.0 / 33 + 1.0 / 34 + 1.0 / 35 + 1.0 / 36;
+  ExpectNear({4 * h, 16 * h, 8 * h, 4 * h, 1.0 / 33 + 2.0 / 34 + 3.0 / 35 + 4.0 / 36},
+             ChoiceOf(blocks.data, RRAttention(16, 0.5f, 4), 0).energy);
+  ExpectKept(blocks.data, RRAttention(16, 0.46f, 4), 0, {0, 1, 4});
+  ExpectKept(blocks.data, RRAttention(16, 0.5f, 4), 0, {0, 1, 2, 4});
+  ExpectKept(blocks.data, WithForced(RRAttention(16, 0.5f, 4), 0, 0, 0), 0, {1, 2, 4});
+}
+
+TEST(RRAttentionByHand, EachHeadAsksAnotherQueryOfItsCell) {
+  FiveBlocks blocks({1, 1, 1, 1, 1}, 5);
+  const Sequence s = blocks.data.sequence(0);
+  for (int64_t i = 0; i < 16; ++i) {
+    for (int h = 0; h < 5; ++h) blocks.data.SetQuery(s, i, h, 0, static_cast<float>(i % 4));
+  }
+  // One key of each cell of block 1 is 4 ln 2: the cell's mean is ln 2, and its weight 2 to the power of the query.
+  // Head 0 asks the last query of a cell, 3; head 1 the one before it; head 4 is head 0 again.
+  for (int64_t cell = 0; cell < 4; ++cell) {
+    blocks.data.SetKey(blocks.data.problem().k, s, 16 + cell * 4 + cell, 0, 0, 4 * std::log(2.0f));
+  }
+  const double weights[5] = {8, 4, 2, 1, 8};
+  for (int h = 0; h < 5; ++h) {
+    const TileChoice choice = ChoiceOf(blocks.data, RRAttention(16, 0.5f, 4), 0, h);
+    EXPECT_NEAR(choice.energy[1] / choice.energy[2], weights[h], 1e-5) << "head " << h;
+  }
+}
+
+TEST(RRAttentionByHand, AShortCellGivesItsLastQuery) {
+  OpData data(OneDimension({2, 66}));
+  SetWeights(data, 16, {1, 2, 1, 1, 1});
+  const Sequence s = data.sequence(0);
+  data.SetQuery(s, 1, 0, 0, 3); // row 1, the last one; the head's place is the fourth
+  // Weights 1, 8, 1, 1 for four cells each, and one cell of block 4: 45.
+  ExpectNear({4.0 / 45, 32.0 / 45, 4.0 / 45, 4.0 / 45, 1.0 / 45}, ChoiceOf(data, RRAttention(16, 0.5f, 4), 0).energy);
+}
+
+} // namespace
+} // namespace flashprefill::test

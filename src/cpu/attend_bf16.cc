@@ -42,14 +42,19 @@ template <int ROWS, int VECTORS, bool ADD>
 void Micro(const Pair* __restrict__ a, int64_t a_stride, const Pair* __restrict__ b, int64_t b_stride, int64_t depth,
            float* __restrict__ c, int64_t c_stride, const Pair* ahead) {
   __m512 sum[ROWS][VECTORS];
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) sum[r][j] = _mm512_setzero_ps();
   }
   auto step = [&](int64_t k) {
     __m512bh row[VECTORS];
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) row[j] = (__m512bh)_mm512_loadu_si512(b + k * b_stride + j * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * a_stride + k]));
+#pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, row[j]);
     }
   };
@@ -59,7 +64,9 @@ void Micro(const Pair* __restrict__ a, int64_t a_stride, const Pair* __restrict_
     for (const int64_t end = k + kAheadStep; k < end; ++k) step(k);
   }
   for (; k < depth; ++k) step(k);
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
       float* to = c + r * c_stride + j * kLanes;
       _mm512_storeu_ps(to, ADD ? _mm512_add_ps(sum[r][j], _mm512_loadu_ps(to)) : sum[r][j]);

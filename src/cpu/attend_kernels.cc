@@ -55,14 +55,19 @@ void Micro(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTR
            float* HWY_RESTRICT c, int64_t c_stride, const float* ahead) {
   const DF df;
   VF sum[ROWS][VECTORS];
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) sum[r][j] = hn::Zero(df);
   }
   auto step = [&](int64_t k) HWY_ATTR {
     VF row[VECTORS];
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) row[j] = hn::LoadU(df, b + k * b_stride + j * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const VF x = hn::Set(df, a[r * a_stride + k]);
+#pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
     }
   };
@@ -72,7 +77,9 @@ void Micro(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTR
     for (const int64_t end = k + kAheadStep; k < end; ++k) step(k);
   }
   for (; k < depth; ++k) step(k);
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
       float* to = c + r * c_stride + j * kLanes;
       hn::StoreU(ADD ? hn::Add(sum[r][j], hn::LoadU(df, to)) : sum[r][j], df, to);

@@ -2,7 +2,8 @@
 
 Contenders are the policies (selection included in their time) and hand-made masks of given densities
 (attention alone). They take turns so that a slow minute of a shared machine hits all alike, and medians are
-compared. The baseline is PyTorch's scaled_dot_product_attention on the layout it likes best, [batch, heads,
+compared. With one thread the clock is the process's CPU time, which other programs on the machine hardly
+touch; with more it is the wall's. The baseline is PyTorch's scaled_dot_product_attention on the layout it likes best, [batch, heads,
 tokens, head_dim] and contiguous. The ceiling is PyTorch's own product of two 2048 x 2048 matrices, which
 takes its turns too.
 """
@@ -93,16 +94,19 @@ def contenders(shape: inputs.Shape, options: Options, dtype: torch.dtype) -> lis
 
 
 def time_by_turns(
-    found: Sequence[Contender], repeats: int, progress: Callable[[], Any] = lambda: None
+    found: Sequence[Contender],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[], Any] = lambda: None,
 ) -> None:
     """One untimed call each, then `repeats` turns of all."""
     with torch.inference_mode():
         for turn in range(repeats + 1):
             for one in found:
                 with collect_timings() as parts:
-                    start = time.perf_counter()
+                    start = clock()
                     one.call()
-                    seconds = time.perf_counter() - start
+                    seconds = clock() - start
                 if turn:
                     one.seconds.append(seconds)
                     one.select.append(parts.select_seconds)
@@ -154,6 +158,8 @@ def measure(options: Options) -> dict[str, Any]:
     dtype = models.resolve_dtype(options.dtype)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    one_thread = torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
     busy = machine.busy()
     if busy:
         print(f"note: {busy}", file=sys.stderr)
@@ -165,13 +171,14 @@ def measure(options: Options) -> dict[str, Any]:
         for shape in shapes:
             bar.set_description(str(shape))
             found = contenders(shape, options, models.torch_dtype(dtype))
-            time_by_turns(found, options.repeats, bar.update)
+            time_by_turns(found, options.repeats, clock, bar.update)
             rows += rows_of(shape, found)
     settings = {
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "target": options.target,
         "backend": options.backend,
+        "clock": "cpu" if one_thread else "wall",
     }
     return {
         "schema": SCHEMA,

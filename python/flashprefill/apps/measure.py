@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,13 +32,22 @@ class Pass:
     cache: Any
 
 
+class Captured(NamedTuple):
+    """What one layer's attention was called with: query, key, value [tokens, heads, head_dim] and the scale."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+
+
 @dataclass
 class Clock:
-    """Seconds inside the attention function, and the queries and keys of the layers that were asked for."""
+    """Seconds inside the attention function, and what the layers that were asked for were called with."""
 
     seconds: float = 0.0
     capture: frozenset[int] = frozenset()
-    captured: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = field(default_factory=dict)
+    captured: dict[int, Captured] = field(default_factory=dict)
 
     def wrap(self, attention: Callable[..., Any]) -> Callable[..., Any]:
         """The same attention function, timed."""
@@ -49,11 +58,8 @@ class Clock:
             layer = getattr(module, "layer_idx", None)
             if layer in self.capture:
                 scale = kw.get("scaling") or query.shape[-1] ** -0.5
-                self.captured[layer] = (
-                    query[0].transpose(0, 1).clone(),
-                    key[0].transpose(0, 1).clone(),
-                    scale,
-                )
+                inputs = (x[0].transpose(0, 1).clone() for x in (query, key, value))
+                self.captured[layer] = Captured(*inputs, scale)
             start = time.perf_counter()
             result = attention(module, query, key, value, *args, **kw)
             self.seconds += time.perf_counter() - start

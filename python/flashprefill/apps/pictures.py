@@ -106,7 +106,7 @@ def candidates_of(
     """All captured heads as the choice of heads wants to see them, the forced blocks and the visible ones."""
     found: list[kinds.Candidate] = []
     forced = visible = np.zeros((0, 0), bool)
-    for layer, (query, key, scale) in captured.items():
+    for layer, (query, key, _, scale) in captured.items():
         mask = select(query, key, policy, softmax_scale=scale)
         kept = np.asarray(mask.dense())
         forced = np.asarray(select(query, key, forced_by(policy), softmax_scale=scale).dense())[0]
@@ -129,7 +129,7 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
         return []
     rows, figures = [], []
     for layer, head, kind in kinds.choose(*candidates_of(captured, shown[0][1])):
-        query, key, scale = captured[layer]
+        query, key, _, scale = captured[layer]
         group = query.shape[1] // key.shape[1]
 
         def mass(

@@ -16,7 +16,8 @@ from typing import Any
 STYLE = Path(__file__).with_name("report.css")
 
 
-def _image(path: Path, alt: str, caption: str) -> str:
+def image(path: Path, alt: str, caption: str) -> str:
+    """A picture of the run, inlined, with its caption."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     picture = f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
     return f'<figure><div class="card">{picture}</div><figcaption>{caption}</figcaption></figure>'
@@ -171,32 +172,26 @@ def _heads(results: dict[str, Any]) -> str:
 def _skipped(results: dict[str, Any], out: Path) -> str:
     parts = [SKIPPED]
     if "masks.png" in results["files"]:
-        parts += [_image(out / "masks.png", "Masks of heads that differ in kind", MASKS), _heads(results)]
+        parts += [image(out / "masks.png", "Masks of heads that differ in kind", MASKS), _heads(results)]
     if "density.png" in results["files"]:
         parts += [
             "<h2>How much each head keeps</h2>",
-            _image(out / "density.png", "Density by layer and head", DENSITY),
+            image(out / "density.png", "Density by layer and head", DENSITY),
         ]
     return "".join(parts)
 
 
 def _facts(results: dict[str, Any]) -> str:
-    machine, model, settings = results["machine"], results["model"], results["settings"]
-    features = ", ".join(machine["features"])
-    cpu = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB; {features}"
+    model, settings = results["model"], results["settings"]
     size = f"{model['layers']} layers, {model['q_heads']} query and {model['kv_heads']} KV heads"
     facts = {
-        "Machine": escape(cpu),
-        "Threads": str(settings["threads"]),
+        **where_it_ran(results),
         "Model": escape(
             f"{model['name']}: {size}, {model['parameters'] / 1e6:.0f}M parameters, {model['dtype']}"
         ),
         "Prompt": escape(f"{results['prompt']['tokens']} tokens of {results['prompt']['source']}"),
-        "Versions": escape(", ".join(f"{name} {is_}" for name, is_ in results["versions"].items() if is_)),
-        "Date": escape(results["date"]),
-        "Command": f"<code>{escape(results['command'])}</code>",
+        **how_it_ran(results),
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
     repeats = settings["repeats"]
     turns = (
         "of one turn"
@@ -207,7 +202,27 @@ def _facts(results: dict[str, Any]) -> str:
     closing = "<p class=soft>All figures are in results.json beside this page.</p>"
     if settings["busy"]:
         measured += f"<p class=no>Careful: {escape(settings['busy'])}.</p>"
-    return f"<h2>How it was measured</h2>{measured}<dl>{rows}</dl>{closing}"
+    return f"<h2>How it was measured</h2>{measured}{definitions(facts)}{closing}"
+
+
+def where_it_ran(results: dict[str, Any]) -> dict[str, str]:
+    """Machine and threads."""
+    machine = results["machine"]
+    features = ", ".join(machine["features"])
+    cpu = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB; {features}"
+    return {"Machine": escape(cpu), "Threads": str(results["settings"]["threads"])}
+
+
+def how_it_ran(results: dict[str, Any]) -> dict[str, str]:
+    """Versions, date and command."""
+    versions = ", ".join(f"{name} {is_}" for name, is_ in results["versions"].items() if is_)
+    command = f"<code>{escape(results['command'])}</code>"
+    return {"Versions": escape(versions), "Date": escape(results["date"]), "Command": command}
+
+
+def definitions(facts: dict[str, str]) -> str:
+    """Names and what they are; the texts are HTML already."""
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items()) + "</dl>"
 
 
 PAGE = """<!doctype html>
@@ -238,14 +253,15 @@ def page(results: dict[str, Any], out: Path) -> str:
         _tiles(results["runs"]),
         "<h2>Side by side</h2>",
         _table(results["runs"]),
-        _image(out / "times.png", "Seconds to the first token by method", TIMES),
+        image(out / "times.png", "Seconds to the first token by method", TIMES),
         _skipped(results, out),
         _answers(results),
         _facts(results),
     ]
-    return PAGE.format(
-        title=escape(title),
-        style=STYLE.read_text(encoding="utf-8"),
-        subtitle=escape(f"Dense attention against flashprefill's policies, on {where}"),
-        body="\n".join(body),
-    )
+    return document(title, f"Dense attention against flashprefill's policies, on {where}", "\n".join(body))
+
+
+def document(title: str, subtitle: str, body: str) -> str:
+    """A page with our look around a body."""
+    style = STYLE.read_text(encoding="utf-8")
+    return PAGE.format(title=escape(title), style=style, subtitle=escape(subtitle), body=body)

@@ -1,4 +1,4 @@
-"""The command line tool: `flashprefill info | demo | bench | inspect`.
+"""The command line tool: `flashprefill info | demo | try | lab | bench | inspect`.
 
 Only arguments live here; each verb is a module of flashprefill.apps, imported when it is called, so that
 `--help` is instant and `info` works without PyTorch. What a user can put right ends in one line and exit
@@ -25,6 +25,8 @@ start here:
   flashprefill info                  what is installed and what runs on this machine
   flashprefill demo                  a real model reads 7,600 tokens, dense against FlashPrefill;
                                      then open out/demo/report.html
+  flashprefill try                   prompts of 4K and 8K tokens: does each policy find what dense finds?
+  flashprefill lab --quick           how good the selections are, against the true attention
   flashprefill bench                 attention alone, against PyTorch's
   flashprefill inspect layer7.npz    what a policy keeps of your own queries and keys
 
@@ -69,6 +71,51 @@ examples:
   flashprefill bench --shape 9/3x64x8K --shape 32/8x128x4K
   flashprefill bench --policy flashprefill --density 0.25 --threads 1 --dtype fp32 --out out/bench.json
   flashprefill bench --target avx2                  an older instruction set (see info)
+
+"""
+
+LAB = """\
+How good is a selection? A model reads long real texts; for the queries, keys and values of some of its
+layers every method is asked which blocks of keys it would keep, over a sweep of its main parameter, and its
+choice is held against the true attention: recall of the softmax mass, output error without and with mean
+correction, selection and attention time, beside an oracle that knows the masses. Comparisons are fair at
+equal density only, so forced blocks are the same for all (1 sink, 2 window, no dense tail) and tables
+interpolate.
+
+Texts: gpl and code (7,600 tokens each), long (24,355 tokens, rotary base scaled four times); default all.
+Results: results.json, points.csv, curves and density maps as PNG, and report.html, whose mask viewer shows
+block by block what a method kept and what it lost.
+"""
+
+LAB_EXAMPLES = """\
+examples:
+  flashprefill lab --quick                          minutes: one short text, two layers, two values a method
+  flashprefill lab                                  everything: about half an hour on two cores
+  flashprefill lab --text long --method sketch --method flashprefill --no-studies
+  flashprefill lab --model ~/models/Qwen2.5-0.5B-Instruct --prompt book.txt --tokens 16000 --layers 3,11,20
+  flashprefill lab --text gpl --dump out/qkv        keep Q, K and V, which --from and inspect read
+  flashprefill lab --from out/qkv                   no model: your own dumps, named like book-layer7.pt
+  flashprefill lab --from out/qkv --times-only      measure only the times again, when the machine is quiet
+
+A new method joins with one line in flashprefill/apps/lab/lines.py; without it, by its defaults.
+"""
+
+TRY = """\
+Does it still find the answer? Prompts of real text with a sentence hidden in them (the needle) are read with
+dense attention and with each policy, and the model answers the question at the end. The table shows time to
+the first token, attention's part of it, and the answer. A failure is a needle that dense attention finds
+and a policy does not: then the exit code is 1. Where dense attention itself fails nothing is counted.
+"""
+
+TRY_EXAMPLES = """\
+examples:
+  flashprefill try                                  4K and 8K tokens, needles at three depths
+  flashprefill try --tokens 4K,8K,16K --depth 0.5 --policy "sketch(mass=0.9)"
+  flashprefill try --tokens 32K --model ~/models/Qwen2.5-1.5B-Instruct
+  flashprefill try --tokens 128K --model PATH --depth 0.3 --out out/try.json
+
+Beyond the context that a model was trained on, its rotary base is scaled by the next power of two. The
+bundled SmolLM2 knows 8K tokens; for needles far beyond, bring a long-context model.
 
 """
 
@@ -169,6 +216,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--quick", action="store_true", help="1,536 tokens and one turn: a try, not a measurement")
 
+    _add_try(verbs, plain)
+    _add_lab(verbs, plain)
+
     epilog = BENCH_EXAMPLES + POLICIES
     bench = verbs.add_parser(
         "bench",
@@ -233,7 +283,129 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _tokens(text: str) -> list[int]:
+    try:
+        factors = [1024 if part.lower().endswith("k") else 1 for part in text.split(",")]
+        counts = [int(part.lower().rstrip("k")) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write counts like 4K,16K or 6000") from None
+    return [count * factor for count, factor in zip(counts, factors, strict=True)]
+
+
+def _add_model(add: Callable[..., Any]) -> None:
+    """The arguments of every verb that runs a model."""
+    add(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="a Hugging Face directory or a GGUF file (default: the packaged SmolLM2)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="auto: bf16 if the CPU computes in it",
+    )
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def _add_try(verbs: Any, plain: Any) -> None:
+    epilog = TRY_EXAMPLES + POLICIES
+    verb = verbs.add_parser(
+        "try",
+        help="do policies find what dense finds?",
+        description=TRY,
+        epilog=epilog,
+        formatter_class=plain,
+    )
+    add = verb.add_argument
+    _add_model(add)
+    add(
+        "--prompt",
+        type=Path,
+        metavar="FILE",
+        help="text to hide the needle in (default: licences and Python's source)",
+    )
+    add(
+        "--policy",
+        action="append",
+        default=[],
+        help="a policy; may be repeated (default: flashprefill and sketch)",
+    )
+    add(
+        "--tokens",
+        type=_tokens,
+        default=[4096, 8000],
+        metavar="N,N",
+        help="lengths of prompts (default: 4K,8000)",
+    )
+    add(
+        "--depth",
+        type=_list_of(float),
+        default=[0.1, 0.5, 0.9],
+        metavar="X,X",
+        help="where the needle is (0.1,0.5,0.9)",
+    )
+    add("--out", type=Path, metavar="FILE", help="write all figures as JSON")
+
+
+def _add_lab(verbs: Any, plain: Any) -> None:
+    verb = verbs.add_parser(
+        "lab",
+        help="every method against the true attention",
+        description=LAB,
+        epilog=LAB_EXAMPLES,
+        formatter_class=plain,
+    )
+    add = verb.add_argument
+    _add_model(add)
+    add(
+        "--text",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="gpl, code or long; may be repeated (default: all)",
+    )
+    add("--prompt", type=Path, metavar="FILE", help="read this file instead")
+    add("--tokens", type=int, metavar="N", help="so many tokens of each text")
+    add(
+        "--long",
+        action="store_true",
+        help="with --prompt: scale the rotary base four times (default 24,000 tokens)",
+    )
+    add(
+        "--layers",
+        type=_list_of(int),
+        default=[],
+        metavar="N,N",
+        help="layers to look at (default: six, early to late)",
+    )
+    add(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this method; may be repeated (default: all)",
+    )
+    add("--no-studies", action="store_true", help="leave out the studies (alpha, allocation, gamma, tau)")
+    add("--dump", type=Path, metavar="DIR", help="keep Q, K and V of the layers here")
+    add("--from", type=Path, dest="source", metavar="DIR", help="use dumps in place of a model")
+    add(
+        "--times-only",
+        action="store_true",
+        help="with --from: only measure the times of the run in --out again",
+    )
+    add(
+        "--out", type=Path, default=Path("out/lab"), metavar="DIR", help="where results go (default: out/lab)"
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="1,536 tokens, two layers, two values a method: a try, not a measurement",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     same: tuple[str, ...]  # options that have the argument's name
     if arguments.verb == "info":
@@ -250,6 +422,20 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.depth:
             options.depths = arguments.depth
         demo.run(options)
+    elif arguments.verb == "try":
+        from .apps import needles
+
+        same = ("model", "dtype", "threads", "prompt", "tokens", "out")
+        chosen = {name: given[name] for name in same}
+        results = needles.run(needles.Options(**chosen, policies=arguments.policy, depths=arguments.depth))
+        return 0 if results["passed"] else 1
+    elif arguments.verb == "lab":
+        _need("lab", "torch", "matplotlib", "tqdm")
+        from .apps.lab import run as lab
+
+        same = ("model", "dtype", "threads", "text", "prompt", "tokens", "long", "layers", "method", "dump")
+        same += ("source", "times_only", "out", "quick")
+        lab.run(lab.Options(**{name: given[name] for name in same}, studies=not arguments.no_studies))
     elif arguments.verb == "bench":
         _need("bench", "torch", "tqdm")
         from .apps import bench
@@ -264,6 +450,7 @@ def _run(arguments: argparse.Namespace) -> None:
         same = ("file", "heads", "scale", "out", "json")
         chosen = {name: given[name] for name in same}
         inspect.run(inspect.Options(**chosen, policies=arguments.policy, text=not arguments.no_text))
+    return 0
 
 
 def _need(verb: str, *modules: str) -> None:
@@ -286,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.verb is None:
             parser.print_help()
         else:
-            _run(arguments)
+            return _run(arguments)
     except UsageError as error:
         print(f"flashprefill: {error}", file=sys.stderr)
         return 2

@@ -242,7 +242,7 @@ def test_needle_is_found_however_it_is_written(words, found):
 
 
 def test_long_stretches_the_rotary_base(model):
-    plain, long = models.load(model, "fp32"), models.load(model, "fp32", long=True)
+    plain, long = models.load(model, "fp32"), models.load(model, "fp32", stretch=models.ROPE_STRETCH)
     theta = plain.model.config.rope_parameters["rope_theta"]
     assert long.model.config.rope_parameters["rope_theta"] == 4 * theta
     slow = [m.model.rotary_emb.inv_freq[-1].item() for m in (plain.model, long.model)]

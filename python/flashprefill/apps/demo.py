@@ -277,7 +277,7 @@ def run(options: Options) -> dict[str, Any]:
     if busy:
         print(f"note: {busy}", file=sys.stderr)
     print("loading the model ...", file=sys.stderr, flush=True)
-    loaded = models.load(options.model, options.dtype, options.long)
+    loaded = models.load(options.model, options.dtype, models.ROPE_STRETCH if options.long else 1.0)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)
     repeats = options.repeats or (1 if options.long or options.quick else 3)
     depths = list(options.depths) if options.needle else [None]

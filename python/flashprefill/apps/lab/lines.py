@@ -1,0 +1,138 @@
+"""The table of methods. A new policy shows up in the lab by one line here; without one, by its defaults.
+
+A line is one curve: a policy's name (or a scorer of baselines.py), the fields that stay, the one that is
+swept and from where to where, so that densities from about .05 to .35 come out at the lengths that the lab
+reads. Fields for forced blocks are set for all alike, from outside: comparing selections means little while
+half of what is kept is kept anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...policies import Policy, Streaming
+from ..spec import POLICIES
+from .baselines import RULES, SCORERS
+
+ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
+ORACLE_ALPHAS = (0.01, 0.03, 0.06, 0.12, 0.25, 0.45)
+MASSES = (0.5, 0.7, 0.8, 0.88, 0.94)
+COUNTS = (4, 8, 12, 16, 24, 36)  # blocks a tile
+NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: a policy or scorer, fields that stay, the swept field and its values."""
+
+    label: str
+    method: str
+    parameter: str | None
+    values: tuple[float, ...]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scorer(self) -> bool:
+        """Whether it is a scorer of the lab's own and no policy."""
+        return self.method in SCORERS
+
+    def policy(self, value: float | None, forced: Mapping[str, Any]) -> Policy:
+        """The policy at one value of the sweep."""
+        kind = POLICIES[self.method]
+        names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        arguments: dict[str, Any] = {name: count for name, count in forced.items() if name in names}
+        arguments.update(self.fixed)
+        if self.parameter is not None:
+            arguments[self.parameter] = value
+        return kind(**arguments)
+
+
+METHODS = (
+    Line("Oracle, alpha", "oracle", "alpha", ORACLE_ALPHAS),
+    Line("Oracle, share", "oracle", "share", (0.001, 0.002, 0.004, 0.008, 0.016)),
+    Line("FlashPrefill (V1)", "flashprefill", "alpha", ALPHAS),
+    Line("FlashPrefill, query_pool=16", "flashprefill", "alpha", ALPHAS, {"query_pool": 16}),
+    Line("Sketch, mass", "sketch", "mass", MASSES),
+    Line("Sketch, alpha", "sketch", "alpha", ALPHAS),
+    Line("Bounds (Quest-like)", "bounds", "alpha", (0.05, 0.12, 0.25, 0.4, 0.6, 0.8)),
+    Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
+)
+
+# Studies: curves that answer one question, drawn and tabled apart.
+STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
+    "alpha": (
+        "FlashPrefill's alpha",
+        (Line("FlashPrefill (V1)", "flashprefill", "alpha", ALPHAS),),
+    ),
+    "allocation": (
+        "Dynamic or uniform: as many blocks as the scores ask for, or as many for every tile and head",
+        (
+            Line("FlashPrefill, dynamic", "flashprefill", "alpha", ALPHAS, {"query_pool": 16}),
+            Line(
+                "FlashPrefill, uniform",
+                "flashprefill",
+                "min_blocks",
+                COUNTS,
+                {"query_pool": 16, "alpha": NONE_BY_ALPHA},
+            ),
+            Line("Sketch, dynamic", "sketch", "mass", MASSES),
+            Line("Sketch, uniform", "sketch", "min_blocks", COUNTS, {"alpha": NONE_BY_ALPHA}),
+            Line("Oracle, dynamic", "oracle", "alpha", ORACLE_ALPHAS),
+            Line("Oracle, uniform", "oracle", "blocks", COUNTS),
+        ),
+    ),
+}
+
+
+def _known(line: Line) -> bool:
+    return line.scorer or line.method in POLICIES
+
+
+def methods(asked: Sequence[str] = ()) -> list[Line]:
+    """The lines of the table, and one point for each policy that has none. `asked`: only these methods."""
+    lines = [line for line in METHODS if _known(line)]
+    named = {line.method for line in lines}
+    lines += [Line(kind.__name__, name, None, ()) for name, kind in POLICIES.items() if name not in named]
+    lines = [line for line in lines if line.method != "dense"]
+    return [line for line in lines if not asked or line.method in asked]
+
+
+def studies(asked: Sequence[str] = ()) -> dict[str, tuple[str, list[Line]]]:
+    """The studies whose methods are here, by name, with their titles."""
+    found = {}
+    for name, (title, lines) in STUDIES.items():
+        some = [line for line in lines if _known(line) and (not asked or line.method in asked)]
+        if some:
+            found[name] = (title, some)
+    return found
+
+
+def names() -> list[str]:
+    """What `--method` may name."""
+    return list(dict.fromkeys(line.method for line in methods()))
+
+
+def thinned(line: Line, points: int) -> Line:
+    """The same line with fewer values, its ends among them."""
+    if len(line.values) <= points:
+        return line
+    step = (len(line.values) - 1) / max(1, points - 1)
+    return dataclasses.replace(line, values=tuple(line.values[round(i * step)] for i in range(points)))
+
+
+def check() -> None:
+    """Every line's method, rule and fields exist."""
+    for line in (*METHODS, *(line for _, lines in STUDIES.values() for line in lines)):
+        if line.scorer:
+            assert line.parameter in RULES, line
+        elif line.method in POLICIES:
+            for value in line.values:
+                line.policy(value, {})
+
+
+def forced_policy(forced: Mapping[str, Any], block_size: int = 128) -> Streaming:
+    """The policy that keeps the forced blocks alone."""
+    return Streaming(**forced, block_size=block_size)

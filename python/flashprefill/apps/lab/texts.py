@@ -1,0 +1,106 @@
+"""What the lab reads: real long texts, and the queries, keys and values that a model makes of them.
+
+The texts are those of the study that `Sketch` came from: a licence, a program, and all licences one after
+the other for the long one, where the rotary base is scaled so that the model still predicts. The forward pass
+runs our own kernel with every block kept, which is exact and several times faster than PyTorch's at 24K
+tokens.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import Dense, patch_model, unpatch_model
+from .. import dump, measure, prompt
+from ..errors import UsageError
+
+STUDY_LAYERS = (
+    np.array([2, 7, 13, 19, 25, 29]) / 29
+)  # as shares of the last layer's number: early, middle, late
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to read: its name, its files, how many tokens of it, whether the rotary base is scaled."""
+
+    name: str
+    files: tuple[Path, ...]
+    tokens: int
+    long: bool = False
+
+
+def known() -> dict[str, Text]:
+    """The texts that `--text` names."""
+    module = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
+    licences = tuple(prompt.LICENCES / name for name in prompt.LICENCE_NAMES)
+    texts = (
+        Text("gpl", licences[:1], 7600),
+        Text("code", (module,), 7600),
+        Text("long", licences, 24355, long=True),
+    )
+    return {text.name: text for text in texts}
+
+
+def chosen_layers(layers: int, wanted: Sequence[int]) -> list[int]:
+    """The layers to look at: those that were asked for, or six from early to late."""
+    for layer in wanted:
+        if not 0 <= layer < layers:
+            raise UsageError(f"--layers {layer}: must be from 0 to {layers - 1}")
+    spread = np.unique((STUDY_LAYERS * (layers - 1)).round().astype(int)).tolist()
+    return sorted(set(wanted)) or [int(layer) for layer in spread]
+
+
+def tokens_of(tokenizer: Any, text: Text) -> list[int]:
+    """The ids of a text, as many as it wants or has."""
+    ids: list[int] = []
+    for file in text.files:
+        ids += prompt.text_of(tokenizer, text.tokens, file)[0]
+        if len(ids) >= text.tokens:
+            break
+    return ids[: text.tokens]
+
+
+def capture(model: Any, ids: Sequence[int], layers: Sequence[int]) -> dict[int, measure.Captured]:
+    """Read the text once; return what the attention of these layers was called with."""
+    patch_model(model, Dense())
+    try:
+        _, clock = measure.run(model, torch.tensor([list(ids)]), 1, frozenset(layers))
+    finally:
+        unpatch_model(model)
+    return dict(sorted(clock.captured.items()))
+
+
+def save(folder: Path, name: str, captured: dict[int, measure.Captured]) -> None:
+    """One file a layer, which `flashprefill inspect` and `--from` read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, one in captured.items():
+        content = {"q": one.query, "k": one.key, "v": one.value, "scale": torch.tensor(one.scale)}
+        torch.save(content, folder / f"{name}-layer{layer}.pt")
+
+
+def load(folder: Path) -> dict[str, dict[int, measure.Captured]]:
+    """All dumps of a folder, NAME-layerN.pt (or .npz, .safetensors), by text and layer."""
+    texts: dict[str, dict[int, measure.Captured]] = {}
+    for file in sorted(path for path in folder.glob("*-layer*") if path.suffix in dump.SUFFIXES):
+        name, _, layer = file.stem.rpartition("-layer")
+        if not layer.isdigit():
+            raise UsageError(f"{file}: must be named like text-layer7{file.suffix}")
+        content = {key: torch.as_tensor(value) for key, value in dump.load(file).items()}
+        for key in ("q", "k", "v"):
+            if key not in content or content[key].ndim != 3:
+                raise UsageError(f"{file}: must hold q, k and v, each [tokens, heads, head_dim]")
+        q, k, v = (content[key] for key in "qkv")
+        if q.shape[0] != k.shape[0] or k.shape != v.shape:
+            raise UsageError(f"{file}: q, k and v must be of one prompt from its first token on")
+        scale = float(content["scale"]) if "scale" in content else float(q.shape[-1]) ** -0.5
+        texts.setdefault(name, {})[int(layer)] = measure.Captured(q, k, v, scale)
+    if not texts:
+        raise UsageError(f"--from {folder}: holds no dumps named like text-layer7.pt")
+    return {name: dict(sorted(layers.items())) for name, layers in texts.items()}

@@ -1,0 +1,174 @@
+"""`flashprefill try`: do the policies find what dense attention finds?
+
+One pass of each method over each prompt, then the answer, token by token from the cache. Prompts are the
+demo's: real text with a sentence hidden in it. A prompt longer than the model was trained for is read with
+the rotary base scaled by a power of two; finding needles is what suffers from that first, dense or not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..policies import FlashPrefill, Policy, Sketch
+from . import machine, models, prompt, table
+from .errors import UsageError
+from .spec import parse_policy, spell
+
+SCHEMA = "flashprefill-try/1"
+LEAST_TOKENS, MOST_TOKENS = 256, 1 << 20
+CONTINUATION = 24  # tokens of the answer
+DENSE = "dense attention"
+
+
+@dataclass
+class Options:
+    """What the command line asks for."""
+
+    model: Path | None = None
+    dtype: str = "auto"
+    threads: int | None = None
+    prompt: Path | None = None
+    policies: Sequence[str] = ()
+    tokens: Sequence[int] = (4096, 8000)
+    depths: Sequence[float] = (0.1, 0.5, 0.9)
+    out: Path | None = None
+
+
+def stretch_for(tokens: int, context: int | None) -> float:
+    """The power of two that the rotary base is scaled by, 1 within the model's own context."""
+    if context is None or tokens <= context:
+        return 1.0
+    return float(2 ** math.ceil(math.log2(tokens / context)))
+
+
+def check(options: Options) -> None:
+    """Refuse what argparse cannot know."""
+    for tokens in options.tokens:
+        if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
+            raise UsageError(f"--tokens {tokens}: must be from {LEAST_TOKENS} to {MOST_TOKENS}")
+    for depth in options.depths:
+        if not 0.0 <= depth <= 1.0:
+            raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads {options.threads}: must be at least 1")
+    for module in ("torch", "transformers"):
+        if not machine.importable(module):
+            raise UsageError(f"try needs {module}: pip install 'flashprefill[demo]'")
+
+
+def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
+    """Dense first, then what was asked for."""
+    policies = [parse_policy(text) for text in texts] or [FlashPrefill(), Sketch()]
+    return [(DENSE, None), *((spell(policy), policy) for policy in policies)]
+
+
+def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) -> dict[str, Any]:
+    """One method reads one prompt and answers."""
+    import torch
+
+    from .. import patch_model, unpatch_model
+    from . import measure
+
+    if policy is not None:
+        patch_model(loaded.model, policy)
+    try:
+        result, clock = measure.run(loaded.model, torch.tensor([text.ids]), 1)
+        # A layer that ran dense keeps everything.
+        kept = np.ones(1) if policy is None else np.nan_to_num(result.stats.density, nan=1.0)
+        written = measure.continue_greedily(loaded.model, result, CONTINUATION)
+    finally:
+        if policy is not None:
+            unpatch_model(loaded.model)
+    words = loaded.tokenizer.decode(written, skip_special_tokens=True).strip()
+    return {
+        "ttft_seconds": round(result.ttft, 3),
+        "attention_seconds": round(clock.seconds, 3),
+        "density": round(float(kept.mean()), 4),
+        "found": text.found_in(words),
+        "answer": words,
+    }
+
+
+def verdict(cases: Sequence[dict[str, Any]]) -> tuple[bool, str]:
+    """Whether every policy found what dense attention found, and that in a sentence."""
+    base = [(case["tokens"], case["depth"]) for case in cases if case["method"] == DENSE and case["found"]]
+    total = sum(case["method"] == DENSE for case in cases)
+    others = [case for case in cases if case["method"] != DENSE and (case["tokens"], case["depth"]) in base]
+    missed = [case for case in others if not case["found"]]
+    words = f"dense attention finds {len(base)} of {total} needles"
+    if not base:
+        return True, f"{words}: nothing to hold the policies against"
+    if not missed:
+        return True, f"{words}, and every policy finds those too"
+    places = (f"{c['method']} at {c['tokens']} tokens, depth {c['depth']:g}" for c in missed)
+    return False, f"{words}; missed: {'; '.join(places)}"
+
+
+HEADER = ("", "tokens", "depth", "first\ntoken, s", "attention,\ns", "\ndensity", "found", "answer")
+
+
+def row_of(case: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    words = " ".join(case["answer"].split())
+    return [
+        case["method"],
+        str(case["tokens"]),
+        f"{case['depth']:g}",
+        f"{case['ttft_seconds']:.2f}",
+        f"{case['attention_seconds']:.2f}",
+        f"{case['density']:.3f}",
+        "yes" if case["found"] else "no",
+        words if len(words) <= 48 else words[:45] + "...",
+    ]
+
+
+def run(options: Options) -> dict[str, Any]:
+    """All prompts through all methods; `passed` says whether the policies found what dense found."""
+    check(options)
+    methods = contenders(options.policies)
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    context = models.context_of(options.model)
+    cases: list[dict[str, Any]] = []
+    busy = machine.busy()
+    loaded: models.Loaded | None = None
+    stretched = None
+    for tokens in sorted(options.tokens):
+        factor = stretch_for(tokens, context)
+        if loaded is None or factor != stretched:
+            scaled = f", rotary base scaled {factor:g} times" if factor != 1.0 else ""
+            print(f"loading the model{scaled} ...", file=sys.stderr, flush=True)
+            loaded, stretched = models.load(options.model, options.dtype, factor), factor
+        for depth in options.depths:
+            text = prompt.build(loaded.tokenizer, tokens, depth, options.prompt)
+            for label, policy in methods:
+                print(f"{len(text.ids)} tokens, depth {depth:g}: {label}", file=sys.stderr, flush=True)
+                case = {"method": label, "tokens": len(text.ids), "depth": depth, "rotary_scale": factor}
+                cases.append({**case, **answer(loaded, policy, text)})
+    assert loaded is not None
+    passed, words = verdict(cases)
+    results = {
+        "schema": SCHEMA,
+        **machine.describe(),
+        "model": {"name": loaded.name, "dtype": loaded.dtype, "context": context},
+        "settings": {"threads": torch.get_num_threads(), "busy": busy, "expected": prompt.ANSWER},
+        "cases": cases,
+        "verdict": words,
+        "passed": passed,
+    }
+    print(table.render(HEADER, [row_of(case) for case in cases]))
+    print(f"\n{words}", flush=True)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results

@@ -179,7 +179,12 @@ typedef struct fp_flashprefill {
 } fp_flashprefill;
 
 /* Sketch: FlashPrefill whose key blocks are described by their outliers (the keys farthest from the mean) beside the
- * mean and variance of the rest. Either alpha or mass decides; the other is NaN. */
+ * mean and variance of the rest. One of alpha, mass and gain decides; the others are NaN.
+ *
+ * gain: from the largest energy down, a block is kept while share * sqrt(rest) >= gain, where share is the block's
+ * share of the tile's energy and rest the share of all blocks from it on. query_metric: distances from the mean weigh
+ * dimension d by the sum of q_d^2 over the last rows of all tiles of the KV head's query heads, so that outliers are
+ * keys that some query can tell from the mean. */
 typedef struct fp_sketch {
   fp_policy common;
   float alpha;        /* in [0, inf), or NaN */
@@ -187,6 +192,8 @@ typedef struct fp_sketch {
   int32_t outliers;   /* 0 .. 16 */
   int32_t query_pool; /* 1 .. 128 */
   int32_t min_blocks;
+  float gain;           /* in (0, 1), or NaN */
+  int32_t query_metric; /* 0 or 1 */
   int32_t reserved;
 } fp_sketch;
 

@@ -59,17 +59,22 @@ struct FlashPrefill : fp_flashprefill {
   explicit FlashPrefill(float keep_from) : FlashPrefill() { alpha = keep_from; }
 };
 
-// Decided by mass (the default, .95) or, after KeepFrom, by alpha.
+// Decided by mass (the default, .95) or, after KeepFrom, by alpha, or after KeepGain, by gain.
 struct Sketch : fp_sketch {
   Sketch() { Check(fp_policy_init(FP_SKETCH, this, sizeof(fp_sketch))); }
   Sketch& KeepMass(float share) {
     mass = share;
-    alpha = std::numeric_limits<float>::quiet_NaN();
+    alpha = gain = std::numeric_limits<float>::quiet_NaN();
     return *this;
   }
   Sketch& KeepFrom(float share_of_largest) {
     alpha = share_of_largest;
-    mass = std::numeric_limits<float>::quiet_NaN();
+    mass = gain = std::numeric_limits<float>::quiet_NaN();
+    return *this;
+  }
+  Sketch& KeepGain(float least) {
+    gain = least;
+    alpha = mass = std::numeric_limits<float>::quiet_NaN();
     return *this;
   }
 };

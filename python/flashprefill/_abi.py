@@ -138,6 +138,8 @@ class Sketch(Structure):
         ("outliers", c_int32),
         ("query_pool", c_int32),
         ("min_blocks", c_int32),
+        ("gain", c_float),
+        ("query_metric", c_int32),
         ("reserved", c_int32),
     ]
 

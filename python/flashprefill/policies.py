@@ -102,7 +102,7 @@ class Policy:
         for field in ("sink_blocks", "window_blocks", "dense_tail_blocks", "min_blocks"):
             if hasattr(self, field):
                 shared[field] = _integer(field, getattr(self, field), 0, _MAX_BLOCKS)
-        for field in ("share_heads", "mean_correction"):
+        for field in ("share_heads", "mean_correction", "query_metric"):
             if hasattr(self, field):
                 value = getattr(self, field)
                 if not isinstance(value, bool):
@@ -287,9 +287,13 @@ class Sketch(Policy):
 
     Args:
         mass: keep the smallest set of blocks that holds this share of the tile's estimated softmax mass, in
-            (0, 1]. 0.95 unless ``alpha`` is given.
-        alpha: keep blocks from this share of the tile's best score on, in [0, inf). One of mass and alpha
-            decides.
+            (0, 1]. 0.95 unless ``alpha`` or ``gain`` is given: one of the three decides.
+        alpha: keep blocks from this share of the tile's best score on, in [0, inf).
+        gain: keep blocks, the best first, while share * sqrt(rest) is at least this, in (0, 1). share is a
+            block's share of the tile's estimated mass, rest that of all blocks from it on. CPU only so far.
+        query_metric: outliers are the keys farthest from the mean as queries see it: each dimension of the
+            distance weighs by the squares of a sample of the queries (the last row of each tile). CPU only so
+            far.
         outliers: keys a block that stand for themselves, 0 to 16.
         query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128.
         sink_blocks: blocks kept at the beginning.
@@ -312,14 +316,23 @@ class Sketch(Policy):
     share_heads: bool = False
     mean_correction: bool = False
     min_blocks: int = 0
+    gain: float | None = None
+    query_metric: bool = False
 
     kind = "sketch"
 
     def __post_init__(self) -> None:
-        mass, alpha = self.mass, self.alpha
+        mass, alpha, gain = self.mass, self.alpha, self.gain
         if mass is not None and alpha is not None:
-            refuse("alpha", alpha, f"None where mass is given ({mass}): one of the two decides")
-        if alpha is not None:
+            refuse("alpha", alpha, f"None where mass is given ({mass}): one of them decides")
+        for name, other in (("mass", mass), ("alpha", alpha)):
+            if gain is not None and other is not None:
+                refuse("gain", gain, f"None where {name} is given ({other}): one of them decides")
+        if gain is not None:
+            gain = _number("gain", gain)
+            if not 1e-37 <= gain < 1.0:  # would be 0 or subnormal in fp32 below; false for NaN too
+                refuse("gain", gain, "at least 1e-37 and below 1")
+        elif alpha is not None:
             alpha = _alpha(alpha)
         else:
             mass = _number("mass", 0.95 if mass is None else mass)
@@ -327,7 +340,7 @@ class Sketch(Policy):
                 refuse("mass", mass, "above 0 and at most 1")
             if mass < 1e-37:  # would be 0 or subnormal in fp32
                 refuse("mass", mass, "at least 1e-37")
-        self._seal(mass=mass, alpha=alpha, outliers=_integer("outliers", self.outliers, 0, 16))
+        self._seal(mass=mass, alpha=alpha, gain=gain, outliers=_integer("outliers", self.outliers, 0, 16))
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ void InitPolicy(int32_t kind, void* policy) {
                              .outliers = 4,
                              .query_pool = 16,
                              .min_blocks = 0,
+                             .gain = std::numeric_limits<float>::quiet_NaN(),
+                             .query_metric = 0,
                              .reserved = 0};
       return;
     case FP_FLEXPREFILL: // gamma, tau and min_budget of its authors' example; nothing is forced but what it forces

@@ -294,11 +294,13 @@ void ValidatePolicy(const Policy* policy, const Problem& p) {
     CheckRange("min_blocks", f.min_blocks, 0, kMaxForcedBlocks);
   } else if (policy->kind == FP_SKETCH) {
     const auto& s = *reinterpret_cast<const fp_sketch*>(policy);
-    if (std::isnan(s.alpha) == std::isnan(s.mass)) {
-      Refuse("mass", s.mass, "given where alpha is not, and NaN where alpha is given: one of the two decides");
+    if (!std::isnan(s.alpha) + !std::isnan(s.mass) + !std::isnan(s.gain) != 1) {
+      Refuse("mass", s.mass, "given where alpha and gain are NaN, and NaN where one of them is given: one decides");
     }
     if (!std::isnan(s.alpha)) check_alpha(s.alpha);
     if (!std::isnan(s.mass) && !(s.mass > 0 && s.mass <= 1)) Refuse("mass", s.mass, "above 0 and at most 1");
+    if (!std::isnan(s.gain) && !(s.gain > 0 && s.gain < 1)) Refuse("gain", s.gain, "above 0 and below 1");
+    CheckFlag("query_metric", s.query_metric);
     CheckRange("outliers", s.outliers, 0, 16);
     CheckRange("query_pool", s.query_pool, 1, kTileRows);
     CheckRange("min_blocks", s.min_blocks, 0, kMaxForcedBlocks);

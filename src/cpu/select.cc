@@ -4,10 +4,14 @@
 //
 // Sequences go through both phases in waves, as many together as their panels fit into the workspace: a long sequence
 // alone, hundreds of short ones at once. A wave's work is one list of units for each phase, taken from a shared
-// counter; the tiles with the most blocks come first, so that the last ones to be taken are small.
+// counter; the tiles with the most blocks come first, so that the last ones to be taken are small. Sketch's metric, for
+// which one query row a tile is read, comes before both.
 #include "cpu/select.h"
 
+#include <cmath>
+
 #include "core/backend.h"
+#include "core/half.h"
 #include "core/threads.h"
 #include "cpu/policies.h"
 #include "cpu/select_keep.h"
@@ -43,6 +47,7 @@ struct Scratch {
 
 struct Memory {
   Share* shares; // [batch + 1]
+  float* metric; // Sketch: [batch][kv_heads][head_dim]
   float* panels; // [capacity][kv_heads]
   std::byte* scratch;
   int64_t capacity;
@@ -81,6 +86,7 @@ Memory MemoryOf(const Problem& p, const SelectPlan& plan, const Policy& policy, 
   m.threads = static_cast<int>(std::clamp<int64_t>(items, 1, ThreadCount(exec.threads)));
   Workspace parts(workspace);
   m.shares = parts.Take<Share>(p.batch + 1);
+  if (plan.sketch) m.metric = parts.Take<float>(int64_t{p.batch} * p.kv_heads * p.head_dim);
   if (m.capacity > 0) {
     m.panels = parts.Take<float>(m.capacity * p.kv_heads * plan.panel_floats);
     ScratchAt(p, plan, nullptr, &m.scratch_bytes);
@@ -101,6 +107,12 @@ class Selection {
         kernels_(SelectKernelsFor(exec)) {}
 
   void Run() {
+    if (plan_.sketch) {
+      ForAll(memory_.threads, int64_t{p_.batch} * p_.kv_heads, [&](int64_t i, int) {
+        const Sequence s = SequenceOf(p_, static_cast<int>(i / p_.kv_heads));
+        MetricOf(s, static_cast<int>(i % p_.kv_heads), memory_.metric + i * p_.head_dim);
+      });
+    }
     for (int begin = 0; begin < p_.batch;) {
       const int end = PlanWave(begin);
       const Share& total = memory_.shares[end];
@@ -111,6 +123,23 @@ class Selection {
   }
 
  private:
+  // What a dimension counts in the distance of a key of this head from its block's mean: 1, or with query_metric the
+  // sum of squares that the last row of each tile of its query heads has there. What is not finite is left out.
+  void MetricOf(const Sequence& s, int kv_head, float* metric) const {
+    std::fill_n(metric, p_.head_dim, plan_.query_metric ? 0.f : 1.f);
+    if (!plan_.query_metric) return;
+    for (int64_t m = 0; m < plan_.g.Tiles(s); ++m) {
+      const int64_t row = std::min<int64_t>((m + 1) * plan_.g.tile_tokens, s.q_len) - 1;
+      for (int h = kv_head * plan_.g.group; h < (kv_head + 1) * plan_.g.group; ++h) {
+        const int64_t offset = RowOffset(p_, p_.q.stride, s, row, h);
+        for (int64_t d = 0; d < p_.head_dim; ++d) {
+          const float x = LoadElement(p_.q.data, p_.q.dtype, offset + d * p_.q.stride[3]);
+          if (std::isfinite(x)) metric[d] += x * x;
+        }
+      }
+    }
+  }
+
   // Fills the shares of the sequences from begin on whose panels fit together, and returns the first that is left.
   int PlanWave(int begin) {
     Share next{};
@@ -158,7 +187,9 @@ class Selection {
     const int64_t block = unit % runs * kRun;
     const int head = static_cast<int>(unit / runs) * share.heads_a_unit;
     kernels_.describe(p_, plan_, s, block, std::min(block + kRun, plan_.g.Blocks(s)), head,
-                      std::min(head + share.heads_a_unit, p_.kv_heads), PanelsOf(share), ScratchOf(thread).describe);
+                      std::min(head + share.heads_a_unit, p_.kv_heads),
+                      memory_.metric + int64_t{b} * p_.kv_heads * p_.head_dim, PanelsOf(share),
+                      ScratchOf(thread).describe);
   }
 
   // One tile of the query heads [begin, end) of one KV head.

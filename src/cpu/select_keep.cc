@@ -1,11 +1,12 @@
-// A threshold relative to the largest energy needs one comparison a block and no order among them. mass and min_blocks
-// do need one: energies are not negative, so their bits order as integers do, and one integer of (energy, block from
-// behind) sorts by energy first and by the lower block among equals. Blocks are at most some thousands, and a sort of
-// them is cheap beside the products that made them.
+// A threshold relative to the largest energy needs one comparison a block and no order among them. mass, gain and
+// min_blocks do need one: energies are not negative, so their bits order as integers do, and one integer of (energy,
+// block from behind) sorts by energy first and by the lower block among equals. Blocks are at most some thousands, and
+// a sort of them is cheap beside the products that made them.
 #include "cpu/select_keep.h"
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <functional>
 
 namespace flashprefill::cpu {
@@ -21,9 +22,9 @@ double EnergyOf(uint64_t key) { return std::bit_cast<float>(static_cast<uint32_t
 
 void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored, float largest, uint64_t* keys,
                   uint64_t* row) {
-  const bool by_mass = std::isnan(plan.alpha);
+  const bool ordered = std::isnan(plan.alpha); // by mass or gain
   const int64_t least = std::min<int64_t>(plan.min_blocks, scored);
-  if (!by_mass) {
+  if (!ordered) {
     const float threshold = plan.alpha * largest;
     for (int64_t begin = 0; begin < scored; begin += 64) {
       const int64_t end = std::min(begin + 64, scored);
@@ -32,10 +33,10 @@ void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored,
       row[begin / 64] |= word;
     }
   }
-  if (!by_mass && least == 0) return;
+  if (!ordered && least == 0) return;
 
   for (int64_t b = 0; b < scored; ++b) keys[b] = Key(energies[b], b);
-  if (!by_mass) {
+  if (!ordered) {
     std::nth_element(keys, keys + (least - 1), keys + scored, std::greater<>());
     for (int64_t i = 0; i < least; ++i) SetBit(row, BlockOf(keys[i]));
     return;
@@ -43,6 +44,17 @@ void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored,
   std::sort(keys, keys + scored, std::greater<>());
   double total = 0; // in the order of the sum below, so that a mass of 1 is reached exactly
   for (int64_t i = 0; i < scored; ++i) total += EnergyOf(keys[i]);
+  if (!std::isnan(plan.gain)) {
+    double rest = total;
+    const auto worth = [&](double energy) {
+      return energy / total * std::sqrt(std::max(0.0, rest / total)) >= double{plan.gain};
+    };
+    for (int64_t i = 0; i < scored && (i < least || worth(EnergyOf(keys[i]))); ++i) {
+      SetBit(row, BlockOf(keys[i]));
+      rest -= EnergyOf(keys[i]);
+    }
+    return;
+  }
   const double share = plan.mass * total;
   double sum = 0;
   for (int64_t i = 0; i < scored && (i == 0 || i < least || sum < share); ++i) {

@@ -95,17 +95,19 @@ void DescribeMeans(const Problem& p, const SelectPlan& plan, const Sequence& s, 
   }
 }
 
-HWY_INLINE float SquaredDistance(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int64_t n) {
+// The square of the distance between a and b, where a dimension counts weight[i].
+HWY_INLINE float SquaredDistance(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b,
+                                 const float* HWY_RESTRICT weight, int64_t n) {
   VF sum0 = hn::Zero(f), sum1 = hn::Zero(f);
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const VF x = hn::Sub(hn::LoadU(f, a + i), hn::LoadU(f, b + i));
     const VF y = hn::Sub(hn::LoadU(f, a + i + kLanes), hn::LoadU(f, b + i + kLanes));
-    sum0 = hn::MulAdd(x, x, sum0);
-    sum1 = hn::MulAdd(y, y, sum1);
+    sum0 = hn::MulAdd(hn::Mul(x, x), hn::LoadU(f, weight + i), sum0);
+    sum1 = hn::MulAdd(hn::Mul(y, y), hn::LoadU(f, weight + i + kLanes), sum1);
   }
   float sum = hn::GetLane(hn::SumOfLanes(f, hn::Add(sum0, sum1)));
-  for (; i < n; ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  for (; i < n; ++i) sum += (a[i] - b[i]) * (a[i] - b[i]) * weight[i];
   return sum;
 }
 
@@ -125,8 +127,8 @@ HWY_INLINE void AddSquares(const float* HWY_RESTRICT from, const float* HWY_REST
 
 // Sketch's column of one head: outliers, then mean and variance of the other keys, from fp32 rows that stay in L2.
 template <int32_t DTYPE>
-void DescribeSketch(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head, float* panels,
-                    float* scratch) {
+void DescribeSketch(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t block, int head,
+                    const float* metric, float* panels, float* scratch) {
   const int64_t d = p.head_dim, n = plan.g.BlockKeys(s, block), first = block * plan.g.block_size;
   float* keys = scratch;                          // [n][d]
   float* distance = keys + plan.g.block_size * d; // [n]; below 0: an outlier
@@ -161,7 +163,7 @@ void DescribeSketch(const Problem& p, const SelectPlan& plan, const Sequence& s,
   if (rest > 0 && outliers > 0) {
     mean_of_rest(n);
     for (int64_t t = 0; t < n; ++t) {
-      const float x = SquaredDistance(keys + t * d, mean, d);
+      const float x = SquaredDistance(keys + t * d, mean, metric, d);
       distance[t] = x >= 0 ? x : 0; // NaN is no distance
     }
   }
@@ -189,15 +191,16 @@ void DescribeSketch(const Problem& p, const SelectPlan& plan, const Sequence& s,
 }
 
 void Describe(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end, int head_begin,
-              int head_end, float* panels, float* scratch) {
+              int head_end, const float* metric, float* panels, float* scratch) {
   WithDtype(p.k.dtype, [&]<int32_t DTYPE>(std::integral_constant<int32_t, DTYPE>) {
     for (int64_t block = begin; block < end; ++block) {
       if (!plan.sketch) {
         DescribeMeans<DTYPE>(p, plan, s, block, head_begin, head_end, panels, scratch);
         continue;
       }
-      for (int head = head_begin; head < head_end; ++head)
-        DescribeSketch<DTYPE>(p, plan, s, block, head, panels, scratch);
+      for (int head = head_begin; head < head_end; ++head) {
+        DescribeSketch<DTYPE>(p, plan, s, block, head, metric + int64_t{head} * p.head_dim, panels, scratch);
+      }
     }
   });
 }

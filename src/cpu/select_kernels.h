@@ -9,9 +9,10 @@ namespace flashprefill::cpu {
 
 struct SelectKernels {
   // Writes the columns of blocks [begin, end) of KV heads [head_begin, head_end) into the sequence's panels, which lie
-  // as [kv_heads][panels]. scratch: DescribeScratch() floats.
+  // as [kv_heads][panels]. metric: what a dimension counts in a key's distance from the mean, [kv_heads][head_dim];
+  // read for Sketch only. scratch: DescribeScratch() floats.
   void (*describe)(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end,
-                   int head_begin, int head_end, float* panels, float* scratch);
+                   int head_begin, int head_end, const float* metric, float* panels, float* scratch);
   // Loads query tokens [begin, end) of query heads [head_begin, head_end) as rows to be scored, [head][row][depth].
   void (*load_rows)(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end,
                     int head_begin, int head_end, float* rows);

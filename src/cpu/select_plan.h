@@ -30,8 +30,10 @@ struct SelectPlan {
   bool scores; // false: Dense and Streaming, which look at no key
   bool sketch;
   bool shared; // one list for all heads of a group
-  float alpha; // or NaN, where mass decides
-  float mass;
+  float alpha; // or NaN, where mass or gain decides
+  float mass;  // or NaN, where gain does
+  float gain;
+  bool query_metric;
   int outliers;
   int query_pool;
   int min_blocks;
@@ -52,11 +54,12 @@ struct SelectPlan {
     plan.query_pool = 1;
     if (plan.sketch) {
       const auto& s = reinterpret_cast<const fp_sketch&>(policy);
-      plan.alpha = s.alpha, plan.mass = s.mass, plan.outliers = s.outliers;
+      plan.alpha = s.alpha, plan.mass = s.mass, plan.gain = s.gain;
+      plan.query_metric = s.query_metric != 0, plan.outliers = s.outliers;
       plan.query_pool = s.query_pool, plan.min_blocks = s.min_blocks;
     } else if (plan.scores) {
       const auto& f = reinterpret_cast<const fp_flashprefill&>(policy);
-      plan.alpha = f.alpha, plan.mass = NAN;
+      plan.alpha = f.alpha, plan.mass = plan.gain = NAN;
       plan.query_pool = f.query_pool, plan.min_blocks = f.min_blocks;
     }
     plan.terms = 1 + plan.outliers;

@@ -174,6 +174,11 @@ const char* SelectUnsupported(const Problem& p, const Policy& policy) {
   if (!s.scored && !policy.mean_correction) return nullptr;
   if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
   if (!s.scored) return nullptr;
+  if (s.sketch) {
+    const auto& sketch = reinterpret_cast<const fp_sketch&>(policy);
+    if (!std::isnan(sketch.gain)) return "Sketch's gain is not among what the CUDA kernels do: give mass or alpha";
+    if (sketch.query_metric) return "Sketch's query_metric is not among what the CUDA kernels do: give 0";
+  }
   return ScoreUnsupported(p.head_dim, DivUp<int64_t>(p.max_seqlen_k, policy.block_size), s.unit_rows, s.sketch);
 }
 

@@ -97,6 +97,16 @@ void ApplyRule(TileChoice& choice) {
       if (sum >= rule.mass * total) break; // this was the crossing block
     }
   }
+  if (!std::isnan(rule.gain)) {
+    double rest = 0; // energy of the blocks from here on
+    for (const int64_t b : order) rest += choice.energy[b];
+    const double total = rest;
+    for (const int64_t b : order) {
+      if (!(choice.energy[b] / total * std::sqrt(std::max(0.0, rest / total)) >= rule.gain)) break;
+      choice.kept[b] = 1;
+      rest -= choice.energy[b];
+    }
+  }
   const int64_t top = std::min(rule.min_blocks, static_cast<int64_t>(order.size()));
   for (int64_t i = 0; i < top; ++i) choice.kept[order[i]] = 1;
 }

@@ -49,6 +49,7 @@ inline double ScoreTolerance(const Problem& p) { return p.q.dtype == FP_F32 && p
 struct KeepRule {
   double alpha = std::numeric_limits<double>::quiet_NaN();
   double mass = std::numeric_limits<double>::quiet_NaN();
+  double gain = std::numeric_limits<double>::quiet_NaN();
   int64_t min_blocks = 0;
 };
 
@@ -88,7 +89,7 @@ std::unique_ptr<HeadSelector> MakeSpargeAttn(const HeadView& head);
 std::unique_ptr<HeadSelector> MakePrism(const HeadView& head);
 std::unique_ptr<HeadSelector> MakeSampleAttention(const HeadView& head);
 
-// Scored blocks by energy, largest first, equal ones by index: the order that mass and min_blocks go by.
+// Scored blocks by energy, largest first, equal ones by index: the order that mass, gain and min_blocks go by.
 std::vector<int64_t> Ranking(const TileChoice& choice);
 
 // Sets choice.kept from energy, scored and rule.

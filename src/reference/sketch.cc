@@ -9,9 +9,27 @@
 namespace flashprefill::reference {
 namespace {
 
+// What a dimension counts in a distance: 1, or with query_metric the sum of squares that the last row of each tile, of
+// all query heads of the KV head, has there. What is not finite is left out.
+std::vector<double> Metric(const HeadView& head) {
+  const Problem& p = head.problem;
+  std::vector<double> weight(static_cast<size_t>(p.head_dim), 1);
+  if (!reinterpret_cast<const fp_sketch&>(head.policy).query_metric) return weight;
+  std::fill(weight.begin(), weight.end(), 0);
+  const int64_t first = head.first_head / head.geometry.group * head.geometry.group;
+  for (int64_t h = first; h < first + head.geometry.group; ++h) {
+    const Matrix queries = LoadQueries(p, head.sequence, h);
+    for (int64_t m = 0; m < head.geometry.Tiles(head.sequence); ++m) {
+      const double* row = queries[head.geometry.TileOf(p, head.sequence, m).end - 1];
+      for (int64_t d = 0; d < p.head_dim; ++d) weight[d] += std::isfinite(row[d]) ? row[d] * row[d] : 0;
+    }
+  }
+  return weight;
+}
+
 // Keys [begin, end) in order of distance from their own mean (not rounded), farthest first, equal ones by index. A
 // distance that is not a number counts as the nearest.
-std::vector<int64_t> FarthestFirst(const Matrix& keys, int64_t begin, int64_t end) {
+std::vector<int64_t> FarthestFirst(const Matrix& keys, int64_t begin, int64_t end, const std::vector<double>& weight) {
   const double n = static_cast<double>(end - begin);
   std::vector<double> mean(static_cast<size_t>(keys.columns)), distance;
   for (int64_t t = begin; t < end; ++t) {
@@ -20,7 +38,7 @@ std::vector<int64_t> FarthestFirst(const Matrix& keys, int64_t begin, int64_t en
   std::vector<int64_t> order;
   for (int64_t t = begin; t < end; ++t) {
     double sum = 0;
-    for (int64_t d = 0; d < keys.columns; ++d) sum += (keys[t][d] - mean[d]) * (keys[t][d] - mean[d]);
+    for (int64_t d = 0; d < keys.columns; ++d) sum += weight[d] * (keys[t][d] - mean[d]) * (keys[t][d] - mean[d]);
     distance.push_back(std::isnan(sum) ? -1 : sum);
     order.push_back(t);
   }
@@ -48,10 +66,11 @@ Point Spread(const Matrix& keys, const std::vector<int64_t>& some, int32_t dtype
 std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head) {
   const auto& policy = reinterpret_cast<const fp_sketch&>(head.policy);
   const Geometry& g = head.geometry;
+  const std::vector<double> weight = Metric(head);
   std::vector<std::vector<Point>> blocks(static_cast<size_t>(g.Blocks(head.sequence)));
   for (size_t b = 0; b < blocks.size(); ++b) {
     const int64_t begin = static_cast<int64_t>(b) * g.block_size;
-    std::vector<int64_t> order = FarthestFirst(head.keys, begin, begin + g.BlockKeys(head.sequence, b));
+    std::vector<int64_t> order = FarthestFirst(head.keys, begin, begin + g.BlockKeys(head.sequence, b), weight);
     const size_t outliers = std::min(static_cast<size_t>(policy.outliers), order.size());
     for (size_t i = 0; i < outliers; ++i) {
       const double* key = head.keys[order[i]];
@@ -64,6 +83,7 @@ std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head) {
   KeepRule rule;
   rule.alpha = policy.alpha;
   rule.mass = policy.mass;
+  rule.gain = policy.gain;
   rule.min_blocks = policy.min_blocks;
   return std::make_unique<EnergySelector>(head, std::move(blocks), policy.query_pool, rule);
 }

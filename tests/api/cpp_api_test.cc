@@ -41,7 +41,8 @@ TEST(CppApi, PublishedDefaults) {
   EXPECT_EQ(f.common.mean_correction, 0);
   const fp::Sketch s;
   EXPECT_FLOAT_EQ(s.mass, 0.95f);
-  EXPECT_TRUE(std::isnan(s.alpha));
+  EXPECT_TRUE(std::isnan(s.alpha) && std::isnan(s.gain));
+  EXPECT_EQ(s.query_metric, 0);
   EXPECT_EQ(s.outliers, 4);
   EXPECT_EQ(s.query_pool, 16);
 }
@@ -101,6 +102,8 @@ TEST(CppApi, ErrorsAreExceptionsThatNameTheArgument) {
   fp::Sketch sketch;
   sketch.KeepMass(2);
   EXPECT_THROW(fp::select(data.problem, sketch), fp::Error);
+  EXPECT_NO_THROW(fp::select(data.problem, sketch.KeepGain(0.1f)));
+  EXPECT_NO_THROW(fp::select(data.problem, sketch.KeepMass(0.5f)));
   sketch.KeepFrom(0.5f).outliers = 99;
   EXPECT_THROW(fp::select(data.problem, sketch), fp::Error);
 }

@@ -152,6 +152,24 @@ TEST(SelectByHand, MassTakesTheSmallestSetAndMinBlocksTheTop) {
   ExpectKept(data, two, 2, {1, 4, 5});
 }
 
+TEST(SelectByHand, GainWeighsABlockByWhatIsLeft) {
+  OpData data(OneDimension({384, 384}));
+  SetWeights(data, 64, {1, 4, 2, 1, 1e-9, 1e-9});
+  // The tile of the test above: in order 1, 2, 0, 3 with the shares 4/8, 2/8, 1/8, 1/8, of which 1, 4/8, 2/8 and 1/8
+  // are left from each on. So their gains are .5, .25 * .7071 = .1768, .125 * .5 = .0625 and .125 * .3536 = .0442.
+  ExpectKept(data, SketchByGain(64, 0.51f, 0, 1), 2, {4, 5});
+  ExpectKept(data, SketchByGain(64, 0.49f, 0, 1), 2, {1, 4, 5});
+  ExpectKept(data, SketchByGain(64, 0.178f, 0, 1), 2, {1, 4, 5});
+  ExpectKept(data, SketchByGain(64, 0.175f, 0, 1), 2, {1, 2, 4, 5});
+  ExpectKept(data, SketchByGain(64, 0.063f, 0, 1), 2, {1, 2, 4, 5});
+  ExpectKept(data, SketchByGain(64, 0.062f, 0, 1), 2, {0, 1, 2, 4, 5});
+  ExpectKept(data, SketchByGain(64, 0.045f, 0, 1), 2, {0, 1, 2, 4, 5});
+  ExpectKept(data, SketchByGain(64, 0.044f, 0, 1), 2, {0, 1, 2, 3, 4, 5});
+  AnyPolicy top = SketchByGain(64, 0.49f, 0, 1);
+  top.sketch.min_blocks = 3;
+  ExpectKept(data, top, 2, {0, 1, 2, 4, 5});
+}
+
 // Keys of a sequence of four blocks of 16: all queries 1, tile 0 of 64 rows, Lq = 64 rows behind them, so that every
 // row sees every one of the four.
 struct FourBlocks {
@@ -204,6 +222,28 @@ TEST(SketchByHand, AnOutlierSavesABlockThatItsMeanHides) {
   const TileChoice sketch = ChoiceOf(blocks.data, SketchByAlpha(16, 0.5f, 4, 1), 0);
   EXPECT_TRUE(sketch.kept[0]);
   EXPECT_FALSE(sketch.kept[1]);
+}
+
+TEST(SketchByHand, WithTheQueryMetricOutliersAreWhatQueriesSee) {
+  OpCase op = OneDimension({64, 128});
+  op.head_dim = 2;
+  OpData data(op);
+  const Sequence s = data.sequence(0);
+  for (int64_t i = 0; i < 64; ++i) data.SetQuery(s, i, 0, 0, 0), data.SetQuery(s, i, 0, 1, 1);
+  for (int64_t t = 0; t < 128; ++t) {
+    data.SetKey(data.problem().k, s, t, 0, 0, t == 3 ? 5 : 0);
+    data.SetKey(data.problem().k, s, t, 0, 1, t == 7 ? 2 : 0);
+  }
+  // All queries are (0, 1), so the metric is (0, 1). Block 0 holds (5, 0) and (0, 2) beside 14 zeros. The farthest is
+  // (5, 0), which no query sees: e^0, and 15 others of mean 2/15 and variance 4/15 - 4/225 along the queries. As they
+  // measure, it is (0, 2): e^2, and 15 others at 0. The other blocks weigh 16.
+  const AnyPolicy plain = SketchByMass(16, 0.5f, 1, 1);
+  const double rest = 15 * std::exp(2.0 / 15 + 0.5 * (4.0 / 15 - 4.0 / 225));
+  EXPECT_NEAR(Relative(ChoiceOf(data, plain, 0), 1)[0], (1 + rest) / 16, 1e-6);
+  EXPECT_NEAR(Relative(ChoiceOf(data, ByQueries(plain), 0), 1)[0], (std::exp(2) + 15) / 16, 1e-6);
+  // 18.92 / 16 against 22.39 / 16: with alpha = 1 / 1.3 block 0 alone is kept if its outlier is the right one.
+  ExpectKept(data, SketchByAlpha(16, 1 / 1.3f, 1, 1), 0, {0, 1, 2, 3, 4, 5, 6, 7});
+  ExpectKept(data, ByQueries(SketchByAlpha(16, 1 / 1.3f, 1, 1)), 0, {0, 4, 5, 6, 7});
 }
 
 TEST(SketchByHand, TheVarianceIsThePopulations) {

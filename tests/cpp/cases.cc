@@ -211,6 +211,8 @@ std::vector<AnyPolicy> ScoringPolicies(int block_size) {
   most.flashprefill.min_blocks = 3;
   AnyPolicy top = SketchByMass(block_size, 0.3f, 2, 1);
   top.sketch.min_blocks = 2;
+  AnyPolicy worth = ByQueries(SketchByGain(block_size, 0.08f, 3, 32));
+  worth.sketch.min_blocks = 1;
   std::vector<AnyPolicy> policies = {
       FlashPrefill(block_size, 0.5f),
       FlashPrefill(block_size, 0.6f, 16),
@@ -222,6 +224,9 @@ std::vector<AnyPolicy> ScoringPolicies(int block_size) {
       SketchByAlpha(block_size, 0.5f, 0, 5),
       SketchByMass(block_size, 0.5f, 16, 16),
       top,
+      SketchByGain(block_size, 0.15f),
+      ByQueries(SketchByMass(block_size, 0.6f, 2, 16)),
+      worth,
   };
   const size_t own = policies.size();
   for (size_t i = 0; i < own; ++i) policies.push_back(Shared(policies[i]));

@@ -100,6 +100,11 @@ std::vector<uint8_t> Undecided(const reference::TileChoice& choice, double toler
       in |= sum_perhaps < (rule.mass - tolerance) * total;
       out &= sum_before >= (rule.mass + tolerance) * total;
     }
+    if (!std::isnan(rule.gain)) {
+      const auto worth = [&](double before) { return energy / total * std::sqrt(std::max(0.0, 1 - before)); };
+      in |= worth(sum_perhaps / total + tolerance) > rule.gain * (1 + tolerance);
+      out &= worth(sum_before / total - tolerance) < rule.gain * (1 - tolerance);
+    }
     open[b] = !in && !out;
   }
   return open;

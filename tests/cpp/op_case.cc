@@ -85,6 +85,17 @@ AnyPolicy SketchByAlpha(int block_size, float alpha, int outliers, int query_poo
   return policy;
 }
 
+AnyPolicy SketchByGain(int block_size, float gain, int outliers, int query_pool) {
+  AnyPolicy policy = SketchByMass(block_size, std::nanf(""), outliers, query_pool);
+  policy.sketch.gain = gain;
+  return policy;
+}
+
+AnyPolicy ByQueries(AnyPolicy sketch) {
+  sketch.sketch.query_metric = 1;
+  return sketch;
+}
+
 AnyPolicy FlexPrefill(int block_size, float gamma, float tau, int min_budget, int max_budget) {
   AnyPolicy policy(FP_FLEXPREFILL);
   policy.common.block_size = block_size;
@@ -182,7 +193,8 @@ std::string Name(const AnyPolicy& policy) {
   if (c.kind == FP_SKETCH) {
     text << "Sketch(alpha=" << policy.sketch.alpha << " mass=" << policy.sketch.mass
          << " outliers=" << policy.sketch.outliers << " query_pool=" << policy.sketch.query_pool
-         << " min_blocks=" << policy.sketch.min_blocks << " ";
+         << " min_blocks=" << policy.sketch.min_blocks << " gain=" << policy.sketch.gain
+         << " query_metric=" << policy.sketch.query_metric << " ";
   }
   if (c.kind == FP_FLEXPREFILL) {
     text << "FlexPrefill(gamma=" << policy.flex.gamma << " tau=" << policy.flex.tau

@@ -58,6 +58,8 @@ AnyPolicy Streaming(int block_size, int sink, int window, int tail);
 AnyPolicy FlashPrefill(int block_size, float alpha, int query_pool = 1);
 AnyPolicy SketchByMass(int block_size, float mass, int outliers = 4, int query_pool = 16);
 AnyPolicy SketchByAlpha(int block_size, float alpha, int outliers = 4, int query_pool = 16);
+AnyPolicy SketchByGain(int block_size, float gain, int outliers = 4, int query_pool = 16);
+AnyPolicy ByQueries(AnyPolicy sketch); // with query_metric
 AnyPolicy FlexPrefill(int block_size, float gamma, float tau, int min_budget = 16, int max_budget = 0);
 AnyPolicy MInference(int block_size, int vertical, int slash);
 // One pattern for each query head; the list has to outlive the policy.

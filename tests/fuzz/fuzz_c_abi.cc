@@ -110,6 +110,11 @@ void FillPolicy(Bytes& in, AnyPolicy& policy) {
     policy.sketch.outliers = in.Mostly(in.Upto(5));
     policy.sketch.query_pool = in.Mostly(1 + in.Upto(20));
     policy.sketch.min_blocks = in.Mostly(in.Upto(3));
+    policy.sketch.query_metric = in.Mostly(in.Upto(1));
+    if (in.Upto(2) == 0) {
+      policy.sketch.gain = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 11);
+      policy.sketch.mass = std::numeric_limits<float>::quiet_NaN();
+    }
   } else if (kind == FP_FLEXPREFILL) {
     policy.flex.gamma = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
     policy.flex.tau = in.Mostly(static_cast<float>(in.Upto(10)) / 10);

@@ -106,6 +106,11 @@ class Selection:
         if policy.share_heads:
             groups = [list(range(g * group, (g + 1) * group)) for g in range(kv_heads)]
         self.tiles = -(-self.q_len // self.tile_tokens)
+        self.metric = torch.ones(kv_heads, q.shape[-1], dtype=torch.float64)
+        if getattr(policy, "query_metric", False):
+            ends = [min((m + 1) * self.tile_tokens, self.q_len) - 1 for m in range(self.tiles)]
+            rows = q[ends].double().nan_to_num(0, 0, 0).view(len(ends), kv_heads, group, -1)
+            self.metric = (rows**2).sum((0, 2))
         self.blocks = -(-self.k_len // self.size)
         self.keep = np.zeros((len(groups), self.tiles, self.blocks), bool)
         self.near = np.zeros_like(self.keep)
@@ -146,7 +151,8 @@ class Selection:
         """The keys that stand for themselves, and count, mean and variance of the others."""
         keys = self.k[block * self.size : (block + 1) * self.size, kv_head].double()
         outliers = getattr(self.policy, "outliers", 0)
-        far = torch.sort(((keys - keys.mean(0)) ** 2).sum(1), descending=True, stable=True).indices[:outliers]
+        distance = (self.metric[kv_head] * (keys - keys.mean(0)) ** 2).sum(1)
+        far = torch.sort(distance, descending=True, stable=True).indices[:outliers]
         rest = keys[[i for i in range(len(keys)) if i not in far.tolist()]]
         mean = rest.mean(0).to(self.k.dtype).double()
         variance = ((rest - rest.mean(0)) ** 2).mean(0).to(self.k.dtype).double()
@@ -183,6 +189,15 @@ class Selection:
                     chosen[b] = True
                 near[b] = abs(held / goal - 1) < self.margin
                 held += energy[b]
+        elif getattr(self.policy, "gain", None) is not None:
+            total = sum(energy.values())
+            rest, going = total, True
+            for b in order:
+                worth = energy[b] / total * math.sqrt(max(0.0, rest / total))
+                going = going and worth >= self.policy.gain
+                chosen[b] = going
+                near[b] = abs(worth / self.policy.gain - 1) < 2 * self.margin
+                rest -= energy[b]
         else:
             bar = self.policy.alpha * energy[order[0]]
             for b in order:

@@ -24,6 +24,11 @@ POLICIES = [
     fp.Sketch(mass=0.6, block_size=32, query_pool=1, outliers=0, share_heads=True, **FREE),
     fp.Sketch(alpha=0.8, block_size=16, outliers=2, query_pool=5, min_blocks=2, **FREE),
     fp.Sketch(mass=0.3, block_size=16, outliers=16, **FREE),
+    fp.Sketch(gain=0.07, block_size=16, **FREE),
+    fp.Sketch(mass=0.5, block_size=16, outliers=3, query_metric=True, **FREE),
+    fp.Sketch(
+        gain=0.05, block_size=32, outliers=6, query_pool=64, query_metric=True, share_heads=True, **FREE
+    ),
 ]
 SHAPES = [(300, 300), (129, 131), (1, 200), (257, 300)]
 

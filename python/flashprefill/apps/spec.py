@@ -30,6 +30,7 @@ POLICIES: dict[str, type[policies.Policy]] = {
 THRESHOLDS = (
     "alpha",
     "mass",
+    "gain",
     "gamma",
     "threshold",
     "cdf",
@@ -77,6 +78,6 @@ def spell(policy: policies.Policy) -> str:
         value = getattr(policy, field.name)
         if value != getattr(default, field.name) or (field.name in THRESHOLDS and value is not None):
             shown[field.name] = value
-    if shown.get("alpha") is not None:
-        shown.pop("mass", None)  # one of the two decides; the other is None by itself
+    if any(shown.get(name) is not None for name in ("alpha", "gain")):
+        shown.pop("mass", None)  # one of them decides; the others are None by themselves
     return f"{type(policy).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"

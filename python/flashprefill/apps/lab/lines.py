@@ -20,8 +20,12 @@ from .baselines import RULES, SCORERS
 ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
 ORACLE_ALPHAS = (0.01, 0.03, 0.06, 0.12, 0.25, 0.45)
 MASSES = (0.5, 0.7, 0.8, 0.88, 0.94)
+GAINS = (0.0006, 0.0012, 0.0025, 0.005, 0.012)
 COUNTS = (4, 8, 12, 16, 24, 36)  # blocks a tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
+
+# Sketch at an eighth of V1's products: two pooled rows a tile times mean, variance and six outliers.
+EIGHTH = {"query_metric": True, "outliers": 6, "query_pool": 64}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ METHODS = (
     Line("FlashPrefill, query_pool=16", "flashprefill", "alpha", ALPHAS, {"query_pool": 16}),
     Line("Sketch, mass", "sketch", "mass", MASSES),
     Line("Sketch, alpha", "sketch", "alpha", ALPHAS),
+    Line("Sketch, mass, query metric", "sketch", "mass", MASSES, {"query_metric": True}),
+    Line("Sketch, gain, query metric, pool 64", "sketch", "gain", GAINS, EIGHTH),
+    Line("Sketch, gain, query metric, pool 128", "sketch", "gain", GAINS, {**EIGHTH, "query_pool": 128}),
     Line("Bounds (Quest-like)", "bounds", "alpha", (0.05, 0.12, 0.25, 0.4, 0.6, 0.8)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
 )

@@ -9,6 +9,7 @@ estimated from a sample of rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ import torch
 from ..mask import BlockMask
 
 Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 KINDS = {
     "local": "looks nearby",
@@ -61,16 +61,27 @@ def row_mass(
 
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, scale: float, tile_tokens: int, block_size: int, rows: int = 1024
-) -> Floats:
-    """Softmax mass of one head, [tiles, blocks], each row summing to 1. query, key: [tokens, head_dim]."""
+) -> torch.Tensor:
+    """Softmax mass of one head, fp32 [tiles, blocks], each row summing to 1. query, key: [tokens, head_dim].
+
+    In strips of rows, each against the keys that it may see: half of the square, and no matrix of all pairs.
+    """
     tokens = key.shape[0]
     tiles, blocks = -(-tokens // tile_tokens), -(-tokens // block_size)
+    keys = torch.nn.functional.pad(key.float(), (0, 0, 0, blocks * block_size - tokens)).T.contiguous()
+    queries = query.float() * (scale * math.log2(math.e))
     result = torch.zeros(tiles, blocks)
     for begin in range(0, tokens, rows):
-        some = torch.arange(begin, min(begin + rows, tokens))
-        result.index_add_(0, some // tile_tokens, row_mass(query, key, scale, some, block_size))
-    size = torch.bincount(torch.arange(tokens) // tile_tokens, minlength=tiles)
-    return (result / size[:, None]).double().numpy()
+        end = min(begin + rows, tokens)
+        seen, first = -(-end // block_size), begin // block_size * block_size
+        scores = queries[begin:end] @ keys[:, : seen * block_size]
+        future = torch.arange(first, seen * block_size)[None, :] > torch.arange(begin, end)[:, None]
+        scores[:, first:].masked_fill_(future, float("-inf"))
+        scores -= scores.amax(dim=1, keepdim=True)
+        sums = scores.exp2_().view(end - begin, seen, block_size).sum(dim=2)
+        sums /= sums.sum(dim=1, keepdim=True)
+        result[:, :seen].index_add_(0, torch.arange(begin, end) // tile_tokens, sums)
+    return result / torch.bincount(torch.arange(tokens) // tile_tokens, minlength=tiles)[:, None]
 
 
 def _features(kept: Bools, free: Bools) -> tuple[float, float]:

@@ -130,7 +130,7 @@ def _picture(options: Options, policies: list[Any], q: Any, k: Any, heads: list[
         own = (query[:, head], key[:, head // group])
 
         def mass(tile_tokens: int, block_size: int, own: Any = own) -> Any:
-            return kinds.attention_mass(own[0], own[1], scale, tile_tokens, block_size)
+            return kinds.attention_mass(own[0], own[1], scale, tile_tokens, block_size).double().numpy()
 
         # Without a prefix the true attention is cheap to know; with one the tiles do not begin at key 0.
         known = mass if query.shape[0] == key.shape[0] else None

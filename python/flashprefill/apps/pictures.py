@@ -135,7 +135,7 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
         def mass(
             tile_tokens: int, block_size: int, q: Any = query[:, head], k: Any = key[:, head // group]
         ) -> Any:
-            return kinds.attention_mass(q, k, scale, tile_tokens, block_size)  # noqa: B023
+            return kinds.attention_mass(q, k, scale, tile_tokens, block_size).double().numpy()  # noqa: B023
 
         panels = mask_panels(query, key, scale, head, group, shown, mass)
         rows.append(plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels))

@@ -8,7 +8,6 @@ all methods a *tile* is 128 query tokens of one query head, whatever tiles a mas
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +20,9 @@ from ... import attend, select
 from ...mask import BlockMask
 from ...policies import Dense
 from .. import measure
+from ..heads import attention_mass
 
 TILE = 128  # query tokens over which recall and error are averaged first
-STRIP = 1024  # query rows whose scores exist at a time
-LOG2E = math.log2(math.e)
 
 
 @dataclass
@@ -62,34 +60,10 @@ class Layer:
         heads, group = self.query.shape[1], self.query.shape[1] // self.key.shape[1]
         return torch.stack(
             [
-                block_masses(self.query[:, h], self.key[:, h // group], self.scale, self.block_size)
+                attention_mass(self.query[:, h], self.key[:, h // group], self.scale, TILE, self.block_size)
                 for h in range(heads)
             ]
         )
-
-
-def block_masses(query: torch.Tensor, key: torch.Tensor, scale: float, block_size: int) -> torch.Tensor:
-    """One head's masses, [tiles of 128, blocks]. query, key: [tokens, head_dim] of one prompt.
-
-    In strips of rows, each against the keys that it may see: half of the square, and no matrix of all pairs.
-    """
-    tokens = query.shape[0]
-    blocks, tiles = -(-tokens // block_size), -(-tokens // TILE)
-    keys = torch.nn.functional.pad(key.float(), (0, 0, 0, blocks * block_size - tokens)).T.contiguous()
-    rows = query.float() * (scale * LOG2E)
-    result = torch.zeros(tiles, blocks)
-    for begin in range(0, tokens, STRIP):
-        end = min(begin + STRIP, tokens)
-        seen = -(-end // block_size)
-        first = begin // block_size * block_size
-        scores = rows[begin:end] @ keys[:, : seen * block_size]
-        future = torch.arange(first, seen * block_size)[None, :] > torch.arange(begin, end)[:, None]
-        scores[:, first:].masked_fill_(future, float("-inf"))
-        scores -= scores.amax(dim=1, keepdim=True)
-        sums = scores.exp2_().view(end - begin, seen, block_size).sum(dim=2)
-        sums /= sums.sum(dim=1, keepdim=True)
-        result[:, :seen].index_add_(0, torch.arange(begin, end) // TILE, sums)
-    return result / torch.bincount(torch.arange(tokens) // TILE)[:, None]
 
 
 def by_tile(rows: torch.Tensor) -> torch.Tensor:

@@ -352,6 +352,7 @@ def test_the_exit_code_says_that_a_needle_was_missed(model, monkeypatch, capsys)
             "attention_seconds": 0.5,
             "density": 0.5,
             "found": policy is None,
+            "least_sure_token": 0.5,
             "answer": words,
         }
 

@@ -83,7 +83,7 @@ def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) ->
         result, clock = measure.run(loaded.model, torch.tensor([text.ids]), 1)
         # A layer that ran dense keeps everything.
         kept = np.ones(1) if policy is None else np.nan_to_num(result.stats.density, nan=1.0)
-        written = measure.continue_greedily(loaded.model, result, CONTINUATION)
+        written, least = measure.continue_greedily(loaded.model, result, CONTINUATION)
     finally:
         if policy is not None:
             unpatch_model(loaded.model)
@@ -93,6 +93,7 @@ def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) ->
         "attention_seconds": round(clock.seconds, 3),
         "density": round(float(kept.mean()), 4),
         "found": text.found_in(words),
+        "least_sure_token": round(least, 3),  # its probability: how much of a guess the answer is
         "answer": words,
     }
 
@@ -112,7 +113,8 @@ def verdict(cases: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     return False, f"{words}; missed: {'; '.join(places)}"
 
 
-HEADER = ("", "tokens", "depth", "first\ntoken, s", "attention,\ns", "\ndensity", "found", "answer")
+TIMES = ("first\ntoken, s", "attention,\ns")
+HEADER = ("", "tokens", "depth", *TIMES, "density", "found", "least\nsure", "answer")
 
 
 def row_of(case: dict[str, Any]) -> list[str]:
@@ -126,6 +128,7 @@ def row_of(case: dict[str, Any]) -> list[str]:
         f"{case['attention_seconds']:.2f}",
         f"{case['density']:.3f}",
         "yes" if case["found"] else "no",
+        f"{case['least_sure_token']:.2f}",
         words if len(words) <= 48 else words[:45] + "...",
     ]
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -264,6 +266,7 @@ def main() -> None:
     results = {
         "schema": "flashprefill-prototypes/1",
         **machine.describe(),
+        "command": shlex.join(["python", "bench/lab/sketch_prototypes.py", *sys.argv[1:]]),
         "text": arguments.text,
         "tokens": tokens,
     }

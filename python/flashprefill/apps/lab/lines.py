@@ -18,10 +18,10 @@ from ..spec import POLICIES
 from .baselines import RULES, SCORERS
 
 ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
-ORACLE_ALPHAS = (0.01, 0.03, 0.06, 0.12, 0.25, 0.45)
+ORACLE_ALPHAS = (0.03, 0.06, 0.12, 0.25, 0.45)
 MASSES = (0.5, 0.7, 0.8, 0.88, 0.94)
-GAINS = (0.0006, 0.0012, 0.0025, 0.005, 0.012)
-COUNTS = (4, 8, 12, 16, 24, 36)  # blocks a tile
+GAINS = (0.001, 0.0025, 0.005, 0.012, 0.03)
+COUNTS = (4, 8, 14, 22, 34)  # blocks a tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
 
 # Sketch at an eighth of V1's products: two pooled rows a tile times mean, variance and six outliers.
@@ -56,7 +56,7 @@ class Line:
 
 METHODS = (
     Line("Oracle, alpha", "oracle", "alpha", ORACLE_ALPHAS),
-    Line("Oracle, share", "oracle", "share", (0.001, 0.002, 0.004, 0.008, 0.016)),
+    Line("Oracle, share", "oracle", "share", (0.003, 0.008, 0.016, 0.04)),
     Line("FlashPrefill (V1)", "flashprefill", "alpha", ALPHAS),
     Line("FlashPrefill, query_pool=16", "flashprefill", "alpha", ALPHAS, {"query_pool": 16}),
     Line("Sketch, mass", "sketch", "mass", MASSES),

@@ -106,8 +106,13 @@ def quality_table(text: dict[str, Any], curves: Sequence[dict[str, Any]]) -> str
         at = curve["at"][key] or dict.fromkeys(("recall", "recall_p5", "error", "error_corrected"))
         digits = {"recall": 3, "recall_p5": 2, "error": 3, "error_corrected": 3}
         cells = "".join(f"<td>{_cell(at[name], n)}</td>" for name, n in digits.items())
-        policy = curve["policy_at_reference"] or "a scorer of the lab's own"
-        near = f"<small><code>{escape(policy)}</code> is nearest</small>"
+        policy = curve["policy_at_reference"]
+        here = (
+            f"<code>{escape(policy)}</code>"
+            if policy
+            else f"{curve['parameter']} {curve['value_at_reference']:g}"
+        )
+        near = f"<small>nearest: {here}</small>"
         rows.append(f"<tr><td>{escape(curve['label'])}{near}</td>{cells}</tr>")
     return f'<div class="card"><table>{"".join(rows)}</table></div>'
 

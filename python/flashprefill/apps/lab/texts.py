@@ -58,12 +58,16 @@ def chosen_layers(layers: int, wanted: Sequence[int]) -> list[int]:
 
 
 def tokens_of(tokenizer: Any, text: Text) -> list[int]:
-    """The ids of a text, as many as it wants or has."""
-    ids: list[int] = []
+    """The ids of a text, as many as it wants or has. Several files are joined by an empty line."""
+    contents = []
     for file in text.files:
-        ids += prompt.text_of(tokenizer, text.tokens, file)[0]
-        if len(ids) >= text.tokens:
-            break
+        try:
+            contents.append(file.read_text(encoding="utf-8", errors="ignore"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"{file}: {reason}; give a text of your own with --prompt") from error
+    whole = contents[0] if len(contents) == 1 else "\n\n".join(content.strip() for content in contents)
+    ids: list[int] = tokenizer(whole, add_special_tokens=False)["input_ids"]
     return ids[: text.tokens]
 
 

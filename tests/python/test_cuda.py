@@ -228,6 +228,10 @@ def test_what_it_does_not_do_it_says():
     half = q.bfloat16()
     with pytest.raises(ValueError, match="device"):
         fp.prefill_attention(half, half.cpu(), half)
+    long = torch.randn(2000, 2, 64, device="cuda").bfloat16()
+    for name, policy in (("gain", fp.Sketch(gain=0.01)), ("query_metric", fp.Sketch(query_metric=True))):
+        with pytest.raises(fp.UnsupportedError, match=f"Sketch's {name}"):
+            fp.select(long, long, policy)
 
 
 def test_transformers_on_the_device():

@@ -229,6 +229,7 @@ def test_report_needs_nothing_else_and_holds_the_masks(results):
     data = json.loads(re.search(r"id=data>(.*?)</script>", text).group(1))
     (one,) = data
     assert len(one["lines"]) == len(returned["texts"][0]["methods"])
+    assert all((line["block"], line["tile"], line["group"]) == (128, 128, 1) for line in one["lines"])
     layer = next(iter(one["mass"]))
     codes = np.frombuffer(zlib.decompress(base64.b64decode(one["mass"][layer])), "<u2").reshape(4, 12, 12)
     mass = np.where(codes > 0, 2.0 ** (-24 * (1 - (codes - 1.0) / 65534)), 0)

@@ -64,6 +64,13 @@ METHODS = (
     Line("Sketch, mass, query metric", "sketch", "mass", MASSES, {"query_metric": True}),
     Line("Sketch, gain, query metric, pool 64", "sketch", "gain", GAINS, EIGHTH),
     Line("Sketch, gain, query metric, pool 128", "sketch", "gain", GAINS, {**EIGHTH, "query_pool": 128}),
+    Line("FlexPrefill", "flexprefill", "gamma", (0.6, 0.75, 0.85, 0.9, 0.95)),
+    Line("MInference, vertical-slash", "minference", "slash", (256, 768, 1536, 3072), {"vertical": 512}),
+    Line("XAttention, stride 16", "xattention", "threshold", (0.6, 0.75, 0.85, 0.9, 0.95)),
+    Line("RRAttention, stride 8", "rrattention", "threshold", (0.6, 0.75, 0.85, 0.9, 0.95)),
+    Line("SpargeAttn, stage 1", "spargeattn", "topk", (0.05, 0.1, 0.15, 0.2, 0.3)),
+    Line("Prism", "prism", "mass", (0.5, 0.7, 0.85, 0.95)),
+    Line("SampleAttention", "sampleattention", "coverage", (0.5, 0.7, 0.85, 0.95)),
     Line("Bounds (Quest-like)", "bounds", "alpha", (0.05, 0.12, 0.25, 0.4, 0.6, 0.8)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
 )
@@ -73,6 +80,14 @@ STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
     "alpha": (
         "FlashPrefill's alpha",
         (Line("FlashPrefill (V1)", "flashprefill", "alpha", ALPHAS),),
+    ),
+    "gamma": (
+        "FlexPrefill's gamma",
+        (Line("FlexPrefill", "flexprefill", "gamma", (0.6, 0.75, 0.85, 0.9, 0.95)),),
+    ),
+    "tau": (
+        "FlexPrefill's tau at gamma 0.9: 0 takes vertical-slash for every head, 1 query-aware",
+        (Line("FlexPrefill", "flexprefill", "tau", (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)),),
     ),
     "allocation": (
         "Dynamic or uniform: as many blocks as the scores ask for, or as many for every tile and head",

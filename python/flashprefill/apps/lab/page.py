@@ -77,6 +77,7 @@ def viewer_data(seen: Sequence[tuple[dict[str, Any], Any, Any]]) -> list[dict[st
                     "label": curve.line.label + value,
                     "tile": point.tile_tokens,
                     "group": point.group,
+                    "block": point.block_size,
                     "bits": {str(layer): packed(bits) for layer, bits in point.masks.items()},
                 }
             )

@@ -67,6 +67,7 @@ class Point:
     masks: dict[int, Bits] = field(default_factory=dict)
     tile_tokens: int = 128
     group: int = 1  # query heads a mask head
+    block_size: int = 128
 
 
 @dataclass
@@ -110,7 +111,8 @@ def look_at(layer: Layer, curves: Sequence[Curve], step: Any) -> None:
             if not curve.line.scorer:
                 point.sums.select_seconds += seconds.select_seconds
             point.masks[layer.number] = np.packbits(np.asarray(mask.dense()), axis=None)
-            point.tile_tokens, point.group = mask.tile_tokens, layer.query.shape[1] // mask.heads
+            point.tile_tokens, point.block_size = mask.tile_tokens, mask.block_size
+            point.group = layer.query.shape[1] // mask.heads
             point.sums.add(layer, mask, collect_timings)
             step()
 

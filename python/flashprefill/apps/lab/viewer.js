@@ -1,6 +1,7 @@
 // The mask viewer of `flashprefill lab`: true block masses in blue where a method keeps them, red where it does not.
-// Data: [{name, tokens, heads, block, mass: {layer: uint16 [heads][tiles][blocks]}, lines: [{label, tile, group,
-// bits: {layer: bits [mask heads][tile rows][blocks], first bit highest}}]}], arrays deflated and in base64.
+// Data: [{name, tokens, heads, block, mass: {layer: uint16 [heads][tiles][blocks]}, lines: [{label, tile, group, block,
+// bits: {layer: bits [mask heads][tile rows][blocks], first bit highest}}]}], arrays deflated and in base64. A mask's
+// tiles and blocks may be smaller or larger than the masses': then a block is kept in part.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
@@ -27,15 +28,24 @@
     return {t, blocks, tiles: Math.ceil(t.tokens / 128)};
   };
 
-  // The mass of a block for a tile of 128 queries, and whether the method keeps it for a query token.
+  // The mass of a block for a tile of 128 queries, and which part of it the method keeps for them.
   const massAt = (v, tile, block) => {
     const code = v.mass[(v.head * v.tiles + tile) * v.blocks + block];
     return code ? 2 ** (-24 * (1 - (code - 1) / 65534)) : 0;
   };
-  const keptAt = (v, token, block) => {
-    const rows = Math.ceil(v.t.tokens / v.line.tile), row = Math.floor(token / v.line.tile);
-    const at = (Math.floor(v.head / v.line.group) * rows + row) * v.blocks + block;
-    return (v.bits[at >> 3] >> (7 - (at & 7))) & 1;
+  const keptAt = (v, tile, block) => {
+    const rows = Math.ceil(v.t.tokens / v.line.tile), top = Math.floor(tile * 128 / v.line.tile);
+    const bottom = Math.floor(Math.min(tile * 128 + 127, v.t.tokens - 1) / v.line.tile);
+    const blocks = Math.ceil(v.t.tokens / v.line.block), first = Math.floor(block * v.t.block / v.line.block);
+    const end = Math.min(blocks, Math.max(first + 1, Math.floor((block + 1) * v.t.block / v.line.block)));
+    let kept = 0;
+    for (let row = top; row <= bottom; ++row) {
+      for (let b = first; b < end; ++b) {
+        const at = (Math.floor(v.head / v.line.group) * rows + row) * blocks + b;
+        kept += (v.bits[at >> 3] >> (7 - (at & 7))) & 1;
+      }
+    }
+    return kept / (end - first) / (bottom - top + 1);
   };
 
   const draw = async () => {
@@ -47,17 +57,18 @@
     let kept = 0, seen = 0, recall = 0;
     for (let tile = 0; tile < tiles; ++tile) {
       for (let block = 0; block < blocks; ++block) {
-        const at = 4 * (tile * blocks + block), token = tile * 128;
-        if (block * t.block > Math.min(token + 127, t.tokens - 1)) {
+        const at = 4 * (tile * blocks + block);
+        if (block * t.block > Math.min(tile * 128 + 127, t.tokens - 1)) {
           image.data.set([255, 255, 255, 255], at);
           continue;
         }
-        const m = massAt(v, tile, block), keep = keptAt(v, token, block);
+        const m = massAt(v, tile, block), keep = keptAt(v, tile, block);
         ++seen;
         kept += keep;
         recall += keep * m;
         const depth = m > 0 ? Math.max(0, 1 + Math.log10(m) / 4) : 0; // 1e-4 and less is pale
-        const pale = keep ? [222, 232, 245] : [240, 240, 240], dark = keep ? [18, 72, 150] : [205, 20, 20];
+        const pale = keep >= 0.5 ? [222, 232, 245] : [240, 240, 240];
+        const dark = keep >= 0.5 ? [18, 72, 150] : [205, 20, 20];
         image.data.set([...pale.map((p, i) => p + (dark[i] - p) * depth), 255], at);
       }
     }
@@ -78,17 +89,17 @@
     const last = Math.min(tile * 128 + 127, v.t.tokens - 1);
     if (block * v.t.block > last) { tip.textContent = "the future"; return; }
     let kept = 0, seen = 0, recall = 0, rank = 1;
-    const mass = massAt(v, tile, block);
+    const mass = massAt(v, tile, block), part = keptAt(v, tile, block);
     for (let b = 0; b * v.t.block <= last; ++b) {
-      const m = massAt(v, tile, b), keep = keptAt(v, tile * 128, b);
+      const m = massAt(v, tile, b), keep = keptAt(v, tile, b);
       ++seen; kept += keep; recall += keep * m; rank += m > mass;
     }
     tip.textContent = [
       `queries  ${tile * 128} - ${last}`,
       `keys     ${block * v.t.block} - ${Math.min((block + 1) * v.t.block, v.t.tokens) - 1}`,
       `mass     ${(100 * mass).toPrecision(3)}%, number ${rank} of ${seen}`,
-      keptAt(v, tile * 128, block) ? "         kept" : "         left out", "",
-      "the tile's row", `kept     ${kept} of ${seen} blocks`, `recall   ${(100 * recall).toFixed(2)}%`,
+      `         ${part === 0 ? "left out" : part < 1 ? "kept in part" : "kept"}`, "",
+      "the tile's row", `kept     ${+kept.toFixed(1)} of ${seen} blocks`, `recall   ${(100 * recall).toFixed(2)}%`,
     ].join("\n");
   });
   const text_changed = () => {

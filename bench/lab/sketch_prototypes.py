@@ -260,17 +260,24 @@ def main() -> None:
             n = layer.query.shape[0]
             sums.add(layer, BlockMask.from_dense(keep, q_len=n, k_len=n), collect_timings)
         figures = sums.figures()
-        rows.append({"units": v.units if v.metric != "oracle" else None, **asdict(v), **figures})
+        rows.append(
+            {
+                "units": v.units if v.metric != "oracle" else None,
+                **asdict(v),
+                **figures,
+                "text": arguments.text,
+                "density": arguments.density,
+            }
+        )
         print(f"{v.group:14} {v.name:52} {rows[-1]['units'] or '-':>5} {figures}", flush=True)
     tokens = layers[0].query.shape[0]
     results = {
         "schema": "flashprefill-prototypes/1",
         **machine.describe(),
         "command": shlex.join(["python", "bench/lab/sketch_prototypes.py", *sys.argv[1:]]),
-        "text": arguments.text,
-        "tokens": tokens,
+        "tokens": {arguments.text: tokens},
     }
-    results |= {"layers": list(captured), "density": arguments.density, "rows": rows}
+    results |= {"layers": list(captured), "rows": rows}
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

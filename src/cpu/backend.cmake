@@ -5,7 +5,8 @@ flashprefill_add_backend(Cpu SOURCES backend.cc targets.cc
                          attend.cc attend_tile.cc attend_kernels.cc
                          select.cc select_keep.cc select_kernels.cc
                          select_lines.cc lines.cc lines_kernels.cc flexprefill.cc minference.cc
-                         grid_select.cc grid_kernels.cc xattention.cc rrattention.cc)
+                         grid_select.cc grid_kernels.cc xattention.cc rrattention.cc sample_attention.cc
+                         alike_kernels.cc sparge_attn.cc prism.cc)
 
 # One file of intrinsics with flags of its own, called behind CPUID: see the head of that file.
 include(CheckCXXCompilerFlag)

@@ -291,6 +291,9 @@ size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec)
   if (ChoosesByHead(policy)) return SelectLinesWorkspace(p, policy, exec);
   if (policy.kind == FP_XATTENTION) return XAttentionWorkspace(p, policy, exec);
   if (policy.kind == FP_RRATTENTION) return RRAttentionWorkspace(p, policy, exec);
+  if (policy.kind == FP_SPARGE_ATTN) return SpargeAttnWorkspace(p, policy, exec);
+  if (policy.kind == FP_PRISM) return PrismWorkspace(p, policy, exec);
+  if (policy.kind == FP_SAMPLE_ATTENTION) return SampleAttentionWorkspace(p, policy, exec);
   return MemoryOf(p, SelectPlan::Of(p, policy), policy, exec, nullptr).bytes;
 }
 
@@ -298,6 +301,9 @@ void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask&
   if (ChoosesByHead(policy)) return SelectLines(p, policy, exec, mask, workspace);
   if (policy.kind == FP_XATTENTION) return SelectXAttention(p, policy, exec, mask, workspace);
   if (policy.kind == FP_RRATTENTION) return SelectRRAttention(p, policy, exec, mask, workspace);
+  if (policy.kind == FP_SPARGE_ATTN) return SelectSpargeAttn(p, policy, exec, mask, workspace);
+  if (policy.kind == FP_PRISM) return SelectPrism(p, policy, exec, mask, workspace);
+  if (policy.kind == FP_SAMPLE_ATTENTION) return SelectSampleAttention(p, policy, exec, mask, workspace);
   Selection(p, policy, exec, mask, workspace).Run();
 }
 

@@ -18,6 +18,16 @@ uint64_t Key(float energy, int64_t block) {
 int64_t BlockOf(uint64_t key) { return static_cast<uint32_t>(~key); }
 double EnergyOf(uint64_t key) { return std::bit_cast<float>(static_cast<uint32_t>(key >> 32)); }
 
+// Fills keys with the blocks that are ranked, largest energy first.
+int64_t Rank(const float* energies, int64_t n, uint64_t* keys) {
+  int64_t ranked = 0;
+  for (int64_t b = 0; b < n; ++b) {
+    if (energies[b] >= 0) keys[ranked++] = Key(energies[b], b);
+  }
+  std::sort(keys, keys + ranked, std::greater<>());
+  return ranked;
+}
+
 } // namespace
 
 void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored, float largest, uint64_t* keys,
@@ -81,6 +91,22 @@ void KeepUntil(const float* mass, int64_t n, float share, uint64_t* keys, uint64
     SetBit(row, BlockOf(keys[i]));
     sum += EnergyOf(keys[i]);
   }
+}
+
+void KeepWithin(const float* energies, int64_t n, float share, uint64_t* keys, uint64_t* row) {
+  const int64_t ranked = Rank(energies, n, keys);
+  double total = 0, sum = 0;
+  for (int64_t i = 0; i < ranked; ++i) total += EnergyOf(keys[i]);
+  for (int64_t i = 0; i < ranked; ++i) {
+    sum += EnergyOf(keys[i]);
+    if (i > 0 && sum > share * total) break;
+    SetBit(row, BlockOf(keys[i]));
+  }
+}
+
+void KeepTop(const float* energies, int64_t n, int64_t count, uint64_t* keys, uint64_t* row) {
+  const int64_t ranked = Rank(energies, n, keys);
+  for (int64_t i = 0; i < std::min(ranked, count); ++i) SetBit(row, BlockOf(keys[i]));
 }
 
 void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row) {

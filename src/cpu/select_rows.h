@@ -68,7 +68,7 @@ template <typename Map>
 HWY_INLINE void MapRow(float* row, int64_t n, const Map& map) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) hn::StoreU(map(hn::LoadU(f, row + i)), f, row + i);
-  if (i == n) return;
+  if (i >= n) return;
   HWY_ALIGN float rest[kLanes] = {};
   std::copy(row + i, row + n, rest);
   hn::Store(map(hn::Load(f, rest)), f, rest);

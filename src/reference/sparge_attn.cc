@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/policies.h"
 #include "reference/shares.h"
 
 namespace flashprefill::reference {
@@ -48,9 +49,9 @@ class SpargeAttn : public HeadSelector {
     choice.kept.assign(choice.energy.size(), 0);
     choice.open = choice.kept;
 
-    bool doubtful = false; // a block is alike or not, within the tolerance: then every score of the tile is in doubt
+    bool doubtful = false; // whether a block is alike: then every score of the tile is in doubt
     const auto alike = [&](double similarity) {
-      doubtful |= std::abs(similarity - policy_.similarity) <= tolerance;
+      doubtful |= std::abs(similarity - policy_.similarity) <= 1e-4; // no mean that is rounded to 16 bits is in it
       return similarity > policy_.similarity;
     };
     const bool dense = !alike(
@@ -74,9 +75,8 @@ class SpargeAttn : public HeadSelector {
       if (choice.scored[b]) ranked.push_back(b), mass.push_back(choice.energy[b]);
     }
     const int64_t blocks = head_.geometry.Blocks(head_.sequence);
-    const Verdict verdict = std::isnan(policy_.cdf)
-                                ? KeepTop(mass, static_cast<int64_t>(double{policy_.topk} * blocks), tolerance)
-                                : KeepWithin(mass, policy_.cdf, tolerance);
+    const Verdict verdict = std::isnan(policy_.cdf) ? KeepTop(mass, TopBlocks(policy_, blocks), tolerance)
+                                                    : KeepWithin(mass, policy_.cdf, tolerance);
     for (size_t i = 0; i < ranked.size(); ++i) {
       choice.kept[ranked[i]] = verdict.kept[i];
       choice.open[ranked[i]] = verdict.open[i];

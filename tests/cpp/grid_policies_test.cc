@@ -6,19 +6,12 @@
 
 #include "by_hand.h"
 #include "cases.h"
-#include "compare.h"
-#include "engine.h"
+#include "compare_select.h"
 
 namespace flashprefill::test {
 namespace {
 
 // ---------------------------------------------------------------- against the reference
-
-// A block size for the i-th case of a list, all of them multiples of the policies' strides.
-int BlockSize(size_t i) {
-  constexpr int kSizes[] = {64, 16, 128, 48, 32, 1024};
-  return kSizes[i % std::size(kSizes)];
-}
 
 std::vector<AnyPolicy> GridPolicies(int block_size) {
   static const float thresholds[128] = {0.9f, 0.2f, 0, 1, 0.5f, 0.7f, 0.3f}; // heads past the seventh: 0
@@ -40,24 +33,7 @@ std::vector<AnyPolicy> GridPolicies(int block_size) {
 }
 
 void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
-  TieCount ties;
-  size_t next = 0;
-  for (size_t i = 0; i < cases.size(); ++i) {
-    const OpData data(cases[i]);
-    const std::vector<AnyPolicy> policies = GridPolicies(BlockSize(i));
-    for (size_t j = 0; j < policies_a_case; ++j) {
-      AnyPolicy policy = policies[next++ % policies.size()];
-      if (policy.common.kind == FP_XATTENTION && policy.xattention.head_thresholds) {
-        policy.xattention.head_count = data.problem().q_heads;
-      }
-      SCOPED_TRACE(cases[i].Describe() + "; " + Name(policy));
-      const ExpectedMask expected(data.problem(), policy);
-      for (const Engine& engine : OtherEngines()) {
-        EXPECT_TRUE(expected.Agrees(Select(engine, data.problem(), policy), ties)) << engine.Name();
-      }
-    }
-  }
-  ties.Print();
+  CompareOver(cases, GridPolicies, policies_a_case);
 }
 
 TEST(GridPolicies, Lengths) { SelectOver(Thinned(LengthCases()), 7); }
@@ -69,48 +45,8 @@ TEST(GridPolicies, Far) { SelectOver(FarCases(), 3); }
 TEST(GridPolicies, Peaked) { SelectOver(Thinned(PeakedCases()), 7); }
 TEST(GridPolicies, Long) { SelectOver(Thinned(LongCases(), 2), 3); }
 
-// Scores that are not finite speak for nobody, the others decide as always.
-TEST(GridPolicies, NanAndInf) {
-  TieCount ties;
-  for (const int32_t dtype : {FP_F32, FP_BF16, FP_F16}) {
-    OpCase op;
-    op.lengths = {{200, 900}};
-    op.group = 2;
-    op.AllDtypes(dtype);
-    OpData data(op);
-    const Sequence s = data.sequence(0);
-    data.SetKey(data.problem().k, s, 3, 0, 0, NAN);
-    data.SetKey(data.problem().k, s, 300, 0, 5, std::numeric_limits<float>::infinity());
-    data.SetKey(data.problem().k, s, 899, 0, 63, -std::numeric_limits<float>::infinity());
-    data.SetQuery(s, 20, 0, 7, NAN);
-    data.SetQuery(s, 199, 1, 9, std::numeric_limits<float>::infinity());
-    for (const AnyPolicy& policy : GridPolicies(64)) {
-      SCOPED_TRACE(Name(policy));
-      const ExpectedMask expected(data.problem(), policy);
-      for (const Engine& engine : OtherEngines()) {
-        EXPECT_TRUE(expected.Agrees(Select(engine, data.problem(), policy), ties)) << engine.Name();
-      }
-    }
-  }
-  ties.Print();
-}
-
-TEST(GridPolicies, SameBitsWhateverTheThreads) {
-  OpCase op;
-  op.lengths = {{700, 1900}, {700, 900}};
-  op.k_layout = Layout::kPacked;
-  op.kv_heads = 2;
-  op.group = 3;
-  op.values = Values::kStructured;
-  const OpData data(op);
-  for (const AnyPolicy& policy : GridPolicies(64)) {
-    for (const Engine& engine : OtherEngines()) {
-      EXPECT_TRUE(SameMask(data.problem(), Select(engine, data.problem(), policy, 1),
-                           Select(engine, data.problem(), policy, 5)))
-          << engine.Name() << ", " << Name(policy);
-    }
-  }
-}
+TEST(GridPolicies, NanAndInf) { CompareWithNanAndInf(GridPolicies(64)); }
+TEST(GridPolicies, SameBitsWhateverTheThreads) { CompareThreads(GridPolicies(64)); }
 
 // ---------------------------------------------------------------- by hand
 // Blocks of 16 and cells of 4: four cells a block. 16 rows behind a prefix of 64: four rows of the grid, which stand in

@@ -1,0 +1,106 @@
+// SampleAttention: masks against the reference, and arithmetic done by hand for the reference itself.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "by_hand.h"
+#include "cases.h"
+#include "compare_select.h"
+#include "core/row_sample.h"
+
+namespace flashprefill::test {
+namespace {
+
+// ---------------------------------------------------------------- against the reference
+
+std::vector<AnyPolicy> SamplePolicies(int block_size) {
+  return {
+      AnyPolicy(FP_SAMPLE_ATTENTION),
+      WithForced(SampleAttention(block_size, 0.7f, 0.2f, 0, 32), 0, 0, 0),
+      WithForced(SampleAttention(block_size, 0.5f, 0.1f, 0.1f, 5), 1, 2, 1),
+      SampleAttention(block_size, 0.4f, 0.5f, 0.05f, 40),
+      SampleAttention(block_size, 0.3f, 1, 0, 128),
+  };
+}
+
+void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
+  CompareOver(cases, SamplePolicies, policies_a_case, 1.0f); // random keys alone make flat sums
+}
+
+TEST(SampleAttention, Lengths) { SelectOver(Thinned(LengthCases()), 5); }
+TEST(SampleAttention, Heads) { SelectOver(Thinned(HeadCases()), 2); }
+TEST(SampleAttention, Dtypes) { SelectOver(Thinned(DtypeCases()), 5); }
+TEST(SampleAttention, Layouts) { SelectOver(Thinned(LayoutCases()), 3); }
+TEST(SampleAttention, Strides) { SelectOver(Thinned(StrideCases()), 3); }
+TEST(SampleAttention, Far) { SelectOver(FarCases(), 5); }
+TEST(SampleAttention, Peaked) { SelectOver(Thinned(PeakedCases()), 5); }
+TEST(SampleAttention, Long) { SelectOver(Thinned(LongCases(), 2), 2); }
+TEST(SampleAttention, NanAndInf) { CompareWithNanAndInf(SamplePolicies(64)); }
+TEST(SampleAttention, SameBitsWhateverTheThreads) { CompareThreads(SamplePolicies(64)); }
+
+// ---------------------------------------------------------------- by hand
+
+TEST(SampleAttentionByHand, RowsAreSampledAtTheEndsOfEqualSegments) {
+  fp_sample_attention policy = SampleAttention(64, 0.95f, 0.05f, 0, 32).sample;
+  Sequence s{};
+  s.q_len = 6400; // 320 rows are 10 times 32: segments of 640
+  const RowSample sample = RowSample::Of(policy, s);
+  EXPECT_EQ(sample.segments, 10);
+  EXPECT_EQ(sample.Begin(0), 608);
+  EXPECT_EQ(sample.End(0), 640);
+  EXPECT_EQ(sample.Begin(9), 6368);
+  EXPECT_EQ(sample.End(9), 6400);
+  s.q_len = 10; // less than one: the last rows, as far as there are any
+  EXPECT_EQ(RowSample::Of(policy, s).segments, 1);
+  EXPECT_EQ(RowSample::Of(policy, s).Begin(0), 0);
+  policy.sample_ratio = 1;
+  s.q_len = 100; // three segments of 33, 33 and 34 rows: all but a few rows
+  EXPECT_EQ(RowSample::Of(policy, s).segments, 3);
+  EXPECT_EQ(RowSample::Of(policy, s).Begin(1), 34);
+  EXPECT_EQ(RowSample::Of(policy, s).End(2), 100);
+}
+
+TEST(SampleAttentionByHand, ColumnsAndDiagonals) {
+  OpData data(OneDimension({256, 256}));
+  SetWeights(data, 64, {1, 4, 2, 1});
+  // One sampled row, the last: it sees 64 keys of each block, shares 1/8, 4/8, 2/8, 1/8; by distance from block 3 those
+  // are 1/8 (0), 2/8 (1), 4/8 (2), 1/8 (3). Tile 0 holds blocks 0 and 1, tile 1 blocks 2 and 3.
+  const auto policy = [](float coverage) { return WithForced(SampleAttention(64, coverage, 0.001f, 0, 1), 0, 0, 0); };
+  // .5: column 1; diagonal 2: blocks 0 (from 2) and 1 (from 3).
+  ExpectKept(data, policy(0.5f), 0, {0, 1});
+  ExpectKept(data, policy(0.5f), 1, {0, 1, 2, 3});
+  // A chunk whose only tile lies in block 3 alone: columns 1, diagonal 2 is block 1. From .51 on column 2 and diagonal
+  // 1, which is block 2; from .76 on column 0, the first of the two that are equal, and diagonal 0.
+  OpData chunk(OneDimension({64, 256}));
+  SetWeights(chunk, 64, {1, 4, 2, 1});
+  ExpectKept(chunk, policy(0.5f), 0, {1, 3});
+  ExpectKept(chunk, policy(0.51f), 0, {1, 2, 3});
+  ExpectKept(chunk, policy(0.76f), 0, {0, 1, 2, 3});
+}
+
+TEST(SampleAttentionByHand, DiagonalsFollowTheTile) {
+  OpData data(OneDimension({512, 512}));
+  // Blocks of 128, a tile each. The one sampled row, the last, finds everything in block 1, two blocks away.
+  SetWeights(data, 128, {1e-6, 1, 1e-6, 1e-6});
+  const AnyPolicy policy = WithForced(SampleAttention(128, 0.9f, 0.001f, 0, 1), 0, 0, 0);
+  ExpectKept(data, policy, 0, {0});
+  ExpectKept(data, policy, 1, {1});
+  ExpectKept(data, policy, 2, {0, 1, 2});
+  ExpectKept(data, policy, 3, {1, 3});
+}
+
+TEST(SampleAttentionByHand, TheWindowIsAShareOfTheKeys) {
+  OpData data(OneDimension({512, 512}));
+  SetWeights(data, 64, {1, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9, 1e-9});
+  // Column 0, and diagonal 7, which only the last tile has: block 0 again. A quarter of 512 keys is 128: tile 3 begins
+  // at 384, so from key 257 on, which is in block 4; 129 keys would reach block 4 to its first key, 130 block 3.
+  ExpectKept(data, WithForced(SampleAttention(64, 0.9f, 0.001f, 0, 1), 0, 0, 0), 3, {0, 6, 7});
+  ExpectKept(data, WithForced(SampleAttention(64, 0.9f, 0.001f, 128.0f / 512, 1), 0, 0, 0), 3, {0, 4, 5, 6, 7});
+  ExpectKept(data, WithForced(SampleAttention(64, 0.9f, 0.001f, 129.0f / 512, 1), 0, 0, 0), 3, {0, 4, 5, 6, 7});
+  ExpectKept(data, WithForced(SampleAttention(64, 0.9f, 0.001f, 130.0f / 512, 1), 0, 0, 0), 3, {0, 3, 4, 5, 6, 7});
+  // A share that is no whole number of keys is rounded up.
+  ExpectKept(data, WithForced(SampleAttention(64, 0.9f, 0.001f, 129.5f / 512, 1), 0, 0, 0), 3, {0, 3, 4, 5, 6, 7});
+}
+
+} // namespace
+} // namespace flashprefill::test

@@ -63,8 +63,8 @@ void LoadQuery(const Problem& p, const Sequence& s, int64_t i, int head, float f
 
 // R cells against C vectors of rows.
 template <int R, int C>
-HWY_INLINE void ScoreCells(const float* HWY_RESTRICT panel, const float* HWY_RESTRICT cells, int64_t depth,
-                           int64_t first, const float* HWY_RESTRICT visible, float* HWY_RESTRICT largest,
+HWY_INLINE void ScoreCells(const float* HWY_RESTRICT panel, const float* HWY_RESTRICT cells, int64_t pitch,
+                           int64_t depth, int64_t first, const float* HWY_RESTRICT visible, float* HWY_RESTRICT largest,
                            float* HWY_RESTRICT sums) {
   VF z[C][R];
   HWY_UNROLL(8)
@@ -76,7 +76,7 @@ HWY_INLINE void ScoreCells(const float* HWY_RESTRICT panel, const float* HWY_RES
     for (int c = 0; c < C; ++c) q[c] = hn::Load(f, panel + c * kLanes);
     HWY_UNROLL(8)
     for (int r = 0; r < R; ++r) {
-      const VF k = hn::Set(f, cells[r * depth + i]);
+      const VF k = hn::Set(f, cells[r * pitch + i]);
       for (int c = 0; c < C; ++c) z[c][r] = hn::MulAdd(k, q[c], z[c][r]);
     }
   }
@@ -100,13 +100,13 @@ HWY_INLINE void ScoreCells(const float* HWY_RESTRICT panel, const float* HWY_RES
   }
 }
 
-void Score(const float* panel, const float* cells, int64_t depth, int64_t first, int n, const float* visible,
-           float* largest, float* sums) {
+void Score(const float* panel, const float* cells, int64_t pitch, int64_t depth, int64_t first, int n,
+           const float* visible, float* largest, float* sums) {
   int r = 0;
   const auto run = [&]<int R>(std::integral_constant<int, R>) {
     for (; r + R <= n; r += R) {
       for (int lane = 0; lane < kGridLanes; lane += 2 * kLanes) {
-        ScoreCells<R, 2>(panel + lane, cells + r * depth, depth, first + r, visible + lane, largest + lane,
+        ScoreCells<R, 2>(panel + lane, cells + r * pitch, pitch, depth, first + r, visible + lane, largest + lane,
                          sums + lane);
       }
     }

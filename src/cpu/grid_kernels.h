@@ -23,10 +23,11 @@ struct GridKernels {
                     float* cells);
   // row [head_dim] = factor * the query.
   void (*load_query)(const Problem& p, const Sequence& s, int64_t i, int head, float factor, float* row);
-  // Adds the powers of two of the products of a panel with cells [first, first + n) into the sums of their block, which
-  // are relative to 2^largest. Both are [kGridLanes]. Lane r sees the cells below visible[r].
-  void (*score)(const float* panel, const float* cells, int64_t depth, int64_t first, int n, const float* visible,
-                float* largest, float* sums);
+  // Adds the powers of two of the products of a panel with cells [first, first + n), which lie `pitch` floats apart,
+  // into the sums of their block, which are relative to 2^largest. Both are [kGridLanes]. Lane r sees the cells below
+  // visible[r].
+  void (*score)(const float* panel, const float* cells, int64_t pitch, int64_t depth, int64_t first, int n,
+                const float* visible, float* largest, float* sums);
   // Makes the sums [blocks][kGridLanes] shares: those of a lane add up to one, or are zero.
   void (*normalise)(int64_t blocks, const float* largest, float* sums);
 };

@@ -66,6 +66,9 @@ class GridSelection {
   }
 
  private:
+  // Floats from one cell of keys to the next. A cell is often 4 KiB, and eight of them side by side would all lie in
+  // the same eight lines of L1.
+  int64_t Pitch() const { return method_.depth + 16; }
   int64_t Cells(const Sequence& s) const { return DivUp<int64_t>(s.k_len, method_.stride); }
   int64_t Units(const Sequence& s) const { return DivUp(g_.Tiles(s) * g_.group, int64_t{lists_a_unit_}); }
   // Cells of a sequence that are averaged.
@@ -105,7 +108,7 @@ class GridSelection {
     Scratch s{};
     s.panel = parts.Take<float>(method_.depth * kGridLanes);
     s.row = parts.Take<float>(p_.head_dim);
-    s.cells = parts.Take<float>(method_.cell_means ? 0 : kCellsAtOnce * method_.depth);
+    s.cells = parts.Take<float>(method_.cell_means ? 0 : kCellsAtOnce * Pitch());
     s.largest = parts.Take<float>(blocks * kGridLanes);
     s.sums = parts.Take<float>(blocks * kGridLanes);
     s.mass = parts.Take<float>(blocks);
@@ -200,16 +203,19 @@ class GridSelection {
       std::fill_n(sums, kGridLanes, 0.f);
       const int64_t first = block * cells_a_block_, last = std::min(first + cells_a_block_, most);
       if (method_.cell_means) {
-        kernels_.score(scratch.panel, MeansOf(b, kv_head) + first * method_.depth, method_.depth, first,
+        kernels_.score(scratch.panel, MeansOf(b, kv_head) + first * method_.depth, method_.depth, method_.depth, first,
                        static_cast<int>(last - first), scratch.visible, largest, sums);
         continue;
       }
       for (int64_t cell = first; cell < last; cell += kCellsAtOnce) {
         const int n = static_cast<int>(std::min<int64_t>(kCellsAtOnce, last - cell));
-        const int64_t key = cell * method_.stride, keys = std::min<int64_t>(n * method_.stride, s.k_len - key);
-        kernels_.load_keys(p_, s, kv_head, key, key + keys, scratch.cells);
-        std::fill(scratch.cells + keys * p_.head_dim, scratch.cells + n * method_.depth, 0.f); // past the end
-        kernels_.score(scratch.panel, scratch.cells, method_.depth, cell, n, scratch.visible, largest, sums);
+        for (int c = 0; c < n; ++c) {
+          float* into = scratch.cells + c * Pitch();
+          const int64_t key = (cell + c) * method_.stride, keys = std::min<int64_t>(method_.stride, s.k_len - key);
+          kernels_.load_keys(p_, s, kv_head, key, key + keys, into);
+          std::fill(into + keys * p_.head_dim, into + method_.depth, 0.f); // past the end
+        }
+        kernels_.score(scratch.panel, scratch.cells, Pitch(), method_.depth, cell, n, scratch.visible, largest, sums);
       }
     }
     kernels_.normalise(blocks, scratch.largest, scratch.sums);

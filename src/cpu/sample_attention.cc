@@ -136,7 +136,7 @@ class SampleSelection {
       for (int64_t key = block * size; key < last; key += kKeysAtOnce) {
         const int64_t n = std::min(kKeysAtOnce, last - key);
         kernels_.load_keys(p_, s, head / g_.group, key, key + n, scratch.keys);
-        kernels_.score(scratch.panel, scratch.keys, d, key, static_cast<int>(n), scratch.visible, largest, sums);
+        kernels_.score(scratch.panel, scratch.keys, d, d, key, static_cast<int>(n), scratch.visible, largest, sums);
       }
     }
     kernels_.normalise(blocks, scratch.largest, scratch.sums);

@@ -37,6 +37,11 @@ POLICIES = """\
 policies are written as in Python, with the fields that you want to change:
   dense
   flashprefill   "flashprefill(alpha=0.2, query_pool=16)"   "flashprefill(share_heads=True)"
+  xattention     "xattention(threshold=0.9, stride=8)"
+  rrattention    "rrattention(threshold=0.9)"
+  spargeattn     "spargeattn(topk=0.5)"
+  prism          "prism(mass=0.9)"
+  sampleattention  "sampleattention(coverage=0.9)"
   sketch         "sketch(mass=0.9, mean_correction=True)"
   streaming      "streaming(sink_blocks=1, window_blocks=8)"
 """

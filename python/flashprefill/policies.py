@@ -634,7 +634,7 @@ class XAttention(Policy):
 
 @dataclass(frozen=True)
 class RRAttention(Policy):
-    """RRAttention (arXiv 2602.05853): a strided grid of single queries, whose place moves on from head to head.
+    """RRAttention (arXiv 2602.05853): a strided grid of single queries, another one of a cell in each head.
 
     As :class:`XAttention`, but a row of the grid is one query of its cell, another one in each head, and a
     key cell is the mean of its keys. A tile keeps the smallest set of blocks that holds ``threshold`` of its

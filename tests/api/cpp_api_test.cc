@@ -45,6 +45,25 @@ TEST(CppApi, PublishedDefaults) {
   EXPECT_EQ(s.query_metric, 0);
   EXPECT_EQ(s.outliers, 4);
   EXPECT_EQ(s.query_pool, 16);
+  EXPECT_EQ(fp::XAttention().stride, 16);
+  EXPECT_FLOAT_EQ(fp::RRAttention().threshold, 0.95f);
+  EXPECT_FLOAT_EQ(fp::SpargeAttn().cdf, 0.98f);
+  EXPECT_TRUE(std::isnan(fp::SpargeAttn().KeepTop(0.5f).cdf));
+  EXPECT_EQ(fp::Prism().common.window_blocks, 2);
+  EXPECT_FLOAT_EQ(fp::SampleAttention().sample_ratio, 0.05f);
+}
+
+TEST(CppApi, AThresholdForEachHead) {
+  Data data;
+  fp::XAttention policy;
+  const std::vector<float> none(static_cast<size_t>(data.problem.q_heads), 0.0f);
+  const fp::Stats least = fp::select(data.problem, policy.SetHeadThresholds(none)).stats(data.problem);
+  const std::vector<float> all(none.size(), 1.0f);
+  const fp::Stats most = fp::select(data.problem, policy.SetHeadThresholds(all)).stats(data.problem);
+  EXPECT_LT(least.density(), most.density());
+  EXPECT_FLOAT_EQ(static_cast<float>(most.density()), 1);
+  const std::vector<float> more(none.size() + 1, 1.0f);
+  EXPECT_THROW(fp::select(data.problem, policy.SetHeadThresholds(more)), fp::Error);
 }
 
 TEST(CppApi, SelectThenAttendEqualsPrefill) {

@@ -19,6 +19,11 @@ POLICIES = [
         alpha=0.97, block_size=32, sink_blocks=0, window_blocks=0, share_heads=True, mean_correction=True
     ),
     fp.Sketch(mass=0.5, block_size=16, sink_blocks=0, window_blocks=1, dense_tail_blocks=2),
+    fp.XAttention(threshold=0.5, stride=8, norm=0.1, block_size=16),
+    fp.RRAttention(threshold=0.5, stride=4, block_size=32, window_blocks=0),
+    fp.SpargeAttn(cdf=0.5, similarity=0.1, block_size=16),
+    fp.Prism(mass=0.4, block_size=16),
+    fp.SampleAttention(coverage=0.4, sample_rows=5, window_ratio=0.05, block_size=16),
 ]
 LENGTHS = st.lists(st.tuples(st.integers(0, 150), st.sampled_from([0, 1, 30])), min_size=1, max_size=4)
 

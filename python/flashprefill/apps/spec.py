@@ -80,4 +80,6 @@ def spell(policy: policies.Policy) -> str:
             shown[field.name] = value
     if any(shown.get(name) is not None for name in ("alpha", "gain")):
         shown.pop("mass", None)  # one of them decides; the others are None by themselves
+    if shown.get("topk") is not None:
+        shown.pop("cdf", None)
     return f"{type(policy).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"

@@ -85,7 +85,9 @@ std::vector<Mask> MixedMasks(const fp_problem& p) {
 std::vector<AnyPolicy> MixedPolicies() {
   return Thinned<AnyPolicy>(
       {Streaming(32, 1, 2, 1), Dense(64), FlashPrefill(32, 0.5f), Corrected(Shared(FlashPrefill(64, 0.6f, 16))),
-       Corrected(SketchByMass(32, 0.6f)), Shared(SketchByAlpha(64, 0.4f, 4, 1))},
+       Corrected(SketchByMass(32, 0.6f)), Shared(SketchByAlpha(64, 0.4f, 4, 1)), XAttention(32, 0.6f, 8, 0.1f),
+       Corrected(RRAttention(64, 0.6f)), SpargeByCdf(64, 0.5f, 0.2f), Prism(32, 0.6f),
+       SampleAttention(64, 0.5f, 0.2f, 0.05f, 20)},
       3);
 }
 

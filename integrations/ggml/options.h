@@ -1,0 +1,43 @@
+// What users can set, and how. An option is a line "name = value" of a file, or "name=value" between commas in a
+// string; '#' begins a comment. The names are those of flashprefill's policies, and a few of the plugin's own.
+#ifndef FLASHPREFILL_INTEGRATIONS_GGML_OPTIONS_H_
+#define FLASHPREFILL_INTEGRATIONS_GGML_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "flashprefill/flashprefill.h"
+
+namespace flashprefill::ggml {
+
+// Which micro-batch is taken for the last one of its prompt. ggml does not tell; the policy's dense tail goes there.
+enum class FinalChunk { kNever, kShort, kAlways };
+
+struct Options {
+  union PolicyStorage { // any policy: the head says which
+    fp_policy common;
+    fp_dense dense;
+    fp_streaming streaming;
+    fp_flashprefill flashprefill;
+    fp_sketch sketch;
+  } policy;
+  int64_t min_rows = 64;             // query rows of a micro-batch, and of each sequence in it
+  int64_t min_keys = 0;              // keys in the cache: below it the CPU backend keeps the node
+  std::vector<int64_t> dense_layers; // are left to the CPU backend
+  FinalChunk final_chunk = FinalChunk::kShort;
+  bool log = false; // a line for every micro-batch, not only the sum
+
+  Options();
+  // Applies a text of options on top of what is set. Throws std::invalid_argument, whose line names the option, its
+  // value and what it must be; `from` says where the text is from.
+  void Apply(const std::string& text, const std::string& from);
+  // The file's text. Throws std::invalid_argument if it can't be read.
+  void ApplyFile(const std::string& path);
+  // "policy=flashprefill alpha=0.12 ..."
+  std::string Describe() const;
+};
+
+} // namespace flashprefill::ggml
+
+#endif // FLASHPREFILL_INTEGRATIONS_GGML_OPTIONS_H_

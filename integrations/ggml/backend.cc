@@ -81,8 +81,8 @@ struct Context {
 
   const Options options;
   Attention attention;
-  Stats sum, batch;                 // of this context, and of its current micro-batch
-  const void* first_keys = nullptr; // of the first layer: where it comes again a micro-batch begins
+  Stats sum, batch;   // of this context, and of its current micro-batch
+  int64_t layer = -1; // of the last node: where they begin again, so does a micro-batch
 };
 
 Context& Of(ggml_backend_t backend) { return *static_cast<Context*>(backend->context); }
@@ -108,10 +108,9 @@ ggml_status ComputeGraph(ggml_backend_t backend, ggml_cgraph* graph) {
   for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
     ggml_tensor* node = ggml_graph_node(graph, i);
     if (node->op != GGML_OP_FLASH_ATTN_EXT || ggml_is_empty(node)) continue; // views come along with their source
-    const ggml_tensor* k = node->src[1];
-    const void* keys = k->view_src ? k->view_src->data : k->data;
-    if (!context.first_keys) context.first_keys = keys;
-    if (keys == context.first_keys) EndBatch(context);
+    const int64_t layer = LayerOf(node);
+    if (layer <= context.layer) EndBatch(context);
+    context.layer = layer;
     Stats stats;
     const ggml_status status = context.attention.Compute(node, g_full_batch.load(), stats);
     if (status != GGML_STATUS_SUCCESS) return status;

@@ -2,7 +2,7 @@
 # Sets llama.cpp up in a folder of its own and runs the plugin's tests in it. Everything is kept there: the first run
 # compiles llama.cpp (a quarter of an hour on two cores), later ones compile what has changed.
 #   FLASHPREFILL_ENGINES  the folder of all engines; default: build/engines
-#   arguments             go to pytest
+#   arguments             go to pytest; after --python, to the Python of that folder (for bench/engine_llama.py)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 here=$root/tests/engines/ggml
@@ -27,21 +27,26 @@ if [ ! -d "$source" ]; then
   rm "$source.tar.gz"
 fi
 
-# llama.cpp is built for the machine that it is built on, as its users do. A folder that came from another machine is
-# recognised by the processor's name.
+# llama.cpp as its releases are built, with backends that are loaded at run time (GGML_BACKEND_DL): only then do all of
+# its tools look at GGML_BACKEND_PATH. That rules out -march=native, so this processor's instructions are named one by
+# one. A folder that comes from another machine is recognised by its processor.
 processor=$(grep -m1 -E '^(flags|Features)' /proc/cpuinfo | sha256sum | cut -c1-12)
 build=$folder/build-$processor
+instructions=(-DGGML_NATIVE=OFF)
+for pair in avx512f:AVX512 avx512_vbmi2:AVX512_VBMI avx512_vnni:AVX512_VNNI avx512_bf16:AVX512_BF16 avx_vnni:AVX_VNNI; do
+  ! grep -qw "${pair%%:*}" /proc/cpuinfo || instructions+=("-DGGML_${pair##*:}=ON")
+done
 launchers=()
 if command -v ccache > /dev/null; then
   export CCACHE_NAMESPACE=llama.cpp-$processor
   launchers=(-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
 fi
 if [ ! -e "$build/complete" ]; then
-  cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$build" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF \
+  cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$build" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF -DGGML_BACKEND_DL=ON \
     -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
-    -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF "${launchers[@]}" > "$folder/configure.log"
+    -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF "${instructions[@]}" "${launchers[@]}" > "$folder/configure.log"
   cmake --build "$build" -j "$jobs" \
-    --target llama llama-bench llama-completion llama-cli llama-server llama-quantize > "$folder/build.log" ||
+    --target ggml-cpu llama llama-bench llama-completion llama-cli llama-server llama-quantize > "$folder/build.log" ||
     (tail -n 40 "$folder/build.log"; exit 1)
   touch "$build/complete"
 fi
@@ -55,10 +60,13 @@ plugin=$folder/plugin-$processor
 cmake -G Ninja -S "$root/integrations/ggml" -B "$plugin" -DLLAMA_CPP="$source/vendor/llama.cpp" -DLLAMA_CPP_LIB="$build/bin" \
   -DFLASHPREFILL_GGML_TESTS=ON -DCMAKE_INSTALL_PREFIX="$plugin/prefix" "${launchers[@]}" -Wno-dev > "$folder/plugin.log"
 cmake --build "$plugin" -j "$jobs" > "$folder/plugin.log" || (tail -n 40 "$folder/plugin.log"; exit 1)
-ctest --test-dir "$plugin" --output-on-failure -R '^(mask_runs|nodes)$'
-
 export LLAMA_CPP_LIB_PATH=$build/bin PYTHONPATH=$source:$here
 export FLASHPREFILL_LLAMA_CPP=$source/vendor/llama.cpp FLASHPREFILL_PLUGIN=$plugin
 export FLASHPREFILL_MODEL=$model FLASHPREFILL_MODEL_F32=$folder/smollm2-f32.gguf
+if [ "${1:-}" = --python ]; then
+  shift
+  exec $python "$@"
+fi
+ctest --test-dir "$plugin" --output-on-failure -R '^(mask_runs|nodes)$'
 cd "$here"
 exec $python -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"

@@ -1,4 +1,11 @@
-"""With every block kept the engine's results are the stock engine's, whatever batches and cache hold."""
+"""With every block kept the engine's results are the stock engine's, whatever batches and cache hold.
+
+The engine itself rounds K and V to fp16 before flash attention, even those of an fp32 cache. A difference in the last
+bit of one layer's output moves some of the next layers' K and V to the neighbouring fp16 number, and grows to some
+1e-2 in the logits: as much as between the stock engine with flash attention and without it. So everything is compared
+twice: with the plugin in the last layer only, whose output no cache sees, to fp32's rounding; and with the plugin in
+all layers, to what the engine makes of that.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +15,11 @@ import numpy as np
 import pytest
 from engine import DENSE, Engine, Setup, engine, prompt
 
-# Weights and cache are fp32 here, so that the only difference is the order of fp32 sums in 30 layers.
-ROUNDING = 2e-3
-NEAR_TIE = 1e-3
+LAST_LAYER = DENSE + ", dense_layers=0-28"
+ROUNDING = 2e-4  # of logits up to 30: 1.8e-5 was seen
+NOISE = 0.1  # 0.02 was seen, and 0.015 to 0.024 between the stock engine with flash attention and without
 
 Scenario = Callable[[Engine], list[np.ndarray]]
-
-
-def both(setup: Setup, scenario: Scenario) -> tuple[list[np.ndarray], list[np.ndarray], dict]:
-    with engine(setup) as stock:
-        must_be = scenario(stock)
-    with engine(setup, DENSE) as ours:
-        ours.plugin.reset_stats()
-        outcome = scenario(ours)
-        stats = ours.plugin.stats()
-    return must_be, outcome, stats
 
 
 def worst(must_be: list[np.ndarray], outcome: list[np.ndarray]) -> float:
@@ -30,11 +27,19 @@ def worst(must_be: list[np.ndarray], outcome: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(must_be, outcome, strict=True))
 
 
-def agree(setup: Setup, scenario: Scenario, limit: float = ROUNDING) -> dict:
-    must_be, outcome, stats = both(setup, scenario)
-    off = worst(must_be, outcome)
-    print(f"logits are off by {off:.2e} at most; {stats}")
-    assert off <= limit
+def agree(setup: Setup, scenario: Scenario, rounding: float = ROUNDING, noise: float = NOISE) -> dict:
+    """Returns the plugin's figures with all layers."""
+    with engine(setup) as stock:
+        must_be = scenario(stock)
+    stats = {}
+    for options, limit in ((LAST_LAYER, rounding), (DENSE, noise)):
+        with engine(setup, options) as ours:
+            ours.plugin.reset_stats()
+            off = worst(must_be, scenario(ours))
+            stats = ours.plugin.stats()
+        print(f"{options}: logits are off by {off:.1e} at most")
+        assert off <= limit
+        assert stats["sparse_rows"] == 0
     return stats
 
 
@@ -44,25 +49,40 @@ LENGTHS += [3500, 4097, 5500, 7000]
 UBATCHES = [512, 300, 2048, 97]  # by turns
 
 
-@pytest.mark.parametrize("number", range(len(LENGTHS)))
-def test_greedy_tokens(number: int) -> None:
+def same_tokens(number: int, options: str, near_tie: float, limit: float) -> None:
     count, ubatch = LENGTHS[number], UBATCHES[number % len(UBATCHES)]
     setup = Setup(n_ctx=count // 256 * 256 + 512, n_ubatch=ubatch)
-    results = []
-    for options in (None, DENSE):
+
+    def run(options: str | None) -> tuple[np.ndarray, list[int], np.ndarray]:
         with engine(setup, options) as it:
             logits = it.feed([(0, prompt(count, number))], every=64)[0]
-            tokens, chosen_by = it.greedy(logits[-1], 24)
-            results.append((logits, tokens, chosen_by))
             if it.plugin:
                 assert it.plugin.stats()["dense_rows"] > 0
-    (stock_logits, stock_tokens, stock_by), (logits, tokens, _) = results
-    assert np.abs(stock_logits - logits).max() <= ROUNDING
+            return logits, *it.greedy(logits[-1], 24)
+
+    if number not in STOCK:
+        STOCK[number] = run(None)
+    stock_logits, stock_tokens, stock_by = STOCK[number]
+    logits, tokens, _ = run(options)
+    assert np.abs(stock_logits - logits).max() <= limit
     for at, (must_be, token) in enumerate(zip(stock_tokens, tokens, strict=True)):
         if must_be != token:
             second, first = np.sort(stock_by[at])[-2:]
-            assert first - second <= NEAR_TIE, f"token {at} is {token}, not {must_be}"
+            assert first - second <= near_tie, f"token {at} is {token}, not {must_be}"
             return  # what follows another token is another text
+
+
+STOCK: dict[int, tuple[np.ndarray, list[int], np.ndarray]] = {}
+
+
+@pytest.mark.parametrize("number", range(len(LENGTHS)))
+def test_greedy_tokens(number: int) -> None:
+    same_tokens(number, DENSE, 2 * NOISE, NOISE)
+
+
+@pytest.mark.parametrize("number", range(0, len(LENGTHS), 3))
+def test_greedy_tokens_with_the_last_layer_ours(number: int) -> None:
+    same_tokens(number, LAST_LAYER, 1e-3, ROUNDING)
 
 
 @pytest.mark.parametrize("ubatch", [129, 500, 512, 700, 2048])
@@ -109,8 +129,7 @@ def test_sequences(ubatch: int, unified: bool) -> None:
         assert stats["gathered_rows"] > 0
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16"])
-def test_context_shift(kv: str) -> None:
+def test_context_shift() -> None:
     def scenario(e: Engine) -> list[np.ndarray]:
         out = [e.feed([(0, prompt(1000, 11))], every=50)[0]]
         for number in range(3):  # the second and third time the cells are no longer in order
@@ -118,33 +137,28 @@ def test_context_shift(kv: str) -> None:
             out.append(e.feed([(0, prompt(430, number))], every=50)[0])
         return out
 
-    limit = ROUNDING if kv == "f32" else 0.2
-    stats = agree(Setup(n_ctx=1024, n_ubatch=256, kv=kv), scenario, limit)
+    stats = agree(Setup(n_ctx=1024, n_ubatch=256), scenario)
     assert stats["gathered_rows"] > 0
 
 
-# The stock kernels round Q to the cache's type, or add up in fp16; ours reads the cache and goes on in fp32.
+# The stock kernels for other types than fp16 round Q and the products to 8 or 16 bits; ours goes on in fp32.
 @pytest.mark.parametrize(
-    ("kv", "limit"), [("f32", ROUNDING), ("f16", 0.05), ("bf16", 0.5), ("q8_0", 0.5), ("q4_0", 3.0)]
+    ("kv", "rounding", "noise"),
+    [("f16", ROUNDING, NOISE), ("bf16", 0.1, 0.5), ("q8_0", 0.1, 0.5), ("q4_0", 0.5, 3)],
 )
-def test_cache_types(kv: str, limit: float) -> None:
+def test_cache_types(kv: str, rounding: float, noise: float) -> None:
     def scenario(e: Engine) -> list[np.ndarray]:
         return [e.feed([(0, prompt(1500, 13))], every=50)[0]]
 
-    agree(Setup(kv=kv), scenario, limit)
+    agree(Setup(kv=kv), scenario, rounding, noise)
 
 
-# As the model comes, activations are rounded to 8 bits in every layer. Then a difference of fp32's rounding grows
-# to what the stock engine differs from itself when its micro-batches are cut elsewhere.
+# As the model comes, its weights are 4 bits wide and activations are rounded to 8 bits in every layer.
 def test_quantised_weights() -> None:
     def scenario(e: Engine) -> list[np.ndarray]:
         return [e.feed([(0, prompt(1500, 17))], every=50)[0]]
 
-    setup = Setup(model="q4_1", kv="f16")
-    must_be, outcome, _ = both(setup, scenario)
-    with engine(Setup(model="q4_1", kv="f16", n_ubatch=300)) as stock:
-        itself = scenario(stock)
-    assert worst(must_be, outcome) <= 2 * worst(must_be, itself)
+    agree(Setup(model="q4_1", kv="f16"), scenario, rounding=0.5, noise=1.0)
 
 
 def test_other_threads() -> None:

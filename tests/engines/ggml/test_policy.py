@@ -138,6 +138,6 @@ def test_min_rows_and_min_keys() -> None:
     ],
 )
 def test_bad_options_change_nothing(options: str, message: str) -> None:
-    with engine(Setup(n_ctx=256), "policy=dense") as e:
+    with engine(Setup(n_ctx=256), "policy=flashprefill") as e:
         wrong = e.plugin.set_options(options)
         assert wrong is not None and message in wrong, wrong

@@ -112,7 +112,17 @@ ggml_status Attention::Compute(ggml_tensor* node, int64_t full_batch, Stats& sta
   // that is not full, ends its prompt. Streams share a micro-batch equally; what is left over is less than a row each.
   const bool full = rows * streams + streams - 1 >= full_batch;
   std::vector<Rows> stock;
+  const auto leave = [&](int64_t stream, int64_t first, int64_t count) {
+    stock.push_back({stream, first, count});
+    stats.stock_rows += count;
+  };
+  // The scheduler asks the device, whose options are those of the latest context; this one's may leave more.
+  const bool supported = Supports(node, options_);
   for (int64_t stream = 0; stream < streams; ++stream) {
+    if (!supported) {
+      leave(stream, 0, rows);
+      continue;
+    }
     const auto* bits = static_cast<const char*>(mask->data) + (mask->ne[3] == 1 ? 0 : stream * mask->nb[3]);
     for (const Run& run :
          FindRuns(reinterpret_cast<const uint16_t*>(bits), rows, mask->ne[0],
@@ -120,9 +130,7 @@ ggml_status Attention::Compute(ggml_tensor* node, int64_t full_batch, Stats& sta
       const bool ends = !full || run.first + run.rows < rows;
       const bool final_chunk =
           options_.final_chunk == FinalChunk::kAlways || (options_.final_chunk == FinalChunk::kShort && ends);
-      if (run.causal() && ComputeRun(node, stream, run, final_chunk, stats)) continue;
-      stock.push_back({stream, run.first, run.rows});
-      stats.stock_rows += run.rows;
+      if (!run.causal() || !ComputeRun(node, stream, run, final_chunk, stats)) leave(stream, run.first, run.rows);
     }
   }
   ++stats.nodes;

@@ -26,7 +26,8 @@ namespace {
 std::mutex g_mutex; // of the next two
 Options g_options;
 Stats g_stats;
-// The largest micro-batch that the engine has asked about: it reserves memory for a full one before it computes any.
+// The largest micro-batch that an engine has asked about since the newest context was made: it reserves memory for a
+// full one before it computes any.
 std::atomic<int64_t> g_full_batch{0};
 
 Options CurrentOptions() {
@@ -147,6 +148,7 @@ ggml_backend_t InitBackend(ggml_backend_dev_t device, const char* params) try {
   Options options = CurrentOptions();
   if (params) options.Apply(params, "the backend's parameters");
   Log(GGML_LOG_LEVEL_INFO, options.Describe());
+  g_full_batch = 0;
   ggml_backend_i functions{};
   functions.get_name = BackendName;
   functions.free = FreeBackend;

@@ -104,11 +104,9 @@ def test_cli(tmp_path: Path, dense: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append((done.stdout, done.stderr))
-    assert LOADED in outputs[1][0] + outputs[1][1]
-    # What follows the prompt, without the speeds.
-    answers = [re.sub(r"\[ Prompt: .*\]", "", out).partition("Go on.")[2] for out, _ in outputs]
-    assert len(answers[0]) > 20
-    assert answers[0] == answers[1]
+    assert LOADED in outputs[1][1]
+    without_speeds = [re.sub(r"\[ Prompt: .*\]", "", out) for out, _ in outputs]
+    assert without_speeds[0] == without_speeds[1]
 
 
 def test_bench(dense: Path) -> None:

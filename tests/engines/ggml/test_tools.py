@@ -105,8 +105,10 @@ def test_cli(tmp_path: Path, dense: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append((done.stdout, done.stderr))
     assert LOADED in outputs[1][1]
-    without_speeds = [re.sub(r"\[ Prompt: .*\]", "", out) for out, _ in outputs]
-    assert without_speeds[0] == without_speeds[1]
+    # The turn: after the spinner, without the speeds.
+    turns = [re.sub(r"\[ Prompt: .*\]", "", out.partition("\n> ")[2]) for out, _ in outputs]
+    assert TEXT[:100] in turns[0]
+    assert turns[0] == turns[1]
 
 
 def test_bench(dense: Path) -> None:

@@ -1,0 +1,55 @@
+"""Sparse prefill inside vLLM: an out-of-tree plugin, found through the entry point ``vllm.general_plugins``.
+
+    LLM(model, additional_config=flashprefill.vllm.config(fp.FlashPrefill(alpha=0.12)))
+    vllm serve MODEL --additional-config '{"flashprefill": true}'
+
+vLLM loads `register` in each of its processes. That puts subclasses in the place of two of its attention
+backends, CPU_ATTN and FLASH_ATTN. They do what their bases do until vLLM's additional config has a key
+"flashprefill"; then prompts are read sparsely and all else stays the engine's own. docs/vllm.md has the rest.
+
+Importing this package imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from .metrics import WorkerExtension, snapshot
+from .options import config
+
+__all__ = ["WorkerExtension", "config", "register", "snapshot"]
+
+# The private interfaces of vLLM that the backends extend change between its minor versions.
+SUPPORTED = ("0.32",)
+BACKENDS = {"CPU_ATTN": "cpu.CPUBackend", "FLASH_ATTN": "cuda.FlashBackend"}
+
+logger = logging.getLogger("vllm.flashprefill")  # below "vllm", so that the engine's handlers print it
+
+
+def register() -> None:
+    """Put the backends in their places. vLLM calls it; calling it again changes nothing.
+
+    Where that cannot be done the engine is left as it is, dense, with a line in its log that says why.
+    """
+    import vllm
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in SUPPORTED)):
+        logger.error(
+            "flashprefill: this is vLLM %s, and the plugin knows %s only; nothing is changed, prompts are "
+            "read densely",
+            vllm.__version__,
+            ", ".join(SUPPORTED),
+        )
+        return
+    for name, path in BACKENDS.items():
+        backend, ours = AttentionBackendEnum[name], f"{__name__}.{path}"
+        if backend.is_overridden() and backend.get_path() != ours:
+            logger.warning(
+                "flashprefill: another plugin has replaced the attention backend %s by %s; it stays, and "
+                "prompts are read densely",
+                name,
+                backend.get_path(),
+            )
+            continue
+        register_backend(backend, ours)

@@ -1,0 +1,54 @@
+"""Which layers of a model are sparse, told from what vLLM says of each."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from .options import Options
+from .sparse import say_once
+
+_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def why_dense(impl: Any) -> str:
+    """Return why an attention layer has to stay the engine's, "" if it need not."""
+    if str(getattr(impl.attn_type, "value", impl.attn_type)) != "decoder":
+        return "it is not a decoder's self-attention"
+    if impl.sliding_window not in (-1, None, (-1, -1)):
+        return "a sliding window"
+    if impl.logits_soft_cap:
+        return "logit softcapping"
+    if impl.alibi_slopes is not None:
+        return "ALiBi"
+    if getattr(impl, "sinks", None) is not None:
+        return "learned attention sinks"
+    if impl.kv_cache_dtype not in _DTYPES:
+        return f"a KV cache of {impl.kv_cache_dtype}"
+    if getattr(impl, "dcp_world_size", 1) > 1:
+        return "a context that is split over GPUs"
+    return ""
+
+
+def number_of(layer_name: str) -> int:
+    """Return a layer's number: the first one in its name ("model.layers.3.self_attn.attn")."""
+    return next((int(part) for part in layer_name.split(".") if part.isdigit()), 0)
+
+
+def announce(impls: Mapping[str, Any], options: Options) -> None:
+    """Log which layers of a group are sparse and why the others are not."""
+    reasons: Counter[str] = Counter()
+    for name, impl in impls.items():
+        reason = why_dense(impl)
+        if not reason and number_of(name) < options.first_dense_layers:
+            reason = "first_dense_layers"
+        reasons[reason] += 1
+    sparse = reasons.pop("", 0)
+    dense = "; ".join(f"{count} dense: {reason}" for reason, count in reasons.items())
+    say_once(
+        logging.INFO if sparse else logging.WARNING,
+        f"flashprefill: {sparse} of {len(impls)} layers read prompts with {options.policy}"
+        + (f"; {dense}" if dense else ""),
+    )

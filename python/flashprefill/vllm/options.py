@@ -1,0 +1,131 @@
+"""What a user may ask for: the value of the key "flashprefill" in vLLM's additional config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import refuse, refuse_type
+from ..policies import FlashPrefill, Policy
+
+KEY = "flashprefill"
+MIN_CHUNK = 128  # rows: a tile of queries
+
+
+@dataclass(frozen=True)
+class Options:
+    """How prompts are read.
+
+    Attributes:
+        policy: which blocks are kept.
+        first_dense_layers: layers at the model's beginning that stay dense.
+        min_chunk: rows; shorter pieces of prompts stay dense.
+        log_seconds: seconds between lines of statistics in the engine's log; 0 is one a step.
+        metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
+    """
+
+    policy: Policy
+    first_dense_layers: int = 0
+    min_chunk: int = MIN_CHUNK
+    log_seconds: float = 10.0
+    metrics_hook: str | None = None
+
+    @property
+    def forced_keys(self) -> int:
+        """Keys up to which a prompt's sink and window blocks are all there is to keep."""
+        blocks = getattr(self.policy, "sink_blocks", 0) + getattr(self.policy, "window_blocks", 0)
+        return int(blocks * self.policy.block_size)
+
+
+def config(
+    policy: Policy | str = "flashprefill",
+    *,
+    first_dense_layers: int = 0,
+    min_chunk: int = MIN_CHUNK,
+    log_seconds: float = 10.0,
+    metrics_hook: str | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Return a dict for vLLM's ``additional_config`` that turns the plugin on.
+
+    Args:
+        policy: a policy, or the name of one.
+        first_dense_layers: layers at the model's beginning that stay dense.
+        min_chunk: rows; shorter pieces of prompts stay dense. At least 128.
+        log_seconds: seconds between lines of statistics in the engine's log.
+        metrics_hook: "module:function" to be called with the statistics, in the engine's process.
+        **parameters: fields of the policy, where it is given by name.
+
+    Raises:
+        ValueError, TypeError: a value is wrong; the message names it.
+    """
+    if isinstance(policy, Policy):
+        if parameters:
+            refuse("parameters", sorted(parameters), "none where the policy is not a name")
+        parameters = {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]
+        policy = policy.kind
+    value = {
+        "policy": policy,
+        "parameters": {name: given for name, given in parameters.items() if given is not None},
+        "first_dense_layers": first_dense_layers,
+        "min_chunk": min_chunk,
+        "log_seconds": log_seconds,
+        "metrics_hook": metrics_hook,
+    }
+    parse(value)
+    return {KEY: value}
+
+
+def of_config(additional_config: Any) -> Options | None:
+    """Return what vLLM's additional config asks for, None if it does not name us."""
+    value = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    return None if value is None or value is False else parse(value)
+
+
+def parse(value: Any) -> Options:
+    """Read the key's value: True, the name of a policy, or a mapping of what `config` takes."""
+    if value is True:
+        value = {}
+    if isinstance(value, str):
+        value = {"policy": value}
+    if not isinstance(value, Mapping):
+        refuse_type(KEY, repr(value), "true, the name of a policy, or a mapping")
+    known = {"parameters"} | {field.name for field in fields(Options)}
+    for name in value:
+        if name not in known:
+            refuse(f"{KEY}'s option", repr(name), "one of " + ", ".join(sorted(known)))
+    policy = _policy(value.get("policy", FlashPrefill.kind), value.get("parameters") or {})
+    hook = value.get("metrics_hook")
+    if hook is not None and (not isinstance(hook, str) or hook.count(":") != 1):
+        refuse("metrics_hook", repr(hook), '"module:function"')
+    seconds = value.get("log_seconds", 10.0)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+        refuse("log_seconds", repr(seconds), "a number of at least 0")
+    return Options(
+        policy,
+        _integer("first_dense_layers", value.get("first_dense_layers", 0), 0),
+        _integer("min_chunk", value.get("min_chunk", MIN_CHUNK), MIN_CHUNK),
+        float(seconds),
+        hook,
+    )
+
+
+def _policy(name: Any, parameters: Any) -> Policy:
+    kinds = {kind.kind: kind for kind in Policy.__subclasses__()}
+    if name not in kinds:
+        refuse("policy", repr(name), "one of " + ", ".join(sorted(kinds)))
+    if not isinstance(parameters, Mapping):
+        refuse_type("parameters", repr(parameters), "a mapping from a policy's fields to values")
+    kind = kinds[name]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for parameter in parameters:
+        if parameter not in known:
+            refuse(f"a parameter of {name}", repr(parameter), "one of " + ", ".join(known))
+    return kind(**parameters)
+
+
+def _integer(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        refuse(name, repr(value), f"an integer of at least {low}")
+    return int(value)

@@ -12,7 +12,9 @@ Importing this package imports neither torch nor vLLM.
 
 from __future__ import annotations
 
+import functools
 import logging
+from typing import Any
 
 from .metrics import WorkerExtension, snapshot
 from .options import config
@@ -53,3 +55,23 @@ def register() -> None:
             )
             continue
         register_backend(backend, ours)
+    _watch_models()
+
+
+def _watch_models() -> None:
+    """Have each worker, once its model is loaded, say so if the plugin is on and has nothing to do."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    initialize = WorkerWrapperBase.initialize_from_config
+    if hasattr(initialize, "_flashprefill"):
+        return
+
+    @functools.wraps(initialize)
+    def initialize_and_look(self: Any, *arguments: Any, **keywords: Any) -> None:
+        initialize(self, *arguments, **keywords)
+        from .backend import warn_if_unused
+
+        warn_if_unused(self.vllm_config.additional_config)
+
+    initialize_and_look._flashprefill = True  # type: ignore[attr-defined]
+    WorkerWrapperBase.initialize_from_config = initialize_and_look

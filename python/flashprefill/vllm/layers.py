@@ -10,6 +10,7 @@ from typing import Any
 from .options import Options
 from .sparse import say_once
 
+announced = False  # whether any layer of a model came to us
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -37,18 +38,24 @@ def number_of(layer_name: str) -> int:
     return next((int(part) for part in layer_name.split(".") if part.isdigit()), 0)
 
 
-def announce(impls: Mapping[str, Any], options: Options) -> None:
+def announce(impls: Mapping[str, Any], wanted: Options) -> None:
     """Log which layers of a group are sparse and why the others are not."""
+    global announced
+    announced = True
     reasons: Counter[str] = Counter()
     for name, impl in impls.items():
         reason = why_dense(impl)
-        if not reason and number_of(name) < options.first_dense_layers:
+        if not reason and number_of(name) < wanted.first_dense_layers:
             reason = "first_dense_layers"
         reasons[reason] += 1
     sparse = reasons.pop("", 0)
-    dense = "; ".join(f"{count} dense: {reason}" for reason, count in reasons.items())
-    say_once(
-        logging.INFO if sparse else logging.WARNING,
-        f"flashprefill: {sparse} of {len(impls)} layers read prompts with {options.policy}"
-        + (f"; {dense}" if dense else ""),
-    )
+    dense = "".join(f"; {count} stay dense: {reason}" for reason, count in reasons.items())
+    level = logging.INFO if sparse else logging.WARNING
+    say_once(level, f"flashprefill: {sparse} of {len(impls)} layers read prompts with {wanted.policy}{dense}")
+
+
+def announce_dense(count: int, reason: str) -> None:
+    """Log that a whole group stays dense."""
+    global announced
+    announced = True
+    say_once(logging.WARNING, f"flashprefill: {count} layers stay dense: {reason}")

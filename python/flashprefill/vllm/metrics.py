@@ -112,8 +112,8 @@ def line(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
     possible = news("causal_blocks")
     density = f"{news('kept_blocks') / possible:.3f}" if possible else "-"
     return (
-        f"flashprefill: {news('sparse_rows')} rows in {news('sparse_chunks')} chunks sparse at density {density}, "
-        f"{sum(dense.values())} rows dense" + (f" ({reasons})" if reasons else "")
+        f"flashprefill: {news('sparse_rows')} rows in {news('sparse_chunks')} chunks sparse at density "
+        f"{density}, {sum(dense.values())} rows dense" + (f" ({reasons})" if reasons else "")
     )
 
 

@@ -171,9 +171,7 @@ def with_block_table(plan: Plan, block_table: torch.Tensor, update: Callable[[An
         block_table: the other group's.
         update: puts a block table into a copy of the engine's metadata.
     """
-    calls = [
-        replace(call, block_table=block_table[call.span.first : call.span.past]) for call in plan.calls
-    ]
+    calls = [replace(call, block_table=block_table[call.span.first : call.span.past]) for call in plan.calls]
     engine = None if plan.engine is None else update(plan.engine, block_table[plan.requests])
     return replace(plan, calls=calls, engine=engine)
 

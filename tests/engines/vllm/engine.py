@@ -1,0 +1,140 @@
+"""vLLM's engine, stock and ours, driven step by step in this process; and how their answers are compared."""
+
+import gc
+import math
+import random
+from dataclasses import dataclass, field
+
+from vllm import LLM, SamplingParams
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from flashprefill import vllm as plugin
+
+NEAR = 1e-3  # the stock engine's two best log-probabilities may be swapped if they are so close
+
+
+@dataclass
+class Request:
+    ids: list
+    new: int = 8
+    at: int = 0  # the engine's step at which it comes
+    abort_at: int = -1  # and the one at which its client leaves
+
+
+@dataclass
+class Answer:
+    tokens: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of each token: {token: log-probability} of the best five
+    cached: int = 0
+    finished: bool = False
+
+
+class Engine:
+    def __init__(self, model, policy=None, dtype="float32", max_len=8192, memory=1 << 28, **options):
+        """Start an engine; without a policy with vLLM's own classes, not ours turned off."""
+        asked = {} if policy is None else policy
+        stock = policy is None
+        load_general_plugins()  # once a process: now, so that nobody registers us in between
+        selector._cached_get_attn_backend.cache_clear()
+        if stock:
+            AttentionBackendEnum.CPU_ATTN.clear_override()
+        else:
+            plugin.register()
+        options.setdefault("skip_tokenizer_init", True)
+        self.llm = LLM(
+            str(model), dtype=dtype, max_model_len=max_len, kv_cache_memory_bytes=memory, enforce_eager=True,
+            additional_config=asked, seed=0, disable_log_stats=False, **options,
+        )  # fmt: skip
+        plugin.register()
+        self.core = self.llm.llm_engine
+        self._number = 0
+        for impl in self.impls():
+            assert (type(impl) is CPUAttentionBackendImpl) == stock
+
+    def impls(self):
+        runner = self.core.model_executor.driver_worker.worker.model_runner
+        layers = runner.vllm_config.compilation_config.static_forward_context.values()
+        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), CPUAttentionBackendImpl)]
+
+    @property
+    def scheduler(self):
+        return self.core.engine_core.engine_core.scheduler
+
+    def run(self, requests):
+        """Serve requests that come and go; returns their answers and what the plugin counted."""
+        before = plugin.snapshot()
+        answers, names = [Answer() for _ in requests], {}
+        step = 0
+        self.preemptions = 0
+        while len(names) < len(requests) or self.core.has_unfinished_requests():
+            for i, request in enumerate(requests):
+                if request.at == step:
+                    self._number += 1
+                    name = str(self._number)
+                    names[name] = i
+                    params = SamplingParams(max_tokens=request.new, temperature=0, logprobs=5, ignore_eos=True)
+                    names[self.core.add_request(name, {"prompt_token_ids": request.ids}, params) or name] = i
+                if request.abort_at == step:
+                    self.core.abort_request([name for name, j in names.items() if j == i])
+            for output in self.core.step():
+                answer = answers[names[output.request_id]]
+                answer.tokens = list(output.outputs[0].token_ids)
+                answer.logprobs = [
+                    {token: entry.logprob for token, entry in best.items()} for best in output.outputs[0].logprobs
+                ]
+                answer.cached = output.num_cached_tokens or 0
+                answer.finished = output.finished
+            self.preemptions = max([self.preemptions, *(r.num_preemptions for r in self.scheduler.requests.values())])
+            step += 1
+            assert step < 5000
+        return answers, delta(before, plugin.snapshot())
+
+    def close(self):
+        del self.llm, self.core
+        gc.collect()
+
+
+def delta(before, after):
+    """What was counted between two snapshots."""
+    change = {}
+    for name, value in after.items():
+        if isinstance(value, dict):
+            change[name] = {k: n - before[name].get(k, 0) for k, n in value.items() if n != before[name].get(k, 0)}
+        elif name != "density":
+            change[name] = value - before[name]
+    possible = change["causal_blocks"]
+    change["density"] = change["kept_blocks"] / possible if possible else None
+    return change
+
+
+def distance(stock, ours):
+    """Largest difference of log-probabilities up to the first token that differs, and whether that one may.
+
+    Returns (difference, tokens that agree). A token that differs where the stock engine was not in doubt
+    makes the difference infinite. After it the two answer different questions.
+    """
+    worst, agreed = 0.0, 0
+    for a, b, x, y in zip(stock.tokens, ours.tokens, stock.logprobs, ours.logprobs, strict=True):
+        if a != b:
+            best = sorted(x.values(), reverse=True)
+            return (worst if best[0] - best[1] < NEAR else math.inf), agreed
+        worst = max([worst, *(abs(x[token] - y[token]) for token in x.keys() & y.keys())])
+        agreed += 1
+    return worst, agreed
+
+
+def assert_same(stock, ours, limit):
+    for i, (a, b) in enumerate(zip(stock, ours, strict=True)):
+        assert a.finished and b.finished
+        worst, agreed = distance(a, b)
+        assert worst < limit, f"request {i}: {worst} after {agreed} tokens, {a.tokens} and {b.tokens}"
+
+
+def tokens(count, seed):
+    generator = random.Random(seed)
+    return [generator.randrange(3, 500) for _ in range(count)]
+
+

@@ -199,6 +199,20 @@ def test_each_request_is_what_it_would_be_alone(cache):
     assert plan.split.dense_rows == {"decode": 2, "speculative": 5, "short": 40}
 
 
+def test_a_step_is_counted_once():
+    """A model with two kinds of layers prepares each batch twice."""
+    common, final = common_of(BATCHES["scattered"]), [True] * 8
+    before = metrics.snapshot()
+    for step in (final, final, list(final)):
+        sparse.plan_of(common, step, wanted(fp.Dense()), lambda batch: batch)
+    alone = common_of([DECODE])
+    for step in (final, [True], [True]):
+        sparse.plan_of(alone, step, wanted(fp.Dense()), None)
+    after = metrics.snapshot()
+    assert after["steps"] - before["steps"] == 2
+    assert after["dense_rows"]["decode"] - before["dense_rows"].get("decode", 0) == 2 * 2 + 3
+
+
 def test_bf16():
     common = common_of(BATCHES["scattered"])
     query, k, v, output, _, _ = run(common, fp.Dense(), "cpu", dtype=torch.bfloat16)
@@ -409,7 +423,7 @@ def test_announcements(caplog):
         layers.announce(names, wanted(fp.Sketch(mass=0.77)))
         layers.announce(names, wanted(fp.Sketch(mass=0.77)))
     (record,) = [r for r in caplog.records if "0.77" in r.message]
-    assert "1 of 2 layers" in record.message and "1 stay dense: a sliding window" in record.message
+    assert "1 of 2 layers of a kind" in record.message and "1 stay dense: a sliding window" in record.message
 
 
 def test_a_model_that_never_came_to_us(caplog, monkeypatch):

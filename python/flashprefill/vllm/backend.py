@@ -35,8 +35,10 @@ class BuilderMixin:
             layers.announce_dense(len(layer_names), reason)
             self.options = None
             return
-        layers.announce(self.impls(layer_names, vllm_config), self.options)
-        runner.install(vllm_config)
+        if layers.announce(self.impls(layer_names, vllm_config), self.options):
+            runner.install(vllm_config)
+        else:
+            self.options = None
 
     def why_dense(self) -> str:
         """Return why none of these layers can be sparse, "" if they can."""

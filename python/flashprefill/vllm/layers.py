@@ -38,8 +38,8 @@ def number_of(layer_name: str) -> int:
     return next((int(part) for part in layer_name.split(".") if part.isdigit()), 0)
 
 
-def announce(impls: Mapping[str, Any], wanted: Options) -> None:
-    """Log which layers of a group are sparse and why the others are not."""
+def announce(impls: Mapping[str, Any], wanted: Options) -> int:
+    """Log which layers of a group are sparse and why the others are not. Returns how many are."""
     global announced
     announced = True
     reasons: Counter[str] = Counter()
@@ -51,7 +51,9 @@ def announce(impls: Mapping[str, Any], wanted: Options) -> None:
     sparse = reasons.pop("", 0)
     dense = "".join(f"; {count} stay dense: {reason}" for reason, count in reasons.items())
     level = logging.INFO if sparse else logging.WARNING
-    say_once(level, f"flashprefill: {sparse} of {len(impls)} layers read prompts with {wanted.policy}{dense}")
+    whose = f"flashprefill: {sparse} of {len(impls)} layers of a kind read prompts with {wanted.policy}"
+    say_once(level, whose + dense)
+    return sparse
 
 
 def announce_dense(count: int, reason: str) -> None:

@@ -30,6 +30,7 @@ class Metrics:
         self.dense_rows: Counter[str] = Counter()
         self.calls = 0
         self.fallbacks: Counter[str] = Counter()
+        self._step: Any = None
         self._possible = 0
         self._kept = 0
         self._device_kept: Any = None  # what a GPU has counted and nobody has read yet
@@ -37,8 +38,18 @@ class Metrics:
         self._shown: dict[str, Any] | None = None
         self._hooks: dict[str, Callable[[dict[str, Any]], None] | None] = {}
 
+    def begins(self, step: Any) -> bool:
+        """Return whether a step is new: models with several kinds of layers prepare each batch several times.
+
+        Args:
+            step: an object of the step's own; None: every time counts.
+        """
+        new = step is None or step is not self._step
+        self._step = step
+        return new
+
     def count_batch(self, split: Split) -> None:
-        """Count a batch once, not once a layer."""
+        """Count a batch, once a step."""
         self.steps += 1
         self.sparse_rows += split.sparse_rows
         self.sparse_chunks += sum(len(span.rows) for span in split.spans)

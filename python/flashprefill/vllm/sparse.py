@@ -73,7 +73,8 @@ def plan_of(
 
     Args:
         common: vLLM's CommonAttentionMetadata.
-        final: whether each request's rows end its prompt; None if nobody knows.
+        final: whether each request's rows end its prompt; None if nobody knows. The same object for all
+            groups of layers of a step.
         options: what the user asked for.
         build: makes the engine's metadata of a CommonAttentionMetadata.
 
@@ -86,20 +87,24 @@ def plan_of(
         return None  # spans of images that see both ways; windows that spare a prompt
     if common.logits_indices_padded is not None or common.dcp_local_seq_lens is not None:
         return None  # the fast prefill of layers that share a cache; contexts that are split over GPUs
-    if common.max_query_len < options.min_chunk:
-        return None  # a step that only decodes should cost nothing
+    if common.max_query_len == 1:  # a step that only decodes should cost nothing
+        if metrics.begins(final):
+            metrics.dense_rows["decode"] += common.num_actual_tokens
+        return None
     # Host copies: exact for all rows that prefill, at most too large for drafts of requests that generate.
     lengths = common.seq_lens_cpu_upper_bound
     if lengths is None:
         if common.seq_lens.device.type != "cpu":
             return None
         lengths = common.seq_lens
+    new = metrics.begins(final)
     starts = common.query_start_loc_cpu.tolist()
     keys = lengths[: common.num_reqs].tolist()
     if final is not None and len(final) != len(keys):
         final = None  # half of a batch, or one that is padded
     parts = split(starts, keys, common.is_prefilling[: len(keys)].tolist(), final, options)
-    metrics.count_batch(parts)
+    if new:
+        metrics.count_batch(parts)
     if not parts.spans:
         return None
     calls = [_call(common, span) for span in parts.spans]

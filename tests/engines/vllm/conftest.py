@@ -1,4 +1,4 @@
-"""Models are made once and kept beside the engine's environment; an engine lives as long as its module's tests."""
+"""Models are made once and kept beside the engine's environment; an engine lives as long as its test."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,9 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
 import models  # noqa: E402
 import pytest  # noqa: E402
 
-FOLDER = Path(os.environ.get("FLASHPREFILL_MODELS", Path(__file__).resolve().parents[3] / "build/engines/vllm/models"))
+FOLDER = Path(
+    os.environ.get("FLASHPREFILL_MODELS", Path(__file__).resolve().parents[3] / "build/engines/vllm/models")
+)
 
 
 def pytest_addoption(parser):

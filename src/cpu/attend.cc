@@ -2,7 +2,8 @@
 // all its query heads are computed from them. Pairs go through in waves, as many together as the memory for packed keys
 // holds: a long prompt's heads one by one, so that packed keys stay in the last cache and scratch memory is one head's;
 // hundreds of short ones at once. In a wave all threads pack, then all take tiles from one list with the heaviest tiles
-// first, so that whatever is left at the end is small. A tile's arithmetic is one thread's, in a fixed order: the
+// first, so that whatever is left at the end is small. A sequence of few queries (decoding) is not packed: its rows
+// read K and V as they lie. A tile's arithmetic is one thread's, in a fixed order: the
 // result does not depend on the number of threads.
 #include "cpu/attend.h"
 
@@ -23,6 +24,7 @@ constexpr int64_t kWaveBytes = int64_t{2} << 20; // packed keys a thread's share
 struct Pair {
   Sequence s;
   int64_t head;
+  bool is_packed;
   Packed keys, means;
   std::byte* mean_keys; // [blocks][head_dim], in k's dtype, before they are packed
   std::byte* mean_values;
@@ -42,10 +44,16 @@ bool Heavier(const Item& a, const Item& b) {
   return a.pair != b.pair ? a.pair < b.pair : a.mask_head < b.mask_head;
 }
 
+// Whether keys that `q_len` queries see are worth packing: reading them once for each row must not cost more.
+bool WorthPacking(const AttendCall& call, int64_t q_len) {
+  return q_len * call.g.group > kFewRows || call.mask.mean_correction;
+}
+
 // Cuts the memory of one pair: what a wave's capacity is spent on.
-void TakePair(Workspace& memory, const AttendCall& call, int64_t k_len, Pair& pair) {
+void TakePair(Workspace& memory, const AttendCall& call, int64_t q_len, int64_t k_len, Pair& pair) {
   const int64_t blocks = DivUp<int64_t>(k_len, call.g.block_size);
-  pair.keys = Packed::Take(memory, call.kernels, call.p.head_dim, k_len);
+  pair.is_packed = WorthPacking(call, q_len);
+  pair.keys = pair.is_packed ? Packed::Take(memory, call.kernels, call.p.head_dim, k_len) : Packed{};
   pair.used = memory.Take<uint64_t>(DivUp<int64_t>(blocks, 64));
   if (!call.mask.mean_correction) return;
   pair.means = Packed::Take(memory, call.kernels, call.p.head_dim, blocks);
@@ -53,10 +61,10 @@ void TakePair(Workspace& memory, const AttendCall& call, int64_t k_len, Pair& pa
   pair.mean_values = memory.Take<std::byte>(blocks * call.p.head_dim * DtypeSize(call.p.v.dtype));
 }
 
-size_t PairBytes(const AttendCall& call, int64_t k_len) {
+size_t PairBytes(const AttendCall& call, int64_t q_len, int64_t k_len) {
   Workspace memory(nullptr);
   Pair pair{};
-  TakePair(memory, call, k_len, pair);
+  TakePair(memory, call, q_len, k_len, pair);
   return memory.used();
 }
 
@@ -77,7 +85,7 @@ struct Memory {
     Workspace parts(workspace);
     pairs = parts.Take<Pair>(pair_count);
     items = parts.Take<Item>(call.g.mask_heads * call.g.tile_rows);
-    const size_t longest = PairBytes(call, call.p.max_seqlen_k);
+    const size_t longest = PairBytes(call, call.p.max_seqlen_q, call.p.max_seqlen_k);
     capacity = std::max(longest, std::min<size_t>(longest * pair_count, threads * kWaveBytes));
     wave = parts.Take<std::byte>(capacity);
     Workspace one(nullptr);
@@ -96,7 +104,7 @@ class Packer {
     unit_keys_ = DivUp(kUnitKeys, both) * both;
   }
 
-  int64_t Units(const Pair& pair) const { return DivUp(pair.s.k_len, unit_keys_); }
+  int64_t Units(const Pair& pair) const { return pair.is_packed ? DivUp(pair.s.k_len, unit_keys_) : 0; }
 
   // One unit of a pair: packs its used keys, and takes the means of its blocks.
   void Pack(const Pair& pair, int64_t unit, float* mean) const {
@@ -163,7 +171,8 @@ class Packer {
   int64_t unit_keys_;
 };
 
-// Lists the tiles of a pair, heaviest or not, and which blocks they keep. Returns how many.
+// Lists the tiles of a pair, heaviest or not, and which blocks they keep; one item for all of them where keys are not
+// packed. Returns how many.
 int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item* items) {
   const Geometry& g = call.g;
   const int64_t mask_heads = g.group / g.heads_a_tile; // of this KV head
@@ -179,6 +188,10 @@ int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item*
         pair.used[w] |= word;
         kept += std::popcount(word);
       }
+      if (!pair.is_packed && count == 1) {
+        items[0].kept += kept;
+        continue;
+      }
       items[count++] = {kept, index, static_cast<int32_t>(h), static_cast<int32_t>(m)};
     }
   }
@@ -187,7 +200,7 @@ int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item*
 
 // A call's struct for sizes: kernels by the exec's target.
 AttendCall MakeCall(const Problem& p, const BlockMask& mask, const Exec& exec, const Output& output) {
-  return {p, mask, output, Geometry::Of(p, mask), AttendKernelsFor(IsaOf(exec), p)};
+  return {p, mask, output, Geometry::Of(p, mask), AttendKernelsFor(IsaOf(exec), p), AttendF32KernelsFor(IsaOf(exec))};
 }
 
 } // namespace
@@ -227,8 +240,8 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
       Pair& pair = memory.pairs[count];
       pair.s = SequenceOf(p, static_cast<int>((first + count) / p.kv_heads));
       pair.head = (first + count) % p.kv_heads;
-      if (wave.used() + PairBytes(call, pair.s.k_len) > memory.capacity) break;
-      TakePair(wave, call, pair.s.k_len, pair);
+      if (wave.used() + PairBytes(call, pair.s.q_len, pair.s.k_len) > memory.capacity) break;
+      TakePair(wave, call, pair.s.q_len, pair.s.k_len, pair);
       pair.first_unit = units;
       units += packer.Units(pair);
       items += ListItems(call, static_cast<int32_t>(count), pair, memory.items + items);
@@ -250,7 +263,11 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
     for_each(items, [&](int64_t i, TileScratch& scratch) {
       const Item& item = memory.items[i];
       const Pair& pair = memory.pairs[item.pair];
-      AttendTile(call, pair.s, item.mask_head, item.tile, pair.keys, pair.means, scratch);
+      if (pair.is_packed) {
+        AttendTile(call, pair.s, item.mask_head, item.tile, pair.keys, pair.means, scratch);
+      } else {
+        AttendFewRows(call, pair.s, pair.head, scratch);
+      }
     });
     return first + count;
   };

@@ -360,6 +360,6 @@ void Finish(const TileState& tile, const Rows& out, float* lse) {
 } // namespace
 
 const AttendKernels kAttendBf16Kernels = {sizeof(uint16_t), LoadQueries, PackKeys, PackValues, Mean,
-                                          AttendChunk,      Finish};
+                                          AttendChunk,      nullptr,     Finish};
 
 } // namespace flashprefill::cpu

@@ -116,7 +116,8 @@ struct ValuePanels {
 void LoadQueries(const Rows& rows, int32_t head_dim, void* q) {
   const int64_t stride = QueryStride(head_dim);
   for (int32_t i = 0; i < rows.count; ++i) {
-    LoadRow(rows.data, rows.dtype, rows.offset[i], rows.step, head_dim, head_dim, static_cast<float*>(q) + i * stride);
+    LoadRow(rows.data, rows.dtype, rows.offset[i], rows.step, head_dim, ValueWidth(head_dim),
+            static_cast<float*>(q) + i * stride);
   }
 }
 
@@ -377,6 +378,77 @@ void AttendChunk(const TileState& tile, const Chunk& chunk) {
   }
 }
 
+// The same for few rows and keys as they lie. Each key is read once from far away, so there is nothing to gain from
+// packing it, and memory is the limit: what comes kFarAhead keys later is fetched meanwhile, as the next token's row is
+// further away than the core's own prefetch sees.
+void AttendUnpacked(const TileState& tile, const Chunk& chunk, const Rows& k, const Rows& v) {
+  constexpr int32_t kFarAhead = 16, kAtOnce = 4;
+  const DF df;
+  const int64_t width = ValueWidth(tile.head_dim), q_stride = QueryStride(tile.head_dim);
+  const int32_t seen = SeenColumns(chunk, tile.rows);
+  HWY_ALIGN float buffer[kAtOnce * kMaxHeadDim];
+
+  // Row i in fp32, with zeros up to `width`.
+  auto load = [&](const Rows& from, int32_t i) HWY_ATTR -> const float* {
+    const int64_t size = from.dtype == FP_F32 ? 4 : 2;
+    const char* data = static_cast<const char*>(from.data);
+    if (from.step == 1 && i + kFarAhead < from.count) {
+      const char* ahead = data + from.offset[i + kFarAhead] * size;
+      for (int64_t line = 0; line < tile.head_dim * size; line += 64) __builtin_prefetch(ahead + line);
+    }
+    if (from.dtype == FP_F32 && from.step == 1 && width == tile.head_dim) {
+      return reinterpret_cast<const float*>(data) + from.offset[i];
+    }
+    float* to = buffer + i % kAtOnce * kMaxHeadDim;
+    LoadRow(from.data, from.dtype, from.offset[i], from.step, tile.head_dim, width, to);
+    return to;
+  };
+  auto dot = [&](const float* q, const float* key) HWY_ATTR {
+    VF sum = hn::Zero(df);
+    for (int64_t d = 0; d < width; d += kLanes) sum = hn::MulAdd(hn::LoadU(df, q + d), hn::LoadU(df, key + d), sum);
+    return hn::GetLane(hn::SumOfLanes(df, sum));
+  };
+  auto add = [&](float* o, float weight, const float* value) HWY_ATTR {
+    const VF w = hn::Set(df, weight);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      hn::StoreU(hn::MulAdd(w, hn::LoadU(df, value + d), hn::LoadU(df, o + d)), df, o + d);
+    }
+  };
+  auto add_four = [&](float* o, const float* weight, const float* const* value) HWY_ATTR {
+    const VF w0 = hn::Set(df, weight[0]), w1 = hn::Set(df, weight[1]);
+    const VF w2 = hn::Set(df, weight[2]), w3 = hn::Set(df, weight[3]);
+    for (int64_t d = 0; d < width; d += kLanes) {
+      VF sum = hn::MulAdd(w0, hn::LoadU(df, value[0] + d), hn::LoadU(df, o + d));
+      sum = hn::MulAdd(w1, hn::LoadU(df, value[1] + d), sum);
+      sum = hn::MulAdd(w2, hn::LoadU(df, value[2] + d), sum);
+      hn::StoreU(hn::MulAdd(w3, hn::LoadU(df, value[3] + d), sum), df, o + d);
+    }
+  };
+
+  for (int32_t i = 0; i < seen; ++i) {
+    const float* key = load(k, i);
+    for (int32_t r = 0; r < tile.rows; ++r) {
+      tile.scores[r * kScoreStride + i] = dot(static_cast<const float*>(tile.q) + r * q_stride, key);
+    }
+  }
+  Weigh(tile, chunk, 0, tile.rows);
+  for (int32_t i = 0; i < seen; i += kAtOnce) {
+    const int32_t count = std::min(seen - i, kAtOnce);
+    const float* value[kAtOnce];
+    for (int32_t j = 0; j < count; ++j) value[j] = load(v, i + j);
+    for (int32_t r = 0; r < tile.rows; ++r) {
+      const float* weight = tile.scores + r * kScoreStride + i;
+      const int32_t counts =
+          chunk.limit ? std::min(chunk.limit[r] - i, count) : count; // the row's own future may be NaN
+      if (counts == kAtOnce) {
+        add_four(tile.o + r * width, weight, value);
+      } else {
+        for (int32_t j = 0; j < counts; ++j) add(tile.o + r * width, weight[j], value[j]);
+      }
+    }
+  }
+}
+
 void Finish(const TileState& tile, const Rows& out, float* lse) {
   const int64_t width = ValueWidth(tile.head_dim);
   for (int32_t r = 0; r < tile.rows; ++r) {
@@ -391,7 +463,8 @@ void Finish(const TileState& tile, const Rows& out, float* lse) {
 
 } // namespace
 
-constexpr AttendKernels kAttendKernels = {sizeof(float), LoadQueries, PackKeys, PackValues, Mean, AttendChunk, Finish};
+constexpr AttendKernels kAttendKernels = {sizeof(float), LoadQueries, PackKeys,       PackValues,
+                                          Mean,          AttendChunk, AttendUnpacked, Finish};
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -403,12 +476,14 @@ namespace flashprefill::cpu {
 
 extern const AttendKernels kAttendBf16Kernels;
 
+const AttendKernels& AttendF32KernelsFor(Isa isa) { return *FLASHPREFILL_KERNELS_FOR(isa, kAttendKernels); }
+
 const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p) {
 #ifdef FLASHPREFILL_AVX512_BF16
   const bool all_bf16 = p.q.dtype == FP_BF16 && p.k.dtype == FP_BF16 && p.v.dtype == FP_BF16;
   if (isa == Isa::kAvx512Bf16 && all_bf16) return kAttendBf16Kernels;
 #endif
-  return *FLASHPREFILL_KERNELS_FOR(isa, kAttendKernels);
+  return AttendF32KernelsFor(isa);
 }
 
 } // namespace flashprefill::cpu

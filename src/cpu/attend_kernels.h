@@ -19,6 +19,7 @@ constexpr int kGroup = 128;       // keys are packed in groups of so many; every
 constexpr int kLeast = 16;        // blocks begin at multiples of it
 constexpr int kMaxStrip = 64;     // rows whose scores exist at a time
 constexpr int kMaxHeadDim = 512;  // of the C ABI
+constexpr int kFewRows = 8;       // of a KV head whose keys are not packed
 constexpr int kScoreStride = 144; // fp32 elements a row of scores: 128 would map rows to few cache sets
 
 // head_dim as elements of a row of Q (whole pairs and vectors of any kind), of K (whole pairs) and of V and O.
@@ -43,7 +44,7 @@ struct KeyRun {
   int32_t count;
 };
 
-// Up to kChunk packed keys, in order.
+// Up to kChunk keys, in order.
 struct Chunk {
   const void* k;
   const void* v;
@@ -76,8 +77,11 @@ struct AttendKernels {
   void (*pack_values)(const Rows& rows, int32_t head_dim, int64_t key, void* v);
   // Means over the rows of a block, rounded to their dtype by the caller.
   void (*mean)(const Rows& rows, int32_t head_dim, float* mean);
-  // Adds a chunk of keys to the tile.
+  // Adds a chunk of packed keys to the tile.
   void (*attend)(const TileState& tile, const Chunk& chunk);
+  // Adds a chunk of keys that are not packed: column i is row i of k and of v. The tile has at most kFewRows rows. Null
+  // in tables of other elements than fp32.
+  void (*attend_unpacked)(const TileState& tile, const Chunk& chunk, const Rows& k, const Rows& v);
   // Row r of the result is o[r] / sum[r]; lse[r] is its natural logarithm. A row without weights: zeros and -inf.
   void (*finish)(const TileState& tile, const Rows& out, float* lse);
 };

@@ -140,6 +140,31 @@ void AddMeans(const AttendCall& call, const TileRows& rows, const uint64_t* bits
   }
 }
 
+// The tile's rows of q or out.
+Rows RowsOf(const Problem& p, const fp_tensor& tensor, const TileRows& rows, TileScratch& scratch) {
+  for (int32_t r = 0; r < rows.count(); ++r) {
+    scratch.offset[r] = RowOffset(p, tensor.stride, rows.s, rows.token(r), rows.head(r));
+  }
+  return {tensor.data, tensor.dtype, rows.count(), tensor.stride[3], scratch.offset};
+}
+
+// Nothing is summed yet.
+void Clear(const TileState& state) {
+  std::fill_n(state.o, state.rows * ValueWidth(state.head_dim), 0.0f);
+  std::fill_n(state.sum, state.rows * kLeast, 0.0f);
+  std::fill_n(state.largest, state.rows, -kInfinity);
+}
+
+// The rows go out.
+void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows& rows, const TileState& state,
+            TileScratch& scratch) {
+  kernels.finish(state, RowsOf(call.p, call.output.out, rows, scratch), scratch.lse);
+  float* lse = call.output.lse;
+  for (int32_t r = 0; lse && r < state.rows; ++r) {
+    lse[LseOffset(call.p, call.output.lse_stride, rows.s, rows.token(r), rows.head(r))] = scratch.lse[r];
+  }
+}
+
 } // namespace
 
 TileScratch TileScratch::Take(Workspace& memory, int32_t head_dim) {
@@ -166,30 +191,80 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   const uint64_t* bits = call.mask.bits + g.Row(s, mask_head, m) * g.words;
   TileState& state = scratch.state;
 
-  auto row_offsets = [&](const fp_tensor& tensor) {
-    for (int32_t r = 0; r < state.rows; ++r) {
-      scratch.offset[r] = RowOffset(p, tensor.stride, s, rows.token(r), rows.head(r));
-    }
-    return Rows{tensor.data, tensor.dtype, state.rows, tensor.stride[3], scratch.offset};
-  };
-
   state.rows = rows.count();
   state.head_dim = p.head_dim;
   state.scale = p.softmax_scale * kLog2E;
-  call.kernels.load_queries(row_offsets(p.q), p.head_dim, state.q);
-  std::fill_n(state.o, state.rows * ValueWidth(p.head_dim), 0.0f);
-  std::fill_n(state.sum, state.rows * kLeast, 0.0f);
-  std::fill_n(state.largest, state.rows, -kInfinity);
-
+  call.kernels.load_queries(RowsOf(p, p.q, rows, scratch), p.head_dim, state.q);
+  Clear(state);
   AddKeptBlocks(call, rows, bits, keys, scratch);
   if (call.mask.mean_correction) AddMeans(call, rows, bits, means, scratch);
+  Finish(call, call.kernels, rows, state, scratch);
+}
 
-  call.kernels.finish(state, row_offsets(call.output.out), scratch.lse);
-  if (float* lse = call.output.lse) {
-    for (int32_t r = 0; r < state.rows; ++r) {
-      lse[LseOffset(p, call.output.lse_stride, s, rows.token(r), rows.head(r))] = scratch.lse[r];
+void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, TileScratch& scratch) {
+  const Problem& p = call.p;
+  const Geometry& g = call.g;
+  const AttendKernels& kernels = call.f32_kernels;
+  const int64_t mask_heads = g.group / g.heads_a_tile, first = kv_head * mask_heads;
+  const Tile tile = g.TileOf(p, s, 0);
+  const int64_t last_seen = p.causal ? s.prefix + tile.end : s.k_len;
+
+  // The rows of one mask head after the other.
+  auto rows_of = [&](int64_t h) { return TileRows{g, s, tile, (first + h) * g.heads_a_tile}; };
+  auto bits_of = [&](int64_t h) { return call.mask.bits + g.Row(s, first + h, 0) * g.words; };
+  auto state_of = [&](int64_t h) {
+    TileState state = scratch.state;
+    state.rows = rows_of(h).count();
+    state.head_dim = p.head_dim;
+    state.scale = p.softmax_scale * kLog2E;
+    const int64_t row = h * state.rows;
+    state.q = static_cast<float*>(state.q) + row * QueryStride(p.head_dim);
+    state.o += row * ValueWidth(p.head_dim);
+    state.sum += row * kLeast;
+    state.largest += row;
+    return state;
+  };
+  auto key_rows = [&](const fp_tensor& tensor, int64_t key, int32_t count, int64_t* offset) {
+    for (int32_t i = 0; i < count; ++i) offset[i] = KeyOffset(p, tensor.stride, s, key + i, kv_head);
+    return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], offset};
+  };
+
+  auto attend = [&](int64_t block, int64_t key, int32_t count) {
+    int64_t k_offset[kChunk], v_offset[kChunk];
+    const Rows k = key_rows(p.k, key, count, k_offset), v = key_rows(p.v, key, count, v_offset);
+    const TileRows rows = rows_of(0);
+    for (int64_t r = 0; r < rows.count() * mask_heads; ++r) {
+      const int64_t position = s.prefix + rows.token(r % rows.count());
+      scratch.limit[r] = static_cast<int32_t>(std::clamp<int64_t>(position + 1 - key, 0, count));
+    }
+    Chunk chunk{nullptr, nullptr, count, 1, {}, block >= tile.full ? scratch.limit : nullptr, -1, nullptr};
+    chunk.run[0] = {key, 0, count};
+    // Neighbouring heads that keep the block go together, unless each begins with a limit that is lower again.
+    const bool together = !chunk.limit || rows.count() == 1;
+    for (int64_t h = 0; h < mask_heads;) {
+      TileState state = state_of(h);
+      int64_t end = h;
+      while (end < mask_heads && TestBit(bits_of(end), block) && (together || end == h)) ++end;
+      state.rows *= static_cast<int32_t>(end - h);
+      if (end > h) kernels.attend_unpacked(state, chunk, k, v);
+      h = std::max(end, h + 1);
+    }
+  };
+
+  for (int64_t h = 0; h < mask_heads; ++h) {
+    const TileState state = state_of(h);
+    kernels.load_queries(RowsOf(p, p.q, rows_of(h), scratch), p.head_dim, state.q);
+    Clear(state);
+  }
+  for (int64_t block = 0; block < tile.visible; ++block) {
+    const int64_t end = std::min((block + 1) * g.block_size, last_seen);
+    bool any = false;
+    for (int64_t h = 0; h < mask_heads; ++h) any |= TestBit(bits_of(h), block);
+    for (int64_t key = block * g.block_size; any && key < end; key += kChunk) {
+      attend(block, key, static_cast<int32_t>(std::min<int64_t>(end - key, kChunk)));
     }
   }
+  for (int64_t h = 0; h < mask_heads; ++h) Finish(call, kernels, rows_of(h), state_of(h), scratch);
 }
 
 } // namespace flashprefill::cpu

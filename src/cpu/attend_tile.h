@@ -11,6 +11,8 @@ namespace flashprefill::cpu {
 
 // The kernels for an instruction set and the dtypes of a problem: bf16 products need bf16 in all of q, k and v.
 const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p);
+// Those in fp32, for any dtypes.
+const AttendKernels& AttendF32KernelsFor(Isa isa);
 
 // Packed K and V of some keys.
 struct Packed {
@@ -42,12 +44,17 @@ struct AttendCall {
   const BlockMask& mask;
   const Output& output;
   const Geometry g;
-  const AttendKernels& kernels;
+  const AttendKernels& kernels;     // for packed keys
+  const AttendKernels& f32_kernels; // for keys as they lie
 };
 
 // Tile m of mask head `mask_head`; keys and means are those of its KV head.
 void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
                 const Packed& means, TileScratch& scratch);
+
+// All query heads of a KV head, without packed keys: for kFewRows rows or fewer, and no mean correction. Block by
+// block, so that a key comes from far away for the first of its heads only.
+void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, TileScratch& scratch);
 
 } // namespace flashprefill::cpu
 

@@ -26,10 +26,6 @@ constexpr int kPanel = kVectors * kLanes;
 constexpr int kStrip = 48;
 static_assert(kStrip <= kMaxStrip && kGroup % kPanel == 0, "see attend_kernels.h");
 
-constexpr int64_t kWeightStride = 2 * kScoreStride; // weights take the place of their scores: half as wide
-
-int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // ---------------------------------------------------------------- the micro-kernel
 
 using Pair = uint32_t; // two bf16
@@ -74,11 +70,22 @@ void Micro(const Pair* __restrict__ a, int64_t a_stride, const Pair* __restrict_
   }
 }
 
+// of[rows - 1][vectors - 1]
 template <bool ADD>
-constexpr decltype(&Micro<1, 1, false>) kMicro[kRows][kVectors] = {
-    {Micro<1, 1, ADD>, Micro<1, 2, ADD>}, {Micro<2, 1, ADD>, Micro<2, 2, ADD>}, {Micro<3, 1, ADD>, Micro<3, 2, ADD>},
-    {Micro<4, 1, ADD>, Micro<4, 2, ADD>}, {Micro<5, 1, ADD>, Micro<5, 2, ADD>}, {Micro<6, 1, ADD>, Micro<6, 2, ADD>},
-    {Micro<7, 1, ADD>, Micro<7, 2, ADD>}, {Micro<8, 1, ADD>, Micro<8, 2, ADD>}};
+struct MicroTable {
+  decltype(&Micro<1, 1, false>) of[kRows][kVectors] = {
+      {Micro<1, 1, ADD>, Micro<1, 2, ADD>}, {Micro<2, 1, ADD>, Micro<2, 2, ADD>}, {Micro<3, 1, ADD>, Micro<3, 2, ADD>},
+      {Micro<4, 1, ADD>, Micro<4, 2, ADD>}, {Micro<5, 1, ADD>, Micro<5, 2, ADD>}, {Micro<6, 1, ADD>, Micro<6, 2, ADD>},
+      {Micro<7, 1, ADD>, Micro<7, 2, ADD>}, {Micro<8, 1, ADD>, Micro<8, 2, ADD>}};
+};
+constexpr MicroTable<false> kMultiply;
+constexpr MicroTable<true> kMultiplyAdd;
+
+// ---------------------------------------------------------------- the phases of a chunk
+
+using Element = Pair;
+constexpr int kPerElement = 2;
+#include "cpu/attend_phases.inc"
 
 // ---------------------------------------------------------------- packing
 
@@ -129,14 +136,6 @@ void PackKeys(const Rows& rows, int32_t head_dim, int64_t key, void* k) {
   }
 }
 
-// The columns of V are `vectors` vectors of pairs, cut into panels of at most kVectors that differ by at most one.
-struct ValuePanels {
-  int64_t vectors, panels;
-  explicit ValuePanels(int64_t head_dim)
-      : vectors(ValueWidth(head_dim) / kLanes), panels((vectors + kVectors - 1) / kVectors) {}
-  int64_t Begin(int64_t panel) const { return vectors * panel / panels; }
-};
-
 void PackValues(const Rows& rows, int32_t head_dim, int64_t key, void* v) {
   const ValuePanels panels(head_dim);
   const int64_t width = ValueWidth(head_dim);
@@ -174,54 +173,7 @@ void Mean(const Rows& rows, int32_t head_dim, float* mean) {
   }
 }
 
-// ---------------------------------------------------------------- the three phases of a chunk
-
-// Columns that some row before `end` sees.
-int32_t SeenColumns(const Chunk& chunk, int32_t end) { return chunk.limit ? chunk.limit[end - 1] : chunk.columns; }
-
-// Walks the packed K or V of the next chunk's first group, as far as one micro-kernel after the other fetches it.
-// `row`: pairs for two keys.
-class Ahead {
- public:
-  Ahead(const void* packed, int64_t key, int64_t row) {
-    at_ = static_cast<const Pair*>(packed) + (key < 0 ? 0 : key) / kGroup * (kGroup / 2) * row;
-    end_ = key < 0 ? at_ : at_ + kGroup / 2 * row;
-  }
-  // What a micro-kernel of this depth may fetch.
-  const Pair* Take(int64_t depth) {
-    const Pair* at = at_;
-    at_ += Least(depth / kAheadStep * kLine, end_ - at_);
-    return at;
-  }
-
- private:
-  const Pair* at_;
-  const Pair* end_;
-};
-
-void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
-  const int64_t q_stride = QueryStride(tile.head_dim) / 2, depth = KeyDepth(tile.head_dim) / 2;
-  const Pair* q = static_cast<const Pair*>(tile.q);
-  for (int32_t i = 0; i < chunk.runs; ++i) {
-    const KeyRun& run = chunk.run[i];
-    for (int32_t t = 0; t < run.count;) { // as far as one panel goes
-      const int64_t key = run.key + t;
-      const int32_t in_panel = static_cast<int32_t>(key % kPanel);
-      const int32_t count = static_cast<int32_t>(Least(run.count - t, kPanel - in_panel));
-      const Pair* panel = static_cast<const Pair*>(chunk.k) + (key - in_panel) * depth + in_panel;
-      const int32_t column = run.column + t;
-      for (int32_t r = begin; r < end; r += kRows) {
-        const int32_t rows = static_cast<int32_t>(Least(kRows, end - r));
-        const int64_t seen = Least(SeenColumns(chunk, r + rows) - column, count);
-        if (seen <= 0) continue;
-        kMicro<false>[rows - 1][(seen - 1) / kLanes](q + r * q_stride, q_stride, panel, kPanel, depth,
-                                                     tile.scores + (r - begin) * kScoreStride + column, kScoreStride,
-                                                     ahead.Take(depth));
-      }
-      t += count;
-    }
-  }
-}
+// ---------------------------------------------------------------- weights
 
 // 2^x by the two instructions made for it: vreduceps leaves x - floor(x) (0 for -inf), vscalefps multiplies by
 // 2^floor(x). Relative error 8e-5 (minimax of degree 3 on [0, 1)), a fiftieth of what rounding to bf16 adds.
@@ -291,47 +243,6 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
     }
     _mm512_storeu_ps(tile.sum + r * kLeast, sum);
     for (int32_t i = vectors; i < filled; i += kStep) _mm512_storeu_si512(weights + i, _mm512_setzero_si512());
-  }
-}
-
-// o[begin, end) += P V. An odd number of columns ends in a pair whose second weight is zero.
-void AddValues(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
-  const ValuePanels panels(tile.head_dim);
-  const int64_t width = ValueWidth(tile.head_dim);
-  const Pair* weights = reinterpret_cast<const Pair*>(tile.scores);
-  for (int32_t i = 0; i < chunk.runs; ++i) {
-    const KeyRun& run = chunk.run[i];
-    for (int32_t t = 0; t < run.count;) { // as far as one group goes
-      const int64_t key = run.key + t;
-      const int32_t in_group = static_cast<int32_t>(key % kGroup);
-      const int32_t count = static_cast<int32_t>(Least(run.count - t, kGroup - in_group));
-      const Pair* group = static_cast<const Pair*>(chunk.v) + (key - in_group) / 2 * width;
-      const int32_t column = run.column + t;
-      for (int64_t panel = 0; panel < panels.panels; ++panel) {
-        const int64_t first = panels.Begin(panel) * kLanes, vectors = panels.Begin(panel + 1) - panels.Begin(panel);
-        const Pair* v = group + first * (kGroup / 2) + in_group / 2 * vectors * kLanes;
-        for (int32_t r = begin; r < end; r += kRows) {
-          const int32_t rows = static_cast<int32_t>(Least(kRows, end - r));
-          const int64_t depth = Least(SeenColumns(chunk, r + rows) - column, count);
-          if (depth <= 0) continue;
-          kMicro<true>[rows - 1][vectors - 1](weights + ((r - begin) * kWeightStride + column) / 2, kWeightStride / 2,
-                                              v, vectors * kLanes, (depth + 1) / 2, tile.o + r * width + first, width,
-                                              ahead.Take((depth + 1) / 2));
-        }
-      }
-      t += count;
-    }
-  }
-}
-
-void AttendChunk(const TileState& tile, const Chunk& chunk) {
-  Ahead keys(chunk.k, chunk.next, KeyDepth(tile.head_dim)), values(chunk.v, chunk.next, ValueWidth(tile.head_dim));
-  for (int32_t begin = 0; begin < tile.rows; begin += kStrip) {
-    const int32_t end = static_cast<int32_t>(Least(begin + kStrip, tile.rows));
-    if (SeenColumns(chunk, end) <= 0) continue;
-    Score(tile, chunk, begin, end, keys);
-    Weigh(tile, chunk, begin, end);
-    AddValues(tile, chunk, begin, end, values);
   }
 }
 

@@ -41,6 +41,8 @@ static_assert(kGroup % kPanel == 0 && kPanel % kLeast == 0, "see attend_kernels.
 constexpr int kStrip = 48;
 static_assert(kStrip <= kMaxStrip, "the scratch for scores has so many rows");
 
+using Element = float;
+constexpr int kPerElement = 1;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------- the micro-kernel
@@ -101,15 +103,9 @@ constexpr MicroTable MakeMicroTable(std::integer_sequence<int, I...>) {
 constexpr MicroTable kMultiply = MakeMicroTable<false>(std::make_integer_sequence<int, kRows * kVectors>());
 constexpr MicroTable kMultiplyAdd = MakeMicroTable<true>(std::make_integer_sequence<int, kRows * kVectors>());
 
-// ---------------------------------------------------------------- the layout of V
+// ---------------------------------------------------------------- the phases of a chunk
 
-// The columns of V are `vectors` vectors, cut into panels of at most kVectors that differ by at most one.
-struct ValuePanels {
-  int64_t vectors, panels;
-  explicit ValuePanels(int64_t head_dim)
-      : vectors(ValueWidth(head_dim) / kLanes), panels(DivUp<int64_t>(vectors, kVectors)) {}
-  int64_t Begin(int64_t panel) const { return vectors * panel / panels; } // its first vector
-};
+#include "cpu/attend_phases.inc"
 
 // ---------------------------------------------------------------- packing
 
@@ -193,57 +189,7 @@ void Mean(const Rows& rows, int32_t head_dim, float* mean) {
   }
 }
 
-// ---------------------------------------------------------------- the three phases of a chunk
-
-// Columns that some row of [begin, end) sees.
-HWY_INLINE int32_t SeenColumns(const Chunk& chunk, int32_t end) {
-  return chunk.limit ? chunk.limit[end - 1] : chunk.columns;
-}
-
-// Walks the packed K or V of the next chunk's first group, as far as one micro-kernel after the other fetches it.
-// Behind its end it stays where it is: what is in the cache already costs next to nothing.
-class Ahead {
- public:
-  Ahead(const void* packed, int64_t key, int64_t row) {
-    at_ = static_cast<const float*>(packed) + std::max<int64_t>(key, 0) / kGroup * kGroup * row;
-    end_ = key < 0 ? at_ : at_ + kGroup * row;
-  }
-  // What a micro-kernel of this depth may fetch.
-  const float* Take(int64_t depth) {
-    const float* at = at_;
-    at_ = std::min(at_ + depth / kAheadStep * kLine, end_);
-    return at;
-  }
-
- private:
-  const float* at_;
-  const float* end_;
-};
-
-// scores[begin, end) = Q K^T, without the columns that all rows of a micro-kernel see masked.
-void Score(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
-  const int64_t q_stride = QueryStride(tile.head_dim), depth = tile.head_dim;
-  const float* q = static_cast<const float*>(tile.q);
-  for (int32_t i = 0; i < chunk.runs; ++i) {
-    const KeyRun& run = chunk.run[i];
-    for (int32_t t = 0; t < run.count;) { // as far as one panel goes
-      const int64_t key = run.key + t;
-      const int32_t in_panel = static_cast<int32_t>(key % kPanel);
-      const int32_t count = std::min(run.count - t, kPanel - in_panel);
-      const float* panel = static_cast<const float*>(chunk.k) + (key - in_panel) * KeyDepth(depth) + in_panel;
-      const int32_t column = run.column + t;
-      for (int32_t r = begin; r < end; r += kRows) {
-        const int32_t rows = std::min(kRows, end - r);
-        const int32_t seen = std::min(SeenColumns(chunk, r + rows) - column, count);
-        if (seen <= 0) continue;
-        kMultiply.of[rows - 1][(seen - 1) / kLanes](q + r * q_stride, q_stride, panel, kPanel, depth,
-                                                    tile.scores + (r - begin) * kScoreStride + column, kScoreStride,
-                                                    ahead.Take(depth));
-      }
-      t += count;
-    }
-  }
-}
+// ---------------------------------------------------------------- weights
 
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 // 2^x by the two instructions made for it: vreduceps leaves x - floor(x) (0 for -inf), vscalefps multiplies by
@@ -337,48 +283,9 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
   }
 }
 
-// o[begin, end) += P V
-void AddValues(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end, Ahead& ahead) {
-  const ValuePanels panels(tile.head_dim);
-  const int64_t o_stride = ValueWidth(tile.head_dim);
-  for (int32_t i = 0; i < chunk.runs; ++i) {
-    const KeyRun& run = chunk.run[i];
-    for (int32_t t = 0; t < run.count;) { // as far as one group goes
-      const int64_t key = run.key + t;
-      const int32_t in_group = static_cast<int32_t>(key % kGroup);
-      const int32_t count = std::min(run.count - t, kGroup - in_group);
-      const float* group = static_cast<const float*>(chunk.v) + (key - in_group) * o_stride;
-      const int32_t column = run.column + t;
-      for (int64_t panel = 0; panel < panels.panels; ++panel) {
-        const int64_t first = panels.Begin(panel), vectors = panels.Begin(panel + 1) - first;
-        const int64_t width = vectors * kLanes;
-        const float* v = group + first * kLanes * kGroup + in_group * width;
-        for (int32_t r = begin; r < end; r += kRows) {
-          const int32_t rows = std::min(kRows, end - r);
-          const int32_t depth = std::min(SeenColumns(chunk, r + rows) - column, count);
-          if (depth <= 0) continue;
-          kMultiplyAdd.of[rows - 1][vectors - 1](tile.scores + (r - begin) * kScoreStride + column, kScoreStride, v,
-                                                 width, depth, tile.o + r * o_stride + first * kLanes, o_stride,
-                                                 ahead.Take(depth));
-        }
-      }
-      t += count;
-    }
-  }
-}
+// ---------------------------------------------------------------- few rows
 
-void AttendChunk(const TileState& tile, const Chunk& chunk) {
-  Ahead keys(chunk.k, chunk.next, KeyDepth(tile.head_dim)), values(chunk.v, chunk.next, ValueWidth(tile.head_dim));
-  for (int32_t begin = 0; begin < tile.rows; begin += kStrip) {
-    const int32_t end = std::min(begin + kStrip, tile.rows);
-    if (SeenColumns(chunk, end) <= 0) continue;
-    Score(tile, chunk, begin, end, keys);
-    Weigh(tile, chunk, begin, end);
-    AddValues(tile, chunk, begin, end, values);
-  }
-}
-
-// The same for few rows and keys as they lie. Each key is read once from far away, so there is nothing to gain from
+// A chunk for few rows, and keys as they lie. Each key is read once from far away, so there is nothing to gain from
 // packing it, and memory is the limit: what comes kFarAhead keys later is fetched meanwhile, as the next token's row is
 // further away than the core's own prefetch sees.
 void AttendUnpacked(const TileState& tile, const Chunk& chunk, const Rows& k, const Rows& v) {

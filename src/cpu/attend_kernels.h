@@ -26,6 +26,7 @@ constexpr int kScoreStride = 144; // fp32 elements a row of scores: 128 would ma
 static constexpr int64_t QueryStride(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 static constexpr int64_t KeyDepth(int64_t head_dim) { return (head_dim + 1) / 2 * 2; }
 static constexpr int64_t ValueWidth(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+static constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of a tensor: element d of row i is data[offset[i] + d * step].
 struct Rows {

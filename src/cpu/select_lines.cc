@@ -12,6 +12,19 @@
 namespace flashprefill::cpu {
 namespace {
 
+using Chooser = void (*)(const HeadCall&);
+
+Chooser ChooserOf(const Policy& policy) {
+  switch (policy.kind) {
+    case FP_FLEXPREFILL:
+      return ChooseFlexPrefill;
+    case FP_MINFERENCE:
+      return ChooseMInference;
+    default:
+      return nullptr;
+  }
+}
+
 struct Memory {
   int threads;
   std::byte* scratch;
@@ -33,6 +46,8 @@ Memory MemoryOf(const Problem& p, const Policy& policy, const Exec& exec, void* 
 
 } // namespace
 
+bool ChoosesByHead(const Policy& policy) { return ChooserOf(policy) != nullptr; }
+
 size_t SelectLinesWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
   return MemoryOf(p, policy, exec, nullptr).bytes;
 }
@@ -41,11 +56,12 @@ void SelectLines(const Problem& p, const Policy& policy, const Exec& exec, Block
   const Geometry g = Geometry::Of(p, policy);
   const Memory memory = MemoryOf(p, policy, exec, workspace);
   const LineKernels& kernels = LineKernelsFor(exec);
+  const Chooser choose = ChooserOf(policy);
 
   auto select_head = [&](const Sequence& s, int64_t head, const LineScratch& scratch) {
     const bool everything = FallbackOf(p, g, policy, s) != FP_SELECTED;
     const HeadCall call{p, policy, g, kernels, s, head, mask, scratch};
-    if (!everything) policy.kind == FP_FLEXPREFILL ? ChooseFlexPrefill(call) : ChooseMInference(call);
+    if (!everything) choose(call);
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
       uint64_t* row = call.Row(m);

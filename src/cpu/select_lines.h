@@ -10,9 +10,7 @@
 
 namespace flashprefill::cpu {
 
-inline bool ChoosesByHead(const Policy& policy) {
-  return policy.kind == FP_FLEXPREFILL || policy.kind == FP_MINFERENCE;
-}
+bool ChoosesByHead(const Policy& policy);
 
 size_t SelectLinesWorkspace(const Problem& problem, const Policy& policy, const Exec& exec);
 void SelectLines(const Problem& problem, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace);

@@ -165,10 +165,7 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
 }
 
 const char* SelectUnsupported(const Problem& p, const Policy& policy) {
-  if (policy.kind == FP_FLEXPREFILL || policy.kind == FP_MINFERENCE) {
-    return "FlexPrefill and MInference select on the CPU only";
-  }
-  if (policy.kind >= FP_XATTENTION) return "XAttention and its like select on the CPU only";
+  if (policy.kind > FP_SKETCH) return "this policy selects on the CPU only";
   const Scoring s = ScoringOf(p, policy);
   if (p.final_chunks && p.batch > kMaxFinalChunks) return "final_chunks is given for more than 4096 sequences";
   if (!s.scored && !policy.mean_correction) return nullptr;

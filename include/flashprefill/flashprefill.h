@@ -231,12 +231,17 @@ typedef struct fp_minference_head {
   int32_t a, b;    /* at least 0 */
 } fp_minference_head;
 
+typedef enum fp_rounding {
+  FP_ROUND_BLOCKS = 0, /* columns and diagonals become the blocks that hold some of them */
+  FP_ROUND_TOKENS = 1  /* they stay tokens: lines of the mask. Without mean_correction; on FP_CPU */
+} fp_rounding;
+
 typedef struct fp_minference {
   fp_policy common;
   int32_t vertical; /* without a list of heads all are FP_VERTICAL_SLASH with a = vertical, b = slash */
   int32_t slash;
-  int32_t head_count; /* q_heads, or 0: no list */
-  int32_t reserved;
+  int32_t head_count;              /* q_heads, or 0: no list */
+  int32_t rounding;                /* fp_rounding */
   const fp_minference_head* heads; /* [head_count], host memory that lives until the call returns; or NULL */
 } fp_minference;
 
@@ -331,6 +336,14 @@ typedef struct fp_block_mask {
   uint64_t* bits;    /* [heads, tile_rows, words] */
   int32_t* counts;   /* [heads, tile_rows]: bits set; written by select; may be NULL */
   int32_t* fallback; /* [batch]: fp_fallback; written by select; may be NULL */
+  /* Lines: keys finer than blocks, for causal masks of query heads. Every tile of a (sequence, head) sees, beside its
+   * blocks, the keys in a list of columns, and for each in a list of distances d the keys d before its rows' positions,
+   * from the first row's to the last's. lines is [batch, heads, 2 + columns_room + distances_room]: how many columns,
+   * how many distances, the columns, ascending, and from 2 + columns_room on the distances, ascending. Both rooms 0:
+   * there are none. counts are then kept keys in blocks, rounded up. */
+  int32_t* lines;
+  int32_t columns_room;
+  int32_t distances_room;
 } fp_block_mask;
 
 /* Fill in the geometry of the mask that this policy makes for this problem. The pointers are left alone. */

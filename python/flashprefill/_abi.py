@@ -172,7 +172,7 @@ class MInference(Structure):
         ("vertical", c_int32),
         ("slash", c_int32),
         ("head_count", c_int32),
-        ("reserved", c_int32),
+        ("rounding", c_int32),
         ("heads", POINTER(MInferenceHead)),
     ]
 
@@ -249,6 +249,9 @@ class BlockMask(Structure):
         ("bits", c_void_p),
         ("counts", c_void_p),
         ("fallback", c_void_p),
+        ("lines", c_void_p),
+        ("columns_room", c_int32),
+        ("distances_room", c_int32),
     ]
 
 

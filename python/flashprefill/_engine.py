@@ -245,13 +245,19 @@ def _mask(
     return m
 
 
-def _mask_of(problem: _abi.Problem, policy: Any, bits: Any, counts: Any, fallback: Any) -> _abi.BlockMask:
+def _mask_of(
+    problem: _abi.Problem, policy: Any, bits: Any, counts: Any, fallback: Any, lines: Any
+) -> _abi.BlockMask:
     """Describe the policy's mask; api.py's own arithmetic must have come to the same shape."""
     m = _abi.sized(_abi.BlockMask)
     _abi.check(_abi.lib.fp_mask_describe(byref(problem), byref(policy), byref(m)))
     if tuple(bits.shape) != (m.heads, m.tile_rows, m.words):
         refuse("the shape of the mask", tuple(bits.shape), str((m.heads, m.tile_rows, m.words)))
     m.bits, m.counts, m.fallback = _address(bits), _address(counts), _address(fallback)
+    room = m.columns_room + m.distances_room
+    if (0 if lines is None else lines.shape[2]) != (room and 2 + room):
+        refuse("the shape of the mask's lines", lines if lines is None else tuple(lines.shape), f"for {room}")
+    m.lines = _address(lines)
     return m
 
 
@@ -264,6 +270,7 @@ def select(
     bits: Any,
     counts: Any,
     fallback: Any,
+    lines: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     seqused_k: Any,
@@ -288,7 +295,7 @@ def select(
         final_chunk,
     )
     e, rule, size = _exec(q, threads, backend, target), _policy(policy), ctypes.c_size_t()
-    m = _mask_of(p, rule, bits, counts, fallback)
+    m = _mask_of(p, rule, bits, counts, fallback, lines)
     _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(rule), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)
     _abi.check(_abi.lib.fp_select(byref(p), byref(rule), byref(e), byref(m), address, size.value))
@@ -306,6 +313,8 @@ def attend(
     block_size: int,
     share_heads: bool,
     mean_correction: bool,
+    lines: Any,
+    columns_room: int,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     seqused_k: Any,
@@ -330,6 +339,9 @@ def attend(
     )
     e, o, size = _exec(q, threads, backend, target), _output(q, out, lse), ctypes.c_size_t()
     m = _mask(bits.shape[0], tile_tokens, block_size, share_heads, mean_correction, bits, None, None)
+    if lines is not None:
+        m.lines, m.columns_room = _address(lines), columns_room
+        m.distances_room = lines.shape[2] - 2 - columns_room
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)
     _abi.check(_abi.lib.fp_attend(byref(p), byref(m), byref(e), byref(o), address, size.value))
@@ -345,6 +357,7 @@ def prefill(
     bits: Any,
     counts: Any,
     fallback: Any,
+    lines: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     seqused_k: Any,
@@ -371,7 +384,7 @@ def prefill(
     )
     e, o, size = _exec(q, threads, backend, target), _output(q, out, lse), ctypes.c_size_t()
     rule = _policy(policy)
-    m = None if bits is None else _mask_of(p, rule, bits, counts, fallback)
+    m = None if bits is None else _mask_of(p, rule, bits, counts, fallback, lines)
     _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(rule), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)
     _abi.check(

@@ -33,6 +33,9 @@ class BlockMask:
         block_size: keys a block.
         share_heads: whether mask heads are KV heads.
         mean_correction: whether `attend` lets blocks left out count by their means.
+        lines: keys finer than blocks (``MInference(rounding="tokens")``), int32 [batch, mask heads, ...] as
+            the C header describes them, or None.
+        columns_room: how many columns of single keys they have room for.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class BlockMask:
         block_size: int,
         share_heads: bool,
         mean_correction: bool,
+        lines: Any = None,
+        columns_room: int = 0,
     ) -> None:
         self._layout = layout
         self.bits = bits
@@ -54,6 +59,8 @@ class BlockMask:
         self.block_size = block_size
         self.share_heads = share_heads
         self.mean_correction = mean_correction
+        self.lines = lines
+        self.columns_room = columns_room
 
     @classmethod
     def from_dense(
@@ -159,11 +166,37 @@ class BlockMask:
         return self._layout.sequences(self._ops)[seq]
 
     def dense(self, seq: int = 0) -> Any:
-        """Return the mask of one sequence as bool [mask heads, tiles, blocks]."""
+        """Return the mask of one sequence as bool [mask heads, tiles, blocks].
+
+        Where the mask has lines, blocks that hold a key of some line are True too, though not all of their
+        keys may be kept.
+        """
         begin, rows, keys = self._sequence(seq)
         first = begin // self.tile_tokens + seq % self.batch
         bits = self.bits[:, first : first + ceil_div(rows, self.tile_tokens)]
-        return self._ops.unpack(bits, ceil_div(keys, self.block_size))
+        keep = self._ops.unpack(bits, ceil_div(keys, self.block_size))
+        if self.lines is None:
+            return keep
+        return keep | self._ops.from_host(self._on_lines(seq % self.batch, rows, keys))
+
+    def _on_lines(self, seq: int, rows: int, keys: int) -> np.ndarray:
+        """Return the visible blocks that hold a key of some line, bool [mask heads, tiles, blocks]."""
+        tiles, blocks = ceil_div(rows, self.tile_tokens), ceil_div(keys, self.block_size)
+        touched = np.zeros((self.heads, tiles, blocks), np.bool_)
+        visible = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
+        for h, lines in enumerate(np.asarray(self._ops.to_host(self.lines))[seq]):
+            columns, distances = lines[2 : 2 + lines[0]], lines[2 + self.columns_room :][: lines[1]]
+            touched[h][:, columns // self.block_size] = True
+            for m in range(tiles):
+                begin = m * self.tile_tokens + keys - rows
+                last = min(begin + self.tile_tokens, keys) - 1 - distances
+                blocks_of = (np.maximum(begin - distances, 0)[last >= 0], last[last >= 0])
+                crossed = np.zeros(blocks + 1, np.int64)
+                np.add.at(crossed, blocks_of[0] // self.block_size, 1)
+                np.add.at(crossed, blocks_of[1] // self.block_size + 1, -1)
+                touched[h, m] |= np.cumsum(crossed)[:blocks] > 0
+                touched[h, m, visible[m] :] = False
+        return touched
 
     @property
     def stats(self) -> Stats:

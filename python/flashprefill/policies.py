@@ -129,6 +129,10 @@ class Policy:
         """Make a policy of a mapping of options, which may name fields as the method's own code does."""
         return cls(**options)
 
+    def _line_room(self, keys: int) -> tuple[int, int]:
+        """Return how many columns and distances of single tokens a mask head needs room for."""
+        return 0, 0
+
     @property
     def corrects(self) -> bool:
         """Whether blocks left out count by their means."""
@@ -439,6 +443,9 @@ class MInference(Policy):
         slash: tokens; diagonals that a head keeps.
         heads: a (pattern, a, b) for each query head, in place of vertical and slash: ("vertical_and_slash",
             columns, diagonals), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
+        rounding: "blocks" rounds columns and diagonals out to the blocks that hold some of them, which every
+            backend can attend to; "tokens" keeps them as they are, as published: on the CPU, and without
+            mean_correction.
         block_size: keys a block; 64 are the authors' kernels'.
         sink_blocks: blocks kept at the beginning, beside what the policy keeps.
         window_blocks: blocks kept before and at the diagonal.
@@ -449,6 +456,7 @@ class MInference(Policy):
     vertical: int = 1000
     slash: int = 6096
     heads: tuple[tuple[str, int, int], ...] | None = None
+    rounding: str = "blocks"
     block_size: int = 64
     sink_blocks: int = 0
     window_blocks: int = 0
@@ -464,6 +472,10 @@ class MInference(Policy):
             heads = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
             if not heads:
                 refuse("heads", heads, "a pattern for each query head, or None")
+        if self.rounding not in _ROUNDINGS:
+            refuse("rounding", repr(self.rounding), "one of " + ", ".join(map(repr, _ROUNDINGS)))
+        if self.rounding == "tokens" and self.mean_correction is True:
+            refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
         self._seal(
             vertical=_integer("vertical", self.vertical, 0, _MAX_TOKENS),
             slash=_integer("slash", self.slash, 0, _MAX_TOKENS),
@@ -530,7 +542,18 @@ class MInference(Policy):
             refuse("name", repr(name), "one of " + ", ".join(sorted(_PAIRS)))
         return cls(**{"vertical": pair[0], "slash": pair[1], **changes})
 
+    def _line_room(self, keys: int) -> tuple[int, int]:
+        if self.rounding != "tokens":
+            return 0, 0
+        heads = self.heads or ((_PATTERNS[0], self.vertical, self.slash),)
+        pairs = [(max(a, 30), max(b, 50)) for pattern, a, b in heads if pattern == _PATTERNS[0]]
+        if not pairs:
+            return 0, 0
+        return min(keys, max(a for a, _ in pairs)), min(keys, max(b for _, b in pairs))
+
     def _spell(self, name: str, value: Any) -> str:
+        if name == "rounding":
+            return f" rounding={_ROUNDINGS.index(value)}"
         if name != "heads":
             return super()._spell(name, value)
         if value is None:
@@ -542,6 +565,7 @@ class MInference(Policy):
 _GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  # FlexPrefill's scripts
 _PAIRS = {"llama-3.1-8b": (512, 2048)}  # MInference's second table for it has one pair
 _COVERS = ("first", "both")  # by fp_flex_cover
+_ROUNDINGS = ("blocks", "tokens")  # by fp_rounding
 _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
 
 

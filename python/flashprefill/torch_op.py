@@ -31,8 +31,9 @@ _EXEC = "int threads, str? backend, str? target"
 _select = torch.library.custom_op(
     "flashprefill::select",
     _engine.select,
-    mutates_args=("bits", "counts", "fallback"),
+    mutates_args=("bits", "counts", "fallback", "lines"),
     schema="(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, "
+    "Tensor(d!)? lines, "
     f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
 )
 _attend = torch.library.custom_op(
@@ -40,14 +41,16 @@ _attend = torch.library.custom_op(
     _engine.attend,
     mutates_args=("out", "lse"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor bits, SymInt tile_tokens, "
-    f"SymInt block_size, bool share_heads, bool mean_correction, {_LAYOUT}, {_EXEC}) -> ()",
+    "SymInt block_size, bool share_heads, bool mean_correction, Tensor? lines, "
+    f"SymInt columns_room, {_LAYOUT}, {_EXEC}) -> ()",
 )
 _prefill = torch.library.custom_op(
     "flashprefill::prefill",
     _engine.prefill,
-    mutates_args=("out", "lse", "bits", "counts", "fallback"),
+    mutates_args=("out", "lse", "bits", "counts", "fallback", "lines"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, "
-    f"Tensor(d!)? counts, Tensor(e!)? fallback, {_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
+    "Tensor(d!)? counts, Tensor(e!)? fallback, Tensor(f!)? lines, "
+    f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
 )
 for _operator in (_select, _attend, _prefill):
     _operator.register_fake(lambda *arguments, **keywords: None)

@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "core/lines.h"
 #include "core/policies.h"
 #include "core/threads.h"
 #include "core/types.h"
@@ -111,6 +112,9 @@ BlockMask DescribeMask(const Problem& p, const Policy& policy) {
   m.mean_correction = policy.mean_correction;
   m.tile_rows = g.tile_rows;
   m.words = g.words;
+  const LineRoom room = LineRoom::Of(p, policy);
+  m.columns_room = static_cast<int32_t>(room.columns);
+  m.distances_room = static_cast<int32_t>(room.distances);
   return m;
 }
 
@@ -120,6 +124,7 @@ BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
   m.bits = workspace.Take<uint64_t>(m.heads * m.tile_rows * m.words);
   m.counts = workspace.Take<int32_t>(m.heads * m.tile_rows);
   m.fallback = workspace.Take<int32_t>(p.batch);
+  m.lines = workspace.Take<int32_t>(int64_t{p.batch} * m.heads * LineStride(m));
   return m;
 }
 
@@ -222,6 +227,7 @@ fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, f
     described.bits = mask->bits;
     described.counts = mask->counts;
     described.fallback = mask->fallback;
+    described.lines = mask->lines;
     *mask = described;
   });
 }
@@ -230,6 +236,7 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
   return Guard([&] {
     ValidateProblem(problem);
     ValidateMask(mask, *problem);
+    ValidateLines(*mask, *problem);
     CheckPointer("stats", stats);
     const Problem& p = *problem;
     if (p.device != FP_CPU) Refuse("device", p.device, "FP_CPU (0): copy the mask to the host first");
@@ -244,8 +251,9 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
         int64_t kept = 0;
         for (int64_t m = 0; m < g.Tiles(s); ++m) {
           const uint64_t* row = mask->bits + g.Row(s, h, m) * g.words;
-          const int64_t visible = g.TileOf(p, s, m).visible;
-          for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, visible));
+          const Tile tile = g.TileOf(p, s, m);
+          for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, tile.visible));
+          if (HasLines(*mask)) kept += DivUp<int64_t>(LineKeys(g, s, tile, Lines::Of(*mask, b, h), row), g.block_size);
         }
         stats->kept[int64_t{b} * g.mask_heads + h] = kept;
       }
@@ -298,7 +306,7 @@ fp_status fp_select(const fp_problem* problem, const fp_policy* policy, const fp
     ValidateProblem(problem);
     ValidatePolicy(policy, *problem);
     ValidateMask(mask, *problem);
-    ValidateMaskOf(*mask, *policy);
+    ValidateMaskOf(*mask, *policy, *problem);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);
     backend.check(*problem, policy, mask, e);
@@ -314,6 +322,7 @@ fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const 
   return Guard([&] {
     ValidateProblem(problem);
     ValidateMask(mask, *problem);
+    ValidateLines(*mask, *problem);
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);
@@ -332,7 +341,7 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
     ValidatePolicy(policy, *problem);
     if (mask) {
       ValidateMask(mask, *problem);
-      ValidateMaskOf(*mask, *policy);
+      ValidateMaskOf(*mask, *policy, *problem);
     }
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);

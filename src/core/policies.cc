@@ -105,7 +105,7 @@ void InitPolicy(int32_t kind, void* policy) {
                                  .vertical = 1000,
                                  .slash = 6096,
                                  .head_count = 0,
-                                 .reserved = 0,
+                                 .rounding = FP_ROUND_BLOCKS,
                                  .heads = nullptr};
       return;
     case FP_XATTENTION: // the paper's S = 16; its mandatory blocks are the first one and the diagonal

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/lines.h"
 #include "core/policies.h"
 
 namespace flashprefill {
@@ -139,6 +140,10 @@ void CheckMInference(const fp_minference& m, const Problem& p) {
   CheckRange("slash", m.slash, 0, kMaxTokens);
   if (m.head_count != 0 && m.head_count != p.q_heads) {
     Refuse("head_count", m.head_count, "the problem's q_heads (" + std::to_string(p.q_heads) + "), or 0: no list");
+  }
+  CheckRange("rounding", m.rounding, FP_ROUND_BLOCKS, FP_ROUND_TOKENS);
+  if (m.rounding == FP_ROUND_TOKENS && m.common.mean_correction) {
+    Refuse("mean_correction", 1, "0 with FP_ROUND_TOKENS: parts of blocks have no mean");
   }
   if (m.head_count > 0 && !m.heads) Refuse("heads", "NULL", "the address of the patterns of all heads");
   for (int h = 0; h < m.head_count; ++h) {
@@ -347,18 +352,50 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
   check("mask.tile_tokens", m.tile_tokens, g.tile_tokens, "as fp_mask_describe says for this problem");
   check("mask.tile_rows", m.tile_rows, g.tile_rows, "as fp_mask_describe says for this problem");
   check("mask.words", m.words, g.words, "as fp_mask_describe says for this problem");
+  CheckRange("mask.columns_room", m.columns_room, 0, kMaxTokens);
+  CheckRange("mask.distances_room", m.distances_room, 0, kMaxTokens);
+  if (HasLines(m)) {
+    if (m.share_heads) Refuse("mask.share_heads", 1, "0 where the mask has lines");
+    if (m.mean_correction) Refuse("mask.mean_correction", 1, "0 where the mask has lines");
+    if (!p.causal) Refuse("causal", 0, "1 where the mask has lines");
+    if (needs_bits && !m.lines && p.batch > 0) Refuse("mask.lines", "NULL", "the address of the mask's lines");
+  }
   if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0)
     Refuse("mask.bits", "NULL", "the address of the mask's words");
   if (reinterpret_cast<uintptr_t>(m.bits) % alignof(uint64_t) != 0) Refuse("mask.bits", m.bits, "aligned to 8 bytes");
 }
 
-void ValidateMaskOf(const BlockMask& mask, const Policy& policy) {
+void ValidateLines(const BlockMask& m, const Problem& p) {
+  if (!HasLines(m) || p.device != FP_CPU) return;
+  for (int b = 0; b < p.batch; ++b) {
+    for (int h = 0; h < m.heads; ++h) {
+      const int32_t* at = LinesAt(m, b, h);
+      const std::string name = "mask.lines[" + std::to_string(b) + "][" + std::to_string(h) + "]";
+      CheckRange(name + "[0]", at[0], 0, m.columns_room);
+      CheckRange(name + "[1]", at[1], 0, m.distances_room);
+      const auto check_list = [&](const char* what, const int32_t* list, int32_t count) {
+        for (int32_t i = 0; i < count; ++i) {
+          if (list[i] < 0 || (i > 0 && list[i] <= list[i - 1])) {
+            Refuse(name + "'s " + what + " " + std::to_string(i), list[i], "at least 0, and above the one before it");
+          }
+        }
+      };
+      check_list("column", at + 2, at[0]);
+      check_list("distance", at + 2 + m.columns_room, at[1]);
+    }
+  }
+}
+
+void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& p) {
   const auto check = [](const char* name, int32_t is, int32_t must_be) {
     if (is != must_be) Refuse(name, is, "the policy's (" + std::to_string(must_be) + ")");
   };
   check("mask.block_size", mask.block_size, policy.block_size);
   check("mask.share_heads", mask.share_heads, policy.share_heads);
   check("mask.mean_correction", mask.mean_correction, policy.mean_correction);
+  const LineRoom room = LineRoom::Of(p, policy);
+  check("mask.columns_room", mask.columns_room, static_cast<int32_t>(room.columns));
+  check("mask.distances_room", mask.distances_room, static_cast<int32_t>(room.distances));
 }
 
 void ValidateOutput(const Output* output, const Problem& p) {

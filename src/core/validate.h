@@ -10,7 +10,9 @@ namespace flashprefill {
 void ValidateProblem(const Problem* problem);
 void ValidatePolicy(const Policy* policy, const Problem& problem);
 void ValidateMask(const BlockMask* mask, const Problem& problem, bool needs_bits = true);
-void ValidateMaskOf(const BlockMask& mask, const Policy& policy); // that it is a mask that this policy makes
+void ValidateLines(const BlockMask& mask, const Problem& problem); // what a mask to be attended to has written there
+void ValidateMaskOf(const BlockMask& mask, const Policy& policy,
+                    const Problem& problem); // that it is a mask that this policy makes
 void ValidateOutput(const Output* output, const Problem& problem);
 void ValidateExec(const Exec* exec);
 void ValidateWorkspace(const void* workspace, size_t bytes, size_t needed);

@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "core/half.h"
+#include "core/lines.h"
 #include "core/threads.h"
 #include "cpu/attend_tile.h"
 
@@ -46,7 +47,7 @@ bool Heavier(const Item& a, const Item& b) {
 
 // Whether keys that `q_len` queries see are worth packing: reading them once for each row must not cost more.
 bool WorthPacking(const AttendCall& call, int64_t q_len) {
-  return q_len * call.g.group > kFewRows || call.mask.mean_correction;
+  return q_len * call.g.group > kFewRows || call.mask.mean_correction || HasLines(call.mask);
 }
 
 // Cuts the memory of one pair: what a wave's capacity is spent on.
@@ -89,7 +90,7 @@ struct Memory {
     capacity = std::max(longest, std::min<size_t>(longest * pair_count, threads * kWaveBytes));
     wave = parts.Take<std::byte>(capacity);
     Workspace one(nullptr);
-    TileScratch::Take(one, call.p.head_dim);
+    TileScratch::Take(one, call);
     scratch_bytes = one.used();
     scratch = parts.Take<std::byte>(scratch_bytes * threads);
     bytes = parts.used();
@@ -192,6 +193,9 @@ int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item*
         items[0].kept += kept;
         continue;
       }
+      if (HasLines(call.mask)) {
+        kept += LineKeys(g, pair.s, tile, Lines::Of(call.mask, pair.s.index, h), bits) / g.block_size;
+      }
       items[count++] = {kept, index, static_cast<int32_t>(h), static_cast<int32_t>(m)};
     }
   }
@@ -217,7 +221,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
 
   auto scratch_of = [&](int thread) {
     Workspace part(memory.scratch + thread * memory.scratch_bytes);
-    return TileScratch::Take(part, p.head_dim);
+    return TileScratch::Take(part, call);
   };
 
   // Runs body(index, scratch) for every index below count, each on whichever thread is free.

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "core/lines.h"
+
 namespace flashprefill::cpu {
 namespace {
 
@@ -122,6 +124,44 @@ void AddKeptBlocks(const AttendCall& call, const TileRows& rows, const uint64_t*
   chunks.Flush();
 }
 
+// Keys on lines, gathered and packed as they come: neighbours in a chunk may lie anywhere. Chunks are ascending, so a
+// row sees the first keys of one.
+void AddLines(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Lines& lines, int64_t kv_head,
+              TileScratch& scratch) {
+  const Problem& p = call.p;
+  const Sequence& s = rows.s;
+  int32_t count = 0;
+  const auto flush = [&] {
+    if (count == 0) return;
+    const auto rows_of = [&](const fp_tensor& tensor) {
+      for (int32_t i = 0; i < count; ++i) {
+        scratch.line_offset[i] = KeyOffset(p, tensor.stride, s, scratch.line_key[i], kv_head);
+      }
+      return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], scratch.line_offset};
+    };
+    call.kernels.pack_keys(rows_of(p.k), p.head_dim, 0, scratch.lines.k);
+    call.kernels.pack_values(rows_of(p.v), p.head_dim, 0, scratch.lines.v);
+    Chunk chunk = {scratch.lines.k, scratch.lines.v, count, 1, {}, nullptr, -1, nullptr};
+    chunk.run[0] = {0, 0, count};
+    if (scratch.line_key[count - 1] > s.prefix + rows.tile.begin) {
+      for (int32_t r = 0; r < rows.count(); ++r) {
+        scratch.limit[r] = static_cast<int32_t>(
+            std::upper_bound(scratch.line_key, scratch.line_key + count, s.prefix + rows.token(r)) - scratch.line_key);
+      }
+      chunk.limit = scratch.limit;
+    }
+    call.kernels.attend(scratch.state, chunk);
+    count = 0;
+  };
+  ForLineRuns(call.g, s, rows.tile, lines, bits, [&](int64_t begin, int64_t end) {
+    for (int64_t key = begin; key < end; ++key) {
+      scratch.line_key[count++] = key;
+      if (count == kChunk) flush();
+    }
+  });
+  flush();
+}
+
 // Every block that is left out and seen whole by all rows: its mean key and value, weighing as much as it has keys.
 void AddMeans(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Packed& means,
               TileScratch& scratch) {
@@ -167,7 +207,8 @@ void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows
 
 } // namespace
 
-TileScratch TileScratch::Take(Workspace& memory, int32_t head_dim) {
+TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
+  const int32_t head_dim = call.p.head_dim;
   TileScratch t{};
   t.state.q = memory.Take<float>(kTileRows * QueryStride(head_dim));
   t.state.o = memory.Take<float>(kTileRows * ValueWidth(head_dim));
@@ -179,6 +220,11 @@ TileScratch TileScratch::Take(Workspace& memory, int32_t head_dim) {
   t.bias = memory.Take<float>(kChunk);
   t.lse = memory.Take<float>(kTileRows);
   t.mean = memory.Take<float>(kMaxHeadDim);
+  if (HasLines(call.mask)) {
+    t.line_key = memory.Take<int64_t>(kChunk);
+    t.line_offset = memory.Take<int64_t>(kChunk);
+    t.lines = Packed::Take(memory, call.kernels, head_dim, kGroup);
+  }
   return t;
 }
 
@@ -198,6 +244,9 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   Clear(state);
   AddKeptBlocks(call, rows, bits, keys, scratch);
   if (call.mask.mean_correction) AddMeans(call, rows, bits, means, scratch);
+  if (HasLines(call.mask)) {
+    AddLines(call, rows, bits, Lines::Of(call.mask, s.index, mask_head), mask_head / g.group, scratch);
+  }
   Finish(call, call.kernels, rows, state, scratch);
 }
 

@@ -26,18 +26,6 @@ struct Packed {
   }
 };
 
-// A thread's own memory.
-struct TileScratch {
-  TileState state;
-  int64_t* offset; // [kTileRows]
-  int32_t* limit;  // [2][kTileRows]
-  float* bias;     // [kChunk]
-  float* lse;      // [kTileRows]
-  float* mean;     // [kMaxHeadDim]
-
-  static TileScratch Take(Workspace& memory, int32_t head_dim);
-};
-
 // One call of attend, as all its tiles see it.
 struct AttendCall {
   const Problem& p;
@@ -46,6 +34,22 @@ struct AttendCall {
   const Geometry g;
   const AttendKernels& kernels;     // for packed keys
   const AttendKernels& f32_kernels; // for keys as they lie
+};
+
+// A thread's own memory.
+struct TileScratch {
+  TileState state;
+  int64_t* offset; // [kTileRows]
+  int32_t* limit;  // [2][kTileRows]
+  float* bias;     // [kChunk]
+  float* lse;      // [kTileRows]
+  float* mean;     // [kMaxHeadDim]
+  // Where the mask has lines: a chunk of keys from anywhere.
+  int64_t* line_key;    // [kChunk]
+  int64_t* line_offset; // [kChunk]
+  Packed lines;
+
+  static TileScratch Take(Workspace& memory, const AttendCall& call);
 };
 
 // Tile m of mask head `mask_head`; keys and means are those of its KV head.

@@ -1,10 +1,20 @@
 // MInference's choice for one head: see reference/minference.cc for the rules, docs/methods/minference.md for why.
 #include "core/minference.h"
 
+#include "core/lines.h"
 #include "cpu/lines.h"
 
 namespace flashprefill::cpu {
 namespace {
+
+// The columns or distances in ranks become a list of the mask.
+void WriteLine(const HeadCall& call, int list, int64_t count) {
+  int32_t* lines = LinesAt(call.mask, call.s.index, call.head);
+  int32_t* to = lines + 2 + (list == 0 ? 0 : call.mask.columns_room);
+  std::sort(call.scratch.ranks, call.scratch.ranks + count);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int32_t>(call.scratch.ranks[i]);
+  lines[list] = static_cast<int32_t>(count);
+}
 
 // Columns as blocks, for all tiles alike; distances as a running count, so that whether some distance crosses a block
 // on its way through a tile is one subtraction.
@@ -15,11 +25,18 @@ void VerticalSlash(const HeadCall& call, int64_t a, int64_t b) {
   std::reverse(t.diagonal, t.diagonal + keys); // now by distance
 
   std::fill_n(t.columns, DivUp<int64_t>(call.blocks(), 64), uint64_t{0});
+  const bool in_blocks = reinterpret_cast<const fp_minference&>(call.policy).rounding == FP_ROUND_BLOCKS;
   const int64_t columns = Best(t.column, 1, keys, kMInferenceColumns, std::max(a, kMInferenceColumns), t.ranks);
-  for (int64_t i = 0; i < columns; ++i) SetBit(t.columns, static_cast<int64_t>(t.ranks[i]) / size);
+  if (!in_blocks) WriteLine(call, 0, columns);
+  for (int64_t i = 0; in_blocks && i < columns; ++i) SetBit(t.columns, static_cast<int64_t>(t.ranks[i]) / size);
 
   const int64_t distances =
       Best(t.diagonal, 1, keys, kMInferenceDistances, std::max(b, kMInferenceLeastDistances), t.ranks);
+  if (!in_blocks) {
+    WriteLine(call, 1, distances);
+    for (int64_t m = 0; m < call.g.Tiles(call.s); ++m) FillRow(call.Row(m), call.g.words, 0);
+    return;
+  }
   std::fill_n(t.counts, keys + 1, 0);
   for (int64_t i = 0; i < distances; ++i) t.counts[t.ranks[i] + 1] = 1;
   for (int64_t d = 0; d < keys; ++d) t.counts[d + 1] += t.counts[d]; // chosen distances below d

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "core/fallback.h"
+#include "core/lines.h"
 #include "core/threads.h"
 #include "cpu/lines.h"
 #include "cpu/select_keep.h"
@@ -61,6 +62,7 @@ void SelectLines(const Problem& p, const Policy& policy, const Exec& exec, Block
   auto select_head = [&](const Sequence& s, int64_t head, const LineScratch& scratch) {
     const bool everything = FallbackOf(p, g, policy, s) != FP_SELECTED;
     const HeadCall call{p, policy, g, kernels, s, head, mask, scratch};
+    if (HasLines(mask)) std::fill_n(LinesAt(mask, s.index, head), 2, 0);
     if (!everything) choose(call);
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
@@ -71,7 +73,11 @@ void SelectLines(const Problem& p, const Policy& policy, const Exec& exec, Block
         for (int64_t w = 0; w < g.words; ++w) row[w] = VisibleWord(row, w, tile.visible);
         KeepForced(policy, tile, row);
       }
-      if (mask.counts) mask.counts[g.Row(s, head, m)] = CountBits(row, g.words);
+      if (mask.counts) {
+        const int64_t keys = LineKeys(g, s, tile, Lines::Of(mask, s.index, head), row);
+        mask.counts[g.Row(s, head, m)] =
+            CountBits(row, g.words) + static_cast<int32_t>(DivUp<int64_t>(keys, g.block_size));
+      }
     }
   };
 

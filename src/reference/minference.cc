@@ -1,5 +1,5 @@
 // MInference (arXiv 2407.02490): each head follows its own pattern, with numbers from a table. Choices of tokens are
-// rounded out to the blocks that hold them.
+// rounded out to the blocks that hold them, or, of vertical and slash, become lines of the mask.
 //
 //   vertical and slash: the softmax of the last min(64, Lq) query rows over all keys, by column and by distance; the
 //       first 30 columns and the nearest 100 distances rank before all; the max(a, 30) best columns are kept, and the
@@ -32,11 +32,21 @@ class VerticalSlash : public HeadSelector {
     TileChoice choice;
     choice.energy.resize(static_cast<size_t>(tile.visible));
     choice.scored.assign(static_cast<size_t>(tile.visible), 1);
-    for (int64_t b = 0; b < tile.visible; ++b) {
+    const bool in_blocks = reinterpret_cast<const fp_minference&>(head_.policy).rounding == FP_ROUND_BLOCKS;
+    choice.kept.resize(in_blocks ? 0 : static_cast<size_t>(tile.visible));
+    choice.open.resize(choice.kept.size());
+    for (int64_t b = 0; in_blocks && b < tile.visible; ++b) {
       choice.kept.push_back(Keeps(&Chosen::kept, tile, b));
       choice.open.push_back(Keeps(&Chosen::most, tile, b) && !Keeps(&Chosen::least, tile, b));
     }
     return choice;
+  }
+
+  void ChooseLines(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const override {
+    for (size_t t = 0; t < columns_.kept.size(); ++t) {
+      if (columns_.kept[t]) columns.push_back(static_cast<int32_t>(t));
+      if (distances_.kept[t]) distances.push_back(static_cast<int32_t>(t));
+    }
   }
 
  private:

@@ -1,5 +1,6 @@
 // Select: the policy's own choice for each tile, joined with the forced blocks (Rule 3), as bits.
 #include "core/fallback.h"
+#include "core/lines.h"
 #include "reference/reference.h"
 
 namespace flashprefill::reference {
@@ -47,6 +48,15 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
       keys = LoadKeys(p, p.k, s, first_head / g.group);
       selector = MakeSelector(view);
     }
+    if (HasLines(mask)) {
+      std::vector<int32_t> columns, distances;
+      if (selector) selector->ChooseLines(columns, distances);
+      int32_t* lines = LinesAt(mask, s.index, mask_head);
+      lines[0] = static_cast<int32_t>(columns.size());
+      lines[1] = static_cast<int32_t>(distances.size());
+      std::copy(columns.begin(), columns.end(), lines + 2);
+      std::copy(distances.begin(), distances.end(), lines + 2 + mask.columns_room);
+    }
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
       const int64_t row = g.Row(s, mask_head, m);
@@ -67,6 +77,8 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
       if (mask.counts) {
         mask.counts[row] = 0;
         for (int64_t b = 0; b < tile.visible; ++b) mask.counts[row] += TestBit(bits, b);
+        const int64_t keys = LineKeys(g, s, tile, Lines::Of(mask, s.index, mask_head), bits);
+        mask.counts[row] += static_cast<int32_t>(DivUp<int64_t>(keys, g.block_size));
       }
     }
   };

@@ -85,6 +85,36 @@ TEST(CppApi, SelectThenAttendEqualsPrefill) {
   EXPECT_EQ(kept.stats(data.problem).kept, stats.kept);
 }
 
+TEST(CppApi, EveryPolicySelects) {
+  Data data;
+  const auto check = [&](const auto& policy) {
+    fp::BlockMask mask = fp::BlockMask::For(data.problem, policy);
+    fp::prefill(data.problem, policy, fp::Output(data.problem, data.out.data(), data.lse.data()), {}, &mask);
+    std::vector<float> again(data.out.size());
+    fp::attend(data.problem, fp::select(data.problem, policy), fp::Output(data.problem, again.data()));
+    EXPECT_EQ(again, data.out);
+    return mask.stats(data.problem).density();
+  };
+  fp::FlexPrefill flex;
+  EXPECT_FLOAT_EQ(flex.gamma, 0.9f);
+  EXPECT_EQ(flex.min_budget, 512);
+  flex.common.block_size = 16;
+  flex.min_budget = 16;
+  flex.gamma = 0.3f;
+  EXPECT_LT(check(flex), 1.0);
+  fp::MInference lines;
+  EXPECT_EQ(lines.slash, 6096);
+  lines.common.block_size = 16;
+  lines.vertical = 30, lines.slash = 50;
+  const double in_blocks = check(lines);
+  lines.rounding = FP_ROUND_TOKENS;
+  EXPECT_LT(check(lines), in_blocks + 1e-9);
+  const std::vector<fp_minference_head> heads(static_cast<size_t>(data.problem.q_heads), {FP_A_SHAPE, 16, 16});
+  fp::MInference table;
+  table.SetHeads(heads).common.block_size = 16;
+  EXPECT_LT(check(table), 1.0);
+}
+
 TEST(CppApi, MaskBitsCanBeSetByHand) {
   Data data;
   fp::BlockMask mask = fp::BlockMask::For(data.problem, fp::Dense());

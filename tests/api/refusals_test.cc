@@ -249,6 +249,21 @@ const std::vector<Refusal>& Refusals() {
          c.policy.minference.heads = heads;
        },
        {"heads[1].pattern is 7", "0 to 2"}},
+      {"minference_rounding",
+       [](Call& c) { c.MakeMInference(), c.policy.minference.rounding = 3; },
+       {"rounding is 3", "0 to 1"}},
+      {"minference_corrected",
+       [](Call& c) {
+         c.MakeMInference(), c.policy.minference.rounding = FP_ROUND_TOKENS, c.policy.common.mean_correction = 1;
+       },
+       {"mean_correction is 1", "FP_ROUND_TOKENS"}},
+      {"mask_lines_room",
+       [](Call& c) {
+         static int32_t lines[7];
+         c.use_mask = true, c.mask.columns_room = 5, c.mask.lines = lines;
+       },
+       {"mask.columns_room is 5", "policy's (0)"}},
+      {"mask_lines_null", [](Call& c) { c.use_mask = true, c.mask.distances_room = 5; }, {"mask.lines is NULL"}},
       {"minference_shared",
        [](Call& c) { c.MakeMInference(), c.policy.common.share_heads = 1; },
        {"share_heads is 1", "list of its own"}},

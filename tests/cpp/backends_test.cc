@@ -5,9 +5,11 @@
 
 #include <cmath>
 #include <limits>
+#include <set>
 
 #include "cases.h"
 #include "compare.h"
+#include "core/lines.h"
 #include "engine.h"
 
 namespace flashprefill::test {
@@ -102,6 +104,48 @@ TEST_F(Backends, SelectByHeadLayouts) { SelectByHeadOver(Thinned(LayoutCases()),
 TEST_F(Backends, SelectByHeadStrides) { SelectByHeadOver(Thinned(StrideCases()), 2); }
 TEST_F(Backends, SelectByHeadFar) { SelectByHeadOver(FarCases(), 3); }
 TEST_F(Backends, SelectByHeadPeaked) { SelectByHeadOver(Thinned(PeakedCases()), 9); }
+
+// Lines of tokens: the lists agree but for a few tokens near their threshold, and attention over any of them is the
+// same.
+TEST_F(Backends, Lines) {
+  std::vector<OpCase> cases;
+  for (const auto& list : {LengthCases(), DtypeCases(), LayoutCases(), StrideCases(), HeadCases()}) {
+    cases.insert(cases.end(), list.begin(), list.end());
+  }
+  cases = Thinned(cases);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const OpData data(cases[i]);
+    const fp_problem& p = data.problem();
+    const AnyPolicy policy = WithForced(InTokens(MInference(BlockSize(i), 35 + i % 7, 50 + i % 90)), i % 2, i % 3, 0);
+    SCOPED_TRACE(About(data.op(), policy));
+    const Mask expected = Select(Reference(), p, policy);
+    const Attended attended = Attend(Reference(), p, expected);
+    for (const Engine& engine : OtherEngines()) {
+      const Mask actual = Select(engine, p, policy);
+      EXPECT_EQ(actual.bits, expected.bits) << engine.Name();
+      EXPECT_EQ(actual.fallback, expected.fallback) << engine.Name();
+      const int64_t stride = LineStride(expected.view);
+      for (int b = 0; stride > 0 && b < p.batch; ++b) {
+        for (int h = 0; h < p.q_heads; ++h) {
+          const int32_t* want = LinesAt(expected.view, b, h);
+          const int32_t* have = LinesAt(actual.view, b, h);
+          ASSERT_EQ(want[0], have[0]) << engine.Name();
+          ASSERT_EQ(want[1], have[1]) << engine.Name();
+          const std::set<int32_t> columns(want + 2, want + 2 + want[0]);
+          const std::set<int32_t> distances(want + 2 + expected.view.columns_room,
+                                            want + 2 + expected.view.columns_room + want[1]);
+          int missing = 0;
+          for (int64_t j = 0; j < have[0]; ++j) missing += !columns.count(have[2 + j]);
+          for (int64_t j = 0; j < have[1]; ++j) missing += !distances.count(have[2 + expected.view.columns_room + j]);
+          EXPECT_LE(missing, 1 + stride / 100) << engine.Name();
+        }
+      }
+      EXPECT_TRUE(Close(p, attended, Attend(engine, p, expected, 2, data.op().out_strides))) << engine.Name();
+      const Prefilled both = Prefill(engine, p, policy, 2, data.op().out_strides);
+      EXPECT_TRUE(Close(p, Attend(Reference(), p, both.mask), both.attended)) << engine.Name();
+    }
+  }
+}
 
 TEST_F(Backends, SelectLong) {
   TieCount ties;

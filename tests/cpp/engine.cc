@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "core/backend.h"
+#include "core/lines.h"
 
 namespace flashprefill::test {
 namespace {
@@ -128,6 +129,7 @@ Mask::Mask(const fp_problem& problem, const fp_policy* policy) {
   bits.assign(static_cast<size_t>(view.heads * view.tile_rows * view.words), ~uint64_t{0});
   counts.assign(static_cast<size_t>(view.heads * view.tile_rows), -99);
   fallback.assign(static_cast<size_t>(problem.batch), -99);
+  lines.assign(static_cast<size_t>(problem.batch * view.heads * LineStride(view)), -99);
   PointAtOwn();
 }
 
@@ -136,6 +138,7 @@ Mask& Mask::operator=(const Mask& other) {
   bits = other.bits;
   counts = other.counts;
   fallback = other.fallback;
+  lines = other.lines;
   PointAtOwn();
   return *this;
 }
@@ -144,6 +147,7 @@ void Mask::PointAtOwn() {
   view.bits = bits.data();
   view.counts = counts.data();
   view.fallback = fallback.data();
+  view.lines = lines.empty() ? nullptr : lines.data();
 }
 
 Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,

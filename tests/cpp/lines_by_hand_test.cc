@@ -150,6 +150,35 @@ TEST(MInferenceByHand, EachHeadHasItsOwnPattern) {
   EXPECT_EQ(Kept(mask, mask.view.tile_rows + 3), (Blocks{0, 6, 7}));
 }
 
+TEST(MInferenceByHand, LinesOfTokens) {
+  OpData data = OneHeavyKey();
+  const Sequence s = data.sequence(0);
+  for (int64_t t = 0; t < 512; ++t) data.SetKey(data.problem().v, s, t, 0, 0, t == 200 ? 100 : t < 30 ? 1 : 0);
+  // 31 columns, 0 to 29 and 200, and distances 0 to 49. The mask's blocks are the diagonal's alone: tile 3, rows 384 to
+  // 511, has blocks 6 and 7, and lines add keys 335 to 383, the columns, and nothing else: 49 + 31 keys are a block and
+  // a part of one, rounded up to 2.
+  const AnyPolicy policy = InTokens(MInference(64, 31, 50));
+  for (const Engine& engine : AllEngines()) {
+    const Mask mask = Select(engine, data.problem(), policy);
+    EXPECT_EQ(mask.view.columns_room, 31);
+    EXPECT_EQ(mask.view.distances_room, 50);
+    std::vector<int32_t> lines = {31, 50};
+    for (int t = 0; t < 30; ++t) lines.push_back(t);
+    lines.push_back(200);
+    for (int d = 0; d < 50; ++d) lines.push_back(d);
+    EXPECT_EQ(mask.lines, lines) << engine.Name();
+    EXPECT_EQ(Kept(mask, 3), (Blocks{6, 7})) << engine.Name();
+    EXPECT_EQ(mask.counts[3], 4) << engine.Name();
+    // Row 400 attends to 335..400, 0..29 with value 1 and 200 with value 100 and weight e^8.
+    const Attended a = Attend(engine, data.problem(), mask);
+    const double weights = 66 + 30 + std::exp(8);
+    EXPECT_NEAR(a.out[400], (30 + 100 * std::exp(8)) / weights, 1e-3) << engine.Name();
+    EXPECT_NEAR(a.lse[400], std::log(weights), 1e-5) << engine.Name();
+    // Row 10 sees no further than itself, whatever column there is.
+    EXPECT_NEAR(a.lse[10], std::log(11.0), 1e-5) << engine.Name();
+  }
+}
+
 TEST(MInferenceByHand, ShortSequencesKeepEverything) {
   const OpData data = OneHeavyKey();
   EXPECT_EQ(Select(Reference(), data.problem(), MInference(64, 512, 50)).fallback[0], FP_FALLBACK_SHORT);

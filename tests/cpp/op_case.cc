@@ -171,6 +171,11 @@ AnyPolicy SampleAttention(int block_size, float coverage, float sample_ratio, fl
   return policy;
 }
 
+AnyPolicy InTokens(AnyPolicy minference) {
+  minference.minference.rounding = FP_ROUND_TOKENS;
+  return minference;
+}
+
 AnyPolicy Shared(AnyPolicy policy) {
   policy.common.share_heads = 1;
   return policy;
@@ -203,7 +208,7 @@ std::string Name(const AnyPolicy& policy) {
   }
   if (c.kind == FP_MINFERENCE) {
     text << "MInference(vertical=" << policy.minference.vertical << " slash=" << policy.minference.slash
-         << " heads=" << policy.minference.head_count << " ";
+         << " heads=" << policy.minference.head_count << " rounding=" << policy.minference.rounding << " ";
   }
   if (c.kind == FP_XATTENTION) {
     text << "XAttention(threshold=" << policy.xattention.threshold << " stride=" << policy.xattention.stride

@@ -71,6 +71,7 @@ AnyPolicy SpargeByCdf(int block_size, float cdf, float similarity);
 AnyPolicy SpargeByTopk(int block_size, float topk, float similarity);
 AnyPolicy Prism(int block_size, float mass, int rotary_dim = 0, bool interleaved = false);
 AnyPolicy SampleAttention(int block_size, float coverage, float sample_ratio, float window_ratio, int sample_rows);
+AnyPolicy InTokens(AnyPolicy minference); // lines in place of the blocks that hold them
 AnyPolicy WithForced(AnyPolicy policy, int sink, int window, int tail);
 AnyPolicy Shared(AnyPolicy policy);
 AnyPolicy Corrected(AnyPolicy policy);

@@ -125,6 +125,7 @@ void FillPolicy(Bytes& in, AnyPolicy& policy) {
     policy.minference.vertical = in.Mostly(in.Upto(40));
     policy.minference.slash = in.Mostly(in.Upto(40));
     policy.minference.head_count = in.Mostly(in.Upto(3));
+    policy.minference.rounding = in.Mostly(in.Upto(1));
     policy.minference.heads = kHeads;
   } else if (kind == FP_XATTENTION) {
     policy.xattention.threshold = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
@@ -264,6 +265,9 @@ void Run(Bytes in) {
   if (refused(fp_mask_describe(&p, &policy.common, &mask))) return;
   const Buffer bits(mask.heads * mask.tile_rows * mask.words * 8);
   mask.bits = reinterpret_cast<uint64_t*>(bits.data);
+  const int64_t room = int64_t{mask.columns_room} + mask.distances_room;
+  const Buffer lines(room > 0 ? p.batch * mask.heads * (2 + room) * 4 : 0);
+  mask.lines = reinterpret_cast<int32_t*>(lines.data);
   const size_t short_by = in.OneIn(16) && bytes > 0 ? 1 : 0;
   if (refused(fp_prefill(&p, &policy.common, &exec, &mask, &output, workspace.data, bytes - short_by))) return;
 

@@ -344,6 +344,13 @@ POLICIES = [
     (fp.FlexPrefill, {"max_budget": 100}, ValueError, r"max_budget is 100; it must be at least min_budget"),
     (fp.FlexPrefill, {"cover": "all"}, ValueError, "cover is 'all'; it must be one of 'first', 'both'"),
     (fp.MInference, {"vertical": -1}, ValueError, "vertical is -1; it must be from 0"),
+    (fp.MInference, {"rounding": "up"}, ValueError, "rounding is 'up'; it must be one of 'blocks', 'tokens'"),
+    (
+        fp.MInference,
+        {"rounding": "tokens", "mean_correction": True},
+        ValueError,
+        "mean_correction is True; it must be False with rounding",
+    ),
     (fp.MInference, {"slash": 1.5}, TypeError, "slash is 1.5; it must be an integer"),
     (fp.MInference, {"heads": []}, ValueError, r"heads is \(\); it must be a pattern for each query head"),
     (fp.MInference, {"heads": [3]}, TypeError, r"heads\[0\] is 3; it must be \(pattern, a, b\)"),

@@ -291,6 +291,64 @@ def test_minference_is_the_published_one_in_blocks(vertical, slash, size):
     assert (fast != mask).float().mean() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_lines_of_tokens(library, dtype):
+    """Exactly the published tokens, beside the tile's own blocks: masks, attention, density."""
+    n, vertical, slash = 700, 40, 130
+    q, k, v = peaked(1, n, 2, 1, 32, dtype)
+    if library == "numpy" and dtype is torch.bfloat16:
+        pytest.skip("NumPy has no bf16")
+    policy = fp.MInference(vertical=vertical, slash=slash, rounding="tokens")
+    arrays = [x.numpy() for x in (q, k, v)] if library == "numpy" else (q, k, v)
+    equal = torch.equal if library == "torch" else np.array_equal
+    mask = fp.select(arrays[0], arrays[1], policy)
+    out, lse = fp.attend(*arrays, mask, return_lse=True)
+    both, stats = fp.prefill_attention(*arrays, policy, return_stats=True)
+    assert equal(fp.prefill_attention(*arrays, policy), both)
+    assert equal(both, out)
+    kept = 0
+    for h in range(2):
+        columns, distances = published_vertical_slash(q[:, h], k[:, 0], vertical, slash)
+        lines = mask.lines[0, h].tolist()
+        assert lines[2 : 2 + vertical] == sorted(columns.tolist())
+        assert lines[2 + mask.columns_room :][:slash] == sorted(distances.tolist())
+        for m in range(-(-n // 128)):
+            begin, end = m * 128, min(m * 128 + 128, n)
+            keys = torch.zeros(n + 128, dtype=torch.bool)
+            keys[columns] = True
+            for d in distances.tolist():
+                keys[max(0, begin - d) : max(0, end - d)] = True
+            keys[begin:] = False
+            blocks = (end - 1) // 64 + 1 - begin // 64
+            kept += blocks + -(-int(keys.sum()) // 64)
+            keys[begin:end] = True
+            seen = keys[None, :n] & (torch.arange(n)[None, :] <= torch.arange(begin, end)[:, None])
+            z = (q[begin:end, h].double() @ k[:, 0].double().T * 32**-0.5).masked_fill(~seen, -math.inf)
+            close = 1e-4 if dtype is torch.float32 else 2e-2
+            want = z.softmax(-1) @ v[:, 0].double()
+            assert torch.allclose(torch.as_tensor(out[begin:end, h]).double(), want, atol=close)
+            assert torch.allclose(torch.as_tensor(lse[h, begin:end]).double(), z.logsumexp(-1), atol=close)
+    assert int(mask.stats.kept.sum()) == int(stats.kept.sum()) == kept
+    rounded = fp.select(q, k, fp.MInference(vertical=vertical, slash=slash)).dense()
+    assert np.array_equal(np.asarray(mask.dense()), np.asarray(rounded))
+
+
+def test_lines_go_from_torch_to_numpy_and_are_checked():
+    q, k, v = peaked(2, 600, 2, 1, 16)
+    mask = fp.select(q, k, fp.MInference(vertical=30, slash=60, rounding="tokens"))
+    arrays = [x.numpy() for x in (q, k, v)]
+    assert np.allclose(fp.attend(*arrays, mask), fp.attend(q, k, v, mask).numpy())
+    mask.lines[0, 1, 3] = mask.lines[0, 1, 2]
+    with pytest.raises(
+        ValueError, match=r"mask\.lines\[0\]\[1\]'s column 1 is 0; it must be at least 0, and above"
+    ):
+        fp.attend(q, k, v, mask)
+    mask.lines[0, 1, 0] = 31
+    with pytest.raises(ValueError, match=r"mask\.lines\[0\]\[1\]\[0\] is 31; it must be from 0 to 30"):
+        fp.attend(q, k, v, mask)
+
+
 TABLE = [
     {
         "0": ["vertical_and_slash", 40, 200, 0.9],

@@ -44,6 +44,8 @@ policies are written as in Python, with the fields that you want to change:
   sampleattention  "sampleattention(coverage=0.9)"
   sketch         "sketch(mass=0.9, mean_correction=True)"
   streaming      "streaming(sink_blocks=1, window_blocks=8)"
+  flexprefill    "flexprefill(gamma=0.95, min_budget=1024)"  "flexprefill(tau=0)"
+  minference     "minference(vertical=1000, slash=6096)"
 """
 
 DEMO = """\

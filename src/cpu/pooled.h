@@ -70,8 +70,8 @@ class Pooled {
     shares_[0] = {};
     for (int b = 1; b <= p_.batch; ++b) shares_[b] = ShareOf(b, shares_[b - 1]);
     ForRuns([&](const Run& r, const Scratch& scratch) {
-      kernels_.describe(p_, plan_, r.s, r.begin, r.end, r.kv_head, r.kv_head + 1, PanelsOf(r.b, r.s, 0),
-                        scratch.describe);
+      kernels_.describe(p_, plan_, r.s, r.begin, r.end, r.kv_head, r.kv_head + 1, /*metric=*/nullptr,
+                        PanelsOf(r.b, r.s, 0), scratch.describe);
     });
   }
 

@@ -19,6 +19,7 @@ and date of its run. Attention alone on made-up inputs, by turns with PyTorch's
 `scaled_dot_product_attention` in the same run, medians; the time of a policy includes its selection. GFLOP/s
 count the kept part of the causal triangle and leave selection out; *of product* is their share of PyTorch's
 own product of two 2048 x 2048 matrices, measured in the same turns. Density is kept over causal blocks.
+Where CPU time is named, that was the clock: runs of one thread on a machine that others use too.
 """
 
 
@@ -26,11 +27,13 @@ def table(results: dict[str, Any]) -> list[str]:
     """One run as Markdown."""
     machine, settings = results["machine"], results["settings"]
     threads, target = settings["threads"], settings["target"] or "best target"
+    notes = ["CPU time"] if settings.get("clock") == "cpu" else []
+    notes += [settings["busy"]] if settings["busy"] else []
+    if settings["target"] and "torch_target" in settings:
+        notes.append(f"PyTorch's kernels: {settings['torch_target']}")
     lines = [
         f"\n## {machine['cpu']}, {settings['dtype']}, {threads} thread(s), {target}\n",
-        f"{results['date']}, `{results['command']}`"
-        + (f" ({settings['busy']})" if settings["busy"] else "")
-        + "\n",
+        f"{results['date']}, `{results['command']}`" + (f" ({'; '.join(notes)})" if notes else "") + "\n",
         "| shape | | density | ms | of it selection | GFLOP/s | of product | speed-up over SDPA |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -179,6 +179,7 @@ def measure(options: Options) -> dict[str, Any]:
         "target": options.target,
         "backend": options.backend,
         "clock": "cpu" if one_thread else "wall",
+        "torch_target": torch.backends.cpu.get_cpu_capability(),
     }
     return {
         "schema": SCHEMA,

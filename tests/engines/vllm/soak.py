@@ -31,7 +31,8 @@ def serve(model, dtype, log):
         "--model", str(model), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(PORT),
         "--dtype", dtype, "--max-model-len", "8192", "--kv-cache-memory-bytes", str(1 << 30),
         "--max-num-batched-tokens", "8192", "--long-prefill-token-threshold", str(CHUNK),
-        "--max-num-seqs", "8", "--enforce-eager", "--no-enable-prefix-caching", "--additional-config", json.dumps(POLICY),
+        "--max-num-seqs", "8", "--enforce-eager", "--no-enable-prefix-caching",
+        "--additional-config", json.dumps(POLICY),
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]

@@ -56,7 +56,7 @@ def test_needle(engines, smollm2, chunk):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [prompt.build(tokenizer, n, depth) for n, depth in ((2500, 0.3), (4000, 0.8))]
-    requests = [Request(p.ids, 12) for p in prompts]
+    requests = [Request(p.ids, 20) for p in prompts]
     options = {"max_num_batched_tokens": chunk, "max_num_seqs": 4, "dtype": "bfloat16"}
     found = {}
     for name, policy in (("stock", None), ("flashprefill", plugin.config("flashprefill"))):

@@ -72,7 +72,9 @@ def test_speculative_rows(tmp_path, llama):
     options["additional_config"] = flashprefill.vllm.config("dense")
     ours, (stats,), _ = run(tmp_path, llama, options, ids)
     assert ours == stock
-    assert stats["sparse_rows"] == 2500
+    # The last piece of a prompt may be shorter than a tile.
+    assert stats["sparse_rows"] + stats["dense_rows"].get("short", 0) == 2500
+    assert stats["sparse_rows"] > 2000
     assert stats["dense_rows"].get("speculative", 0) > 0
 
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <tuple>
 #include <utility>
 
 #include "cuda/common/tensor_map.h"
@@ -91,14 +92,17 @@ const char* AttendUnsupported(const Problem& p, const BlockMask& mask, const Out
   if (p.block_table && p.page_count > 0 && std::max(p.k.stride[0], p.v.stride[0]) > (int64_t{1} << 35) / p.page_count) {
     return "a paged cache of at most 2^35 elements on CUDA";
   }
-  if (!Aligned(p.q) || !Aligned(p.k) || !Aligned(p.v) || (output && !Aligned(output->out))) {
-    return "q, k, v and out must be 16-byte aligned on CUDA, with head_dim stride 1 and the other strides multiples of "
-           "8";
-  }
+#define FLASHPREFILL_ALIGNMENT \
+  " must be 16-byte aligned on CUDA, with head_dim stride 1 and the other strides multiples of 8 and not negative"
+  if (!Aligned(p.q)) return "q" FLASHPREFILL_ALIGNMENT;
+  if (!Aligned(p.k)) return "k" FLASHPREFILL_ALIGNMENT;
+  if (!Aligned(p.v)) return "v" FLASHPREFILL_ALIGNMENT;
+  if (output && !Aligned(output->out)) return "out" FLASHPREFILL_ALIGNMENT;
+#undef FLASHPREFILL_ALIGNMENT
   return nullptr;
 }
 
-size_t AttendScratchBytes(const Problem&, const BlockMask&) { return kWorkspaceAlign; } // the tile counter
+size_t AttendScratchBytes() { return kWorkspaceAlign; } // the tile counter
 
 cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   const Problem& p = *args.problem;
@@ -116,11 +120,21 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.tile_tokens = mask.tile_tokens;
   {
     const bool packed = p.cu_seqlens_q != nullptr;
-    const TensorMapShape shape{{p.head_dim, p.q_heads, packed ? p.total_q : p.max_seqlen_q, packed ? 1 : p.batch},
-                               {p.q.stride[2], p.q.stride[1], p.q.stride[0]},
-                               a.heads_a_tile,
-                               a.tile_tokens};
+    TensorMapShape shape{{p.head_dim, p.q_heads, packed ? p.total_q : p.max_seqlen_q, packed ? 1 : p.batch},
+                         {p.q.stride[2], p.q.stride[1], p.q.stride[0]},
+                         a.heads_a_tile,
+                         a.tile_tokens};
     if (const cudaError_t e = MakeTensorMap(&a.q, p.q.data, p.q.dtype, shape); e != cudaSuccess) return e;
+    const fp_tensor& out = output.out;
+    a.bulk_out = 16 % a.heads_a_tile == 0;
+    for (int i = 0; i < 3; ++i) {
+      shape.stride[i] = out.stride[2 - i];
+      a.bulk_out &= shape.size[i + 1] <= 1 || out.stride[2 - i] > 0;
+    }
+    shape.box_tokens = 16 / a.heads_a_tile;
+    if (a.bulk_out) {
+      if (const cudaError_t e = MakeTensorMap(&a.out_map, out.data, out.dtype, shape); e != cudaSuccess) return e;
+    }
   }
   if (!gathers) {
     for (const auto& [map, tensor] : {std::pair{&a.k, &p.k}, std::pair{&a.v, &p.v}}) {
@@ -134,8 +148,12 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
     a.mean_stride[2] = a.mean_rows * p.head_dim;
     const TensorMapShape shape{
         {p.head_dim, p.kv_heads, a.mean_rows, 1}, {a.mean_stride[2], a.mean_stride[1], 0}, 1, KeysAStep(p.head_dim)};
-    for (const auto& [map, data] : {std::pair{&a.k_mean, args.k_means}, std::pair{&a.v_mean, args.v_means}}) {
-      if (const cudaError_t e = MakeTensorMap(map, data, p.k.dtype, shape); e != cudaSuccess) return e;
+    TensorMapShape part = shape;
+    part.box_tokens = kMeanPartRows;
+    for (const auto& [map, data, s] : {std::tuple{&a.k_mean, args.k_means, &shape},
+                                       {&a.v_mean, args.v_means, &shape},
+                                       {&a.v_mean_part, args.v_means, &part}}) {
+      if (const cudaError_t e = MakeTensorMap(map, data, p.k.dtype, *s); e != cudaSuccess) return e;
     }
   }
   a.k_data = p.k.data;
@@ -171,6 +189,12 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.page_count = static_cast<int>(std::min<int64_t>(p.page_count, std::numeric_limits<int32_t>::max()));
   a.pages_per_seq = p.pages_per_seq;
   a.absent_token = static_cast<int>(p.block_table ? p.page_size : p.cu_seqlens_k ? p.total_k : p.max_seqlen_k);
+  a.mask_heads = a.group / a.heads_a_tile;
+  a.by_tile = Divider::Of(a.tile_tokens);
+  a.by_tiles = Divider::Of(std::max<int64_t>(1, DivUp<int64_t>(p.max_seqlen_q, a.tile_tokens)));
+  a.by_block = Divider::Of(a.block_size);
+  a.by_in_tile = Divider::Of(a.mask_heads * a.section_heads);
+  a.by_mask_heads = Divider::Of(a.mask_heads);
   a.causal = p.causal;
   a.mean_correction = mask.mean_correction;
   a.total_q = static_cast<int>(p.total_q);
@@ -178,7 +202,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.max_q = static_cast<int>(p.max_seqlen_q);
   a.max_k = static_cast<int>(p.max_seqlen_k);
   a.scale_log2 = p.softmax_scale * std::numbers::log2e_v<float>;
-  a.rescale_above = 8.0f / a.scale_log2;
+  a.minus_one = -1;
 
   const AttendKernelPair kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);
@@ -191,12 +215,20 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   cudaError_t e =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kernels.shared_bytes));
   if (e != cudaSuccess) return e;
-  e = cudaMemsetAsync(a.counter, 0, sizeof(int), stream);
-  if (e != cudaSuccess) return e;
-  const int64_t items = (p.total_q / a.tile_tokens + p.batch) * p.kv_heads * (a.group / a.heads_a_tile);
+  if (!args.follows_select && (e = cudaMemsetAsync(a.counter, 0, sizeof(int), stream)) != cudaSuccess) return e;
+  const int64_t items = (p.total_q / a.tile_tokens + p.batch) * p.kv_heads * a.mask_heads;
   void* parameters[] = {&a};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(std::min<int64_t>(items, processors))),
-                          dim3(kAttendThreads), parameters, kernels.shared_bytes, stream);
+  cudaLaunchAttribute overlap{}; // this kernel may start while the one before it ends; it waits for it itself
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = args.follows_select;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(items, processors)));
+  config.blockDim = dim3(kAttendThreads);
+  config.dynamicSmemBytes = kernels.shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, kernel, parameters);
 }
 
 } // namespace flashprefill::cuda

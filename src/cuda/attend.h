@@ -19,7 +19,10 @@ struct AttendArgs {
   // products.
   const void* k_means = nullptr;
   const void* v_means = nullptr;
-  void* scratch = nullptr; // AttendScratchBytes of it, 64-byte aligned; contents don't matter
+  void* scratch = nullptr; // AttendScratchBytes of it, 64-byte aligned; contents don't matter, except:
+  // The launch before this one on the stream is one of LaunchSelect's, which has set the scratch memory's first word to
+  // zero. Then no memset is needed, and the kernel's start hides behind that launch's end.
+  bool follows_select = false;
 };
 
 // Rows of the means of one KV head, from what the host knows.
@@ -42,7 +45,7 @@ __host__ __device__
 // Strides of q, k, v and out: 1 for head_dim, multiples of 8 elements and >= 0 for the rest; pointers 16-byte aligned.
 const char* AttendUnsupported(const Problem& problem, const BlockMask& mask, const Output* output);
 
-size_t AttendScratchBytes(const Problem& problem, const BlockMask& mask);
+size_t AttendScratchBytes();
 
 // Puts the kernel on the stream. No allocation, no synchronisation; may be captured in a graph, where the device
 // arrays' contents (lengths, page tables, masks) may change between replays.

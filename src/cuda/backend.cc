@@ -69,7 +69,7 @@ void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask&
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
   const SelectScratch scratch = SelectScratch::Take(layout, p, policy, false);
-  CheckCuda(LaunchSelect(p, policy, mask, scratch, false, StreamOf(exec)), "select");
+  CheckCuda(LaunchSelect(p, policy, mask, scratch, false, nullptr, StreamOf(exec)), "select");
 }
 
 // Scratch memory of an attend that has to pool K and V itself.
@@ -77,11 +77,12 @@ struct AttendScratch {
   void *k_means, *v_means, *scratch;
 
   static AttendScratch Take(Workspace& workspace, const Problem& p, const BlockMask& mask) {
-    const int64_t means = mask.mean_correction ? p.kv_heads * MeanRows(p, mask.block_size) * p.head_dim : 0;
     AttendScratch a{};
-    a.k_means = workspace.Take<uint16_t>(means);
-    a.v_means = workspace.Take<uint16_t>(means);
-    a.scratch = workspace.Take<std::byte>(static_cast<int64_t>(AttendScratchBytes(p, mask)));
+    if (mask.mean_correction) {
+      a.k_means = TakeMeans(workspace, p, mask.block_size);
+      a.v_means = TakeMeans(workspace, p, mask.block_size);
+    }
+    a.scratch = workspace.Take<std::byte>(static_cast<int64_t>(AttendScratchBytes()));
     return a;
   }
 };
@@ -112,7 +113,7 @@ struct PrefillScratch {
   static PrefillScratch Take(Workspace& workspace, const Problem& p, const Policy& policy, const BlockMask& mask) {
     PrefillScratch s{};
     s.select = SelectScratch::Take(workspace, p, policy, mask.mean_correction != 0);
-    s.attend = workspace.Take<std::byte>(static_cast<int64_t>(AttendScratchBytes(p, mask)));
+    s.attend = workspace.Take<std::byte>(static_cast<int64_t>(AttendScratchBytes()));
     return s;
   }
 };
@@ -130,13 +131,16 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
   Workspace layout(workspace);
   const PrefillScratch scratch = PrefillScratch::Take(layout, p, policy, mask);
   const bool correction = mask.mean_correction != 0;
-  CheckCuda(LaunchSelect(p, policy, mask, scratch.select, correction, StreamOf(exec)), "select");
+  CheckCuda(
+      LaunchSelect(p, policy, mask, scratch.select, correction, static_cast<int*>(scratch.attend), StreamOf(exec)),
+      "select");
   const AttendArgs args{&p,
                         &mask,
                         &output,
                         correction ? scratch.select.k_means : nullptr,
                         correction ? scratch.select.v_means : nullptr,
-                        scratch.attend};
+                        scratch.attend,
+                        true};
   CheckCuda(LaunchAttend(args, StreamOf(exec)), "attend");
 }
 

@@ -151,13 +151,16 @@ cudaError_t LaunchScores(const Problem& p, const Policy& policy, const Scoring& 
 
 } // namespace
 
+void* TakeMeans(Workspace& workspace, const Problem& p, int block_size, int planes) {
+  return workspace.Take<uint16_t>(planes * p.kv_heads * MeanRows(p, block_size) * Pitch(p));
+}
+
 SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction) {
   const Scoring s = ScoringOf(p, policy);
-  const int64_t means = p.kv_heads * MeanRows(p, policy.block_size) * Pitch(p);
   SelectScratch scratch{};
-  if (correction || (s.scored && !s.sketch)) scratch.k_means = workspace.Take<uint16_t>(means);
-  if (correction) scratch.v_means = workspace.Take<uint16_t>(means);
-  if (s.scored && s.sketch) scratch.sketch = workspace.Take<uint16_t>((2 + s.outliers) * means);
+  if (correction || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
+  if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
+  if (s.scored && s.sketch) scratch.sketch = TakeMeans(workspace, p, policy.block_size, 2 + s.outliers);
   if (s.scored && !s.rows_in_q) {
     scratch.q_rows = workspace.Take<uint16_t>((s.sketch ? 2 : 1) * UnitCount(p, policy) * s.unit_rows * Pitch(p));
   }
@@ -180,7 +183,7 @@ const char* SelectUnsupported(const Problem& p, const Policy& policy) {
 }
 
 cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask& mask, const SelectScratch& scratch,
-                         bool correction, cudaStream_t stream) {
+                         bool correction, int* zeroed, cudaStream_t stream) {
   const Scoring s = ScoringOf(p, policy);
   PoolArgs pool = PoolOf(p, TileRules::Of(p, policy));
   pool.k_means = scratch.k_means;
@@ -188,7 +191,7 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   pool.skip_forced = true; // in such a sequence no bit is zero, so attend does not correct either
   if (!s.scored) {
     const Geometry g = Geometry::Of(p, policy);
-    const MaskArgs args{pool.d, pool.rules, mask.bits, mask.counts, mask.fallback, g.mask_heads, mask.words};
+    const MaskArgs args{pool.d, pool.rules, mask.bits, mask.counts, mask.fallback, g.mask_heads, mask.words, zeroed};
     if (cudaError_t error = LaunchMask(args, stream)) return error;
     return correction && policy.kind != FP_DENSE ? LaunchPool(pool, stream) : cudaSuccess;
   }
@@ -200,6 +203,7 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   pool.squares = s.sketch;
   pool.square_scale = p.softmax_scale / 2;
   pool.fallback = mask.fallback;
+  pool.zeroed = zeroed;
   if (cudaError_t error = LaunchPool(pool, stream)) return error;
   return LaunchScores(p, policy, s, mask, scratch, stream);
 }

@@ -23,9 +23,13 @@ struct SelectScratch {
 // Null if select does this problem and policy, else what it would need, in words.
 const char* SelectUnsupported(const Problem& problem, const Policy& policy);
 
-// Puts select on the stream, and with `correction` the pooling of K and V for attend, in the same pass.
+// Room for the means of a problem's blocks, in the layout of attend.h; several such arrays, one after another.
+void* TakeMeans(Workspace& workspace, const Problem& problem, int block_size, int planes = 1);
+
+// Puts select on the stream, and with `correction` the pooling of K and V for attend, in the same pass. `zeroed`, if
+// not null, is set to zero; attend may then start before the last launch is done (AttendArgs::follows_select).
 cudaError_t LaunchSelect(const Problem& problem, const Policy& policy, const BlockMask& mask,
-                         const SelectScratch& scratch, bool correction, cudaStream_t stream);
+                         const SelectScratch& scratch, bool correction, int* zeroed, cudaStream_t stream);
 
 // The means alone, for an attend with correction that follows no select.
 cudaError_t LaunchMeans(const Problem& problem, const BlockMask& mask, void* k_means, void* v_means,

@@ -70,6 +70,17 @@ __device__ __forceinline__ void BulkLoad(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// The other way: what lies outside the tensor is not written. The thread that commits is the one that waits.
+__device__ __forceinline__ void BulkStore(const CUtensorMap* map, uint32_t from, int x0, int x1, int x2, int x3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+               : "memory");
+}
+__device__ __forceinline__ void BulkStoresCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until shared memory has been read, or until everything has been written.
+__device__ __forceinline__ void BulkStoresRead() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void BulkStoresDone() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // pointer + 16 * units bytes, in one instruction.
 __device__ __forceinline__ const void* AddUnits16(const void* pointer, uint32_t units) {
   uint64_t sum;
@@ -107,6 +118,13 @@ __device__ __forceinline__ void NamedBarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// threadIdx.x, read anew where it stands: what is made from it is not kept in registers meanwhile.
+__device__ __forceinline__ int ThreadAgain() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // True for one lane of a converged warp; the compiler knows that it is one.
 __device__ __forceinline__ bool ElectOne() {
   uint32_t elected;
@@ -126,11 +144,19 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// Keeps what a and b (not negative, or NaN) are made from in front of this point. ptxas moves arithmetic behind waits
-// for products that it doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it
-// is, also one that never happens.
-__device__ __forceinline__ void HoldBack(float a, float b, float* nowhere) {
-  if (a == -1.0f) asm volatile("st.shared.f32 [%0], %1;" ::"r"(SharedAddress(nowhere)), "f"(b) : "memory");
+// Keeps what a and b are made from in front of this point. ptxas moves arithmetic behind waits for products that it
+// doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it is, also one that never
+// happens, because a is not `never`; only the compiler must not know that.
+__device__ __forceinline__ void HoldBack(float a, float b, float never, float* nowhere) {
+  if (a == never) asm volatile("st.shared.f32 [%0], %1;" ::"r"(SharedAddress(nowhere)), "f"(b) : "memory");
+}
+
+// A copy in another register, made where it stands. ptxas would merge a plain copy with its source, also where the
+// matrix units still read the register that is copied to, and then serialise all products (C7513).
+__device__ __forceinline__ uint32_t OpaqueCopy(uint32_t x, uint32_t zero) {
+  uint32_t y;
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(zero));
+  return y;
 }
 
 // Two floats as two 16-bit values, the first in the low half.

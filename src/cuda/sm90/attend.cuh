@@ -8,10 +8,12 @@
 // already there, and O leaves through shared memory while that product runs. P never leaves registers (wgmma.cuh says
 // why it needn't).
 //
-// The running maximum of a row is only followed when it has grown by 2^8 or more: until then exponentials are taken
-// against the old one, which fp32 sums bear easily, and the 64 multiplications that rescale O are skipped.
+// Weights are exponentials against a reference that a row keeps, the maximum of its first scores, for as long as its
+// sums stay in range: there is no maximum in the common step (NextWeights).
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_CUH_
+
+#include <type_traits>
 
 #include "cuda/common/wgmma.cuh"
 #include "cuda/sm90/attend_producer.cuh"
@@ -38,21 +40,14 @@ class AttendMath {
     while (true) { // here the first scores of the tile are there, and no product is in flight
       StartRows(tile);
       TakeScores(tile.key_tiles == 1);
-      Softmax([] {});
-      PackWeights();
+      FirstWeights();
       for (int j = 1; j < tile.key_tiles; ++j) {
         IssueScores();
         IssueValues(j > 1);
         PassTurn();
         WgmmaWait<1>();
         TakeScores(j + 1 == tile.key_tiles);
-        const bool grown = Softmax([&] { // P V is done by now; the other half's waits are filled with packing
-          HoldBack(sum_[0], sum_[1], &sm_.never_written);
-          WgmmaWait<0>();
-          TakeValues();
-        });
-        PackWeights();
-        if (grown) Rescale();
+        NextWeights();
       }
       const bool several = tile.key_tiles > 1;
       TileInfo next;
@@ -90,7 +85,11 @@ class AttendMath {
  private:
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
+  static constexpr int kMathWarp0 = (kAttendThreads - kMathThreads) / 32;
   using Plan = SharedPlan<SHAPE>;
+  // What a lane's sum of 32 or 16 weights must stay below. fp16 weights end at 65504; fp32 sums, and bf16 weights, bear
+  // much more without loss.
+  static constexpr float kLargeSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p40f;
 
   // ---------------------------------------------------------------- tiles and turns
 
@@ -106,8 +105,8 @@ class AttendMath {
       const int token = TokenOf(row_ + 8 * r);
       last_key_[r] = min(tile.first_position + token, tile.last_key);
       max_[r] = -INFINITY;
-      sum_[r] = 0;
     }
+    rows_exist_ = (row_ < tile.rows ? 1 : 0) | (row_ + 8 < tile.rows ? 2 : 0);
   }
 
   // row / heads_a_tile, exact for the 128 rows of a tile.
@@ -146,7 +145,7 @@ class AttendMath {
     Release(&sm_.k_empty[k_.stage]);
     k_.Advance();
     if (last) {
-      Release(&sm_.q_empty[q_.stage]);
+      BarrierArrive(&sm_.q_empty[q_.stage]); // each lane: they have read the tile's description too
       q_.Advance();
     }
   }
@@ -172,14 +171,61 @@ class AttendMath {
 
   // ---------------------------------------------------------------- softmax
 
-  // s_ becomes exp2 of the scaled scores against the row's reference maximum. Returns whether any row of the warp has
-  // moved its reference, so that O must follow; grow_ holds by how much. `between` is called with half of them done.
-  template <class Between>
-  __device__ __forceinline__ bool Softmax(Between between) {
-    const KeyTile& key_tile = sm_.key_tiles[ring_];
-    ring_ = (ring_ + 1) % kKeyTileRing;
-    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile);
-    float top[2];
+  // Weights of a tile's first step: references are its maxima.
+  __device__ __forceinline__ void FirstWeights() {
+    MaskIfAsked();
+    float grow[2], reference[2], part[2] = {0, 0};
+    FollowMaxima(3, grow);
+    References(reference);
+    Weigh<0, kKeys / 8>(weights_, reference, part);
+    sum_[0] = part[0];
+    sum_[1] = part[1];
+  }
+
+  // Weights of a later step. They are taken against the old references, without a look at the scores: where that makes
+  // a lane's sum too large, the step is done again with the row's maximum, for which the scores are kept. So no maximum
+  // stands in the common way, and P V of the step before has half of the exponentials as its shadow.
+  __device__ __forceinline__ void NextWeights() {
+    constexpr int kHalf = kKeys / 16; // of the step's groups of 8 columns
+    MaskIfAsked();
+    float reference[2] = {max_[0] * p_.scale_log2, max_[1] * p_.scale_log2};
+    float part[2] = {0, 0};
+    uint32_t early[2 * kHalf]; // P V still reads weights_
+    Weigh<0, kHalf>(early, reference, part);
+    HoldBack(part[0], part[1], p_.minus_one, &sm_.never_written);
+    WgmmaWait<0>();
+    TakeValues();
+#pragma unroll
+    for (int i = 0; i < 2 * kHalf; ++i) weights_[i] = OpaqueCopy(early[i], p_.zero);
+    Weigh<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
+    // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
+    int large = (part[0] < kLargeSum ? 0 : 1) | (part[1] < kLargeSum ? 0 : 2);
+    if (__any_sync(~0u, large & rows_exist_)) {
+      large |= __shfl_xor_sync(~0u, large, 1);
+      large |= __shfl_xor_sync(~0u, large, 2);
+      float grow[2];
+      FollowMaxima(large, grow);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
+      References(reference);
+      part[0] = part[1] = 0;
+      Weigh<0, 2 * kHalf>(weights_, reference, part);
+      sum_[0] *= grow[0];
+      sum_[1] *= grow[1];
+    }
+    sum_[0] += part[0];
+    sum_[1] += part[1];
+  }
+
+  // What a row's scores are taken against, scaled; a row may have seen nothing yet.
+  __device__ __forceinline__ void References(float (&reference)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : max_[r] * p_.scale_log2;
+  }
+
+  // Moves the reference of each row that `moves` names to its maximum. Whether a row moves depends on that row alone,
+  // so its results are the same bits whatever else is in the tile.
+  __device__ __forceinline__ void FollowMaxima(int moves, float (&grow)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) { // four chains, not one: a step of a chain takes 4 cycles or more
       float t[4];
@@ -189,42 +235,35 @@ class AttendMath {
       for (int i = 4; i < kKeys / 8; ++i) {
         t[i % 4] = fmaxf(t[i % 4], fmaxf(s_[4 * i + 2 * r], s_[4 * i + 2 * r + 1]));
       }
-      top[r] = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
+      float top = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const bool grows = moves >> r & 1 && top > max_[r];
+      grow[r] = grows ? Exp2((max_[r] - top) * p_.scale_log2) : 1.0f;
+      max_[r] = grows ? top : max_[r];
     }
-    bool mine = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
-      const bool grows = top[r] > max_[r] + p_.rescale_above;
-      grow_[r] = grows ? Exp2((max_[r] - top[r]) * p_.scale_log2) : 1.0f;
-      max_[r] = grows ? top[r] : max_[r];
-      mine |= grows;
-    }
-    const bool grown = __any_sync(~0u, mine);
-    float reference[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      reference[r] = max_[r] == -INFINITY ? 0 : max_[r] * p_.scale_log2; // a row may have seen nothing yet
-      sum_[r] *= grow_[r];
-    }
-    Exponentials<0, kKeys / 16>(reference);
-    between();
-    Exponentials<kKeys / 16, kKeys / 8>(reference);
-    return grown;
   }
 
-  // Of columns 8 BEGIN to 8 END.
+  // Of columns 8 BEGIN to 8 END: the weights, packed, and their sum.
   template <int BEGIN, int END>
-  __device__ __forceinline__ void Exponentials(const float (&reference)[2]) {
+  __device__ __forceinline__ void Weigh(uint32_t* to, const float (&reference)[2], float (&part)[2]) const {
 #pragma unroll
     for (int i = BEGIN; i < END; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s_[4 * i + e] = Exp2(fmaf(s_[4 * i + e], p_.scale_log2, -reference[e / 2]));
-        sum_[e / 2] += s_[4 * i + e];
+      for (int r = 0; r < 2; ++r) {
+        const float low = Exp2(fmaf(s_[4 * i + 2 * r], p_.scale_log2, -reference[r]));
+        const float high = Exp2(fmaf(s_[4 * i + 2 * r + 1], p_.scale_log2, -reference[r]));
+        part[r] += low;
+        part[r] += high;
+        to[2 * (i - BEGIN) + r] = Pack<T>(low, high);
       }
     }
+  }
+
+  __device__ __forceinline__ void MaskIfAsked() {
+    const KeyTile& key_tile = sm_.key_tiles[ring_];
+    ring_ = (ring_ + 1) % kKeyTileRing;
+    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile);
   }
 
   __device__ __forceinline__ void Mask(const KeyTile& key_tile) {
@@ -252,16 +291,6 @@ class AttendMath {
     }
   }
 
-  __device__ __forceinline__ void PackWeights() {
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) weights_[i] = Pack<T>(s_[2 * i], s_[2 * i + 1]);
-  }
-
-  __device__ __forceinline__ void Rescale() {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow_[i / 2 % 2];
-  }
-
   // ---------------------------------------------------------------- out
 
   // Normalises O and packs it, straight: ptxas lets nothing branch while it reads O beside an unfinished product.
@@ -280,49 +309,71 @@ class AttendMath {
     }
   }
 
+  // O leaves by bulk copies, 16 rows a warp. A tile that is not full would write over what follows it, so its rows go
+  // one by one, as do those of groups that 16 rows don't hold whole.
   __device__ __forceinline__ void StoreTile(const TileInfo& tile) {
     constexpr int kColumns = SHAPE::kOutColumns;
-    constexpr int kPitch = kColumns * 2;
-    const int warp = threadIdx.x / 32 - 4;
+    constexpr int kPanelBytes = 16 * Plan::kPanelRowsBytes;
+    const int thread = ThreadAgain(), lane = thread % 32, warp = thread / 32 - kMathWarp0;
     const uint32_t stage = SharedAddress(sm_.out[warp]);
-    const int first_row = row_ - lane_ / 4;
-    T* const out = static_cast<T*>(p_.out) + tile.batch * p_.out_stride[0] + tile.head * p_.out_stride[2];
+    const int first_row = warp * 16;
+    const bool bulk = tile.rows == kTileRowsSm90 && p_.bulk_out;
+    const auto at = [&](int row, int piece) { // 16 bytes of a row, in panels as everywhere
+      return stage + piece / 8 * kPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
+    };
 #pragma unroll
     for (int pass = 0; pass < kHeadDim / kColumns; ++pass) {
+      if (ElectOne()) BulkStoresRead(); // of the tile or pass before
       __syncwarp();
-      const int matrix_row = lane_ % 8 + lane_ / 8 % 2 * 8;
+      const int matrix_row = lane % 8 + lane / 8 % 2 * 8;
 #pragma unroll
       for (int c = 0; c < kColumns / 8; c += 2) { // 16 columns at once: four 8x8 matrices
         const uint32_t* o = out_ + (pass * kColumns / 8 + c) * 2;
-        const int piece = (c + lane_ / 16) ^ (lane_ % 8);
-        StoreMatrix4(stage + matrix_row * kPitch + piece * 16, o[0], o[1], o[2], o[3]);
+        StoreMatrix4(at(matrix_row, c + lane / 16), o[0], o[1], o[2], o[3]);
       }
-      __syncwarp();
+      if (bulk) {
+        FenceAsyncProxy();
+        __syncwarp();
+        if (ElectOne()) {
 #pragma unroll
-      for (int i = 0; i < 16 * kColumns / 8 / 32; ++i) { // whole rows, 16 bytes a lane
-        const int row = (i * 32 + lane_) / (kColumns / 8);
-        const int piece = lane_ % (kColumns / 8);
-        const uint4 value = LoadShared16(stage + row * kPitch + ((piece ^ row % 8) << 4));
-        const int tile_row = first_row + row;
-        const int column = pass * kColumns + piece * 8;
-        if (tile_row < tile.rows && column < p_.head_dim) {
-          const int token = TokenOf(tile_row);
-          T* const to = out + (tile.token + token) * p_.out_stride[1] +
-                        (tile_row - token * p_.heads_a_tile) * p_.out_stride[2] + column;
-          *reinterpret_cast<uint4*>(to) = value;
+          for (int i = 0; i < kColumns / kPanelColumns; ++i) {
+            BulkStore(&p_.out_map, stage + i * kPanelBytes, pass * kColumns + i * kPanelColumns, tile.head,
+                      tile.token + TokenOf(first_row), tile.batch);
+          }
+          BulkStoresCommit();
         }
+      } else {
+        __syncwarp();
+        StoreRows(tile, at, lane, first_row, pass * kColumns);
       }
     }
-    if (p_.lse != nullptr && lane_ % 4 == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int tile_row = row_ + 8 * r;
-        if (tile_row >= tile.rows) continue;
+    // Of four lanes that share two rows the first two write a row each.
+    const int r = lane % 4, tile_row = first_row + lane / 4 + 8 * r;
+    if (p_.lse != nullptr && r < 2 && tile_row < tile.rows) {
+      const int token = TokenOf(tile_row);
+      const int head = tile.head + tile_row - token * p_.heads_a_tile;
+      const float sum = r == 0 ? sum_[0] : sum_[1], reference = r == 0 ? max_[0] : max_[1];
+      constexpr float kLn2 = 0.693147180559945f;
+      p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] =
+          sum == 0 ? -INFINITY : fmaf(reference, p_.scale_log2, __log2f(sum)) * kLn2;
+    }
+  }
+
+  // A warp's 16 rows, columns from `first_column` on, whole rows at a time, 16 bytes a lane.
+  template <class At>
+  __device__ __forceinline__ void StoreRows(const TileInfo& tile, At at, int lane, int first_row, int first_column) {
+    constexpr int kPieces = SHAPE::kOutColumns / 8;
+    T* const out = static_cast<T*>(p_.out) + tile.batch * p_.out_stride[0] + tile.head * p_.out_stride[2];
+#pragma unroll 1
+    for (int i = lane; i < 16 * kPieces; i += 32) {
+      const int row = i / kPieces, piece = i % kPieces;
+      const int tile_row = first_row + row;
+      const int column = first_column + piece * 8;
+      if (tile_row < tile.rows && column < p_.head_dim) {
         const int token = TokenOf(tile_row);
-        const int head = tile.head + tile_row - token * p_.heads_a_tile;
-        constexpr float kLn2 = 0.693147180559945f;
-        const float lse = sum_[r] == 0 ? -INFINITY : (max_[r] * p_.scale_log2 + log2f(sum_[r])) * kLn2;
-        p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] = lse;
+        T* const to = out + (tile.token + token) * p_.out_stride[1] +
+                      (tile_row - token * p_.heads_a_tile) * p_.out_stride[2] + column;
+        *reinterpret_cast<uint4*>(to) = LoadShared16(at(row, piece));
       }
     }
   }
@@ -341,7 +392,8 @@ class AttendMath {
   uint32_t weights_[kKeys / 4]; // P, packed
   uint32_t out_[kHeadDim / 4];  // O, normalised and packed
   int last_key_[2];
-  float max_[2], sum_[2], grow_[2]; // the reference maximum, raw; this lane's part of the sum
+  int rows_exist_;        // a bit for each of them
+  float max_[2], sum_[2]; // the reference maximum, raw; this lane's part of the sum
 };
 
 template <class T, class SHAPE, bool GATHER>
@@ -351,9 +403,11 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
     constexpr int kFullArrivals = AttendProducer<SHAPE, GATHER>::kFullArrivals;
+    BarrierInit(&sm.work_full, 32);
+    BarrierInit(&sm.work_empty, AttendProducer<SHAPE, GATHER>::kLoaders * 32);
     for (int i = 0; i < SHAPE::kQStages; ++i) {
       BarrierInit(&sm.q_full[i], 1);
-      BarrierInit(&sm.q_empty[i], kMathWarps);
+      BarrierInit(&sm.q_empty[i], kMathThreads);
     }
     for (int i = 0; i < SHAPE::kStages; ++i) {
       BarrierInit(&sm.k_full[i], kFullArrivals);
@@ -364,12 +418,14 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     FenceBarrierInit();
   }
   __syncthreads();
+  cudaGridDependencySynchronize(); // what select wrote, if this launch was let in before its end
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
     if (threadIdx.x < AttendProducer<SHAPE, GATHER>::kThreads) AttendProducer<SHAPE, GATHER>(p, sm).Run();
   } else {
     GrowRegisters<SHAPE::kMathRegisters>();
     AttendMath<T, SHAPE, GATHER>(p, sm).Run();
+    BulkStoresDone();
   }
 }
 

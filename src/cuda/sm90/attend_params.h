@@ -8,10 +8,13 @@
 
 #include <cstdint>
 
+#include "cuda/common/sequence.cuh"
+
 namespace flashprefill::cuda {
 
 constexpr int kPanelColumns = 64; // a panel is what one 128-byte swizzle row holds of 16-bit values
 constexpr int kTileRowsSm90 = 128;
+constexpr int kMeanPartRows = 16;
 constexpr int kMathThreads = 256;
 constexpr int kAttendThreads = 384;
 
@@ -34,7 +37,9 @@ struct AttendShape {
 
 struct AttendParams {
   CUtensorMap q, k, v;              // (head_dim, heads, tokens, batch or page)
+  CUtensorMap out_map;              // of a warp's 16 rows, as q; only with bulk_out
   CUtensorMap k_mean, v_mean;       // (head_dim, rows, kv_heads, 1); only with mean_correction
+  CUtensorMap v_mean_part;          // v_mean in boxes of kMeanPartRows
   const void *k_data, *v_data;      // for rows that bulk copies can't fetch
   const void* v_mean_data;          // [kv_heads, mean_rows, head_dim]
   int64_t k_stride[3], v_stride[3]; // batch or page, token, head; in elements
@@ -55,21 +60,27 @@ struct AttendParams {
   int section_heads; // KV heads that are worked on together; divides kv_heads
   int group;         // query heads a KV head
   int heads_a_tile;  // group or 1
+  int mask_heads;    // of a KV head: group / heads_a_tile
   int token_of_row;  // ceil(65536 / heads_a_tile)
   int tile_tokens;
   int head_dim;
   int block_size;
-  int chunk_shift;  // log2 of the keys that lie together: the largest power of 2 in block and page, at most kKeys
-  int by_rows;      // GATHER: K and V come row by row; else its four warps share the bulk copies of a tile
-  int absent_token; // a token coordinate outside of K and V: reads as zeros
-  int page_size;    // 0: not paged
+  int chunk_shift; // log2 of the keys that lie together: the largest power of 2 in block and page, at most kKeys
+  int by_rows;     // GATHER: K and V come row by row; else its four warps share the bulk copies of a tile
+  // Division by numbers that the host knows: a lone warp takes some 200 cycles for each otherwise.
+  Divider by_tile, by_block, by_in_tile, by_mask_heads; // tile_tokens, block_size, mask heads a section, a KV head
+  Divider by_tiles;                                     // tiles of a sequence, where all have max_q queries
+  int absent_token;                                     // a token coordinate outside of K and V: reads as zeros
+  int page_size;                                        // 0: not paged
   int page_count, pages_per_seq;
   int causal;
   int mean_correction;
   int total_q, total_k;
   int max_q, max_k;
-  float scale_log2;    // softmax_scale * log2(e)
-  float rescale_above; // raw scores: growth of the maximum that makes a row rescale
+  int bulk_out;     // 16 rows of a tile are whole tokens
+  float scale_log2; // softmax_scale * log2(e)
+  uint32_t zero;    // OpaqueCopy's
+  float minus_one;  // HoldBack's
 };
 
 // The kernels for a dtype and a head dimension, to be launched with AttendParams.

@@ -66,9 +66,12 @@ struct SharedPlan {
   uint64_t q_full[SHAPE::kQStages], q_empty[SHAPE::kQStages];
   uint64_t k_full[SHAPE::kStages], k_empty[SHAPE::kStages];
   uint64_t v_full[SHAPE::kStages], v_empty[SHAPE::kStages];
-  Work next_work[4];   // of each producer warp: looked up while the tile before is being loaded
-  float never_written; // HoldBack's
-  int next_item[2];    // from the first producer warp to the others
+  alignas(16) uint32_t row_offsets[4][64]; // of the rows that a producer warp copies
+  Work work;                               // the next tile, from the warp that takes tiles to those that load them,
+  uint64_t words[32];                      // and the highest words of its mask
+  uint64_t work_full, work_empty;
+  int next_item, next_parity, tiles_of_batch; // of the warp that takes tiles
+  float never_written;                        // HoldBack's
 };
 
 // A position in a ring of STAGES barriers: which stage, and the parity of its current use.
@@ -85,8 +88,7 @@ struct RingPosition {
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;     // and 2: whose turn it is to use the matrix units, a math warpgroup each
-constexpr int kProducerBarrier = 3; // the producer's warps
+constexpr int kTurnBarrier = 1; // and 2: whose turn it is to use the matrix units, a math warpgroup each
 
 } // namespace flashprefill::cuda
 

@@ -23,8 +23,9 @@ namespace flashprefill::cuda {
 template <class SHAPE, bool GATHER>
 class AttendProducer {
  public:
-  static constexpr int kTeamWarps = GATHER ? 2 : 1; // for K, and as many for V
-  static constexpr int kThreads = 2 * kTeamWarps * 32;
+  static constexpr int kTeamWarps = GATHER ? 2 : 1;  // for K, and as many for V
+  static constexpr int kLoaders = 2 * kTeamWarps;    // warps
+  static constexpr int kThreads = GATHER ? 128 : 96; // with the warp that takes tiles; GATHER has none to spare for it
   // Arrivals that make a K or V stage full: the team leader's, and GATHER one a thread when its own copies are done.
   static constexpr int kFullArrivals = GATHER ? 1 + kTeamWarps * 32 : 1;
 
@@ -32,7 +33,7 @@ class AttendProducer {
       : p_(p),
         sm_(shared),
         lane_(threadIdx.x % 32),
-        warp_(threadIdx.x / 32),
+        warp_(__shfl_sync(~0u, threadIdx.x / 32, 0)), // so the compiler knows that a warp agrees on it
         rank_(warp_ % kTeamWarps),
         is_v_(warp_ >= kTeamWarps),
         chunks_(kKeys >> p.chunk_shift),
@@ -45,41 +46,38 @@ class AttendProducer {
         empty_(is_v_ ? shared.v_empty : shared.k_empty) {}
 
   __device__ __forceinline__ void Run() {
-    const int tiles_of_batch = TilesOfBatch(p_);
-    const int items = tiles_of_batch * p_.kv_heads * (p_.group / p_.heads_a_tile);
-    int turn = 0;
-    int fetched = blockIdx.x;
-    uint64_t next_word = 0;
-    for (int item = -1; item < items;) { // the first round has no tile yet: it only looks up the first one
-      int steps = 0, key_tiles = 0, mean_tiles = 0;
-      if (item >= 0) {
-        w_ = sm_.next_work[warp_];
-        word_ = next_word;
-        group_ = TopGroup();
-        safe_ = min(w_.first_position + 1, w_.k_len);
-        key_tiles = CountKeyTiles();
-        if (p_.mean_correction) mean_tiles = CountMeanTiles();
-        steps = max(1, key_tiles + mean_tiles);
-        if (!is_v_ && rank_ == 0) SendQueries(steps);
-        StartCursor();
-      }
+    if (warp_ == (GATHER ? kLoaders - 1 : kLoaders)) {
+      StartTaking(p_, sm_);
+      if (GATHER) TakeTile(p_, sm_);
+    }
+    if (!GATHER && warp_ == kLoaders) {
+      while (TakeTile(p_, sm_)) continue;
+      return;
+    }
+    uint32_t parity = 0;
+    while (true) {
+      BarrierWait(&sm_.work_full, parity);
+      parity ^= 1;
+      w_ = sm_.work;
+      word_ = sm_.words[lane_];
+      BarrierArrive(&sm_.work_empty);
+      if (w_.sequence < 0) break;
+      group_ = TopGroup();
+      safe_ = min(w_.first_position + 1, w_.k_len);
+      const int key_tiles = CountKeyTiles();
+      const int mean_tiles = p_.mean_correction ? CountMeanTiles() : 0;
+      const int steps = max(1, key_tiles + mean_tiles);
+      if (!is_v_ && rank_ == 0) SendQueries(steps);
+      StartCursor();
 #pragma unroll 1
-      for (int j = 0; j <= steps; ++j) {
-        if (j < steps) {
-          if (j >= key_tiles && mean_tiles > 0) {
-            SendMeans(j == key_tiles);
-          } else {
-            SendKeys();
-          }
+      for (int j = 0; j < steps; ++j) {
+        if (j >= key_tiles && mean_tiles > 0) {
+          SendMeans(j == key_tiles);
+        } else {
+          SendKeys();
         }
-        if (j == min(1, steps)) { // late enough for the ring to be full, early enough for the mask to be there in time
-          if (threadIdx.x == 0) sm_.next_item[turn] = fetched;
-          NamedBarrierSync(kProducerBarrier, kThreads);
-          item = sm_.next_item[turn];
-          turn ^= 1;
-          if (threadIdx.x == 0) fetched = atomicAdd(p_.counter, 1) + static_cast<int>(gridDim.x);
-          if (item < items) next_word = LookUp(item, tiles_of_batch);
-        }
+        // V's is the team with time to spare, once its ring is full.
+        if (GATHER && warp_ == kLoaders - 1 && j == min(1, steps - 1)) TakeTile(p_, sm_);
       }
     }
     if (!is_v_ && rank_ == 0) Finish();
@@ -87,22 +85,11 @@ class AttendProducer {
 
  private:
   static constexpr int kKeys = SHAPE::kKeys;
-  static constexpr int kKeysShift = kKeys == 128 ? 7 : 6;
   static constexpr int kPanels = SHAPE::kPanels;
-  static constexpr int kGroupBlocks = 32 * 64;        // blocks of which a warp holds the mask, a word a lane
   static constexpr int kPieces = SHAPE::kHeadDim / 8; // 16-byte pieces of a row
   static constexpr int kWordsATile = kKeys / 64;      // words of means a tile
   static constexpr int kRowsAWarp = kKeys / 2;        // GATHER, by rows
   using Plan = SharedPlan<SHAPE>;
-
-  // Leaves the item's tile in shared memory, to spare registers, and returns this lane's word of its mask.
-  __device__ __forceinline__ uint64_t LookUp(int item, int tiles_of_batch) {
-    const Work next = DecodeItem(p_, item, tiles_of_batch);
-    __syncwarp();
-    if (lane_ == 0) sm_.next_work[warp_] = next;
-    __syncwarp();
-    return MaskWord(p_, next, max(0, (next.visible - 1) / kGroupBlocks) * 32 + lane_);
-  }
 
   // ---------------------------------------------------------------- the bitmap
 
@@ -161,9 +148,16 @@ class AttendProducer {
   __device__ __forceinline__ void NextBlock() {
 #pragma unroll 1
     while (bits_ == 0) {
-      --word_index_;
-      if (word_index_ < group_ * 32) LoadGroup(group_ - 1);
-      bits_ = __shfl_sync(~0u, word_, word_index_ & 31);
+      const uint64_t below = (uint64_t{1} << (word_index_ - group_ * 32)) - 1;
+      const uint32_t words = __ballot_sync(~0u, word_ != 0) & static_cast<uint32_t>(below);
+      if (words == 0) {
+        LoadGroup(group_ - 1);
+        word_index_ = group_ * 32 + 32;
+        continue;
+      }
+      const int lane = 31 - __clz(static_cast<int>(words));
+      word_index_ = group_ * 32 + lane;
+      bits_ = __shfl_sync(~0u, word_, lane);
     }
     const int bit = 63 - __clzll(static_cast<long long>(bits_));
     bits_ ^= uint64_t{1} << bit;
@@ -259,16 +253,39 @@ class AttendProducer {
       const int chunk_bytes = Plan::kPanelRowsBytes << p_.chunk_shift;
       if (lane_ == 0 && rank_ == 0) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks_ - __popc(by_rows)));
       __syncwarp();
-      if (lane_ < chunks_ && Mine(lane_) && !(by_rows >> lane_ & 1)) {
-#pragma unroll
-        for (int i = 0; i < kPanels; ++i) {
-          BulkLoad(to + i * Plan::kKeyPanelBytes + lane_ * chunk_bytes, map_, full, i * kPanelColumns, w_.kv_head,
-                   token, page);
-        }
-      }
+      SendEach(to, full, token, page, by_rows);
     }
     if constexpr (GATHER) BarrierArriveAfterCopies(full);
     ring_position_.Advance();
+  }
+
+  // A bulk copy a panel for each chunk of this warp: lane c holds chunk c's coordinates. One lane starts all of them,
+  // after the coordinates of several have come to it at once; lanes that each start theirs take turns of 100 ns.
+  __device__ __forceinline__ void SendEach(uint8_t* to, uint64_t* full, int token, int page, uint32_t left_out) {
+    constexpr int kAtOnce = 4;
+    const int chunk_bytes = Plan::kPanelRowsBytes << p_.chunk_shift;
+#pragma unroll 1
+    for (int first = rank_; first < chunks_; first += kAtOnce * kTeamWarps) {
+      int tokens[kAtOnce], pages[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        tokens[i] = __shfl_sync(~0u, token, first + i * kTeamWarps);
+        pages[i] = __shfl_sync(~0u, page, first + i * kTeamWarps);
+      }
+      if (ElectOne()) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int chunk = first + i * kTeamWarps;
+          if (chunk >= chunks_ || left_out >> chunk & 1) continue;
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+            BulkLoad(to + panel * Plan::kKeyPanelBytes + chunk * chunk_bytes, map_, full, panel * kPanelColumns,
+                     w_.kv_head, tokens[i], pages[i]);
+          }
+        }
+      }
+      __syncwarp();
+    }
   }
 
   // Whether this warp of its team copies that chunk.
@@ -307,26 +324,30 @@ class AttendProducer {
     uint32_t address[kAddresses];
 #pragma unroll
     for (int i = 0; i < kAddresses; ++i) address[i] = to + ((piece % 8 ^ (lane_ / kPieces + i * kRowsAtOnce)) << 4);
+    // Offsets go from the lanes that know them to those that copy through shared memory, four at once: by shuffles each
+    // needs an index of its own in a register, and there were none left for addresses.
+    uint32_t* const offsets = sm_.row_offsets[warp_];
 #pragma unroll
     for (int r = 0; r < kRowsALane; ++r) {
-      const uint32_t mine = // in units of 16 bytes
+      offsets[r * 32 + lane_ % kRowsAtOnce * kPieces + lane_ / kRowsAtOnce] = // in units of 16 bytes
           slot[r] < 0 ? kNowhere
                       : static_cast<uint32_t>((CheckedPage(page[r]) * stride_[0] + slot[r] * stride_[1]) >> 3);
-      constexpr int kBatch = 8; // so many shuffles before the first of their results is used
+    }
+    __syncwarp();
 #pragma unroll
-      for (int batch = 0; batch < kPieces; batch += kBatch) {
-        uint32_t offset[kBatch];
+    for (int r = 0; r < kRowsALane; ++r) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          offset[i] = __shfl_sync(~0u, mine, (batch + i) * kRowsAtOnce + lane_ / kPieces);
-        }
+      for (int batch = 0; batch < kPieces; batch += 4) {
+        const uint4 four = LoadShared16(SharedAddress(offsets + r * 32 + lane_ / kPieces * kPieces + batch));
+        const uint32_t offset[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
+        for (int i = 0; i < 4; ++i) {
           AsyncCopy16(address[(batch + i) % kAddresses] + (r * 32 + (batch + i) * kRowsAtOnce) * Plan::kPanelRowsBytes,
                       AddUnits16(from, offset[i]), inside && offset[i] != kNowhere);
         }
       }
     }
+    __syncwarp(); // the offsets are read
     BarrierArriveAfterCopies(full);
     ring_position_.Advance();
   }
@@ -353,19 +374,16 @@ class AttendProducer {
     const bool packed = p_.cu_seqlens_k && !p_.page_size;
     const int row = block + (packed ? w_.k_begin / p_.block_size + w_.sequence
                                     : w_.sequence * ((p_.max_k + p_.block_size - 1) / p_.block_size));
-    const bool by_rows = is_v_ && block + kKeys > w_.full;
+    const bool ragged = is_v_ && block + kKeys > w_.full;
     BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
     uint8_t* const to = stages_ + ring_position_.stage * Plan::kKeyBytes;
     uint64_t* const full = &full_[ring_position_.stage];
     if (rank_ == 0) {
-      if (by_rows) {
-        CopyRows(to, 0, kKeys, w_.full - block,
-                 static_cast<const uint16_t*>(p_.v_mean_data) + (w_.kv_head * p_.mean_rows + row) * p_.head_dim,
-                 p_.head_dim);
-      }
+      int bulk_rows = kKeys;
+      if (ragged) bulk_rows -= SendMeanParts(to, full, row, w_.full - block);
       if (ElectOne()) {
-        BarrierArriveExpect(full, by_rows ? 0 : Plan::kKeyBytes);
-        for (int i = 0; i < (by_rows ? 0 : kPanels); ++i) {
+        BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * bulk_rows);
+        for (int i = 0; i < (ragged ? 0 : kPanels); ++i) {
           BulkLoad(to + i * Plan::kKeyPanelBytes, is_v_ ? &p_.v_mean : &p_.k_mean, full, i * kPanelColumns, w_.kv_head,
                    row, 0);
         }
@@ -373,6 +391,32 @@ class AttendProducer {
     }
     if constexpr (GATHER) BarrierArriveAfterCopies(full);
     ring_position_.Advance();
+  }
+
+  // V's tile of means that ends inside, after `rows`: parts of 16 rows, of which the one that is cut goes by rows and
+  // those behind it are read from outside the tensor. Returns how many rows are no bulk copy's. The copies may arrive
+  // before the barrier expects them: it cannot pass without the arrival that follows.
+  __device__ __forceinline__ int SendMeanParts(uint8_t* to, uint64_t* full, int row, int rows) {
+    constexpr int kPart = kMeanPartRows;
+    const int whole = rows / kPart * kPart;
+    const bool cut = whole < rows;
+    if (ElectOne()) {
+#pragma unroll 1
+      for (int part = 0; part < kKeys; part += kPart) {
+        if (cut && part == whole) continue;
+#pragma unroll
+        for (int i = 0; i < kPanels; ++i) {
+          BulkLoad(to + i * Plan::kKeyPanelBytes + part * Plan::kPanelRowsBytes, &p_.v_mean_part, full,
+                   i * kPanelColumns, w_.kv_head, part < whole ? row + part : static_cast<int>(p_.mean_rows), 0);
+        }
+      }
+    }
+    __syncwarp();
+    if (!cut) return 0;
+    const int64_t first = w_.kv_head * p_.mean_rows + row + whole;
+    CopyRows(to, whole, kPart, rows - whole, static_cast<const uint16_t*>(p_.v_mean_data) + first * p_.head_dim,
+             p_.head_dim);
+    return kPart;
   }
 
   __device__ __forceinline__ void DescribeMeans(int block, int from) {

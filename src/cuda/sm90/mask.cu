@@ -9,12 +9,14 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 __global__ void __launch_bounds__(kThreads) MaskKernel(const __grid_constant__ MaskArgs a) {
+  cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
   const Problem& p = a.d.p;
   const TileRules& r = a.rules;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (a.fallback && thread < p.batch) {
     a.fallback[thread] = FallbackOf(a.d, r, SequenceAt(a.d, static_cast<int>(thread)));
   }
+  if (a.zeroed && thread == 0) *a.zeroed = 0;
   const int64_t row = thread / 32;
   if (row >= int64_t{a.mask_heads} * r.tile_rows) return;
   const int tile_row = static_cast<int>(row % r.tile_rows);

@@ -17,6 +17,7 @@ struct MaskArgs {
   int32_t* fallback; // or null
   int mask_heads;
   int64_t words;
+  int* zeroed; // a word that attend wants to be zero, or null
 };
 
 cudaError_t LaunchMask(const MaskArgs& args, cudaStream_t stream);

@@ -372,6 +372,7 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
 }
 
 __device__ void WriteFallbacks(const PoolArgs& a) {
+  if (a.zeroed && threadIdx.x == 0) *a.zeroed = 0;
   for (int b = threadIdx.x; b < a.d.p.batch; b += kThreads) {
     a.fallback[b] = FallbackOf(a.d, a.rules, SequenceAt(a.d, b));
   }

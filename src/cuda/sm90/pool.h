@@ -33,6 +33,7 @@ struct PoolArgs {
   float square_scale;
   bool skip_forced;  // sequences in which everything is forced need no means
   int32_t* fallback; // [batch]
+  int* zeroed;       // a word that attend wants to be zero, or null; only with fallback
 };
 
 // One launch, on the stream. q, k and v have 16-bit dtypes, k and q the same one.

@@ -37,7 +37,7 @@ CPU, CUDA = 0, 1
 DENSE, STREAMING, FLASHPREFILL, SKETCH = 0, 1, 2, 3
 FLEXPREFILL, MINFERENCE = 4, 5
 XATTENTION, RRATTENTION, SPARGE_ATTN, PRISM, SAMPLE_ATTENTION = 8, 9, 10, 11, 12
-FALLBACK_NAMES = ("selected", "short", "dense")  # fp_fallback
+FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", -1: "impossible lengths"}  # fp_fallback
 
 
 _Struct = TypeVar("_Struct", bound=Structure)

@@ -38,14 +38,16 @@ class Stats:
             counts = self._ops.to_host(self._counts)
             batch, heads = self._layout.batch, counts.shape[0]
             kept, total = np.zeros((batch, heads), np.int64), np.zeros(batch, np.int64)
+            fallback = np.array(self._ops.to_host(self._fallback), np.int32)
             for b, (begin, rows, keys) in enumerate(self._layout.sequences(self._ops)):
+                if fallback[b] < 0:
+                    continue  # left out: nothing was written of it
                 visible = self._layout.visible(rows, keys, self._tile_tokens, self._block_size)
                 first = begin // self._tile_tokens + b
                 total[b] = sum(visible)
                 kept[b] = counts[:, first : first + len(visible)].sum(axis=1, dtype=np.int64)
             share = np.ones((batch, heads), np.float64)
             np.divide(kept, total[:, None], out=share, where=total[:, None] > 0)
-            fallback = np.array(self._ops.to_host(self._fallback), np.int32)
             self._read = {"kept": kept, "total": total, "density": share, "fallback": fallback}
         return self._read
 
@@ -66,13 +68,16 @@ class Stats:
 
     @property
     def fallback(self) -> Any:
-        """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 short, 2 the policy is Dense."""
+        """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 short, 2 the policy is Dense.
+
+        -1: its lengths, which only the device could read, are impossible, and it was left out.
+        """
         return self._ops.from_host(self._values()["fallback"])
 
     @property
     def reasons(self) -> list[str]:
-        """:attr:`fallback` in words, one a sequence: "selected", "short" or "dense"."""
-        return [FALLBACK_NAMES[code] for code in self._values()["fallback"]]
+        """:attr:`fallback` in words, one a sequence: selected, short, dense or impossible lengths."""
+        return [FALLBACK_NAMES[int(code)] for code in self._values()["fallback"]]
 
     @property
     def mean_density(self) -> float:
@@ -86,7 +91,9 @@ class Stats:
         batch, heads = values["kept"].shape
         possible = int(values["total"].sum()) * heads
         reasons = self.reasons
-        words = [f"{reasons.count(why)} {why}" for why in FALLBACK_NAMES[1:] if why in reasons]
+        words = [
+            f"{reasons.count(why)} {why}" for code, why in FALLBACK_NAMES.items() if code and why in reasons
+        ]
         return (
             f"Stats(density {self.mean_density:.3f}: {int(values['kept'].sum())} of {possible} blocks kept, "
             f"{batch} sequence{'s' * (batch != 1)}, {heads} mask head{'s' * (heads != 1)}"

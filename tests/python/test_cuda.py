@@ -251,3 +251,128 @@ def test_transformers_on_the_device():
     assert not torch.equal(sparse, dense)  # it was another kernel
     assert (sparse - dense).abs().max() < 0.1
     assert stats.density.shape[0] == 2
+
+
+def test_bad_strides_are_refused_by_name():
+    good = torch.randn(300, 2, 64, device="cuda").bfloat16()
+    odd = torch.randn(300, 2, 68, device="cuda").bfloat16()[..., :64]  # rows of 136 bytes
+    across = torch.randn(300, 64, 2, device="cuda").bfloat16().transpose(1, 2)  # head_dim stride 2
+    for bad in (odd, across):
+        for name, inputs in (("q", (bad, good, good)), ("k", (good, bad, good)), ("v", (good, good, bad))):
+            for policy in (fp.Dense(), SPARSE["published"]):
+                with pytest.raises(fp.UnsupportedError, match=f"{name} must be 16-byte aligned"):
+                    fp.prefill_attention(*inputs, policy)
+    with pytest.raises(fp.UnsupportedError, match="out must be 16-byte aligned"):
+        fp.prefill_attention(good, good, good, fp.Dense(), out=odd)
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_mixed_dtypes_are_refused_by_name(which):
+    inputs = {name: torch.randn(300, 2, 64, device="cuda").bfloat16() for name in "qkv"}
+    inputs[which] = inputs[which].half()
+    with pytest.raises(fp.UnsupportedError, match=f"{which}.dtype"):
+        fp.prefill_attention(*inputs.values(), fp.Dense())
+
+
+def test_impossible_lengths_are_reported():
+    """Fewer keys than rows, in device memory: that sequence is left out and said, the others are as ever."""
+    q, k, v = (x.cuda() for x in data(1200, 2400, 4, 2, 128, torch.bfloat16))
+    cu_q = torch.tensor([0, 500, 1200], dtype=torch.int32).cuda()
+    cu_k = torch.tensor([0, 1400, 2400], dtype=torch.int32).cuda()
+    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 700, "max_seqlen_k": 1400}
+    expected = fp.prefill_attention(q, k, v, SPARSE["published"], **layout)
+    used = torch.tensor([1400, 600], dtype=torch.int32).cuda()
+    out, stats = fp.prefill_attention(
+        q, k, v, SPARSE["published"], return_stats=True, seqused_k=used, **layout
+    )
+    assert stats.fallback.tolist() == [0, -1]
+    assert stats.reasons == ["selected", "impossible lengths"]
+    assert "1 impossible lengths" in repr(stats)
+    assert torch.equal(out[:500], expected[:500])
+
+
+def test_short_sequences_say_so():
+    inputs = [x.cuda() for x in data(700, 700, 4, 2, 128, torch.bfloat16)]
+    policy = fp.FlashPrefill()
+    out, stats = fp.prefill_attention(*inputs, policy, return_stats=True)
+    assert stats.reasons == ["short"]
+    assert torch.equal(out, fp.prefill_attention(*inputs, fp.Dense()))
+
+
+@pytest.mark.parametrize("name", ["published", "shared", "sketch"])
+def test_offsets_beyond_two_to_the_31_elements(name):
+    """A view of a cache so large that the byte and element offsets of its end need more than 32 bits."""
+    tokens, gap = 1024, 2_200_000  # tokens of distance between the two sequences: 2^31 elements and more
+    q, k, v = data(2 * tokens, 2 * tokens, 8, 8, 128, torch.bfloat16)
+    caches = []
+    for x in (q, k, v):
+        cache = torch.empty(gap + tokens, 8, 128, dtype=x.dtype, device="cuda")
+        cache[:tokens], cache[gap:] = x[:tokens].cuda(), x[tokens:].cuda()
+        caches.append(torch.as_strided(cache, (2, tokens, 8, 128), (gap * 1024, 1024, 128, 1)))
+    assert caches[0].stride(0) > 2**31
+    near = [x.view(2, tokens, 8, 128).cuda() for x in (q, k, v)]
+    far_out = torch.empty_like(torch.empty(gap + tokens, 8, 128, dtype=q.dtype, device="cuda"))
+    far_out = torch.as_strided(far_out, (2, tokens, 8, 128), (gap * 1024, 1024, 128, 1))
+    policy = SPARSE[name]
+    expected = fp.prefill_attention(*near, policy)
+    assert torch.equal(fp.prefill_attention(*caches, policy), expected)
+    fp.prefill_attention(*caches, policy, out=far_out)
+    assert torch.equal(far_out, expected)
+
+
+@pytest.mark.parametrize("page", [16, 1])
+def test_pages_beyond_two_to_the_31_elements(page):
+    tokens = 1024
+    q, k, v = data(tokens, tokens, 8, 8, 128, torch.bfloat16)
+    count = 2_200_000 // page
+    table = torch.randperm(count, generator=torch.Generator().manual_seed(1))[: tokens // page]
+    table[-1] = count - 1
+    caches = []
+    for x in (k, v):
+        cache = torch.zeros(count, page, 8, 128, dtype=x.dtype, device="cuda")
+        cache[table.cuda()] = x.view(-1, page, 8, 128).cuda()
+        caches.append(cache)
+    assert caches[0].numel() > 2**31
+    layout = {
+        "cu_seqlens_q": torch.tensor([0, tokens], dtype=torch.int32).cuda(),
+        "seqused_k": torch.tensor([tokens], dtype=torch.int32).cuda(),
+        "block_table": table[None].int().cuda(),
+        "max_seqlen_q": tokens,
+        "max_seqlen_k": tokens,
+    }
+    for name in ("published", "corrected"):
+        expected = fp.prefill_attention(q.cuda(), k.cuda(), v.cuda(), SPARSE[name])
+        assert torch.equal(fp.prefill_attention(q.cuda(), *caches, SPARSE[name], **layout), expected)
+
+
+def test_quarter_of_a_million_tokens():
+    """262,144 rows: the last tiles against the CPU, whose dense attention of all would take minutes."""
+    tokens, last = 262144, 256
+    q, k, v = data(tokens, tokens, 2, 1, 128, torch.bfloat16)
+    there = [x.cuda() for x in (q, k, v)]
+    policy = fp.FlashPrefill(alpha=0.5, query_pool=16)
+    mask = fp.select(there[0], there[1], policy)
+    assert mask.density < 0.2
+    out, lse = fp.attend(*there, mask, return_lse=True)
+    assert torch.equal(fp.prefill_attention(*there, policy), out)
+    assert lse.isfinite().all()
+    expected = fp.prefill_attention(q[-last:], k, v, fp.Dense(), backend="cpu")  # the dense tail
+    assert error(out[-last:].cpu(), expected) < TOLERANCE[q.dtype]
+
+
+def test_a_batch_of_mixed_lengths_is_its_parts():
+    lengths = [1000, 64, 4097, 1, 700, 2048, 129, 3000]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    q, k, v = (x.cuda() for x in data(int(cu[-1]), int(cu[-1]), 8, 2, 128, torch.bfloat16))
+    layout = {
+        "cu_seqlens_q": cu.cuda(),
+        "cu_seqlens_k": cu.cuda(),
+        "max_seqlen_q": 4097,
+        "max_seqlen_k": 4097,
+    }
+    for name in ("published", "pooled", "corrected"):
+        out = fp.prefill_attention(q, k, v, SPARSE[name], **layout)
+        for b in range(8):
+            part = slice(int(cu[b]), int(cu[b + 1]))
+            alone = fp.prefill_attention(q[part], k[part], v[part], SPARSE[name])
+            assert torch.equal(out[part], alone), (name, b)

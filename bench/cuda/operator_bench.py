@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import flashprefill as fp
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-DENSITY = {4096: 0.74, 8192: 0.53, 16384: 0.33, 32768: 0.18, 65536: 0.09, 131072: 0.047}
+DENSITY = {1024: 1.0, 2048: 0.9, 4096: 0.74, 8192: 0.53, 16384: 0.33, 32768: 0.18, 65536: 0.09, 131072: 0.047}
 
 
 def inputs(tokens):

@@ -1,0 +1,120 @@
+"""Selection alone on a GPU, and the attend kernel's share of an operator over even lists of blocks.
+
+    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--out FILE]
+
+32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs and thresholds as operator_bench.py
+makes them. Calls are captured in CUDA graphs, several in one timing so that the host's launches are not
+measured, medians. "even lists" is select, then attend over a mask of random blocks of the same density: every
+tile keeps as large a share of what it sees, however the made-up text spreads its topics.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+
+import torch
+from operator_bench import DENSITY, HEADS, clock, graph_of, inputs, milliseconds, tuned
+
+import flashprefill as fp
+
+DENSITIES = {**DENSITY, 262144: 0.042}
+
+
+def even_mask(tokens, density):
+    """A mask a head whose tiles keep this share of the blocks that they see, the diagonal one among them."""
+    make = torch.Generator("cuda").manual_seed(1)
+    blocks = tokens // 128
+    seen = torch.arange(1, blocks + 1, device="cuda")
+    keep = torch.empty(HEADS, blocks, blocks, dtype=torch.bool, device="cuda")
+    for head in keep:
+        rank = torch.rand(blocks, blocks, device="cuda", generator=make)
+        rank.masked_fill_(seen[None, :] > seen[:, None], 2.0)
+        rank.fill_diagonal_(-1.0)
+        head.copy_(rank.argsort(-1).argsort(-1) < (seen * density).round().clamp_min(1)[:, None])
+    return fp.BlockMask.from_dense(keep, q_len=tokens, k_len=tokens, block_size=128)
+
+
+def measure(tokens, turns):
+    """All rows of one length."""
+    q, k, v = inputs(tokens)
+    pooled = tuned(q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), DENSITIES[tokens])
+    mask = even_mask(tokens, DENSITIES[tokens])
+    policies = {
+        "query_pool=16": pooled,
+        "query_pool=1": fp.FlashPrefill(alpha=pooled.alpha),
+        "shared, query_pool=16": fp.FlashPrefill(alpha=pooled.alpha, query_pool=16, share_heads=True),
+        "Sketch by alpha": fp.Sketch(mass=None, alpha=pooled.alpha),
+        "Sketch by mass": fp.Sketch(),
+        "Streaming": fp.Streaming(),
+    }
+    graphs = {
+        f"select, {name}": graph_of(lambda p=policy: fp.select(q, k, p)) for name, policy in policies.items()
+    }
+    graphs["attend, even lists"] = graph_of(lambda: fp.attend(q, k, v, mask))
+
+    def both():
+        fp.select(q, k, pooled)
+        fp.attend(q, k, v, mask)
+
+    graphs["select, query_pool=16, then attend, even lists"] = graph_of(both)
+    graphs["operator, query_pool=16, structured"] = graph_of(lambda: fp.prefill_attention(q, k, v, pooled))
+    calls = max(1, 65536 // tokens)
+    times = {name: [] for name in graphs}
+    for _ in range(turns):
+        for name, graph in graphs.items():
+            times[name].append(milliseconds(graph, calls))
+    mhz = clock()
+    even = int(mask.stats.kept.sum())
+    return [
+        {
+            "tokens": tokens,
+            "name": name,
+            "ms": statistics.median(t),
+            "clock_mhz": mhz,
+            **(
+                {"tflops": even * 4 * 128**3 / statistics.median(t) / 1e9}
+                if name == "attend, even lists"
+                else {}
+            ),
+        }
+        for name, t in times.items()
+    ]
+
+
+def main():
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", default=",".join(map(str, DENSITIES)))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    rows = []
+    with torch.inference_mode():
+        for tokens in map(int, arguments.tokens.split(",")):
+            for row in measure(tokens, arguments.turns):
+                rows.append(row)
+                rate = f" {row['tflops']:6.1f} TFLOP/s" if "tflops" in row else ""
+                print(
+                    f"{tokens:7d} {row['name']:50s} {row['ms']:9.4f} ms{rate} {row['clock_mhz']} MHz",
+                    flush=True,
+                )
+            torch.cuda.empty_cache()
+    if arguments.out:
+        results = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join(["python3", *sys.argv]),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "flashprefill": fp.__version__,
+            "rows": rows,
+        }
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

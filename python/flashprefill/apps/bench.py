@@ -3,9 +3,9 @@
 Contenders are the policies (selection included in their time) and hand-made masks of given densities
 (attention alone). They take turns so that a slow minute of a shared machine hits all alike, and medians are
 compared. With one thread the clock is the process's CPU time, which other programs on the machine hardly
-touch; with more it is the wall's. The baseline is PyTorch's scaled_dot_product_attention on the layout it likes best, [batch, heads,
-tokens, head_dim] and contiguous. The ceiling is PyTorch's own product of two 2048 x 2048 matrices, which
-takes its turns too.
+touch; with more it is the wall's. The baseline is PyTorch's scaled_dot_product_attention on the layout it
+likes best, [batch, heads, tokens, head_dim] and contiguous. The ceiling is PyTorch's own product of two
+2048 x 2048 matrices, which takes its turns too.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from pathlib import Path
 import aiohttp
 
 PORT = 18437
-# Of log-probabilities. Batches of other sizes round elsewhere, by steps of 0.125 for bf16 logits of 16 and more: so
-# much was seen between answers of the stock engine (--stock).
+# Of log-probabilities. Batches of other sizes round elsewhere, by steps of 0.125 for bf16 logits of 16 and
+# more: so much was seen between answers of the stock engine (--stock).
 NEAR = {"bfloat16": 0.25, "float32": 5e-3}
 CHUNK = 512
 POLICY = {"flashprefill": {"policy": "flashprefill", "log_seconds": 30}}

@@ -122,7 +122,7 @@ def delta(before, after):
     return change
 
 
-def distance(stock, ours):
+def distance(stock, ours, near=NEAR):
     """Largest difference of log-probabilities up to the first token that differs, and whether that one may.
 
     Returns (difference, tokens that agree). A token that differs where the stock engine was not in doubt
@@ -132,16 +132,16 @@ def distance(stock, ours):
     for a, b, x, y in zip(stock.tokens, ours.tokens, stock.logprobs, ours.logprobs, strict=True):
         if a != b:
             best = sorted(x.values(), reverse=True)
-            return (worst if best[0] - best[1] < NEAR else math.inf), agreed
+            return (worst if best[0] - best[1] < near else math.inf), agreed
         worst = max([worst, *(abs(x[token] - y[token]) for token in x.keys() & y.keys())])
         agreed += 1
     return worst, agreed
 
 
-def assert_same(stock, ours, limit):
+def assert_same(stock, ours, limit, near=NEAR):
     for i, (a, b) in enumerate(zip(stock, ours, strict=True)):
         assert a.finished and b.finished
-        worst, agreed = distance(a, b)
+        worst, agreed = distance(a, b, near)
         assert worst < limit, f"request {i}: {worst} after {agreed} tokens, {a.tokens} and {b.tokens}"
 
 

@@ -4,7 +4,7 @@ import logging
 
 import models
 import pytest
-from engine import Request, assert_same, tokens
+from engine import NEAR, Request, assert_same, tokens
 from vllm import SamplingParams
 
 import flashprefill as fp
@@ -17,10 +17,10 @@ LIMIT = 5e-4  # of log-probabilities: rounding of fp32 through three layers; 3e-
 ASKED = [Request(tokens(n, n)) for n in (3001, 1500, 777, 128, 90, 2048)]
 
 
-def both(engines, model, requests, policy=DENSE, limit=LIMIT, **options):
+def both(engines, model, requests, policy=DENSE, limit=LIMIT, near=NEAR, **options):
     stock, _ = engines(model, None, **options).run(requests)
     ours, counted = engines(model, policy, **options).run(requests)
-    assert_same(stock, ours, limit)
+    assert_same(stock, ours, limit, near)
     assert not counted["fallbacks"]
     return counted
 
@@ -115,8 +115,9 @@ def test_caches(engines, folder, name, changes, options):
 
 
 def test_bf16(engines, llama):
-    # Both round to 8 bits at other places: 0.15 and less was seen between them.
-    both(engines, llama, ASKED[:3], limit=1.0, dtype="bfloat16", max_num_batched_tokens=800, max_num_seqs=4)
+    # Both round to 8 bits at other places, so tokens may swap whose logits are a few steps of 1/32 apart.
+    options = {"dtype": "bfloat16", "max_num_batched_tokens": 800, "max_num_seqs": 4}
+    both(engines, llama, ASKED[:3], limit=0.5, near=0.25, **options)
 
 
 # -------------------------------------------------- models that have to stay dense

@@ -167,6 +167,22 @@ def test_a_line_for_a_policy_that_is_not_there_is_left_out(monkeypatch):
     lines.check()
 
 
+def test_what_no_backend_selects_for_is_left_out(layer, monkeypatch):
+    real = run.select
+
+    def select(query, key, policy, **kw):
+        if policy.kind == "sketch":
+            raise fp.UnsupportedError("not here")
+        return real(query, key, policy, **kw)
+
+    monkeypatch.setattr(run, "select", select)
+    captured = measure.Captured(layer.query, layer.key, layer.value, SCALE)
+    reasons = run.refused(run.Options(method=["sketch", "flashprefill", "oracle"]), captured)
+    assert reasons == {"sketch": "not here"}
+    with pytest.raises(UsageError, match="nothing is left to look at: not here"):
+        run.one_text(run.Source("mine", "", TOKENS, {3: captured}), run.Options(method=["sketch"]))
+
+
 def test_forced_blocks_are_the_same_for_all():
     for line in lines.methods():
         if not line.scorer and line.parameter not in run.FORCED:
@@ -194,7 +210,9 @@ def test_results_hold_every_method(results):
     (text,) = saved["texts"]
     assert (text["name"], text["tokens"], text["q_heads"], text["kv_heads"]) == ("gpl", 1536, 4, 2)
     assert len(text["layers"]) == 2
-    assert [curve["label"] for curve in text["methods"]] == [line.label for line in lines.methods()]
+    here = [line.label for line in lines.methods() if line.method not in text["left_out"]]
+    assert [curve["label"] for curve in text["methods"]] == here
+    assert not set(text["left_out"]) & {"flashprefill", "sketch", "streaming"}
     assert set(text["studies"]) == set(lines.studies())
     for curve in text["methods"] + [c for study in text["studies"].values() for c in study["curves"]]:
         assert np.array(curve["density_by_layer_and_head"]).shape == (2, 4)
@@ -229,7 +247,7 @@ def test_report_needs_nothing_else_and_holds_the_masks(results):
     data = json.loads(re.search(r"id=data>(.*?)</script>", text).group(1))
     (one,) = data
     assert len(one["lines"]) == len(returned["texts"][0]["methods"])
-    assert all((line["block"], line["tile"], line["group"]) == (128, 128, 1) for line in one["lines"])
+    assert (one["lines"][0]["block"], one["lines"][0]["tile"], one["lines"][0]["group"]) == (128, 128, 1)
     layer = next(iter(one["mass"]))
     codes = np.frombuffer(zlib.decompress(base64.b64decode(one["mass"][layer])), "<u2").reshape(4, 12, 12)
     mass = np.where(codes > 0, 2.0 ** (-24 * (1 - (codes - 1.0) / 65534)), 0)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from ... import collect_timings, select
+from ...errors import UnsupportedError
 from ...mask import BlockMask
 from .. import machine, measure, models, table
 from ..errors import UsageError
@@ -33,6 +34,7 @@ DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the table; forced blocks alo
 LONG_FROM = 16384  # tokens, from which on the reference density is the lower one
 QUICK_TOKENS, QUICK_LAYERS, QUICK_POINTS = 1536, 2, 2
 TURNS = 3
+PROBE_TOKENS = 1024
 
 Bits = npt.NDArray[np.uint8]
 
@@ -269,14 +271,36 @@ class Sweeps:
         return sum(map(len, self.known.values()))
 
 
+def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
+    """Methods that no backend here selects for, and what it says; asked with the first tokens of a layer."""
+    reasons = {}
+    query, key = captured.query[:PROBE_TOKENS], captured.key[:PROBE_TOKENS]
+    for line in lines.methods(options.method):
+        if line.scorer:
+            continue
+        try:
+            select(query, key, line.policy(line.values[0] if line.values else None, FORCED))
+        except UnsupportedError as error:
+            reasons[line.method] = str(error)
+    return reasons
+
+
 def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Curve], dict[int, Any]]:
     """All figures of one text, its curves for the page, and the layers' masses."""
     from tqdm import tqdm
 
     sweeps = Sweeps(options.quick)
-    curves = sweeps.curves(lines.methods(options.method))
-    found = lines.studies(options.method) if options.studies else {}
-    by_study = {name: (title, sweeps.curves(some)) for name, (title, some) in found.items()}
+    left_out = refused(options, next(iter(source.layers.values())))
+    for method, reason in left_out.items():
+        print(f"{method} is left out: {reason}", file=sys.stderr, flush=True)
+    curves = sweeps.curves([line for line in lines.methods(options.method) if line.method not in left_out])
+    by_study = {}
+    for name, (title, some) in (lines.studies(options.method) if options.studies else {}).items():
+        here = [line for line in some if line.method not in left_out]
+        if here:
+            by_study[name] = (title, sweeps.curves(here))
+    if not curves:
+        raise UsageError("nothing is left to look at: " + "; ".join(left_out.values()))
     everyone = curves + [curve for _, some in by_study.values() for curve in some]
     steps = sweeps.steps() * len(source.layers)
     density = reference_density(source.tokens)
@@ -303,6 +327,7 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
         "q_heads": heads.query.shape[1],
         "kv_heads": heads.key.shape[1],
         "reference_density": density,
+        "left_out": left_out,
         "times_layer": middle,
         "times": timed,
         "methods": [figures_of(curve, density) for curve in curves],

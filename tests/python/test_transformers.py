@@ -18,6 +18,7 @@ from flashprefill.apps.models import bundled_gguf
 from transformers_models import (
     ALL_DENSE,
     BEST,
+    CACHE,
     KEEP,
     LENGTH,
     MODELS,
@@ -87,7 +88,7 @@ def test_chunks_over_a_growing_cache(name, padded, models, patched):
                 ids[:, begin:end],
                 attention_mask=mask[:, :end],
                 position_ids=places[:, begin:end],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             got.append(out.logits)
     check_reasons(stats, name)
@@ -131,9 +132,9 @@ def test_generate_from_a_cached_prefix(models, patched):
     patched(model, KEEP)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :211], past_key_values=cache)
+        model(ids[:, :211], **{CACHE: cache})
     with fp.collect_stats(model) as stats:
-        got = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        got = model.generate(ids, **{CACHE: cache}, max_new_tokens=6, do_sample=False)
     assert torch.equal(got, wanted)
     assert [(call.rows, call.keys) for call in stats.calls if not call.reason] == [(209, 420)] * 2
 
@@ -186,8 +187,8 @@ def test_sparse_prefill_is_attention_under_the_selection(name, policy, models, p
             cache = transformers.DynamicCache(config=model.config)
             with torch.no_grad(), fp.collect_stats(model) as stats:
                 parts = [
-                    model(ids[:, :150], past_key_values=cache, final_chunk=False).logits,
-                    model(ids[:, 150:], past_key_values=cache, final_chunk=True).logits,
+                    model(ids[:, :150], **{CACHE: cache}, final_chunk=False).logits,
+                    model(ids[:, 150:], **{CACHE: cache}, final_chunk=True).logits,
                 ]
             runs.append(torch.cat(parts, 1))
             model.set_attn_implementation(before)
@@ -221,7 +222,7 @@ def test_static_cache_is_read_as_far_as_it_is_used(models, patched):
     wanted = logits(model, ids)
     cache = transformers.StaticCache(config=model.config, max_cache_len=512)
     with fp.collect_stats(model) as stats:
-        got = logits(model, ids, past_key_values=cache)
+        got = logits(model, ids, **{CACHE: cache})
     assert [(call.rows, call.keys, call.reason) for call in stats.calls] == [(LENGTH, 512, "")] * 2
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 

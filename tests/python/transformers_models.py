@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5")
 
 import flashprefill as fp  # noqa: E402
+from flashprefill.apps.measure import cache_keyword  # noqa: E402
 from flashprefill.transformers import attention, fallback, masks  # noqa: E402, F401
 
 LENGTH = 300  # three query tiles, the last one ragged, and no multiple of a block
@@ -50,6 +51,7 @@ MODELS = {
     "gemma3": ("Gemma3TextConfig", dict(layer_types=MIXED, sliding_window=100), {"sliding window"}),
     "gpt_oss": ("GptOssConfig", dict(EXPERTS, layer_types=MIXED, sliding_window=100), {"attention sinks"}),
 }
+CACHE = cache_keyword(transformers.LlamaForCausalLM)  # cache or, before 5.24, past_key_values
 ALL_DENSE = ("mistral_window", "gemma2", "gpt_oss")
 
 

@@ -8,6 +8,7 @@ part of the time to first token.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,6 +84,11 @@ def attention_clock(model: Any, capture: frozenset[int] = frozenset()) -> Iterat
         del functions[name]
 
 
+def cache_keyword(model: Any) -> str:
+    """What this version of Transformers calls a model's cache, as an argument and in its outputs."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def run(
     model: Any, ids: torch.Tensor, keep: int, capture: frozenset[int] = frozenset()
 ) -> tuple[Pass, Clock]:
@@ -101,7 +107,7 @@ def run(
             ttft = time.perf_counter() - start
     finally:
         hook.remove()
-    logits, cache = output.logits[0, -1], output.past_key_values
+    logits, cache = output.logits[0, -1], output[cache_keyword(model)]
     return Pass(ttft, clock.seconds, stats.select_seconds, logits, hidden[0], stats, cache), clock
 
 
@@ -120,10 +126,11 @@ def continue_greedily(model: Any, result: Pass, tokens: int) -> tuple[list[int],
 
     token, least = pick(result.logits)
     written = [token]
+    cache = {cache_keyword(model): result.cache}
     with torch.inference_mode():
         while len(written) < tokens and token not in ends:
             step = torch.tensor([[token]])
-            output = model(input_ids=step, past_key_values=result.cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
             token, probability = pick(output.logits[0, -1])
             written.append(token)
             least = min(least, probability)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from .. import _engine
 from ..api import prefill_attention
@@ -136,7 +137,7 @@ def _why_dense(
         return "attention weights"
     if kwargs.get("position_bias") is not None:
         return "position bias"
-    if kwargs.get("cache") is not None:
+    if not isinstance(kwargs.get("cache"), (Cache, type(None))):  # continuous batching's is no Cache
         return "paged cache"
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
         return "packed sequences"

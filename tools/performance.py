@@ -18,8 +18,9 @@ Made by `tools/performance.py` from the files in `bench/results/`; each holds th
 and date of its run. Attention alone on made-up inputs, by turns with PyTorch's
 `scaled_dot_product_attention` in the same run, medians; the time of a policy includes its selection. GFLOP/s
 count the kept part of the causal triangle and leave selection out; *of product* is their share of PyTorch's
-own product of two 2048 x 2048 matrices, measured in the same turns. Density is kept over causal blocks.
-Where CPU time is named, that was the clock: runs of one thread on a machine that others use too.
+own product of two 2048 x 2048 matrices, measured in the same turns (in fp32 where the processor has no bf16
+product). Density is kept over causal blocks. Where CPU time is named, that was the clock: runs of one thread
+on a machine that others use too.
 """
 
 

@@ -5,7 +5,7 @@ Contenders are the policies (selection included in their time) and hand-made mas
 compared. With one thread the clock is the process's CPU time, which other programs on the machine hardly
 touch; with more it is the wall's. The baseline is PyTorch's scaled_dot_product_attention on the layout it
 likes best, [batch, heads, tokens, head_dim] and contiguous. The ceiling is PyTorch's own product of two
-2048 x 2048 matrices, which takes its turns too.
+2048 x 2048 matrices, which takes its turns too: in bf16 where the processor multiplies it, else in fp32.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def contenders(shape: inputs.Shape, options: Options, dtype: torch.dtype) -> lis
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
     work = 2.0 * shape.q_heads * shape.head_dim * shape.tokens * (shape.tokens + 1)
-    square = torch.randn(_MATRIX, _MATRIX, dtype=dtype)
+    # Without an instruction for it PyTorch's 16-bit product is a scalar loop of a minute, and no ceiling.
+    has_product = dtype is torch.bfloat16 and machine.supports_bf16()
+    square = torch.randn(_MATRIX, _MATRIX, dtype=dtype if has_product else torch.float32)
     found = [
         Contender("PyTorch SDPA", sdpa, 1.0, work),
         Contender(MATRIX_PRODUCT, lambda: square @ square, 1.0, 2.0 * _MATRIX**3),

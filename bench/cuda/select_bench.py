@@ -1,11 +1,12 @@
 """Selection alone on a GPU, and the attend kernel's share of an operator over even lists of blocks.
 
-    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--out FILE]
+    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--grid] [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs and thresholds as operator_bench.py
 makes them. Calls are captured in CUDA graphs, several in one timing so that the host's launches are not
 measured, medians. "even lists" is select, then attend over a mask of random blocks of the same density: every
-tile keeps as large a share of what it sees, however the made-up text spreads its topics.
+tile keeps as large a share of what it sees, however the made-up text spreads its topics. --grid is XAttention
+and RRAttention beside FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense attention.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 
 import torch
 from operator_bench import DENSITY, HEADS, clock, graph_of, inputs, milliseconds, tuned
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import flashprefill as fp
 
@@ -34,6 +37,62 @@ def even_mask(tokens, density):
         rank.fill_diagonal_(-1.0)
         head.copy_(rank.argsort(-1).argsort(-1) < (seen * density).round().clamp_min(1)[:, None])
     return fp.BlockMask.from_dense(keep, q_len=tokens, k_len=tokens, block_size=128)
+
+
+def medians(graphs, tokens, turns):
+    """Milliseconds of each graph, by turns."""
+    calls = max(1, 65536 // tokens)
+    times = {name: [] for name in graphs}
+    for _ in range(turns):
+        for name, graph in graphs.items():
+            times[name].append(milliseconds(graph, calls))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def measure_grid(tokens, turns):
+    """All rows of one length of the policies that score a grid of cells."""
+    q, k, v = inputs(tokens)
+
+    def tuned_threshold(make_policy):
+        low, high = 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            kept = fp.select(q, k, make_policy(middle)).density
+            low, high = (low, middle) if kept > DENSITIES[tokens] else (middle, high)
+        return make_policy((low + high) / 2)
+
+    policies = {
+        "FlashPrefill, query_pool=16": tuned(
+            q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), DENSITIES[tokens]
+        ),
+        "XAttention, stride=16": tuned_threshold(lambda t: fp.XAttention(threshold=t)),
+        "XAttention, stride=8": tuned_threshold(lambda t: fp.XAttention(threshold=t, stride=8)),
+        "RRAttention, stride=8": tuned_threshold(lambda t: fp.RRAttention(threshold=max(t, 1e-3))),
+    }
+    first = [x.transpose(0, 1).contiguous()[None] for x in (q, k, v)]
+
+    def dense():
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            scaled_dot_product_attention(*first, is_causal=True, enable_gqa=True)
+
+    graphs, density = {"cuDNN, dense": graph_of(dense)}, {}
+    for name, policy in policies.items():
+        density[f"operator, {name}"] = fp.select(q, k, policy).density
+        graphs[f"select, {name}"] = graph_of(lambda p=policy: fp.select(q, k, p))
+        graphs[f"operator, {name}"] = graph_of(lambda p=policy: fp.prefill_attention(q, k, v, p))
+    times = medians(graphs, tokens, turns)
+    mhz = clock()
+    return [
+        {
+            "tokens": tokens,
+            "name": name,
+            "ms": ms,
+            "clock_mhz": mhz,
+            "over_cudnn": times["cuDNN, dense"] / ms,
+            **({"density": density[name]} if name in density else {}),
+        }
+        for name, ms in times.items()
+    ]
 
 
 def measure(tokens, turns):
@@ -60,26 +119,18 @@ def measure(tokens, turns):
 
     graphs["select, query_pool=16, then attend, even lists"] = graph_of(both)
     graphs["operator, query_pool=16, structured"] = graph_of(lambda: fp.prefill_attention(q, k, v, pooled))
-    calls = max(1, 65536 // tokens)
-    times = {name: [] for name in graphs}
-    for _ in range(turns):
-        for name, graph in graphs.items():
-            times[name].append(milliseconds(graph, calls))
+    times = medians(graphs, tokens, turns)
     mhz = clock()
     even = int(mask.stats.kept.sum())
     return [
         {
             "tokens": tokens,
             "name": name,
-            "ms": statistics.median(t),
+            "ms": ms,
             "clock_mhz": mhz,
-            **(
-                {"tflops": even * 4 * 128**3 / statistics.median(t) / 1e9}
-                if name == "attend, even lists"
-                else {}
-            ),
+            **({"tflops": even * 4 * 128**3 / ms / 1e9} if name == "attend, even lists" else {}),
         }
-        for name, t in times.items()
+        for name, ms in times.items()
     ]
 
 
@@ -90,14 +141,17 @@ def main():
     )
     parser.add_argument("--tokens", default=",".join(map(str, DENSITIES)))
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--grid", action="store_true", help="XAttention and RRAttention")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     rows = []
     with torch.inference_mode():
         for tokens in map(int, arguments.tokens.split(",")):
-            for row in measure(tokens, arguments.turns):
+            for row in (measure_grid if arguments.grid else measure)(tokens, arguments.turns):
                 rows.append(row)
                 rate = f" {row['tflops']:6.1f} TFLOP/s" if "tflops" in row else ""
+                rate += f" {row['over_cudnn']:6.2f}x cuDNN" if "over_cudnn" in row else ""
+                rate += f" density {row['density']:.3f}" if "density" in row else ""
                 print(
                     f"{tokens:7d} {row['name']:50s} {row['ms']:9.4f} ms{rate} {row['clock_mhz']} MHz",
                     flush=True,

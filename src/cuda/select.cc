@@ -6,6 +6,7 @@
 
 #include "cuda/attend.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/grid.h"
 #include "cuda/sm90/mask.h"
 #include "cuda/sm90/pool.h"
 #include "cuda/sm90/score.h"
@@ -56,6 +57,8 @@ bool NothingToScore(const Problem& p, const Policy& policy) {
   return p.total_q == 0 || begin < 0 ||
          policy.sink_blocks >= begin / policy.block_size - std::max(0, policy.window_blocks - 1);
 }
+
+bool ScoresGrid(const Problem& p, const Policy& policy) { return IsGrid(policy) && !NothingToScore(p, policy); }
 
 Scoring ScoringOf(const Problem& p, const Policy& policy) {
   Scoring s;
@@ -160,6 +163,7 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
   SelectScratch scratch{};
   if (correction || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
   if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
+  if (ScoresGrid(p, policy)) scratch.grid = GridScratch::Take(workspace, p, policy);
   if (s.scored && s.sketch) scratch.sketch = TakeMeans(workspace, p, policy.block_size, 2 + s.outliers);
   if (s.scored && !s.rows_in_q) {
     scratch.q_rows = workspace.Take<uint16_t>((s.sketch ? 2 : 1) * UnitCount(p, policy) * s.unit_rows * Pitch(p));
@@ -168,9 +172,10 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
 }
 
 const char* SelectUnsupported(const Problem& p, const Policy& policy) {
-  if (policy.kind > FP_SKETCH) return "this policy selects on the CPU only";
+  if (policy.kind > FP_SKETCH && !IsGrid(policy)) return "this policy selects on the CPU only";
   const Scoring s = ScoringOf(p, policy);
   if (p.final_chunks && p.batch > kMaxFinalChunks) return "final_chunks is given for more than 4096 sequences";
+  if (ScoresGrid(p, policy)) return GridUnsupported(p, policy);
   if (!s.scored && !policy.mean_correction) return nullptr;
   if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
   if (!s.scored) return nullptr;
@@ -189,6 +194,10 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   pool.k_means = scratch.k_means;
   pool.v_means = correction ? scratch.v_means : nullptr;
   pool.skip_forced = true; // in such a sequence no bit is zero, so attend does not correct either
+  if (ScoresGrid(p, policy)) {
+    if (cudaError_t error = correction ? LaunchPool(pool, stream) : cudaSuccess) return error;
+    return LaunchGrid(p, policy, mask, scratch.grid, zeroed, stream);
+  }
   if (!s.scored) {
     const Geometry g = Geometry::Of(p, policy);
     const MaskArgs args{pool.d, pool.rules, mask.bits, mask.counts, mask.fallback, g.mask_heads, mask.words, zeroed};

@@ -6,6 +6,7 @@
 
 #include "core/backend.h"
 #include "core/types.h"
+#include "cuda/grid.h"
 
 namespace flashprefill::cuda {
 
@@ -15,6 +16,7 @@ struct SelectScratch {
   void* v_means;
   void* sketch;
   void* q_rows;
+  GridScratch grid;
 
   // What select needs for this policy, and with `correction` the means of K and V too, for attend.
   static SelectScratch Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction);

@@ -1,0 +1,83 @@
+// Selection over a grid of cells, XAttention's and RRAttention's: what its three kernels are asked for, and their
+// launches. Plain C++. grid.cuh says what the words mean on the device, docs/hopper-select.md how it goes together.
+#ifndef FLASHPREFILL_CUDA_SM90_GRID_H_
+#define FLASHPREFILL_CUDA_SM90_GRID_H_
+
+#include <cuda.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/sequence.cuh"
+
+namespace flashprefill::cuda {
+
+constexpr int kStripRows = 128;         // rows of the grid that a CTA scores at once
+constexpr int kKeyTileCells = 256;      // key cells that it scores them against: the box of k_map has so many rows
+constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each: they travel as a kernel argument
+
+// A tile of a query head is a *unit*, of 128 / stride rows. Units go tile by tile, the heads of a KV head next to each
+// other; a *strip* is `stride` units, 128 rows. A *key tile* is whole blocks, at most 256 cells.
+//
+// Tiles are selected for in *chunks* of consecutive rows of the mask, so that what lies between the kernels stays small:
+//   q_rows  [kv_heads, q_tiles, heads of a KV head, rows a unit, pitch]
+//   sums    [kv_heads, tiles, heads of a KV head, rows a unit, key_tiles, block_pitch]: of a row's powers of two, by
+//           block, relative to the largest of the row in that key tile
+//   stats   the same without the last axis: that largest exponent, and the sum over the key tile
+struct GridShape {
+  int stride, log2_stride;
+  int rows_a_unit, log2_rows;
+  bool means;    // RRAttention: key cells are means and rows single queries, else both are whole cells
+  int columns;   // of a cell
+  int pitch;     // columns rounded up to 8 elements
+  int box_units; // units that one bulk copy brings
+  bool direct;   // rows of whole tiles are read from q itself; q_rows then has each sequence's last tile, if it is short
+  int cells_a_block, key_tile_blocks, key_tile_cells, block_pitch;
+  int key_tiles;     // of the longest sequence
+  int64_t cell_rows; // of a KV head in k_cells; a sequence's begin at MeanBase of attend.h for blocks of `stride` keys
+  int64_t q_tiles;
+};
+
+struct GridArgs {
+  DeviceProblem d;
+  TileRules rules;
+  GridShape shape;
+  int first_tile, tiles; // rows of the mask that this chunk covers, of each head
+  void *k_cells, *q_rows;
+  __half* sums;
+  float2* stats;
+};
+
+// Copies cells of keys and rows of queries to where the score kernel can read them as two matrices: in the first chunk
+// keys, and queries where they must be copied.
+cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cudaStream_t stream);
+
+struct GridScoreArgs {
+  GridArgs grid;
+  CUtensorMap k_map; // of k_cells, boxes of 64 columns and kKeyTileCells rows
+  CUtensorMap q_map; // of q_rows, boxes of 64 columns and box_units units
+  CUtensorMap q_direct_map; // of q: column, cell of a tile, head, token; one tile's cells of box_units heads
+  float scale_log2;         // what turns a product into an exponent of two
+};
+
+cudaError_t LaunchGridScore(const GridScoreArgs& args, cudaStream_t stream);
+
+struct GridKeepArgs {
+  GridArgs grid;
+  bool forced_first; // forced blocks count towards the share
+  uint64_t* bits;
+  int32_t *counts, *fallback; // or null
+  int* zeroed;                // a word that attend wants to be zero, or null
+  int64_t words;
+  float threshold;
+  bool by_head; // head_threshold in place of threshold
+  float head_threshold[kMaxGridThresholds];
+};
+
+// Whether the masses of a tile of so many blocks fit in shared memory.
+bool GridKeeps(int64_t max_blocks);
+
+cudaError_t LaunchGridKeep(const GridKeepArgs& args, cudaStream_t stream);
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_GRID_H_

@@ -1,0 +1,218 @@
+// Cells of keys and rows of queries as two matrices, so that the score kernel is a plain product of them, whatever the
+// layout, the pages and the lengths are: what lies past the end of a sequence becomes zeros here. XAttention's cells are
+// copied as they are, token after token, and its rows from the cell's last query to its first; RRAttention's cells are
+// averaged and its rows are single queries.
+//
+// A CTA takes eight rows of one head. Consecutive threads copy consecutive 16 bytes of a row, eight of them in flight
+// each; head_dim 128 makes runs of 256 bytes in the cache and whole rows in the matrix. At stride 16 a row is 4 KiB.
+#include <cuda_bf16.h>
+
+#include <limits>
+
+#include "cuda/attend.h"
+#include "cuda/sm90/grid.cuh"
+
+namespace flashprefill::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 8; // of a CTA
+constexpr int kInFlight = 8;
+
+struct GatherJobs {
+  int64_t keys;     // CTAs for keys; the others are for queries
+  int parts;        // CTAs a unit
+  int pieces_a_row; // of the matrix
+  int pieces_a_token;
+  Divider by_kv, by_heads, by_parts, by_group, by_row, by_token, by_page;
+};
+
+// One row of a matrix: where it comes from, and where it goes.
+struct GatherRow {
+  DeviceSequence sequence;
+  int begin, end; // tokens [begin, end) of the cell
+  int single;     // RRAttention's query, as a token
+  int64_t to;     // row of the matrix
+  bool wanted;
+};
+
+__device__ GatherRow KeyRow(const GridArgs& a, int kv, int slot) {
+  const Problem& p = a.d.p;
+  const GridShape& g = a.shape;
+  const bool packed = p.cu_seqlens_k && !p.block_table;
+  auto base = [&](int b) {
+    const int64_t begin = packed ? Clamp(p.cu_seqlens_k[b], 0, p.total_k) : 0;
+    return static_cast<int>(MeanBase(packed, b, begin, p.max_seqlen_k, g.stride));
+  };
+  const int b = SequenceOfSlot(p.batch, slot, base);
+  GatherRow row;
+  row.sequence = SequenceAt(a.d, b);
+  const int cell = slot - base(b);
+  row.begin = cell << g.log2_stride;
+  row.end = min(row.begin + g.stride, row.sequence.k_len);
+  row.to = kv * g.cell_rows + slot;
+  row.wanted = slot < g.cell_rows && cell >= 0 && row.begin < row.end && row.sequence.q_len > 0 &&
+               !AllForcedAt(p, a.rules, row.sequence);
+  return row;
+}
+
+__device__ GatherRow QueryRow(const GridArgs& a, int head, int kv, int q_tile, int i) {
+  const Problem& p = a.d.p;
+  const GridShape& g = a.shape;
+  const TileRules& r = a.rules;
+  const int slot = a.first_tile + q_tile;
+  const int b = g.direct ? q_tile : SequenceOfSlot(p.batch, slot, [&](int j) { return TileBaseOf(a.d, r, j); });
+  GatherRow row;
+  row.sequence = SequenceAt(a.d, b);
+  const int tiles = row.sequence.Tiles(r), m = g.direct ? tiles - 1 : slot - row.sequence.TileBase(r);
+  row.wanted = i < g.rows_a_unit && m >= 0 && m < FirstDenseTile(r, row.sequence) &&
+               !AllForcedAt(p, r, row.sequence);
+  if (!row.wanted) return row;
+  const DeviceTile tile = TileAt(p, r, row.sequence, m);
+  row.begin = tile.begin + (i << g.log2_stride);
+  row.end = min(row.begin + g.stride, tile.end);
+  row.single = LastQuery(g, tile, i, head);
+  const int64_t unit = (kv * g.q_tiles + q_tile) * r.units_a_kv + head - kv * r.units_a_kv;
+  row.to = unit * g.rows_a_unit + i;
+  row.wanted = row.begin < row.end && !(g.direct && tile.end - tile.begin == r.tile_tokens);
+  return row;
+}
+
+template <typename T>
+__device__ float ToFloat(T x);
+template <>
+__device__ float ToFloat(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+template <>
+__device__ float ToFloat(__half x) {
+  return __half2float(x);
+}
+template <typename T>
+__device__ T FromFloat(float x);
+template <>
+__device__ __nv_bfloat16 FromFloat(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __half FromFloat(float x) {
+  return __float2half_rn(x);
+}
+
+// WIDTH neighbouring columns: 16 bytes where addresses allow it, else one.
+template <typename T, int WIDTH>
+struct alignas(WIDTH * sizeof(T)) Piece {
+  T value[WIDTH];
+};
+
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(kThreads)
+    GatherKernel(const __grid_constant__ GridArgs a, const __grid_constant__ GatherJobs jobs) {
+  using P = Piece<T, WIDTH>;
+  __shared__ GatherRow rows[kRows];
+  const Problem& p = a.d.p;
+  const GridShape& g = a.shape;
+  const bool keys = blockIdx.x < jobs.keys;
+  const int job = static_cast<int>(keys ? blockIdx.x : blockIdx.x - jobs.keys);
+  const int group = keys ? jobs.by_kv(job) : jobs.by_heads(job);
+  const int head = job - group * (keys ? p.kv_heads : p.q_heads);
+  const int q_tile = jobs.by_parts(group), part = group - q_tile * jobs.parts;
+  const int kv = keys ? head : jobs.by_group(head);
+
+  if (threadIdx.x < kRows) {
+    const int r = threadIdx.x;
+    rows[r] = keys ? KeyRow(a, kv, group * kRows + r) : QueryRow(a, head, kv, q_tile, part * kRows + r);
+  }
+  __syncthreads();
+
+  auto address = [&](const DeviceSequence& s, int token, int column) -> const P* {
+    const Tensor& tensor = keys ? p.k : p.q;
+    int64_t offset;
+    if (!keys) {
+      offset = RowOffsetAt(p, tensor.stride, s, token, head);
+    } else if (p.block_table) {
+      const int index = jobs.by_page(token);
+      const int page = p.block_table[s.index * p.block_table_stride + index];
+      offset = (page >= 0 && page < p.page_count ? page : 0) * tensor.stride[0] +
+               (token - index * p.page_size) * tensor.stride[1] + head * tensor.stride[2];
+    } else {
+      offset = KeyOffsetAt(p, tensor.stride, s, token, head);
+    }
+    return reinterpret_cast<const P*>(static_cast<const T*>(tensor.data) + offset + column * tensor.stride[3]);
+  };
+  T* const matrix = static_cast<T*>(keys ? a.k_cells : a.q_rows);
+
+  for (int first = threadIdx.x; first < kRows * jobs.pieces_a_row; first += kThreads * kInFlight) {
+    P piece[kInFlight];
+    P* to[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int index = first + k * kThreads;
+      const int r = jobs.by_row(index), in_row = index - r * jobs.pieces_a_row;
+      to[k] = nullptr;
+      if (r >= kRows || !rows[r].wanted) continue;
+      const GatherRow& row = rows[r];
+      const int t = jobs.by_token(in_row), column = (in_row - t * jobs.pieces_a_token) * WIDTH;
+      to[k] = reinterpret_cast<P*>(matrix + row.to * g.pitch + in_row * WIDTH);
+      if (keys && g.means) {
+        float sum[WIDTH] = {};
+        for (int token = row.begin; token < row.end; ++token) {
+          const P one = *address(row.sequence, token, column);
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) sum[i] += ToFloat(one.value[i]);
+        }
+        const float count = static_cast<float>(row.end - row.begin);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) piece[k].value[i] = FromFloat<T>(__fdiv_rn(sum[i], count));
+      } else {
+        const int token = g.means ? row.single : keys ? row.begin + t : row.begin + g.stride - 1 - t;
+        if (token < row.end) {
+          piece[k] = *address(row.sequence, token, column);
+        } else {
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) piece[k].value[i] = FromFloat<T>(0.f);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (to[k]) *to[k] = piece[k];
+    }
+  }
+}
+
+bool Aligned(const Tensor& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[3] == 1;
+  for (int axis = 0; axis < 3; ++axis) aligned &= t.stride[axis] % 8 == 0;
+  return aligned;
+}
+
+} // namespace
+
+cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cudaStream_t stream) {
+  const Problem& p = args.d.p;
+  const GridShape& g = args.shape;
+  const bool vector = p.head_dim % 8 == 0 && Aligned(p.q) && Aligned(p.k);
+  GatherJobs jobs{};
+  jobs.pieces_a_token = vector ? p.head_dim / 8 : p.head_dim;
+  jobs.pieces_a_row = g.means ? jobs.pieces_a_token : g.stride * jobs.pieces_a_token;
+  jobs.parts = DivUp(g.rows_a_unit, kRows);
+  jobs.by_kv = Divider::Of(p.kv_heads);
+  jobs.by_heads = Divider::Of(p.q_heads);
+  jobs.by_parts = Divider::Of(jobs.parts);
+  jobs.by_group = Divider::Of(args.rules.units_a_kv);
+  jobs.by_row = Divider::Of(jobs.pieces_a_row);
+  jobs.by_token = Divider::Of(jobs.pieces_a_token);
+  jobs.by_page = Divider::Of(std::max(1, p.page_size));
+  jobs.keys = keys ? DivUp<int64_t>(g.cell_rows, kRows) * p.kv_heads : 0;
+  const int64_t grid = jobs.keys + (queries ? g.q_tiles * jobs.parts * p.q_heads : 0);
+  if (grid == 0) return cudaSuccess;
+  if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  const auto kernel = p.q.dtype == FP_BF16
+                          ? (vector ? GatherKernel<__nv_bfloat16, 8> : GatherKernel<__nv_bfloat16, 1>)
+                          : (vector ? GatherKernel<__half, 8> : GatherKernel<__half, 1>);
+  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args, jobs);
+  return cudaGetLastError();
+}
+
+} // namespace flashprefill::cuda

@@ -1,0 +1,253 @@
+"""XAttention and RRAttention on a GPU against the CPU, as test_cuda.py does it for the other policies.
+
+Masks are compared through the threshold: what is kept with a threshold a little lower must be kept, what is left
+out with one a little higher must be left out.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import flashprefill as fp
+from oracle import TOLERANCE, error
+from test_cuda import data, pytestmark  # noqa: F401 (marks this file too)
+
+POLICIES = {
+    "stride 16": fp.XAttention(threshold=0.7),
+    "stride 8": fp.XAttention(threshold=0.8, stride=8, sink_blocks=0),
+    "stride 4": fp.XAttention(threshold=0.5, stride=4, dense_tail_blocks=1, window_blocks=2),
+    "stride 32": fp.XAttention(threshold=0.7, stride=32, norm=0.5),
+    "stride 128": fp.XAttention(threshold=0.7, stride=128),
+    "blocks of 64": fp.XAttention(threshold=0.7, block_size=64),
+    "blocks of 48": fp.XAttention(threshold=0.7, block_size=48),
+    "blocks of 1024": fp.XAttention(threshold=0.4, block_size=1024, stride=4, window_blocks=0),
+    "corrected": fp.XAttention(threshold=0.5, mean_correction=True),
+    "forced alone": fp.XAttention(threshold=0.0, window_blocks=3),
+    "rr 8": fp.RRAttention(threshold=0.8),
+    "rr 16": fp.RRAttention(threshold=0.6, stride=16, sink_blocks=0),
+    "rr 128": fp.RRAttention(threshold=0.5, stride=128, block_size=256),
+}
+FEW = ("stride 16", "blocks of 48", "rr 8")
+
+
+def on_device(layout):
+    return {n: x.cuda() if torch.is_tensor(x) else x for n, x in layout.items()}
+
+
+def check_bits(q, k, policy, sequences=1, **layout):
+    """Compare the mask with the CPU's, which is tested against the reference; returns it and its density."""
+    mask = fp.select(q.cuda(), k.cuda(), policy, **on_device(layout))
+    strict, loose = (
+        fp.select(
+            q, k, dataclasses.replace(policy, threshold=min(1.0, policy.threshold * factor)),
+            backend="cpu", **layout,
+        )
+        for factor in (0.98, 1.02)
+    )  # fmt: skip
+    kept, visible = 0, 0
+    for b in range(sequences):
+        bits, inner, outer = (torch.as_tensor(m.dense(b)).cpu().bool() for m in (mask, strict, loose))
+        assert not (inner & ~bits).any(), f"{int((inner & ~bits).sum())} of {inner.numel()} bits are missing"
+        assert not (bits & ~outer).any(), f"{int((bits & ~outer).sum())} of {outer.numel()} bits are too many"
+        kept, visible = kept + int(bits.sum()), visible + bits.numel()
+    assert mask.stats.fallback.tolist() == strict.stats.fallback.tolist()
+    return mask, kept / max(1, visible)
+
+
+def check(q, k, v, policy, sequences=1, **layout):
+    """Compare the mask with the CPU's, and prefill with select and attend; returns the density."""
+    mask, density = check_bits(q, k, policy, sequences, **layout)
+    there, layout = [x.cuda() for x in (q, k, v)], on_device(layout)
+    out, lse = fp.attend(*there, mask, return_lse=True, **layout)
+    both, both_lse = fp.prefill_attention(*there, policy, return_lse=True, **layout)
+    assert torch.equal(both, out)
+    assert torch.equal(both_lse, lse)
+    return density
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_policies(name, dtype):
+    q, k, v = data(2100, 2500, 8, 2, 128, dtype)
+    assert check(q, k, v, POLICIES[name]) < 0.6
+    out = fp.prefill_attention(q.cuda(), k.cuda(), v.cuda(), POLICIES[name])
+    mask = fp.select(q.cuda(), k.cuda(), POLICIES[name])
+    host_mask = fp.select(q, k, POLICIES[name], backend="cpu")
+    host_mask.bits.copy_(mask.bits.cpu())
+    assert error(out.cpu(), fp.attend(q, k, v, host_mask, backend="cpu")) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dim", [20, 64, 80, 96, 128, 256])
+def test_head_dims(dim):
+    q, k, v = data(1000, 1000, 4, 2, dim, torch.bfloat16)
+    for name in FEW:
+        if dim % 8 == 0:
+            check(q, k, v, POLICIES[name])
+        else:
+            mask = fp.select(q.cuda(), k.cuda(), POLICIES[name])
+            assert (mask.dense(0) == fp.select(q, k, POLICIES[name], backend="cpu").dense(0)).mean() > 0.99
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 12])
+def test_groups(group):
+    inputs = data(777, 1153, 2 * group, 2, 64, torch.bfloat16)
+    for name in (*FEW, "stride 4"):
+        check(*inputs, POLICIES[name])
+
+
+@pytest.mark.parametrize(
+    "q_len, k_len",
+    [(1, 1), (1, 700), (1, 4097), (127, 127), (128, 128), (129, 640), (509, 1021), (1025, 1025), (130, 9000)],
+)
+def test_lengths(q_len, k_len):
+    inputs = data(q_len, k_len, 4, 2, 128, torch.bfloat16)
+    for name in (*FEW, "stride 4", "stride 128"):
+        check(*inputs, POLICIES[name])
+
+
+def test_longer_than_a_chunk_of_tiles():
+    """Enough rows for several rounds of the three kernels, and more than one key tile."""
+    inputs = data(5000, 20000, 64, 8, 64, torch.bfloat16)
+    for name in ("stride 4", "rr 8"):
+        check(*inputs, POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_packed_with_an_empty_sequence(name):
+    cu_q = torch.tensor([0, 300, 300, 301, 1500], dtype=torch.int32)
+    cu_k = torch.tensor([0, 700, 700, 1400, 2650], dtype=torch.int32)
+    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1199, "max_seqlen_k": 1250}
+    check(*data(1500, 2650, 4, 2, 128, torch.bfloat16), POLICIES[name], sequences=4, **layout)
+
+
+def test_rectangular_batches():
+    q, k, v = data(3 * 700, 3 * 900, 4, 2, 128, torch.bfloat16)
+    batch = [q.view(3, 700, 4, 128), k.view(3, 900, 2, 128), v.view(3, 900, 2, 128)]
+    for name in FEW:
+        check(*batch, POLICIES[name], sequences=3)
+        apart = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 9)).cuda()[:, : x.shape[1]] for x in batch]
+        mask = fp.select(apart[0], apart[1], POLICIES[name])
+        assert torch.equal(mask.bits, fp.select(batch[0].cuda(), batch[1].cuda(), POLICIES[name]).bits)
+
+
+@pytest.mark.parametrize("page", [1, 16, 24, 64, 128])
+@pytest.mark.parametrize("name", [*FEW, "corrected"])
+def test_pages_in_any_order(page, name):
+    lengths, rows = [900, 1333], [900, 600]
+    pages_each = [math.ceil(n / page) for n in lengths]
+    order = torch.randperm(sum(pages_each) + 3, generator=torch.Generator().manual_seed(page)).tolist()
+    table = torch.zeros(2, max(pages_each), dtype=torch.int32)
+    q, k, v = data(sum(rows), sum(lengths), 4, 2, 128, torch.bfloat16)
+    caches = [torch.full((len(order), page, 2, 128), math.nan, dtype=q.dtype) for _ in range(2)]
+    begin = 0
+    for b, n in enumerate(lengths):
+        for i in range(pages_each[b]):
+            table[b, i] = order.pop()
+            tokens = slice(begin + i * page, begin + min(n, (i + 1) * page))
+            for cache, source in zip(caches, (k, v), strict=True):
+                cache[table[b, i], : tokens.stop - tokens.start] = source[tokens]
+        begin += n
+    layout = {
+        "cu_seqlens_q": torch.tensor([0, rows[0], sum(rows)], dtype=torch.int32),
+        "seqused_k": torch.tensor(lengths, dtype=torch.int32),
+        "block_table": table,
+        "max_seqlen_q": max(rows),
+        "max_seqlen_k": max(lengths),
+    }
+    check(q, *caches, POLICIES[name], sequences=2, **layout)
+
+
+def test_strides_and_transposed_layouts():
+    q, k, v = data(1000, 1000, 4, 2, 128, torch.bfloat16)
+    fused = torch.cat([q, k, v], dim=1).cuda()
+    across = [x.cuda().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]
+    for name in FEW:
+        expected = fp.select(q.cuda(), k.cuda(), POLICIES[name]).bits
+        assert torch.equal(fp.select(fused[:, :4], fused[:, 4:6], POLICIES[name]).bits, expected)
+        assert torch.equal(fp.select(*across, POLICIES[name]).bits, expected)
+
+
+def test_a_threshold_for_each_head():
+    q, k, v = data(1500, 1500, 4, 2, 128, torch.bfloat16)
+    there = [x.cuda() for x in (q, k)]
+    thresholds = [0.0, 0.3, 0.6, 0.9]
+    mask = fp.select(*there, fp.XAttention(head_thresholds=thresholds)).dense(0)
+    for h, threshold in enumerate(thresholds):
+        alone = fp.select(*there, fp.XAttention(threshold=threshold)).dense(0)
+        assert (mask[h] == alone[h]).all()
+    many = torch.zeros(600, 1024, 16, dtype=q.dtype, device="cuda")
+    with pytest.raises(fp.UnsupportedError, match="512 query heads"):
+        fp.select(many, many[:, :8], fp.XAttention(head_thresholds=[0.5] * 1024))
+
+
+def test_what_is_no_number_counts_as_nothing():
+    q, k, _ = data(1500, 1500, 4, 2, 128, torch.bfloat16)
+    k[300, 0, 5], q[700, 1, 3], k[900, 1] = math.nan, math.inf, -math.inf
+    for name in FEW:
+        check_bits(q, k, POLICIES[name])
+    nothing = torch.full_like(k, math.nan)
+    for name in FEW:
+        mask = fp.select(q.cuda(), nothing.cuda(), POLICIES[name]).dense(0)
+        assert (mask == fp.select(q, nothing, POLICIES[name], backend="cpu").dense(0)).all()
+
+
+def test_equal_keys_are_taken_by_index():
+    q, k = torch.ones(1500, 4, 64).bfloat16(), torch.ones(1500, 2, 64).bfloat16()
+    for name in FEW:
+        mask = fp.select(q.cuda(), k.cuda(), POLICIES[name]).dense(0)
+        again = fp.select(q, k, POLICIES[name], backend="cpu").dense(0)
+        assert (mask != again).sum() <= mask.shape[0] * mask.shape[1]  # one block a tile may cross or not
+
+
+def test_the_same_bits_a_hundred_times():
+    q, k, _ = (x.cuda() for x in data(4000, 4000, 8, 2, 128, torch.bfloat16))
+    for name in FEW:
+        first = fp.select(q, k, POLICIES[name]).bits
+        for _ in range(100):
+            assert torch.equal(fp.select(q, k, POLICIES[name]).bits, first)
+
+
+def test_graph_replays_with_other_lengths():
+    q, k, v = (x.cuda() for x in data(2400, 2400, 4, 2, 128, torch.bfloat16))
+    cu = torch.tensor([0, 1000, 2400], dtype=torch.int32).cuda()
+    layout = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 2400, "max_seqlen_k": 2400}
+    for name in FEW:
+        policy = POLICIES[name]
+        out = torch.empty_like(q)
+        cu[1] = 1000
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            fp.prefill_attention(q, k, v, policy, out=out, **layout)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            fp.prefill_attention(q, k, v, policy, out=out, **layout)
+        for middle in (1000, 1, 2399, 1777):
+            cu[1] = middle
+            graph.replay()
+            assert torch.equal(out, fp.prefill_attention(q, k, v, policy, **layout))
+            parts = [fp.prefill_attention(*(x[part] for x in (q, k, v)), policy)
+                     for part in (slice(0, middle), slice(middle, 2400))]  # fmt: skip
+            assert torch.equal(out, torch.cat(parts))
+
+
+def test_lengths_that_make_no_sense():
+    """Whatever the device arrays hold, memory stays whole and the sequences that do make sense are as ever."""
+    q, k, v = (x.cuda() for x in data(1200, 2400, 4, 2, 128, torch.bfloat16))
+    cu_q = torch.tensor([0, 500, 1200], dtype=torch.int32).cuda()
+    cu_k = torch.tensor([0, 1400, 2400], dtype=torch.int32).cuda()
+    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 700, "max_seqlen_k": 1400}
+    policy = POLICIES["stride 16"]
+    expected = fp.prefill_attention(q, k, v, policy, **layout)
+    used = torch.tensor([1400, 600], dtype=torch.int32).cuda()
+    out, stats = fp.prefill_attention(q, k, v, policy, return_stats=True, seqused_k=used, **layout)
+    assert stats.reasons == ["selected", "impossible lengths"]
+    assert torch.equal(out[:500], expected[:500])
+    for bad in ([0, -5, 1200], [0, 5000, 1200], [900, 100, 1200], [0, 2**31 - 1, -(2**31)]):
+        cu_q.copy_(torch.tensor(bad, dtype=torch.int32))
+        fp.prefill_attention(q, k, v, policy, **layout)
+        fp.prefill_attention(q, k, v, POLICIES["rr 8"], **layout)
+    torch.cuda.synchronize()

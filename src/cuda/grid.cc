@@ -32,19 +32,20 @@ struct Method {
   }
 };
 
-// Whether the copy engine can read rows from q itself: the cells of a tile are then an axis of q, `stride` tokens from
-// one to the next, and the token where they begin is another. A column of the matrix must not straddle two tokens.
-bool ReadsQ(const Problem& p, const Method& method) {
-  const Tensor& q = p.q;
-  const bool packed = p.cu_seqlens_q != nullptr;
-  bool can = !method.means && p.head_dim % kPanel == 0 && p.total_q >= kTileRows && q.stride[3] == 1 &&
-             reinterpret_cast<uintptr_t>(q.data) % 16 == 0;
-  can &= packed || p.batch == 1 || q.stride[0] == p.max_seqlen_q * q.stride[1]; // one axis of tokens
+// Whether the copy engine can read runs of cells from q or k itself: the cells are then an axis of it, `stride` tokens
+// from one to the next, and the token where they begin is another. A panel of columns must not straddle two tokens.
+bool ReadsCells(const Problem& p, const Tensor& t, bool one_sequence, int64_t max_tokens) {
+  bool can = p.head_dim % kPanel == 0 && t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  can &= one_sequence || p.batch == 1 || t.stride[0] == max_tokens * t.stride[1]; // one axis of tokens
   for (int axis = 1; axis < 3; ++axis) {
-    can &= q.stride[axis] > 0 && q.stride[axis] % 8 == 0 && q.stride[axis] < int64_t{1} << 30;
+    can &= t.stride[axis] > 0 && t.stride[axis] % 8 == 0 && t.stride[axis] < int64_t{1} << 30;
   }
   return can;
 }
+
+// Tokens of q, and of k without pages, along one axis.
+int64_t QueryTokens(const Problem& p) { return p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q; }
+int64_t KeyTokens(const Problem& p) { return p.cu_seqlens_k ? p.total_k : p.batch * p.max_seqlen_k; }
 
 struct Plan {
   GridShape shape;
@@ -62,8 +63,8 @@ struct Plan {
     g.means = method.means;
     g.columns = g.means ? p.head_dim : g.stride * p.head_dim;
     g.pitch = DivUp(g.columns, 8) * 8;
-    g.direct = ReadsQ(p, method);
-    g.box_units = g.direct ? std::gcd(geometry.group, g.stride) : g.stride; // in q itself a box lies in one tile
+    g.direct_q = !g.means && QueryTokens(p) >= kTileRows && ReadsCells(p, p.q, p.cu_seqlens_q, p.max_seqlen_q);
+    g.box_units = g.direct_q ? std::gcd(geometry.group, g.stride) : g.stride; // in q itself a box lies in one tile
     g.cells_a_block = policy.block_size / g.stride;
     g.key_tile_blocks = kKeyTileCells / g.cells_a_block;
     g.key_tile_cells = g.key_tile_blocks * g.cells_a_block;
@@ -71,11 +72,16 @@ struct Plan {
     g.key_tiles = static_cast<int>(
         std::max<int64_t>(1, DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_k, g.stride), g.key_tile_cells)));
     g.cell_rows = MeanRows(p, g.stride);
-    const int64_t row_bytes = int64_t{g.key_tiles} * (g.block_pitch * 2 + 8) + (g.direct ? 0 : g.pitch * 2);
+    // Not where sequences are so many and short that a key tile for each is more than all cells.
+    g.direct_k = !g.means && !p.block_table && g.key_tile_cells == kKeyTileCells &&
+                 KeyTokens(p) >= kKeyTileCells * g.stride && p.batch * kKeyTileCells < g.cell_rows &&
+                 ReadsCells(p, p.k, p.cu_seqlens_k, p.max_seqlen_k);
+    if (g.direct_k) g.cell_rows = int64_t{p.batch} * kKeyTileCells;
+    const int64_t row_bytes = int64_t{g.key_tiles} * (g.block_pitch * 2 + 8) + (g.direct_q ? 0 : g.pitch * 2);
     const int64_t tiles = std::max<int64_t>(1, kChunkBytes / (row_bytes * g.rows_a_unit * p.q_heads));
     const int64_t chunks = std::max<int64_t>(1, DivUp<int64_t>(geometry.tile_rows, tiles)); // of even size
     plan.chunk_tiles = static_cast<int>(DivUp(std::max<int64_t>(geometry.tile_rows, 1), chunks));
-    g.q_tiles = g.direct ? p.batch : plan.chunk_tiles;
+    g.q_tiles = g.direct_q ? p.batch : plan.chunk_tiles;
     return plan;
   }
 
@@ -88,13 +94,19 @@ cudaError_t MakeMaps(const Problem& p, const GridShape& g, const GridScratch& sc
   if (cudaError_t e = MakeTensorMap(&args.k_map, scratch.k_cells, p.k.dtype, keys)) return e;
   const TensorMapShape rows{{g.columns, q_rows, 1, 1}, {g.pitch, 0, 0}, g.box_units * g.rows_a_unit, 1};
   if (cudaError_t e = MakeTensorMap(&args.q_map, scratch.q_rows, p.q.dtype, rows)) return e;
-  if (!g.direct) return cudaSuccess;
-  const int64_t tokens = (p.cu_seqlens_q ? p.total_q : p.batch * p.max_seqlen_q) - (g.rows_a_unit - 1) * g.stride;
-  const TensorMapShape in_place{{p.head_dim, g.rows_a_unit, p.q_heads, tokens},
-                                {g.stride * p.q.stride[1], p.q.stride[2], p.q.stride[1]},
-                                g.rows_a_unit,
-                                g.box_units};
-  return MakeTensorMap(&args.q_direct_map, p.q.data, p.q.dtype, in_place);
+  auto in_place = [&](CUtensorMap* map, const Tensor& t, int cells, int heads, int64_t tokens, int box_heads) {
+    const TensorMapShape shape{{p.head_dim, cells, heads, tokens - (cells - 1) * g.stride},
+                               {g.stride * t.stride[1], t.stride[2], t.stride[1]},
+                               cells,
+                               box_heads};
+    return MakeTensorMap(map, t.data, t.dtype, shape);
+  };
+  if (g.direct_q) {
+    if (cudaError_t e = in_place(&args.q_direct_map, p.q, g.rows_a_unit, p.q_heads, QueryTokens(p), g.box_units)) {
+      return e;
+    }
+  }
+  return g.direct_k ? in_place(&args.k_direct_map, p.k, kKeyTileCells, p.kv_heads, KeyTokens(p), 1) : cudaSuccess;
 }
 
 } // namespace
@@ -151,7 +163,7 @@ cudaError_t LaunchGrid(const Problem& p, const Policy& policy, const BlockMask& 
     grid.first_tile = first;
     grid.tiles = std::min(plan.chunk_tiles, grid.rules.tile_rows - first);
     const bool last = first + grid.tiles == grid.rules.tile_rows;
-    if (cudaError_t e = LaunchGridGather(grid, first == 0, first == 0 || !plan.shape.direct, stream)) return e;
+    if (cudaError_t e = LaunchGridGather(grid, first == 0, first == 0 || !plan.shape.direct_q, stream)) return e;
     score.grid = keep.grid = grid;
     if (cudaError_t e = LaunchGridScore(score, stream)) return e;
     keep.fallback = last ? mask.fallback : nullptr;

@@ -42,6 +42,24 @@ __device__ inline int RowLimit(const GridShape& g, const DeviceSequence& s, cons
   return last < 0 ? 0 : ((s.prefix + last) >> g.log2_stride) + 1;
 }
 
+// A launch that, if it `overlaps`, may start while the one before it on the stream ends. Every kernel here waits for
+// that one itself, in all of its CTAs: else it could be done before it.
+template <typename... Args>
+cudaError_t LaunchOverlapped(void (*kernel)(Args...), bool overlaps, int64_t grid, int threads, int bytes,
+                             cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = overlaps;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 } // namespace flashprefill::cuda
 
 #endif // FLASHPREFILL_CUDA_SM90_GRID_CUH_

@@ -18,7 +18,8 @@ constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each:
 // A tile of a query head is a *unit*, of 128 / stride rows. Units go tile by tile, the heads of a KV head next to each
 // other; a *strip* is `stride` units, 128 rows. A *key tile* is whole blocks, at most 256 cells.
 //
-// Tiles are selected for in *chunks* of consecutive rows of the mask, so that what lies between the kernels stays small:
+// Tiles are selected for in *chunks* of consecutive rows of the mask, so that what lies between the kernels stays
+// small:
 //   q_rows  [kv_heads, q_tiles, heads of a KV head, rows a unit, pitch]
 //   sums    [kv_heads, tiles, heads of a KV head, rows a unit, key_tiles, block_pitch]: of a row's powers of two, by
 //           block, relative to the largest of the row in that key tile
@@ -30,10 +31,12 @@ struct GridShape {
   int columns;   // of a cell
   int pitch;     // columns rounded up to 8 elements
   int box_units; // units that one bulk copy brings
-  bool direct;   // rows of whole tiles are read from q itself; q_rows then has each sequence's last tile, if it is short
+  // Rows of whole tiles are read from q itself, and whole key tiles from k. What has copies then is the last one of
+  // each sequence, if it is short: q_rows a tile for each sequence, k_cells a key tile for each.
+  bool direct_q, direct_k;
   int cells_a_block, key_tile_blocks, key_tile_cells, block_pitch;
   int key_tiles;     // of the longest sequence
-  int64_t cell_rows; // of a KV head in k_cells; a sequence's begin at MeanBase of attend.h for blocks of `stride` keys
+  int64_t cell_rows; // of a KV head in k_cells; unless direct_k a sequence's begin at MeanBase for blocks of `stride`
   int64_t q_tiles;
 };
 
@@ -55,8 +58,10 @@ struct GridScoreArgs {
   GridArgs grid;
   CUtensorMap k_map; // of k_cells, boxes of 64 columns and kKeyTileCells rows
   CUtensorMap q_map; // of q_rows, boxes of 64 columns and box_units units
-  CUtensorMap q_direct_map; // of q: column, cell of a tile, head, token; one tile's cells of box_units heads
-  float scale_log2;         // what turns a product into an exponent of two
+  // Of q and k themselves: column, cell, head, token of the first cell. Boxes are one tile's cells of box_units heads,
+  // and a key tile's cells.
+  CUtensorMap q_direct_map, k_direct_map;
+  float scale_log2; // what turns a product into an exponent of two
 };
 
 cudaError_t LaunchGridScore(const GridScoreArgs& args, cudaStream_t stream);

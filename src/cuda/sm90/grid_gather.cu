@@ -1,7 +1,7 @@
 // Cells of keys and rows of queries as two matrices, so that the score kernel is a plain product of them, whatever the
-// layout, the pages and the lengths are: what lies past the end of a sequence becomes zeros here. XAttention's cells are
-// copied as they are, token after token, and its rows from the cell's last query to its first; RRAttention's cells are
-// averaged and its rows are single queries.
+// layout, the pages and the lengths are: what lies past the end of a sequence becomes zeros here. XAttention's cells
+// are copied as they are, token after token, and its rows from the cell's last query to its first; RRAttention's cells
+// are averaged and its rows are single queries.
 //
 // A CTA takes eight rows of one head. Consecutive threads copy consecutive 16 bytes of a row, eight of them in flight
 // each; head_dim 128 makes runs of 256 bytes in the cache and whole rows in the matrix. At stride 16 a row is 4 KiB.
@@ -41,13 +41,15 @@ __device__ GatherRow KeyRow(const GridArgs& a, int kv, int slot) {
   const GridShape& g = a.shape;
   const bool packed = p.cu_seqlens_k && !p.block_table;
   auto base = [&](int b) {
+    if (g.direct_k) return b * kKeyTileCells;
     const int64_t begin = packed ? Clamp(p.cu_seqlens_k[b], 0, p.total_k) : 0;
     return static_cast<int>(MeanBase(packed, b, begin, p.max_seqlen_k, g.stride));
   };
   const int b = SequenceOfSlot(p.batch, slot, base);
   GatherRow row;
   row.sequence = SequenceAt(a.d, b);
-  const int cell = slot - base(b);
+  int cell = slot - base(b);
+  if (g.direct_k) cell += (row.sequence.k_len >> g.log2_stride) / kKeyTileCells * kKeyTileCells;
   row.begin = cell << g.log2_stride;
   row.end = min(row.begin + g.stride, row.sequence.k_len);
   row.to = kv * g.cell_rows + slot;
@@ -61,12 +63,11 @@ __device__ GatherRow QueryRow(const GridArgs& a, int head, int kv, int q_tile, i
   const GridShape& g = a.shape;
   const TileRules& r = a.rules;
   const int slot = a.first_tile + q_tile;
-  const int b = g.direct ? q_tile : SequenceOfSlot(p.batch, slot, [&](int j) { return TileBaseOf(a.d, r, j); });
+  const int b = g.direct_q ? q_tile : SequenceOfSlot(p.batch, slot, [&](int j) { return TileBaseOf(a.d, r, j); });
   GatherRow row;
   row.sequence = SequenceAt(a.d, b);
-  const int tiles = row.sequence.Tiles(r), m = g.direct ? tiles - 1 : slot - row.sequence.TileBase(r);
-  row.wanted = i < g.rows_a_unit && m >= 0 && m < FirstDenseTile(r, row.sequence) &&
-               !AllForcedAt(p, r, row.sequence);
+  const int tiles = row.sequence.Tiles(r), m = g.direct_q ? tiles - 1 : slot - row.sequence.TileBase(r);
+  row.wanted = i < g.rows_a_unit && m >= 0 && m < FirstDenseTile(r, row.sequence) && !AllForcedAt(p, r, row.sequence);
   if (!row.wanted) return row;
   const DeviceTile tile = TileAt(p, r, row.sequence, m);
   row.begin = tile.begin + (i << g.log2_stride);
@@ -74,7 +75,7 @@ __device__ GatherRow QueryRow(const GridArgs& a, int head, int kv, int q_tile, i
   row.single = LastQuery(g, tile, i, head);
   const int64_t unit = (kv * g.q_tiles + q_tile) * r.units_a_kv + head - kv * r.units_a_kv;
   row.to = unit * g.rows_a_unit + i;
-  row.wanted = row.begin < row.end && !(g.direct && tile.end - tile.begin == r.tile_tokens);
+  row.wanted = row.begin < row.end && !(g.direct_q && tile.end - tile.begin == r.tile_tokens);
   return row;
 }
 
@@ -110,6 +111,8 @@ __global__ void __launch_bounds__(kThreads)
     GatherKernel(const __grid_constant__ GridArgs a, const __grid_constant__ GatherJobs jobs) {
   using P = Piece<T, WIDTH>;
   __shared__ GatherRow rows[kRows];
+  cudaTriggerProgrammaticLaunchCompletion(); // the score kernel may take its place as soon as there is room
+  cudaGridDependencySynchronize();           // and the last chunk's must be done with the rows
   const Problem& p = a.d.p;
   const GridShape& g = a.shape;
   const bool keys = blockIdx.x < jobs.keys;
@@ -142,7 +145,37 @@ __global__ void __launch_bounds__(kThreads)
   };
   T* const matrix = static_cast<T*>(keys ? a.k_cells : a.q_rows);
 
-  for (int first = threadIdx.x; first < kRows * jobs.pieces_a_row; first += kThreads * kInFlight) {
+  const int pieces = kRows * jobs.pieces_a_row;
+
+  if (keys && g.means) { // a thread adds up its columns of all keys of a cell
+    for (int index = threadIdx.x; index < pieces; index += kThreads) {
+      const int r = jobs.by_row(index), column = (index - r * jobs.pieces_a_row) * WIDTH;
+      const GatherRow& row = rows[r];
+      if (!row.wanted) continue;
+      float sum[WIDTH] = {};
+      for (int first = row.begin; first < row.end; first += kInFlight) {
+        P piece[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+          if (first + k < row.end) piece[k] = *address(row.sequence, first + k, column);
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) sum[i] += first + k < row.end ? ToFloat(piece[k].value[i]) : 0.f;
+        }
+      }
+      P mean;
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        mean.value[i] = FromFloat<T>(__fdiv_rn(sum[i], static_cast<float>(row.end - row.begin)));
+      }
+      *reinterpret_cast<P*>(matrix + row.to * g.pitch + column) = mean;
+    }
+    return;
+  }
+
+  for (int first = threadIdx.x; first < pieces; first += kThreads * kInFlight) {
     P piece[kInFlight];
     P* to[kInFlight];
 #pragma unroll
@@ -153,26 +186,10 @@ __global__ void __launch_bounds__(kThreads)
       if (r >= kRows || !rows[r].wanted) continue;
       const GatherRow& row = rows[r];
       const int t = jobs.by_token(in_row), column = (in_row - t * jobs.pieces_a_token) * WIDTH;
+      const int token = g.means ? row.single : keys ? row.begin + t : row.begin + g.stride - 1 - t;
       to[k] = reinterpret_cast<P*>(matrix + row.to * g.pitch + in_row * WIDTH);
-      if (keys && g.means) {
-        float sum[WIDTH] = {};
-        for (int token = row.begin; token < row.end; ++token) {
-          const P one = *address(row.sequence, token, column);
-#pragma unroll
-          for (int i = 0; i < WIDTH; ++i) sum[i] += ToFloat(one.value[i]);
-        }
-        const float count = static_cast<float>(row.end - row.begin);
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) piece[k].value[i] = FromFloat<T>(__fdiv_rn(sum[i], count));
-      } else {
-        const int token = g.means ? row.single : keys ? row.begin + t : row.begin + g.stride - 1 - t;
-        if (token < row.end) {
-          piece[k] = *address(row.sequence, token, column);
-        } else {
-#pragma unroll
-          for (int i = 0; i < WIDTH; ++i) piece[k].value[i] = FromFloat<T>(0.f);
-        }
-      }
+      piece[k] = P{};
+      if (token < row.end) piece[k] = *address(row.sequence, token, column);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
@@ -208,11 +225,10 @@ cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cuda
   const int64_t grid = jobs.keys + (queries ? g.q_tiles * jobs.parts * p.q_heads : 0);
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const auto kernel = p.q.dtype == FP_BF16
-                          ? (vector ? GatherKernel<__nv_bfloat16, 8> : GatherKernel<__nv_bfloat16, 1>)
-                          : (vector ? GatherKernel<__half, 8> : GatherKernel<__half, 1>);
-  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args, jobs);
-  return cudaGetLastError();
+  const auto kernel = p.q.dtype == FP_BF16 ? (vector ? GatherKernel<__nv_bfloat16, 8> : GatherKernel<__nv_bfloat16, 1>)
+                                           : (vector ? GatherKernel<__half, 8> : GatherKernel<__half, 1>);
+  // What comes before the first chunk is the caller's.
+  return LaunchOverlapped(kernel, !keys, grid, kThreads, 0, stream, args, jobs);
 }
 
 } // namespace flashprefill::cuda

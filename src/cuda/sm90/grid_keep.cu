@@ -1,7 +1,7 @@
-// From the sums of rows to bits, a warp for each tile of a head. A first pass over a row's key tiles gives its softmax's
-// reference and sum; a second one adds up the shares of all rows by block, 256 blocks at a time, 16 bytes a lane and
-// row. These masses lie in shared memory, where keep.cuh finds the smallest set that holds what is asked for. Where the
-// forced blocks count first their mass is taken off both sides, and they compete no more.
+// From the sums of rows to bits, a warp for each tile of a head. A first pass over a row's key tiles gives its
+// softmax's reference and sum; a second one adds up the shares of all rows by block, 256 blocks at a time, 16 bytes a
+// lane and row. These masses lie in shared memory, where keep.cuh finds the smallest set that holds what is asked for.
+// Where the forced blocks count first their mass is taken off both sides, and they compete no more.
 #include "cuda/sm90/grid.cuh"
 #include "cuda/sm90/keep.cuh"
 
@@ -18,7 +18,9 @@ struct KeepPlan {
   Divider by_heads;
 };
 
-int MassStride(int64_t max_blocks) { return static_cast<int>(DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), 32) * 32); }
+int MassStride(int64_t max_blocks) {
+  return static_cast<int>(DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), 32) * 32);
+}
 
 // log2 of the softmax's denominator of a row, by a warp; -inf for a row that sees nothing.
 __device__ float LogOfRow(const float2* stats, int key_tiles) {
@@ -79,6 +81,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     KeepKernel(const __grid_constant__ GridKeepArgs args, const __grid_constant__ KeepPlan plan) {
   extern __shared__ float shared[];
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
+  cudaGridDependencySynchronize();
   const GridArgs& a = args.grid;
   const GridShape& g = a.shape;
   const TileRules& r = a.rules;
@@ -149,9 +152,8 @@ cudaError_t LaunchGridKeep(const GridKeepArgs& args, cudaStream_t stream) {
   const int bytes = plan.warps * plan.mass_stride * 4;
   if (cudaError_t e = cudaFuncSetAttribute(KeepKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
   const int64_t units = int64_t{a.tiles} * a.d.p.q_heads;
-  const unsigned grid = static_cast<unsigned>(DivUp<int64_t>(units, plan.warps));
-  KeepKernel<<<grid, 32 * plan.warps, static_cast<size_t>(bytes), stream>>>(args, plan);
-  return cudaGetLastError();
+  return LaunchOverlapped(KeepKernel, true, DivUp<int64_t>(units, plan.warps), 32 * plan.warps, bytes, stream, args,
+                          plan);
 }
 
 } // namespace flashprefill::cuda

@@ -94,8 +94,8 @@ __device__ Strip StripAt(const GridArgs& a, int kv, int slot) {
   strip.units = min(g.stride, share.units - strip.unit);
   strip.key_tiles = 0;
   if (strip.unit < 0 || strip.units <= 0 || AllForcedAt(a.d.p, r, strip.sequence)) return strip;
-  const int last = min(share.first_tile + r.by_units(strip.unit + strip.units - 1),
-                       FirstDenseTile(r, strip.sequence) - 1);
+  const int last =
+      min(share.first_tile + r.by_units(strip.unit + strip.units - 1), FirstDenseTile(r, strip.sequence) - 1);
   if (last < share.first_tile + r.by_units(strip.unit)) return strip;
   strip.key_tiles = KeyTilesSeen(g, strip.sequence, TileAt(a.d.p, r, strip.sequence, last));
   return strip;
@@ -123,8 +123,13 @@ __device__ void Produce(const GridScoreArgs& args, const ScorePlan& plan, char* 
   auto load = [&](const Strip& strip, int key_tile) {
     const DeviceSequence& s = strip.sequence;
     const bool packed = p.cu_seqlens_k && !p.block_table;
-    const int64_t cell = strip.kv * g.cell_rows + MeanBase(packed, s.index, s.k_begin, p.max_seqlen_k, g.stride) +
-                         int64_t{key_tile} * g.key_tile_cells;
+    const int64_t first_key = (int64_t{key_tile} * g.key_tile_cells) << g.log2_stride;
+    const bool whole = g.direct_k && first_key + (kKeyTileCells << g.log2_stride) <= s.k_len;
+    const int64_t base = g.direct_k ? s.index * kKeyTileCells
+                                    : MeanBase(packed, s.index, s.k_begin, p.max_seqlen_k, g.stride) +
+                                          int64_t{key_tile} * g.key_tile_cells;
+    const int cell = static_cast<int>(whole ? (packed ? s.k_begin : s.index * p.max_seqlen_k) + first_key
+                                            : strip.kv * g.cell_rows + base);
     const int boxes = (strip.units + g.box_units - 1) / g.box_units;
     const int box_bytes = g.box_units * g.rows_a_unit * kRowBytes;
     // Where the boxes of this lane come from: a tile in q itself, or rows of the copy. 32 lanes take up to 128 boxes.
@@ -138,9 +143,9 @@ __device__ void Produce(const GridScoreArgs& args, const ScorePlan& plan, char* 
       const int unit = strip.unit + box * g.box_units, in_share = r.by_units(unit);
       const int in_tile = unit - in_share * r.units_a_kv;
       const DeviceTile tile = TileAt(p, r, s, strip.first_tile + in_share);
-      direct[k] = g.direct && tile.end - tile.begin == r.tile_tokens;
+      direct[k] = g.direct_q && tile.end - tile.begin == r.tile_tokens;
       head[k] = strip.kv * r.units_a_kv + in_tile;
-      const int q_tile = g.direct ? s.index : strip.local_tile + in_share;
+      const int q_tile = g.direct_q ? s.index : strip.local_tile + in_share;
       row[k] = direct[k] ? s.q_begin + tile.begin + g.stride - 1
                          : static_cast<int>(((strip.kv * g.q_tiles + q_tile) * r.units_a_kv + in_tile) * g.rows_a_unit);
     }
@@ -163,7 +168,14 @@ __device__ void Produce(const GridScoreArgs& args, const ScorePlan& plan, char* 
           BulkLoad(to, &args.q_map, full, column, row[k], 0, 0);
         }
       }
-      if (lane == 31) BulkLoad(stage + kRowsStage, &args.k_map, full, column, static_cast<int>(cell), 0, 0);
+      if (lane == 31) {
+        char* const to = stage + kRowsStage;
+        if (whole) {
+          BulkLoad(to, &args.k_direct_map, full, column - t * p.head_dim, 0, strip.kv, cell + t);
+        } else {
+          BulkLoad(to, &args.k_map, full, column, cell, 0, 0);
+        }
+      }
       ring.Advance(plan.stages);
     }
     __syncwarp();
@@ -322,7 +334,8 @@ struct Scorer {
     // Rows of the strip that are scored come first: units in use, and of those the ones before the dense tail.
     const int live_units = min(strip.units, (first_dense - strip.first_tile) * units - strip.unit);
     const int live_rows = (live_units << g.log2_rows) - first_row; // of this warp
-    const int64_t row = ((int64_t{strip.kv} * a.tiles + strip.local_tile) * units + strip.unit) * g.rows_a_unit + first_row;
+    const int64_t row =
+        ((int64_t{strip.kv} * a.tiles + strip.local_tile) * units + strip.unit) * g.rows_a_unit + first_row;
 
     int seen[2];
 #pragma unroll
@@ -331,9 +344,8 @@ struct Scorer {
       const int unit = strip.unit + (in_strip >> g.log2_rows), in_share = r.by_units(unit);
       const DeviceTile tile = TileAt(a.d.p, r, strip.sequence, strip.first_tile + in_share);
       const int head = strip.kv * units + unit - in_share * units;
-      const int limit = in_warp < live_rows
-                            ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_a_unit - 1), head)
-                            : 0;
+      const int limit =
+          in_warp < live_rows ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_a_unit - 1), head) : 0;
       seen[half] = min(limit - item.key_tile * g.key_tile_cells, g.key_tile_cells);
     }
     const float2 stats[2] = {Exponentials<0>(scores, seen[0]), Exponentials<1>(scores, seen[1])};
@@ -378,7 +390,9 @@ struct Scorer {
   }
 };
 
-__host__ __device__ inline int StagingBytes(const ScorePlan& plan) { return 4 * kGroups * kWarpRows * plan.staging_row; }
+__host__ __device__ inline int StagingBytes(const ScorePlan& plan) {
+  return 4 * kGroups * kWarpRows * plan.staging_row;
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -401,16 +415,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     FenceBarrierInit();
     PrefetchTensorMap(&args.k_map);
     PrefetchTensorMap(&args.q_map);
-    if (args.grid.shape.direct) PrefetchTensorMap(&args.q_direct_map);
+    if (args.grid.shape.direct_q) PrefetchTensorMap(&args.q_direct_map);
+    if (args.grid.shape.direct_k) PrefetchTensorMap(&args.k_direct_map);
   }
   __syncthreads();
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize(); // rows and cells are there, and the last chunk's sums have been read
   if (warp >= 4 * kGroups) {
     ShrinkRegisters<40>();
     if (warp == 4 * kGroups) Produce(args, plan, shared, c);
   } else {
     GrowRegisters<232>();
-    Scorer<T> scorer{args,     plan,     shared, c, staging + warp * kWarpRows * plan.staging_row,
-                     warp / 4, warp % 4, static_cast<int>(threadIdx.x % 32), {}};
+    Scorer<T> scorer{args,
+                     plan,
+                     shared,
+                     c,
+                     staging + warp * kWarpRows * plan.staging_row,
+                     warp / 4,
+                     warp % 4,
+                     static_cast<int>(threadIdx.x % 32),
+                     {}};
     scorer.Run();
   }
 }
@@ -437,9 +461,7 @@ cudaError_t LaunchGridScore(const GridScoreArgs& args, cudaStream_t stream) {
   const int bytes = plan.stages * kStage + StagingBytes(plan) + static_cast<int>(sizeof(Control)) + 1024;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
   const int64_t most = int64_t{plan.slots} * g.key_tiles * p.kv_heads;
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(processors, most)), kThreads, static_cast<size_t>(bytes), stream>>>(
-      args, plan);
-  return cudaGetLastError();
+  return LaunchOverlapped(kernel, true, std::min<int64_t>(processors, most), kThreads, bytes, stream, args, plan);
 }
 
 } // namespace flashprefill::cuda

@@ -3,8 +3,9 @@
 // are copied as they are, token after token, and its rows from the cell's last query to its first; RRAttention's cells
 // are averaged and its rows are single queries.
 //
-// A CTA takes eight rows of one head. Consecutive threads copy consecutive 16 bytes of a row, eight of them in flight
-// each; head_dim 128 makes runs of 256 bytes in the cache and whole rows in the matrix. At stride 16 a row is 4 KiB.
+// A CTA takes 32 KiB of one matrix, eight rows at stride 16 and head_dim 128, of neighbouring heads. Consecutive
+// threads copy consecutive 16 bytes of a row, eight of them in flight each; head_dim 128 makes runs of 256 bytes in the
+// cache and whole rows in the matrix.
 #include <cuda_bf16.h>
 
 #include <limits>
@@ -16,27 +17,29 @@ namespace flashprefill::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 8; // of a CTA
+constexpr int kMostRows = 64; // of a CTA
 constexpr int kInFlight = 8;
 
 struct GatherJobs {
+  int rows;         // of a CTA
   int64_t keys;     // CTAs for keys; the others are for queries
-  int parts;        // CTAs a unit
   int pieces_a_row; // of the matrix
   int pieces_a_token;
-  Divider by_kv, by_heads, by_parts, by_group, by_row, by_token, by_page;
+  Divider by_kv, by_heads, by_group, by_row, by_token, by_page;
 };
 
 // One row of a matrix: where it comes from, and where it goes.
 struct GatherRow {
   DeviceSequence sequence;
+  int head;
   int begin, end; // tokens [begin, end) of the cell
   int single;     // RRAttention's query, as a token
   int64_t to;     // row of the matrix
   bool wanted;
 };
 
-__device__ GatherRow KeyRow(const GridArgs& a, int kv, int slot) {
+// Rows are numbered head by head, then cell by cell.
+__device__ GatherRow KeyRow(const GridArgs& a, const GatherJobs& jobs, int number) {
   const Problem& p = a.d.p;
   const GridShape& g = a.shape;
   const bool packed = p.cu_seqlens_k && !p.block_table;
@@ -45,29 +48,33 @@ __device__ GatherRow KeyRow(const GridArgs& a, int kv, int slot) {
     const int64_t begin = packed ? Clamp(p.cu_seqlens_k[b], 0, p.total_k) : 0;
     return static_cast<int>(MeanBase(packed, b, begin, p.max_seqlen_k, g.stride));
   };
-  const int b = SequenceOfSlot(p.batch, slot, base);
+  const int slot = jobs.by_kv(number), b = SequenceOfSlot(p.batch, slot, base);
   GatherRow row;
+  row.head = number - slot * p.kv_heads;
   row.sequence = SequenceAt(a.d, b);
   int cell = slot - base(b);
   if (g.direct_k) cell += (row.sequence.k_len >> g.log2_stride) / kKeyTileCells * kKeyTileCells;
   row.begin = cell << g.log2_stride;
   row.end = min(row.begin + g.stride, row.sequence.k_len);
-  row.to = kv * g.cell_rows + slot;
+  row.to = row.head * g.cell_rows + slot;
   row.wanted = slot < g.cell_rows && cell >= 0 && row.begin < row.end && row.sequence.q_len > 0 &&
                !AllForcedAt(p, a.rules, row.sequence);
   return row;
 }
 
-__device__ GatherRow QueryRow(const GridArgs& a, int head, int kv, int q_tile, int i) {
+__device__ GatherRow QueryRow(const GridArgs& a, const GatherJobs& jobs, int number) {
   const Problem& p = a.d.p;
   const GridShape& g = a.shape;
   const TileRules& r = a.rules;
-  const int slot = a.first_tile + q_tile;
-  const int b = g.direct_q ? q_tile : SequenceOfSlot(p.batch, slot, [&](int j) { return TileBaseOf(a.d, r, j); });
+  const int in_head = jobs.by_heads(number), head = number - in_head * p.q_heads, kv = jobs.by_group(head);
+  const int q_tile = in_head >> g.log2_rows, i = in_head & (g.rows_a_unit - 1), slot = a.first_tile + q_tile;
+  const int b = g.direct_q ? min(q_tile, p.batch - 1)
+                           : SequenceOfSlot(p.batch, slot, [&](int j) { return TileBaseOf(a.d, r, j); });
   GatherRow row;
+  row.head = head;
   row.sequence = SequenceAt(a.d, b);
   const int tiles = row.sequence.Tiles(r), m = g.direct_q ? tiles - 1 : slot - row.sequence.TileBase(r);
-  row.wanted = i < g.rows_a_unit && m >= 0 && m < FirstDenseTile(r, row.sequence) && !AllForcedAt(p, r, row.sequence);
+  row.wanted = q_tile < g.q_tiles && m >= 0 && m < FirstDenseTile(r, row.sequence) && !AllForcedAt(p, r, row.sequence);
   if (!row.wanted) return row;
   const DeviceTile tile = TileAt(p, r, row.sequence, m);
   row.begin = tile.begin + (i << g.log2_stride);
@@ -110,42 +117,37 @@ template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kThreads)
     GatherKernel(const __grid_constant__ GridArgs a, const __grid_constant__ GatherJobs jobs) {
   using P = Piece<T, WIDTH>;
-  __shared__ GatherRow rows[kRows];
+  __shared__ GatherRow rows[kMostRows];
   cudaTriggerProgrammaticLaunchCompletion(); // the score kernel may take its place as soon as there is room
   cudaGridDependencySynchronize();           // and the last chunk's must be done with the rows
   const Problem& p = a.d.p;
   const GridShape& g = a.shape;
   const bool keys = blockIdx.x < jobs.keys;
-  const int job = static_cast<int>(keys ? blockIdx.x : blockIdx.x - jobs.keys);
-  const int group = keys ? jobs.by_kv(job) : jobs.by_heads(job);
-  const int head = job - group * (keys ? p.kv_heads : p.q_heads);
-  const int q_tile = jobs.by_parts(group), part = group - q_tile * jobs.parts;
-  const int kv = keys ? head : jobs.by_group(head);
-
-  if (threadIdx.x < kRows) {
-    const int r = threadIdx.x;
-    rows[r] = keys ? KeyRow(a, kv, group * kRows + r) : QueryRow(a, head, kv, q_tile, part * kRows + r);
+  if (threadIdx.x < jobs.rows) {
+    const int number = static_cast<int>(keys ? blockIdx.x : blockIdx.x - jobs.keys) * jobs.rows + threadIdx.x;
+    rows[threadIdx.x] = keys ? KeyRow(a, jobs, number) : QueryRow(a, jobs, number);
   }
   __syncthreads();
 
-  auto address = [&](const DeviceSequence& s, int token, int column) -> const P* {
+  auto address = [&](const GatherRow& row, int token, int column) -> const P* {
+    const DeviceSequence& s = row.sequence;
     const Tensor& tensor = keys ? p.k : p.q;
     int64_t offset;
     if (!keys) {
-      offset = RowOffsetAt(p, tensor.stride, s, token, head);
+      offset = RowOffsetAt(p, tensor.stride, s, token, row.head);
     } else if (p.block_table) {
       const int index = jobs.by_page(token);
       const int page = p.block_table[s.index * p.block_table_stride + index];
       offset = (page >= 0 && page < p.page_count ? page : 0) * tensor.stride[0] +
-               (token - index * p.page_size) * tensor.stride[1] + head * tensor.stride[2];
+               (token - index * p.page_size) * tensor.stride[1] + row.head * tensor.stride[2];
     } else {
-      offset = KeyOffsetAt(p, tensor.stride, s, token, head);
+      offset = KeyOffsetAt(p, tensor.stride, s, token, row.head);
     }
     return reinterpret_cast<const P*>(static_cast<const T*>(tensor.data) + offset + column * tensor.stride[3]);
   };
   T* const matrix = static_cast<T*>(keys ? a.k_cells : a.q_rows);
 
-  const int pieces = kRows * jobs.pieces_a_row;
+  const int pieces = jobs.rows * jobs.pieces_a_row;
 
   if (keys && g.means) { // a thread adds up its columns of all keys of a cell
     for (int index = threadIdx.x; index < pieces; index += kThreads) {
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
         P piece[kInFlight];
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
-          if (first + k < row.end) piece[k] = *address(row.sequence, first + k, column);
+          if (first + k < row.end) piece[k] = *address(row, first + k, column);
         }
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
@@ -183,13 +185,13 @@ __global__ void __launch_bounds__(kThreads)
       const int index = first + k * kThreads;
       const int r = jobs.by_row(index), in_row = index - r * jobs.pieces_a_row;
       to[k] = nullptr;
-      if (r >= kRows || !rows[r].wanted) continue;
+      if (r >= jobs.rows || !rows[r].wanted) continue;
       const GatherRow& row = rows[r];
       const int t = jobs.by_token(in_row), column = (in_row - t * jobs.pieces_a_token) * WIDTH;
       const int token = g.means ? row.single : keys ? row.begin + t : row.begin + g.stride - 1 - t;
       to[k] = reinterpret_cast<P*>(matrix + row.to * g.pitch + in_row * WIDTH);
       piece[k] = P{};
-      if (token < row.end) piece[k] = *address(row.sequence, token, column);
+      if (token < row.end) piece[k] = *address(row, token, column);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
@@ -213,16 +215,16 @@ cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cuda
   GatherJobs jobs{};
   jobs.pieces_a_token = vector ? p.head_dim / 8 : p.head_dim;
   jobs.pieces_a_row = g.means ? jobs.pieces_a_token : g.stride * jobs.pieces_a_token;
-  jobs.parts = DivUp(g.rows_a_unit, kRows);
+  jobs.rows = std::clamp(kThreads * kInFlight / jobs.pieces_a_row, 1, kMostRows);
   jobs.by_kv = Divider::Of(p.kv_heads);
   jobs.by_heads = Divider::Of(p.q_heads);
-  jobs.by_parts = Divider::Of(jobs.parts);
   jobs.by_group = Divider::Of(args.rules.units_a_kv);
   jobs.by_row = Divider::Of(jobs.pieces_a_row);
   jobs.by_token = Divider::Of(jobs.pieces_a_token);
   jobs.by_page = Divider::Of(std::max(1, p.page_size));
-  jobs.keys = keys ? DivUp<int64_t>(g.cell_rows, kRows) * p.kv_heads : 0;
-  const int64_t grid = jobs.keys + (queries ? g.q_tiles * jobs.parts * p.q_heads : 0);
+  jobs.keys = keys ? DivUp<int64_t>(g.cell_rows * p.kv_heads, jobs.rows) : 0;
+  const int64_t q_rows = g.q_tiles * g.rows_a_unit * p.q_heads;
+  const int64_t grid = jobs.keys + (queries ? DivUp<int64_t>(q_rows, jobs.rows) : 0);
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto kernel = p.q.dtype == FP_BF16 ? (vector ? GatherKernel<__nv_bfloat16, 8> : GatherKernel<__nv_bfloat16, 1>)

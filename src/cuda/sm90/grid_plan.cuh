@@ -1,0 +1,206 @@
+// Of the grid's score kernel: what the host chooses, shared memory, which strips there are, and the producer.
+#ifndef FLASHPREFILL_CUDA_SM90_GRID_PLAN_CUH_
+#define FLASHPREFILL_CUDA_SM90_GRID_PLAN_CUH_
+
+#include "cuda/attend.h"
+#include "cuda/common/ptx.cuh"
+#include "cuda/sm90/grid.cuh"
+
+namespace flashprefill::cuda {
+
+constexpr int kGridGroups = 2; // math warpgroups, of 64 rows each
+constexpr int kGridThreads = 128 * kGridGroups + 128;
+constexpr int kGridPanel = 64; // columns a step: 128 bytes a row
+constexpr int kGridRowBytes = 128;
+constexpr int kGridRowsStage = kStripRows * kGridRowBytes;
+constexpr int kGridStage = kGridRowsStage + kKeyTileCells * kGridRowBytes;
+constexpr int kGridMostStages = 4;
+constexpr int kGridItems = 2; // work that the producer is ahead
+constexpr int kGridWarpRows = 16;
+constexpr int kGridGroupStrips = 32; // a lane of the producer warp each
+
+// One strip. key_tiles is 0 where nothing is to be scored.
+struct GridStrip {
+  DeviceSequence sequence;
+  int kv;
+  int first_tile; // of the sequence, in the chunk
+  int local_tile; // that tile in the chunk
+  int unit;       // the strip's first, counted from that tile
+  int units;
+  int key_tiles;
+};
+
+struct GridItem {
+  GridStrip strip;
+  int key_tile;
+  bool end; // no more work
+};
+
+struct GridControl {
+  uint64_t full[kGridMostStages], empty[kGridMostStages], item_full[kGridItems], item_empty[kGridItems];
+  GridItem item[kGridItems];
+  GridStrip strips[kGridGroupStrips];
+};
+
+struct GridPlan {
+  int steps, stages;
+  int slots;          // strips of a KV head, at most
+  int staging_row;    // bytes a row
+  bool whole_groups;  // a block is a multiple of 8 cells
+  Divider by_groups;  // groups of strips a KV head
+  Divider by_columns; // head_dim
+};
+
+__host__ __device__ inline int GridStagingBytes(const GridPlan& plan) {
+  return 4 * kGridGroups * kGridWarpRows * plan.staging_row;
+}
+
+// Where a ring of stages stands: the next stage, and how often (mod 2) it has been round.
+struct GridRing {
+  int stage = 0;
+  uint32_t round = 0;
+
+  __device__ void Advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
+// Strips of a sequence begin at (its first unit in the chunk) / units a strip + b, which leaves room for all of them
+// without prefix sums.
+__device__ inline GridStrip GridStripAt(const GridArgs& a, int kv, int slot) {
+  const TileRules& r = a.rules;
+  const GridShape& g = a.shape;
+  auto base = [&](int b) {
+    const int tile = min(max(TileBaseOf(a.d, r, b) - a.first_tile, 0), a.tiles);
+    return ((tile * r.units_a_kv) >> g.log2_stride) + b;
+  };
+  const int b = SequenceOfSlot(a.d.p.batch, slot, base);
+  GridStrip strip;
+  strip.sequence = SequenceAt(a.d, b);
+  const GridShare share = ShareOf(a, strip.sequence);
+  strip.kv = kv;
+  strip.first_tile = share.first_tile;
+  strip.local_tile = share.local_tile;
+  strip.unit = (slot - base(b)) << g.log2_stride;
+  strip.units = min(g.stride, share.units - strip.unit);
+  strip.key_tiles = 0;
+  if (strip.unit < 0 || strip.units <= 0 || AllForcedAt(a.d.p, r, strip.sequence)) return strip;
+  const int last =
+      min(share.first_tile + r.by_units(strip.unit + strip.units - 1), FirstDenseTile(r, strip.sequence) - 1);
+  if (last < share.first_tile + r.by_units(strip.unit)) return strip;
+  strip.key_tiles = KeyTilesSeen(g, strip.sequence, TileAt(a.d.p, r, strip.sequence, last));
+  return strip;
+}
+
+// The producer warp.
+__device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& plan, char* shared, GridControl& c) {
+  const GridArgs& a = args.grid;
+  const GridShape& g = a.shape;
+  const TileRules& r = a.rules;
+  const Problem& p = a.d.p;
+  const int lane = threadIdx.x % 32;
+  GridRing ring, items;
+
+  auto hand_over = [&](const GridStrip& strip, int key_tile, bool end) {
+    BarrierWait(&c.item_empty[items.stage], items.round ^ 1);
+    if (lane == 0) {
+      c.item[items.stage] = GridItem{strip, key_tile, end};
+      BarrierArrive(&c.item_full[items.stage]);
+    }
+    items.Advance(kGridItems);
+    __syncwarp();
+  };
+
+  auto load = [&](const GridStrip& strip, int key_tile) {
+    const DeviceSequence& s = strip.sequence;
+    const bool packed = p.cu_seqlens_k && !p.block_table;
+    const int64_t first_key = (int64_t{key_tile} * g.key_tile_cells) << g.log2_stride;
+    const bool whole = g.direct_k && first_key + (kKeyTileCells << g.log2_stride) <= s.k_len;
+    const int64_t base = g.direct_k ? s.index * kKeyTileCells
+                                    : MeanBase(packed, s.index, s.k_begin, p.max_seqlen_k, g.stride) +
+                                          int64_t{key_tile} * g.key_tile_cells;
+    const int cell = static_cast<int>(whole ? (packed ? s.k_begin : s.index * p.max_seqlen_k) + first_key
+                                            : strip.kv * g.cell_rows + base);
+    const int boxes = (strip.units + g.box_units - 1) / g.box_units;
+    const int box_bytes = g.box_units * g.rows_a_unit * kGridRowBytes;
+    // Where the boxes of this lane come from: a tile in q itself, or rows of the copy. 32 lanes take up to 128 boxes.
+    constexpr int kBoxes = 4;
+    int row[kBoxes], head[kBoxes];
+    bool direct[kBoxes];
+#pragma unroll
+    for (int k = 0; k < kBoxes; ++k) {
+      const int box = lane + 32 * k;
+      if (box >= boxes) break;
+      const int unit = strip.unit + box * g.box_units, in_share = r.by_units(unit);
+      const int in_tile = unit - in_share * r.units_a_kv;
+      const DeviceTile tile = TileAt(p, r, s, strip.first_tile + in_share);
+      direct[k] = g.direct_q && tile.end - tile.begin == r.tile_tokens;
+      head[k] = strip.kv * r.units_a_kv + in_tile;
+      const int q_tile = g.direct_q ? s.index : strip.local_tile + in_share;
+      row[k] = direct[k] ? s.q_begin + tile.begin + g.stride - 1
+                         : static_cast<int>(((strip.kv * g.q_tiles + q_tile) * r.units_a_kv + in_tile) * g.rows_a_unit);
+    }
+    for (int step = 0; step < plan.steps; ++step) {
+      uint64_t* const full = &c.full[ring.stage];
+      char* const stage = shared + ring.stage * kGridStage;
+      BarrierWait(&c.empty[ring.stage], ring.round ^ 1);
+      if (lane == 0) BarrierArriveExpect(full, boxes * box_bytes + kKeyTileCells * kGridRowBytes);
+      __syncwarp();
+      const int column = step * kGridPanel;
+      const int t = plan.by_columns(column);
+#pragma unroll
+      for (int k = 0; k < kBoxes; ++k) {
+        const int box = lane + 32 * k;
+        if (box >= boxes) break;
+        char* const to = stage + box * box_bytes;
+        if (direct[k]) {
+          BulkLoad(to, &args.q_direct_map, full, column - t * p.head_dim, 0, head[k], row[k] - t);
+        } else {
+          BulkLoad(to, &args.q_map, full, column, row[k], 0, 0);
+        }
+      }
+      if (lane == 31) {
+        char* const to = stage + kGridRowsStage;
+        if (whole) {
+          BulkLoad(to, &args.k_direct_map, full, column - t * p.head_dim, 0, strip.kv, cell + t);
+        } else {
+          BulkLoad(to, &args.k_map, full, column, cell, 0, 0);
+        }
+      }
+      ring.Advance(plan.stages);
+    }
+    __syncwarp();
+  };
+
+  const int groups = (plan.slots + kGridGroupStrips - 1) / kGridGroupStrips;
+  int mine = blockIdx.x; // the next piece of this CTA
+  int count = 0;         // pieces of the groups and key tiles so far
+  for (int group = 0; group < groups * p.kv_heads; ++group) {
+    const int kv = plan.by_groups(group);
+    const int slot = (group - kv * groups) * kGridGroupStrips + lane;
+    GridStrip strip{};
+    if (slot < plan.slots) strip = GridStripAt(a, kv, slot);
+    __syncwarp();
+    c.strips[lane] = strip;
+    __syncwarp();
+    const int most = __reduce_max_sync(~0u, strip.key_tiles);
+    for (int key_tile = 0; key_tile < most; ++key_tile) {
+      const uint32_t who = __ballot_sync(~0u, strip.key_tiles > key_tile);
+      const int pieces = __popc(who);
+      for (; mine < count + pieces; mine += gridDim.x) {
+        const GridStrip& one = c.strips[__fns(who, 0, mine - count + 1)];
+        hand_over(one, key_tile, false);
+        load(one, key_tile);
+      }
+      count += pieces;
+    }
+  }
+  hand_over(GridStrip{}, 0, true);
+}
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_GRID_PLAN_CUH_

@@ -13,7 +13,6 @@ namespace {
 // Of what a chunk of tiles needs. At 128K tokens and 32 heads, stride 16 makes three chunks of it, and what a
 // chunk's last pieces leave idle is 1 % of its time.
 constexpr int64_t kChunkBytes = int64_t{256} << 20;
-constexpr int kPanel = 64; // columns of a bulk copy
 
 struct Method {
   int stride;
@@ -35,7 +34,7 @@ struct Method {
 // Whether the copy engine can read runs of cells from q or k itself: the cells are then an axis of it, `stride` tokens
 // from one to the next, and the token where they begin is another. A panel of columns must not straddle two tokens.
 bool ReadsCells(const Problem& p, const Tensor& t, bool one_sequence, int64_t max_tokens) {
-  bool can = p.head_dim % kPanel == 0 && t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  bool can = p.head_dim % kGridPanel == 0 && t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
   can &= one_sequence || p.batch == 1 || t.stride[0] == max_tokens * t.stride[1]; // one axis of tokens
   for (int axis = 1; axis < 3; ++axis) {
     can &= t.stride[axis] > 0 && t.stride[axis] % 8 == 0 && t.stride[axis] < int64_t{1} << 30;

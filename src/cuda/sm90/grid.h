@@ -12,6 +12,7 @@
 namespace flashprefill::cuda {
 
 constexpr int kStripRows = 128;         // rows of the grid that a CTA scores at once
+constexpr int kGridPanel = 64;          // columns of a bulk copy: 128 bytes a row
 constexpr int kKeyTileCells = 256;      // key cells that it scores them against: the box of k_map has so many rows
 constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each: they travel as a kernel argument
 

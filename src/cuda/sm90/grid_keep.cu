@@ -22,16 +22,16 @@ int MassStride(int64_t max_blocks) {
   return static_cast<int>(DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), 32) * 32);
 }
 
-// log2 of the softmax's denominator of a row, by a warp; -inf for a row that sees nothing.
-__device__ float LogOfRow(const float2* stats, int key_tiles) {
-  const int lane = threadIdx.x % 32;
+// log2 of the softmax's denominator of row `lane / lanes`, by the `lanes` lanes that have it; -inf if it sees nothing.
+__device__ float LogOfRow(const float2* stats, int key_tiles, int lanes) {
+  const int first = threadIdx.x & (lanes - 1);
   float largest = -INFINITY;
-  for (int k = lane; k < key_tiles; k += 32) largest = fmaxf(largest, stats[k].x);
-  largest = WarpMax(largest);
+  for (int k = first; k < key_tiles; k += lanes) largest = fmaxf(largest, stats[k].x);
+  for (int offset = lanes / 2; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
   const float base = largest == -INFINITY ? 0.f : largest;
   float sum = 0;
-  for (int k = lane; k < key_tiles; k += 32) sum += stats[k].y * Exp2(stats[k].x - base);
-  sum = WarpSum(sum);
+  for (int k = first; k < key_tiles; k += lanes) sum += stats[k].y * Exp2(stats[k].x - base);
+  for (int offset = lanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   return sum > 0 ? base + __log2f(sum) : -INFINITY;
 }
 
@@ -39,11 +39,8 @@ __device__ float LogOfRow(const float2* stats, int key_tiles) {
 __device__ void AddUpMasses(const GridArgs& a, int64_t first_row, int key_tiles, int blocks, float* masses) {
   const GridShape& g = a.shape;
   const int lane = threadIdx.x % 32;
-  float log_sum = -INFINITY; // of row `lane`
-  for (int r = 0; r < g.rows_a_unit; ++r) {
-    const float log_of_row = LogOfRow(a.stats + (first_row + r) * g.key_tiles, key_tiles);
-    if (lane == r) log_sum = log_of_row;
-  }
+  const int lanes_a_row = 32 >> g.log2_rows;
+  const float log_sum = LogOfRow(a.stats + (first_row + lane / lanes_a_row) * g.key_tiles, key_tiles, lanes_a_row);
   const int places = key_tiles * g.block_pitch;
   for (int first = 0; first < places; first += 32 * kSumsALoad) {
     const int place = first + lane * kSumsALoad;
@@ -52,7 +49,7 @@ __device__ void AddUpMasses(const GridArgs& a, int64_t first_row, int key_tiles,
 #pragma unroll 8
     for (int r = 0; r < g.rows_a_unit; ++r) {
       const int64_t at = (first_row + r) * g.key_tiles + key_tile;
-      const float log_of_row = __shfl_sync(~0u, log_sum, r);
+      const float log_of_row = __shfl_sync(~0u, log_sum, r * lanes_a_row);
       uint4 raw{};
       float exponent = -INFINITY;
       if (place < places) {

@@ -10,7 +10,6 @@ namespace flashprefill::cuda {
 
 constexpr int kGridGroups = 2; // math warpgroups, of 64 rows each
 constexpr int kGridThreads = 128 * kGridGroups + 128;
-constexpr int kGridPanel = 64; // columns a step: 128 bytes a row
 constexpr int kGridRowBytes = 128;
 constexpr int kGridRowsStage = kStripRows * kGridRowBytes;
 constexpr int kGridStage = kGridRowsStage + kKeyTileCells * kGridRowBytes;

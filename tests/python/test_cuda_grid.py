@@ -47,7 +47,7 @@ def padded(x, stride):
 def masses(q, k, policy):
     """Mass of each block for each tile of each head of a sequence, [heads, tiles, blocks]."""
     (q_len, heads, dim), (k_len, kv_heads, _), stride = q.shape, k.shape, policy.stride
-    q, k = q.double(), k.double()
+    q, k, dtype = q.double(), k.double(), k.dtype
     row = torch.arange(-(-q_len // stride), device=q.device)
     if isinstance(policy, fp.XAttention):
         rows = padded(q, stride).flip(2).flatten(2)
@@ -60,7 +60,7 @@ def masses(q, k, policy):
         rows = q[last, torch.arange(heads, device=q.device)[:, None]]
         keys = torch.full((k_len,), 1.0, device=q.device, dtype=q.dtype)[:, None, None]
         cells = padded(k, stride).sum(2) / padded(keys, stride).sum(2)
-        cells = cells.to(DTYPE).double()
+        cells = cells.to(dtype).double()  # means are rounded once
         factor = dim**-0.5
     cells = cells.repeat_interleave(heads // kv_heads, 0)
     seen = (k_len - q_len + last) // stride
@@ -73,9 +73,6 @@ def masses(q, k, policy):
         share, (0, blocks * a_block - share.shape[2], 0, tiles * a_tile - share.shape[1])
     )
     return share.view(heads, tiles, a_tile, blocks, a_block).sum((2, 4))
-
-
-DTYPE = torch.bfloat16  # of the means, set by check_bits
 
 
 def check_sequence(kept, q, k, policy, thresholds):
@@ -117,8 +114,6 @@ def check_sequence(kept, q, k, policy, thresholds):
 
 def check_bits(q, k, policy, parts=None, **layout):
     """Check the mask of sequences `parts` ([(q, k)]; default: the only one); returns it and its density."""
-    global DTYPE
-    DTYPE = q.dtype
     mask = fp.select(q.cuda(), k.cuda(), policy, **on_device(layout))
     thresholds = getattr(policy, "head_thresholds", None) or [policy.threshold] * q.shape[-2]
     thresholds = torch.tensor(thresholds, dtype=torch.float64, device="cuda")

@@ -161,21 +161,25 @@ void* TakeMeans(Workspace& workspace, const Problem& p, int block_size, int plan
 SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction) {
   const Scoring s = ScoringOf(p, policy);
   SelectScratch scratch{};
-  if (correction || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
+  const bool for_lines = ChoosesByHead(policy) && LinesNeedMeans(policy);
+  if (correction || for_lines || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
   if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
   if (ScoresGrid(p, policy)) scratch.grid = GridScratch::Take(workspace, p, policy);
   if (s.scored && s.sketch) scratch.sketch = TakeMeans(workspace, p, policy.block_size, 2 + s.outliers);
   if (s.scored && !s.rows_in_q) {
     scratch.q_rows = workspace.Take<uint16_t>((s.sketch ? 2 : 1) * UnitCount(p, policy) * s.unit_rows * Pitch(p));
   }
+  scratch.lines = LineScratch::Take(workspace, p, policy);
   return scratch;
 }
 
 const char* SelectUnsupported(const Problem& p, const Policy& policy) {
-  if (policy.kind > FP_SKETCH && !IsGrid(policy)) return "this policy selects on the CPU only";
+  if (policy.kind > FP_SKETCH && !IsGrid(policy) && !ChoosesByHead(policy))
+    return "this policy selects on the CPU only";
   const Scoring s = ScoringOf(p, policy);
   if (p.final_chunks && p.batch > kMaxFinalChunks) return "final_chunks is given for more than 4096 sequences";
   if (ScoresGrid(p, policy)) return GridUnsupported(p, policy);
+  if (ChoosesByHead(policy)) return SelectLinesUnsupported(p, policy);
   if (!s.scored && !policy.mean_correction) return nullptr;
   if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
   if (!s.scored) return nullptr;
@@ -197,6 +201,11 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   if (ScoresGrid(p, policy)) {
     if (cudaError_t error = correction ? LaunchPool(pool, stream) : cudaSuccess) return error;
     return LaunchGrid(p, policy, mask, scratch.grid, zeroed, stream);
+  }
+  if (ChoosesByHead(policy)) {
+    const bool wants_means = pool.k_means || pool.v_means;
+    if (cudaError_t error = wants_means ? LaunchPool(pool, stream) : cudaSuccess) return error;
+    return LaunchSelectLines(p, policy, mask, scratch.k_means, scratch.lines, zeroed, stream);
   }
   if (!s.scored) {
     const Geometry g = Geometry::Of(p, policy);

@@ -7,6 +7,7 @@
 #include "core/backend.h"
 #include "core/types.h"
 #include "cuda/grid.h"
+#include "cuda/select_lines.h"
 
 namespace flashprefill::cuda {
 
@@ -17,6 +18,7 @@ struct SelectScratch {
   void* sketch;
   void* q_rows;
   GridScratch grid;
+  LineScratch lines;
 
   // What select needs for this policy, and with `correction` the means of K and V too, for attend.
   static SelectScratch Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction);

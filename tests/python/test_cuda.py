@@ -57,13 +57,13 @@ def moved(policy, factor):
     return type(policy)(**fields)
 
 
-def check(q, k, v, policy, sequences=1, to_device=lambda x: x.cuda(), **layout):
+def check(q, k, v, policy, sequences=1, move=moved, to_device=lambda x: x.cuda(), **layout):
     """Compare all three verbs with the CPU's; returns the density."""
     there = [to_device(x) for x in (q, k, v)]
     device_layout = {n: x.cuda() if torch.is_tensor(x) else x for n, x in layout.items()}
     mask = fp.select(there[0], there[1], policy, **device_layout)
-    strict = fp.select(q, k, moved(policy, 1.03), backend="cpu", **layout)
-    loose = fp.select(q, k, moved(policy, 1 / 1.03), backend="cpu", **layout)
+    strict = fp.select(q, k, move(policy, 1.03), backend="cpu", **layout)
+    loose = fp.select(q, k, move(policy, 1 / 1.03), backend="cpu", **layout)
     kept, visible = 0, 0
     for b in range(sequences):
         bits, inner, outer = (torch.as_tensor(m.dense(b)).cpu().bool() for m in (mask, strict, loose))

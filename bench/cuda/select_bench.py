@@ -1,12 +1,14 @@
 """Selection alone on a GPU, and the attend kernel's share of an operator over even lists of blocks.
 
-    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--grid] [--out FILE]
+    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --grid] [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs and thresholds as operator_bench.py
 makes them. Calls are captured in CUDA graphs, several in one timing so that the host's launches are not
-measured, medians. "even lists" is select, then attend over a mask of random blocks of the same density: every
-tile keeps as large a share of what it sees, however the made-up text spreads its topics. --grid is XAttention
-and RRAttention beside FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense attention.
+measured, medians. A graph of a selection holds ten calls into one mask, whose zeros are not made again. "even
+lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as large a
+share of what it sees, however the made-up text spreads its topics. --alone leaves all but selections out, so
+that they run on a cooler chip. --grid is XAttention and RRAttention beside FlashPrefill instead, thresholds
+tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there, zeros with it.
 """
 
 import argparse
@@ -21,7 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashprefill as fp
+from flashprefill import api
 
+CALLS = 10  # of a selection, in its graph
 DENSITIES = {**DENSITY, 262144: 0.042}
 
 
@@ -39,13 +43,39 @@ def even_mask(tokens, density):
     return fp.BlockMask.from_dense(keep, q_len=tokens, k_len=tokens, block_size=128)
 
 
-def medians(graphs, tokens, turns):
-    """Milliseconds of each graph, by turns."""
+def graph_of_selections(q, k, policy):
+    """Ten selections into one mask."""
+    mask, new_mask = fp.select(q, k, policy), api._new_mask
+    api._new_mask = lambda *_: mask
+    try:
+        return graph_of(lambda: [fp.select(q, k, policy) for _ in range(CALLS)])
+    finally:
+        api._new_mask = new_mask
+
+
+def copy_rate():
+    """TB/s of a copy of 1 GiB from the device to itself, bytes read and written together."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(8):
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * source.numel() / min(times) / 1e9
+
+
+def medians(graphs, tokens, turns, calls_inside=None):
+    """Milliseconds of each graph, by turns; calls_inside is how many calls a graph holds, if not one."""
     calls = max(1, 65536 // tokens)
     times = {name: [] for name in graphs}
     for _ in range(turns):
         for name, graph in graphs.items():
-            times[name].append(milliseconds(graph, calls))
+            inside = (calls_inside or {}).get(name, 1)
+            times[name].append(milliseconds(graph, max(1, calls // inside)) / inside)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -95,33 +125,41 @@ def measure_grid(tokens, turns):
     ]
 
 
-def measure(tokens, turns):
+def measure(tokens, turns, alone):
     """All rows of one length."""
     q, k, v = inputs(tokens)
     pooled = tuned(q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), DENSITIES[tokens])
-    mask = even_mask(tokens, DENSITIES[tokens])
     policies = {
         "query_pool=16": pooled,
         "query_pool=1": fp.FlashPrefill(alpha=pooled.alpha),
         "shared, query_pool=16": fp.FlashPrefill(alpha=pooled.alpha, query_pool=16, share_heads=True),
         "Sketch by alpha": fp.Sketch(mass=None, alpha=pooled.alpha),
         "Sketch by mass": fp.Sketch(),
+        "Sketch by gain": fp.Sketch(gain=0.0025),
+        "Sketch by mass, query_metric": fp.Sketch(query_metric=True),
         "Streaming": fp.Streaming(),
     }
-    graphs = {
-        f"select, {name}": graph_of(lambda p=policy: fp.select(q, k, p)) for name, policy in policies.items()
-    }
-    graphs["attend, even lists"] = graph_of(lambda: fp.attend(q, k, v, mask))
+    graphs = {f"select, {name}": graph_of_selections(q, k, policy) for name, policy in policies.items()}
+    inside = dict.fromkeys(graphs, CALLS)
 
     def both():
         fp.select(q, k, pooled)
         fp.attend(q, k, v, mask)
 
-    graphs["select, query_pool=16, then attend, even lists"] = graph_of(both)
-    graphs["operator, query_pool=16, structured"] = graph_of(lambda: fp.prefill_attention(q, k, v, pooled))
-    times = medians(graphs, tokens, turns)
+    if not alone:
+        everything = fp.FlashPrefill(alpha=0.0, query_pool=16)
+        mask = even_mask(tokens, DENSITIES[tokens])
+        graphs["attend, even lists"] = graph_of(lambda: fp.attend(q, k, v, mask))
+        graphs["select, query_pool=16, then attend, even lists"] = graph_of(both)
+        graphs["operator, query_pool=16, structured"] = graph_of(
+            lambda: fp.prefill_attention(q, k, v, pooled)
+        )
+        if tokens <= 65536:
+            graphs["operator, everything kept"] = graph_of(lambda: fp.prefill_attention(q, k, v, everything))
+            graphs["operator, dense"] = graph_of(lambda: fp.prefill_attention(q, k, v, fp.Dense()))
+    times = medians(graphs, tokens, turns, inside)
     mhz = clock()
-    even = int(mask.stats.kept.sum())
+    even = 0 if alone else int(mask.stats.kept.sum())
     return [
         {
             "tokens": tokens,
@@ -141,13 +179,20 @@ def main():
     )
     parser.add_argument("--tokens", default=",".join(map(str, DENSITIES)))
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--alone", action="store_true", help="selections and nothing else")
     parser.add_argument("--grid", action="store_true", help="XAttention and RRAttention")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     rows = []
     with torch.inference_mode():
+        copy = copy_rate()
+        print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s, {clock()} MHz", flush=True)
         for tokens in map(int, arguments.tokens.split(",")):
-            for row in (measure_grid if arguments.grid else measure)(tokens, arguments.turns):
+            for row in (
+                measure_grid(tokens, arguments.turns)
+                if arguments.grid
+                else measure(tokens, arguments.turns, arguments.alone)
+            ):
                 rows.append(row)
                 rate = f" {row['tflops']:6.1f} TFLOP/s" if "tflops" in row else ""
                 rate += f" {row['over_cudnn']:6.2f}x cuDNN" if "over_cudnn" in row else ""
@@ -162,6 +207,7 @@ def main():
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join(["python3", *sys.argv]),
             "device": torch.cuda.get_device_name(),
+            "copy_tb_s": copy,
             "torch": torch.__version__,
             "flashprefill": fp.__version__,
             "rows": rows,

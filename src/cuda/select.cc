@@ -22,6 +22,7 @@ struct Scoring {
   bool scored = false; // else only forced blocks
   bool sketch = false;
   float alpha = std::numeric_limits<float>::quiet_NaN(), mass = std::numeric_limits<float>::quiet_NaN();
+  float gain = std::numeric_limits<float>::quiet_NaN();
   int query_pool = 1, min_blocks = 0, outliers = 0;
   int rows_a_head = 0, unit_rows = 0;
   bool rows_in_q = false;
@@ -73,6 +74,7 @@ Scoring ScoringOf(const Problem& p, const Policy& policy) {
     s.scored = s.sketch = true;
     s.alpha = f.alpha;
     s.mass = f.mass;
+    s.gain = f.gain;
     s.query_pool = f.query_pool;
     s.min_blocks = f.min_blocks;
     s.outliers = f.outliers;
@@ -117,6 +119,7 @@ cudaError_t LaunchScores(const Problem& p, const Policy& policy, const Scoring& 
   a.keep.by_mass = !std::isnan(s.mass);
   a.keep.mass = s.mass;
   a.keep.alpha_log2 = std::log2(s.alpha);
+  a.keep.gain = std::isnan(s.gain) ? 0 : s.gain;
   a.keep.min_blocks = s.min_blocks;
   a.scale_log2 = p.softmax_scale * 1.44269504f;
   a.query_pool = s.query_pool;
@@ -185,7 +188,6 @@ const char* SelectUnsupported(const Problem& p, const Policy& policy) {
   if (!s.scored) return nullptr;
   if (s.sketch) {
     const auto& sketch = reinterpret_cast<const fp_sketch&>(policy);
-    if (!std::isnan(sketch.gain)) return "Sketch's gain is not among what the CUDA kernels do: give mass or alpha";
     if (sketch.query_metric) return "Sketch's query_metric is not among what the CUDA kernels do: give 0";
   }
   return ScoreUnsupported(p.head_dim, DivUp<int64_t>(p.max_seqlen_k, policy.block_size), s.unit_rows, s.sketch);

@@ -1,8 +1,8 @@
-// From energies to bits, by one warp for one tile: the threshold of alpha, the smallest set of a given mass, the top
-// few blocks, joined with the forced ones. The energies of the tile lie in shared memory, so a pass over 1024 blocks is
-// 32 loads a lane. There is no sort: the set of largest energies that reaches a target is found by halving the interval
-// in which its smallest member lies, a pass a halving, a dozen of them. Sums are taken in an order that depends on the
-// number of blocks alone, so the same input gives the same bits.
+// From energies to bits, by one warp for one tile: the threshold of alpha, the smallest set of a given mass, the blocks
+// of at least a given gain, the top few, joined with the forced ones. The energies of the tile lie in shared memory, so
+// a pass over 1024 blocks is 32 loads a lane. There is no sort: the set of largest energies that reaches a target is
+// found by halving the interval in which its smallest member lies, a pass a halving, a dozen of them. Sums are taken in
+// an order that depends on the number of blocks alone, so the same input gives the same bits.
 #ifndef FLASHPREFILL_CUDA_SM90_KEEP_CUH_
 #define FLASHPREFILL_CUDA_SM90_KEEP_CUH_
 
@@ -39,9 +39,12 @@ struct Cut {
   int ties;
 };
 
-// The smallest set of largest values that reaches a target: `target` of them, or by mass that share of their sum. The
-// interval in which its smallest member lies is cut in four at each pass over the values, first where masses lie.
-__device__ inline Cut FindCut(const float* values, int count, float largest, bool by_mass, float target) {
+// The smallest set of largest values that reaches a target: `target` of them, or by mass that share of their sum. With
+// a gain: those v, from the largest down, for which v sqrt(rest) reaches it, both as shares of the sum, where rest is
+// what v and the smaller ones sum to. The interval in which the set's smallest member lies is cut in four at each pass
+// over the values, first where masses lie.
+__device__ inline Cut FindCut(const float* values, int count, float largest, bool by_mass, float target,
+                              float gain = 0) {
   const int lane = threadIdx.x % 32;
   float sum[3];
   int number[3];
@@ -74,9 +77,16 @@ __device__ inline Cut FindCut(const float* values, int count, float largest, boo
   float high_sum = 0;
   if (by_mass) {
     add_up({low, low, low});
-    if (sum[0] == 0) return {0, ~0u, 1}; // nothing has mass: the first is the crossing one
+    if (sum[0] == 0) return {0, ~0u, gain > 0 ? 0 : 1}; // nothing has mass: the first is the crossing one
     target *= sum[0];
   }
+  const float total = by_mass ? sum[0] : 0.f, least = gain * total * sqrtf(total);
+  auto gains = [&](float value, float above) { return value * sqrtf(fmaxf(total - above, 0.f)) >= least; };
+  if (gain > 0 && !gains(largest, 0)) return {~0u, ~0u, 0};
+  // Whether those from a limit on are the whole set.
+  auto reached = [&](uint32_t from, float their_sum) {
+    return gain > 0 ? !gains(OfOrder(from - 1), their_sum) : their_sum >= target;
+  };
 #pragma unroll 1
   for (bool first = by_mass; high - low > 1 && low_count - high_count > 1; first = false) {
     const uint32_t last = high - 1, quarter = max(1u, (high - low) / 4); // limits lie above low and below high
@@ -89,7 +99,7 @@ __device__ inline Cut FindCut(const float* values, int count, float largest, boo
     add_up(limit);
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      if (sum[k] >= target) {
+      if (reached(limit[k], sum[k])) {
         low = limit[k];
         low_count = number[k];
       } else {
@@ -101,7 +111,15 @@ __device__ inline Cut FindCut(const float* values, int count, float largest, boo
     }
   }
   Cut cut{low, high, 1};
-  if (low_count - high_count > 1) { // equal values: as many as it takes, by index
+  if (gain > 0) { // of the values between the limits, which are equal, those that gain enough one after another
+    float value = -INFINITY;
+    for (int b = lane; b < count; b += 32) value = OrderOf(values[b]) < high ? fmaxf(value, values[b]) : value;
+    value = WarpMax(value);
+    const float share = least / value;
+    const float number_of = floorf((total - high_sum - share * share) / value) + 1;
+    cut.ties =
+        value > 0 ? static_cast<int>(fminf(fmaxf(number_of, 0.f), static_cast<float>(low_count - high_count))) : 0;
+  } else if (low_count - high_count > 1) { // equal values: as many as it takes, by index
     const float wanted = ceilf((target - high_sum) / (by_mass ? OfOrder(low) : 1.f));
     const int most = low_count - high_count;
     cut.ties = wanted >= 1.f ? (wanted < static_cast<float>(most) ? static_cast<int>(wanted) : most) : 1;
@@ -152,7 +170,7 @@ struct MaskRow {
 // where an earlier block's fate decides a later one's, the first warp does it alone.
 __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, float* energies, uint32_t* bits,
                                    int half_words, int part, int log2_parts) {
-  const bool to_mass = rule.by_mass && rule.mass < 1.f;
+  const bool by_gain = rule.gain > 0, to_mass = by_gain || (rule.by_mass && rule.mass < 1.f);
   if (to_mass || rule.min_blocks > 0) {
     if (part > 0) return 0;
     log2_parts = 0;
@@ -166,7 +184,8 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, flo
   }
   largest = WarpMax(largest);
 
-  const float least = rule.by_mass ? -INFINITY : largest + rule.alpha_log2; // by alpha: everything from here on
+  const float least =
+      rule.by_mass || by_gain ? -INFINITY : largest + rule.alpha_log2; // by alpha: everything from here on
   if (to_mass) {
     // A tile whose scores are all -inf has no mass: then its first block is the crossing one.
     const float base = largest == -INFINITY ? 0.f : largest;
@@ -179,7 +198,8 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, flo
   for (int which = 0; which < 2 && scored > 0; ++which) {
     if (which == 0 ? to_mass : rule.min_blocks > 0) {
       const float least_number = static_cast<float>(min(rule.min_blocks, scored));
-      cuts[which] = FindCut(energies, scored, largest, which == 0, which == 0 ? rule.mass : least_number);
+      cuts[which] = FindCut(energies, scored, largest, which == 0, which == 0 ? rule.mass : least_number,
+                            which == 0 ? rule.gain : 0.f);
     }
   }
 

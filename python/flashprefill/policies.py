@@ -294,7 +294,7 @@ class Sketch(Policy):
             (0, 1]. 0.95 unless ``alpha`` or ``gain`` is given: one of the three decides.
         alpha: keep blocks from this share of the tile's best score on, in [0, inf).
         gain: keep blocks, the best first, while share * sqrt(rest) is at least this, in (0, 1). share is a
-            block's share of the tile's estimated mass, rest that of all blocks from it on. CPU only so far.
+            block's share of the tile's estimated mass, rest that of all blocks from it on.
         query_metric: outliers are the keys farthest from the mean as queries see it: each dimension of the
             distance weighs by the squares of a sample of the queries (the last row of each tile). CPU only so
             far.

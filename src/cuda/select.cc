@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kPitch = 8;        // elements: rows of scratch begin at multiples of 16 bytes
 constexpr int kMaxHeadDim = 256; // four panels of 64 columns
-
 // What is scored, and how.
 struct Scoring {
   bool scored = false; // else only forced blocks
@@ -24,8 +23,11 @@ struct Scoring {
   float alpha = std::numeric_limits<float>::quiet_NaN(), mass = std::numeric_limits<float>::quiet_NaN();
   float gain = std::numeric_limits<float>::quiet_NaN();
   int query_pool = 1, min_blocks = 0, outliers = 0;
+  bool query_metric = false;
   int rows_a_head = 0, unit_rows = 0;
-  bool rows_in_q = false;
+  bool rows_in_q = false;    // the score kernel multiplies rows of q as they lie there
+  bool rows_pooled = false;  // the pooling pass makes its rows; else the score kernel makes them itself
+  bool rows_aligned = false; // rows of q can be read 16 bytes at a time
 };
 
 bool CopyEngineReads(const Tensor& t, int64_t (&size)[4]) {
@@ -78,6 +80,7 @@ Scoring ScoringOf(const Problem& p, const Policy& policy) {
     s.query_pool = f.query_pool;
     s.min_blocks = f.min_blocks;
     s.outliers = f.outliers;
+    s.query_metric = f.query_metric != 0;
   }
   if (!s.scored || NothingToScore(p, policy)) {
     s.scored = false;
@@ -90,7 +93,10 @@ Scoring ScoringOf(const Problem& p, const Policy& policy) {
   s.unit_rows = rows <= 8 ? 8 : rows <= 32 ? 32 : 128;
   int64_t size[4];
   SizesOfQ(p, size);
-  s.rows_in_q = s.query_pool == 1 && s.unit_rows == 128 && !s.sketch && CopyEngineReads(p.q, size);
+  const bool readable = CopyEngineReads(p.q, size);
+  s.rows_in_q = s.query_pool == 1 && s.unit_rows == 128 && !s.sketch && readable;
+  s.rows_pooled = s.unit_rows == 128 && !s.rows_in_q;
+  s.rows_aligned = readable && p.head_dim % kPitch == 0;
   return s;
 }
 
@@ -111,11 +117,11 @@ PoolArgs PoolOf(const Problem& p, const TileRules& rules) {
   return a;
 }
 
-cudaError_t LaunchScores(const Problem& p, const Policy& policy, const Scoring& s, const BlockMask& mask,
+cudaError_t LaunchScores(const Problem& p, const TileRules& rules, const Scoring& s, const BlockMask& mask,
                          const SelectScratch& scratch, cudaStream_t stream) {
   ScoreArgs a{};
   a.d = DeviceProblem::Of(p);
-  a.rules = TileRules::Of(p, policy);
+  a.rules = rules;
   a.keep.by_mass = !std::isnan(s.mass);
   a.keep.mass = s.mass;
   a.keep.alpha_log2 = std::log2(s.alpha);
@@ -126,10 +132,12 @@ cudaError_t LaunchScores(const Problem& p, const Policy& policy, const Scoring& 
   a.rows_a_head = s.rows_a_head;
   a.unit_rows = s.unit_rows;
   a.rows_in_q = s.rows_in_q;
+  a.rows_aligned = s.rows_aligned;
+  a.square_scale = p.softmax_scale / 2;
   a.sketch = s.sketch;
   a.outliers = s.outliers;
-  a.mean_rows = MeanRows(p, policy.block_size);
-  a.unit_count = UnitCount(p, policy);
+  a.mean_rows = MeanRows(p, rules.block_size);
+  a.unit_count = int64_t{p.kv_heads} * rules.units_a_kv * rules.tile_rows;
   a.bits = mask.bits;
   a.counts = mask.counts;
   a.words = mask.words;
@@ -149,8 +157,10 @@ cudaError_t LaunchScores(const Problem& p, const Policy& policy, const Scoring& 
     rows.box_heads = a.rules.heads_a_tile;
     rows.box_tokens = a.rules.tile_tokens;
   }
-  if (cudaError_t error = MakeTensorMap(&a.q_map, s.rows_in_q ? p.q.data : scratch.q_rows, p.q.dtype, rows)) {
-    return error;
+  if (s.rows_in_q || s.rows_pooled) {
+    if (cudaError_t error = MakeTensorMap(&a.q_map, s.rows_in_q ? p.q.data : scratch.q_rows, p.q.dtype, rows)) {
+      return error;
+    }
   }
   return LaunchScore(a, stream);
 }
@@ -169,7 +179,10 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
   if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
   if (ScoresGrid(p, policy)) scratch.grid = GridScratch::Take(workspace, p, policy);
   if (s.scored && s.sketch) scratch.sketch = TakeMeans(workspace, p, policy.block_size, 2 + s.outliers);
-  if (s.scored && !s.rows_in_q) {
+  if (s.scored && s.query_metric) {
+    scratch.metric = workspace.Take<float>(int64_t{p.batch} * p.kv_heads * kMetricParts * Pitch(p));
+  }
+  if (s.rows_pooled) {
     scratch.q_rows = workspace.Take<uint16_t>((s.sketch ? 2 : 1) * UnitCount(p, policy) * s.unit_rows * Pitch(p));
   }
   scratch.lines = LineScratch::Take(workspace, p, policy);
@@ -186,17 +199,15 @@ const char* SelectUnsupported(const Problem& p, const Policy& policy) {
   if (!s.scored && !policy.mean_correction) return nullptr;
   if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
   if (!s.scored) return nullptr;
-  if (s.sketch) {
-    const auto& sketch = reinterpret_cast<const fp_sketch&>(policy);
-    if (sketch.query_metric) return "Sketch's query_metric is not among what the CUDA kernels do: give 0";
-  }
+  if (s.query_metric && p.batch > 65535) return "query_metric is given for more than 65535 sequences";
   return ScoreUnsupported(p.head_dim, DivUp<int64_t>(p.max_seqlen_k, policy.block_size), s.unit_rows, s.sketch);
 }
 
 cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask& mask, const SelectScratch& scratch,
                          bool correction, int* zeroed, cudaStream_t stream) {
   const Scoring s = ScoringOf(p, policy);
-  PoolArgs pool = PoolOf(p, TileRules::Of(p, policy));
+  const TileRules rules = TileRules::Of(p, policy);
+  PoolArgs pool = PoolOf(p, rules);
   pool.k_means = scratch.k_means;
   pool.v_means = correction ? scratch.v_means : nullptr;
   pool.skip_forced = true; // in such a sequence no bit is zero, so attend does not correct either
@@ -217,6 +228,7 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   }
   pool.sketch = scratch.sketch;
   pool.outliers = s.outliers;
+  pool.metric = scratch.metric;
   pool.q_rows = scratch.q_rows;
   pool.query_pool = s.query_pool;
   pool.unit_rows = s.unit_rows;
@@ -224,8 +236,11 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   pool.square_scale = p.softmax_scale / 2;
   pool.fallback = mask.fallback;
   pool.zeroed = zeroed;
+  if (s.query_metric) {
+    if (cudaError_t error = LaunchMetric(pool, s.rows_aligned, stream)) return error;
+  }
   if (cudaError_t error = LaunchPool(pool, stream)) return error;
-  return LaunchScores(p, policy, s, mask, scratch, stream);
+  return LaunchScores(p, rules, s, mask, scratch, stream);
 }
 
 cudaError_t LaunchMeans(const Problem& p, const BlockMask& mask, void* k_means, void* v_means, cudaStream_t stream) {

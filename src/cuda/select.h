@@ -16,6 +16,7 @@ struct SelectScratch {
   void* k_means; // [kv_heads, MeanRows, head_dim], as attend.h wants them
   void* v_means;
   void* sketch;
+  float* metric;
   void* q_rows;
   GridScratch grid;
   LineScratch lines;

@@ -29,6 +29,9 @@ SPARSE = {
     "corrected": fp.FlashPrefill(alpha=0.8, mean_correction=True, sink_blocks=0, window_blocks=0),
     "sketch": fp.Sketch(mass=0.8, window_blocks=1, dense_tail_blocks=0),
     "sketch alpha": fp.Sketch(alpha=0.3, share_heads=True, outliers=2, window_blocks=1),
+    "sketch gain": fp.Sketch(gain=0.05, query_metric=True, outliers=3, window_blocks=1, dense_tail_blocks=0),
+    "sketch rows": fp.Sketch(alpha=0.3, query_pool=1, outliers=1, window_blocks=1),
+    "pairs of rows": fp.FlashPrefill(alpha=0.5, query_pool=2, window_blocks=1),
     "streaming": fp.Streaming(sink_blocks=1, window_blocks=2, mean_correction=True),
     "blocks of 64": fp.FlashPrefill(alpha=0.5, block_size=64, query_pool=7, dense_tail_blocks=0),
     "dense": fp.Dense(),
@@ -94,6 +97,16 @@ def test_policies(name, dtype):
     density = check(*data(2100, 2500, 8, 2, 128, dtype), SPARSE[name])
     if name != "dense":
         assert density < 0.5
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_operator_is_select_then_attend(name):
+    """Long enough that the operator selects."""
+    q, k, v = (x.cuda() for x in data(4000, 4500, 16, 4, 128, torch.bfloat16))
+    mask = fp.select(q, k, SPARSE[name])
+    out, stats = fp.prefill_attention(q, k, v, SPARSE[name], return_stats=True)
+    assert stats.fallback.tolist() == mask.stats.fallback.tolist()
+    assert torch.equal(out, fp.attend(q, k, v, mask))
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -230,9 +243,6 @@ def test_what_it_does_not_do_it_says():
     half = q.bfloat16()
     with pytest.raises(ValueError, match="device"):
         fp.prefill_attention(half, half.cpu(), half)
-    long = torch.randn(2000, 2, 64, device="cuda").bfloat16()
-    with pytest.raises(fp.UnsupportedError, match="Sketch's query_metric"):
-        fp.select(long, long, fp.Sketch(query_metric=True))
 
 
 def test_transformers_on_the_device():

@@ -1,5 +1,5 @@
 // Pooling: the means of K's blocks (of V's too, for the mean correction), Sketch's outliers, mean and variance, and the
-// means of runs of query rows, all in one launch.
+// means of runs of query rows where the score kernel does not make them itself, all in one launch.
 //
 // The pass is bound by memory, so it is built around loads: 16 bytes a thread, consecutive threads on consecutive
 // addresses, eight loads in flight before the first is used. The two halves differ in who adds up. A key block has 128
@@ -8,66 +8,22 @@
 // eight columns of all of them and meets nobody; neighbouring threads take neighbouring heads, so that a CTA reads
 // whole rows of tokens. Sums are fp32, in an order that depends on nothing but shapes, rounded once.
 //
-// Sketch reads its block three times (mean, distances, spread of the rest); the second and third time it comes from L2.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// Sketch goes over its block twice: for the mean, then for distances and squares about it. 128 keys stay in registers
+// meanwhile; of larger blocks the second pass comes from L2.
 #include <limits>
 
 #include "cuda/attend.h"
 #include "cuda/sm90/pool.h"
+#include "cuda/sm90/pool_rows.cuh"
 
 namespace flashprefill::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 8;  // of a thread: 16 bytes
 constexpr int kInFlight = 8; // loads before the first use
 constexpr int kMaxBlock = 1024;
 constexpr int kMaxDim = 256; // 32 threads a row
-
-__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float ToFloat(__half x) { return __half2float(x); }
-template <typename T>
-__device__ T FromFloat(float x);
-template <>
-__device__ __nv_bfloat16 FromFloat(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __half FromFloat(float x) {
-  return __float2half_rn(x);
-}
-
-template <typename T>
-union Chunk {
-  uint4 raw;
-  T value[kColumns];
-};
-
-// Eight consecutive columns from `column` on, as far as the row has them. VECTOR: one aligned load.
-template <typename T, bool VECTOR>
-__device__ inline Chunk<T> LoadChunk(const T* row, int column, int head_dim, int64_t stride) {
-  Chunk<T> chunk;
-  if constexpr (VECTOR) {
-    chunk.raw = __ldg(reinterpret_cast<const uint4*>(row + column));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      chunk.value[i] = column + i < head_dim ? row[(column + i) * stride] : FromFloat<T>(0.f);
-    }
-  }
-  return chunk;
-}
-
-template <typename T>
-__device__ inline void StoreChunk(T* to, const float (&x)[kColumns]) {
-  Chunk<T> chunk;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) chunk.value[i] = FromFloat<T>(x[i]);
-  *reinterpret_cast<uint4*>(to) = chunk.raw;
-}
 
 // What the CTAs of a launch do, by number: blocks of K, blocks of V, rows of Q, and the last one writes fallbacks.
 struct Jobs {
@@ -145,9 +101,10 @@ struct BlockReader {
            head * tensor.stride[2];
   }
 
-  // body(t, whether there is such a row and column, chunk), for whole warps.
+  // body(first, stride), for whole warps: rows first + i * stride, i < kInFlight, are in `held` if there are such rows
+  // and columns.
   template <typename Body>
-  __device__ void ForRows(bool first_pass, Body&& body) {
+  __device__ void ForBatches(bool first_pass, Body&& body) {
     for (int batch = 0; batch < batches; ++batch) {
       const int first = group + batch * kInFlight * groups;
       if (first_pass || batches > 1) {
@@ -159,11 +116,7 @@ struct BlockReader {
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int t = first + i * groups;
-        body(t, t < block.keys && active, held[i]);
-      }
+      body(first, groups);
     }
   }
 };
@@ -193,18 +146,24 @@ __device__ inline float SumOverRows(float (&x)[kColumns], int lanes, float (*par
 struct PoolShared {
   float partial[kWarps][kMaxDim];
   float mean[kMaxDim];
+  float weight[kMaxDim]; // of a dimension in distances
   float distance[kMaxBlock];
   int outlier[kMaxOutliers];
+  alignas(16) uint16_t row[kMaxOutliers][kMaxDim]; // outliers
 };
 
 // The mean of a block. Thread d returns column d's, not rounded.
 template <typename T, bool VECTOR>
 __device__ float MeanOfBlock(BlockReader<T, VECTOR>& reader, PoolShared& shared) {
   float sum[kColumns] = {};
-  reader.ForRows(true, [&](int, bool valid, const Chunk<T>& chunk) {
-    if (!valid) return;
+  reader.ForBatches(true, [&](int first, int stride) {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) sum[i] += ToFloat(chunk.value[i]);
+    for (int r = 0; r < kInFlight; ++r) {
+      if (first + r * stride < reader.block.keys && reader.active) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) sum[i] += ToFloat(reader.held[r].value[i]);
+      }
+    }
   });
   return __fdiv_rn(SumOverRows(sum, reader.jobs.lanes, shared.partial), static_cast<float>(reader.block.keys));
 }
@@ -221,15 +180,14 @@ __device__ void StoreMean(void* means, const PoolArgs& a, int64_t row, float mea
 __device__ void FindOutliers(PoolShared& shared, int keys, int outliers) {
   const int lane = threadIdx.x % 32;
   for (int r = 0; r < outliers; ++r) {
-    uint64_t best = 0;
+    uint32_t farthest = 0, at = ~0u; // 0: taken
     for (int t = lane; t < keys; t += 32) {
       const float distance = shared.distance[t];
-      if (distance == -INFINITY) continue; // taken
-      const uint32_t rank = distance >= 0 ? __float_as_uint(distance) + 1 : 0;
-      best = max(best, uint64_t{rank} << 32 | (0xffffffffu - t));
+      const uint32_t rank = distance == -INFINITY ? 0 : distance >= 0 ? __float_as_uint(distance) + 2 : 1;
+      if (rank > farthest) farthest = rank, at = t;
     }
-    for (int offset = 16; offset; offset /= 2) best = max(best, __shfl_xor_sync(~0u, best, offset));
-    const int t = static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
+    const uint32_t most = __reduce_max_sync(~0u, farthest);
+    const int t = static_cast<int>(__reduce_min_sync(~0u, farthest == most ? at : ~0u));
     __syncwarp();
     if (lane == 0) {
       shared.outlier[r] = t;
@@ -239,7 +197,44 @@ __device__ void FindOutliers(PoolShared& shared, int keys, int outliers) {
   }
 }
 
-template <typename T, bool VECTOR>
+// Distances of a thread's rows from the mean, of which it has summed up its own columns: the `lanes` threads of a row
+// exchange halves of their rows first, so that each ends with few whole sums. Row i of kInFlight is `stride` after i
+// - 1.
+__device__ void StoreDistances(float (&distance)[kInFlight], int lanes, int first, int stride, int keys,
+                               float* distances) {
+  const int lane = threadIdx.x & (lanes - 1);
+  int row = 0, whole = 0; // index of the first row that is left, and bits of lanes that have the same sums
+#pragma unroll
+  for (int stage = 0; stage < 5; ++stage) {
+    const int offset = lanes >> (stage + 1);
+    if (offset == 0) break;
+    constexpr int kLeft[5] = {4, 2, 1, 0, 0};
+    const int left = kLeft[stage];
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float other = __shfl_xor_sync(~0u, upper ? distance[i] : distance[i + left], offset);
+      distance[i] = (upper ? distance[i + left] : distance[i]) + other;
+    }
+    if (left > 0) {
+      row += upper ? left : 0;
+    } else {
+      distance[0] += __shfl_xor_sync(~0u, distance[0], offset);
+      whole |= offset;
+    }
+  }
+  const int left = max(1, kInFlight / lanes);
+  if (lane & whole) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = first + (row + i) * stride;
+    if (i < left && t < keys) distances[t] = distance[i];
+  }
+}
+
+// One more pass over the block, which sums up distances from its mean by row and by column; the outliers, once known,
+// are taken out of the columns' sums again.
+template <typename T, bool VECTOR, bool METRIC>
 __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, float mean, PoolShared& shared) {
   const int keys = reader.block.keys, lanes = reader.jobs.lanes;
   const int64_t plane = int64_t{a.d.p.kv_heads} * a.mean_rows * a.pitch;
@@ -247,57 +242,74 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
   T* const planes = static_cast<T*>(a.sketch) + row * a.pitch;
   const int outliers = min(a.outliers, keys);
 
-  if (threadIdx.x < lanes * kColumns) shared.mean[threadIdx.x] = mean;
+  if (threadIdx.x < lanes * kColumns) {
+    shared.mean[threadIdx.x] = mean;
+    if constexpr (METRIC) {
+      const int64_t head = int64_t{reader.block.sequence.index} * a.d.p.kv_heads + reader.head;
+      const float* const parts = a.metric + head * kMetricParts * a.pitch + threadIdx.x;
+      float weight = 0;
+#pragma unroll
+      for (int i = 0; i < kMetricParts; ++i) weight += threadIdx.x < a.pitch ? parts[i * a.pitch] : 0.f;
+      shared.weight[threadIdx.x] = weight;
+    }
+  }
   __syncthreads();
-  float center[kColumns];
+  float center[kColumns], sum[kColumns] = {}, square[kColumns] = {};
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) center[i] = shared.mean[reader.column + i];
-  reader.ForRows(false, [&](int t, bool valid, const Chunk<T>& chunk) {
-    float distance = 0;
+  reader.ForBatches(false, [&](int first, int stride) {
+    float distance[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const float x = ToFloat(chunk.value[i]) - center[i];
-      distance += valid && reader.column + i < a.d.p.head_dim ? x * x : 0.f;
+    for (int r = 0; r < kInFlight; ++r) {
+      distance[r] = 0;
+      if (first + r * stride < keys && reader.active) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const float x = ToFloat(reader.held[r].value[i]) - center[i];
+          const float xx = x * x;
+          const float counted = METRIC ? xx * shared.weight[reader.column + i] : xx;
+          distance[r] += VECTOR || reader.column + i < a.d.p.head_dim ? counted : 0.f;
+          sum[i] += x;
+          square[i] += xx;
+        }
+      }
     }
-    for (int offset = lanes / 2; offset; offset /= 2) distance += __shfl_xor_sync(~0u, distance, offset);
-    if (valid && reader.column == 0) shared.distance[t] = distance;
+    StoreDistances(distance, lanes, first, stride, keys, shared.distance);
   });
   __syncthreads();
   if (threadIdx.x < 32) FindOutliers(shared, keys, outliers);
-  __syncthreads();
+  const float offset_of_all = SumOverRows(sum, lanes, shared.partial);
+  const float squares_of_all = SumOverRows(square, lanes, shared.partial);
 
-  // Sums about the mean of all keys, which is near enough to theirs that the difference of squares keeps its digits.
-  float sum[kColumns] = {}, square[kColumns] = {};
-  reader.ForRows(false, [&](int t, bool valid, const Chunk<T>& chunk) {
-    if (!valid || shared.distance[t] == -INFINITY) return;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const float x = ToFloat(chunk.value[i]) - center[i];
-      sum[i] += x;
-      square[i] += x * x;
+  // Eight columns of an outlier a thread, and zeros for those that a short block has not.
+  const int column = reader.column;
+  for (int r = reader.group; r < a.outliers && column < a.pitch; r += reader.groups) {
+    Chunk<T> chunk;
+    chunk.raw = uint4{0, 0, 0, 0};
+    if (r < outliers) {
+      chunk = LoadChunk<T, VECTOR>(reader.Row(shared.outlier[r]), column, a.d.p.head_dim, reader.tensor.stride[3]);
     }
-  });
-  const float rest = static_cast<float>(keys - outliers);
-  const float offset = SumOverRows(sum, lanes, shared.partial);
-  const float squares = SumOverRows(square, lanes, shared.partial);
-  const float shift = rest > 0 ? __fdiv_rn(offset, rest) : 0.f;
+    *reinterpret_cast<uint4*>(planes + (2 + r) * plane + column) = chunk.raw;
+    *reinterpret_cast<uint4*>(shared.row[r] + column) = chunk.raw;
+  }
+  __syncthreads();
   if (threadIdx.x < a.pitch) {
+    float offset = offset_of_all, squares = squares_of_all;
+    for (int r = 0; r < outliers; ++r) {
+      const float x = ToFloat(reinterpret_cast<const T*>(shared.row[r])[threadIdx.x]) - mean;
+      offset -= x;
+      squares -= x * x;
+    }
+    const float rest = static_cast<float>(keys - outliers);
+    const float shift = rest > 0 ? __fdiv_rn(offset, rest) : 0.f;
     const bool real = threadIdx.x < a.d.p.head_dim && rest > 0;
     const float variance = real ? __fdiv_rn(squares, rest) - shift * shift : 0.f;
     planes[threadIdx.x] = FromFloat<T>(real ? mean + shift : 0.f);
     planes[plane + threadIdx.x] = FromFloat<T>(variance < 0 ? 0.f : variance); // NaN stays
   }
-  for (int i = threadIdx.x; i < a.outliers * a.pitch; i += kThreads) {
-    const int r = i / a.pitch, column = i % a.pitch;
-    T value = FromFloat<T>(0.f);
-    if (r < outliers && column < a.d.p.head_dim) {
-      value = reader.Row(shared.outlier[r])[column * reader.tensor.stride[3]];
-    }
-    planes[(2 + r) * plane + column] = value;
-  }
 }
 
-template <typename T, bool VECTOR, bool SKETCH>
+template <typename T, bool VECTOR, bool SKETCH, bool METRIC>
 __device__ void PoolKeys(const PoolArgs& a, const Jobs& jobs, uint32_t job, bool of_v) {
   __shared__ PoolShared shared;
   const int slot = jobs.by_kv(static_cast<int>(job)), head = static_cast<int>(job) - slot * a.d.p.kv_heads;
@@ -308,7 +320,7 @@ __device__ void PoolKeys(const PoolArgs& a, const Jobs& jobs, uint32_t job, bool
   void* const means = of_v ? a.v_means : a.k_means;
   if (means) StoreMean<T>(means, a, head * a.mean_rows + block.row, mean);
   if constexpr (SKETCH) {
-    if (!of_v) SketchBlock<T, VECTOR>(a, reader, mean, shared);
+    if (!of_v) SketchBlock<T, VECTOR, METRIC>(a, reader, mean, shared);
   }
 }
 
@@ -331,27 +343,9 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
   const int tokens = min(a.query_pool, tile.end - begin);
   if (tokens <= 0) return;
 
-  float sum[kColumns] = {};
+  float mean[kColumns];
   const T* const rows = static_cast<const T*>(p.q.data) + RowOffsetAt(p, p.q.stride, s, begin, head);
-  for (int first = 0; first < tokens; first += kInFlight) {
-    Chunk<T> chunk[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (first + i < tokens) {
-        chunk[i] = LoadChunk<T, VECTOR>(rows + (first + i) * p.q.stride[1], column, p.head_dim, p.q.stride[3]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (first + i < tokens) {
-#pragma unroll
-        for (int k = 0; k < kColumns; ++k) sum[k] += ToFloat(chunk[i].value[k]);
-      }
-    }
-  }
-  const float share = __frcp_rn(static_cast<float>(tokens));
-#pragma unroll
-  for (int k = 0; k < kColumns; ++k) sum[k] *= share;
+  MeanOfRows<T, VECTOR>(rows, p.q.stride[1], tokens, column, p.head_dim, p.q.stride[3], mean);
 
   const int group = r.heads_a_tile * r.units_a_kv;
   const int kv = jobs.by_group(head), in_group = head - kv * group;
@@ -360,14 +354,10 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
   const int64_t row =
       ((int64_t{kv} * r.tile_rows + tile_row) * r.units_a_kv + unit) * a.unit_rows + j * r.heads_a_tile + in_tile;
   T* const to = static_cast<T*>(a.q_rows) + row * a.pitch + column;
-  StoreChunk(to, sum);
+  *reinterpret_cast<uint4*>(to) = Rounded<T>(mean);
   if (a.squares) {
-#pragma unroll
-    for (int k = 0; k < kColumns; ++k) {
-      const float rounded = ToFloat(FromFloat<T>(sum[k]));
-      sum[k] = rounded * rounded * a.square_scale;
-    }
-    StoreChunk(to + units * a.unit_rows * a.pitch, sum);
+    ScaledSquares<T>(mean, a.square_scale);
+    *reinterpret_cast<uint4*>(to + units * a.unit_rows * a.pitch) = Rounded<T>(mean);
   }
 }
 
@@ -379,15 +369,15 @@ __device__ void WriteFallbacks(const PoolArgs& a) {
 }
 
 // Four CTAs of 64 registers a thread on a multiprocessor, three of 80 where Sketch's passes need them.
-template <typename T, bool VECTOR, bool SKETCH>
+template <typename T, bool VECTOR, bool SKETCH, bool METRIC>
 __global__ void __launch_bounds__(kThreads, SKETCH || !VECTOR ? 3 : 4)
     PoolKernel(const __grid_constant__ PoolArgs a, const __grid_constant__ Jobs jobs) {
   cudaTriggerProgrammaticLaunchCompletion(); // the score kernel may take its place as soon as there is room
   const uint32_t job = blockIdx.x;
   if (job < jobs.k_end) {
-    PoolKeys<T, VECTOR, SKETCH>(a, jobs, job, false);
+    PoolKeys<T, VECTOR, SKETCH, METRIC>(a, jobs, job, false);
   } else if (job < jobs.v_end) {
-    PoolKeys<T, VECTOR, SKETCH>(a, jobs, job - jobs.k_end, true);
+    PoolKeys<T, VECTOR, SKETCH, METRIC>(a, jobs, job - jobs.k_end, true);
   } else if (job < jobs.q_end) {
     PoolQueries<T, VECTOR>(a, jobs, job - jobs.v_end);
   } else {
@@ -396,9 +386,10 @@ __global__ void __launch_bounds__(kThreads, SKETCH || !VECTOR ? 3 : 4)
 }
 
 template <typename T>
-auto KernelOf(bool vector, bool sketch) {
-  return vector ? (sketch ? PoolKernel<T, true, true> : PoolKernel<T, true, false>)
-                : (sketch ? PoolKernel<T, false, true> : PoolKernel<T, false, false>);
+auto KernelOf(bool vector, bool sketch, bool metric) {
+  if (metric) return vector ? PoolKernel<T, true, true, true> : PoolKernel<T, false, true, true>;
+  return vector ? (sketch ? PoolKernel<T, true, true, false> : PoolKernel<T, true, false, false>)
+                : (sketch ? PoolKernel<T, false, true, false> : PoolKernel<T, false, false, false>);
 }
 
 bool Aligned(const Tensor& t) {
@@ -437,8 +428,8 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
 
   const bool vector = p.head_dim % kColumns == 0 && (!args.q_rows || Aligned(p.q)) && (!keys || Aligned(p.k)) &&
                       (!args.v_means || Aligned(p.v));
-  const bool bf16 = p.k.dtype == FP_BF16, sketch = args.sketch != nullptr;
-  const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch) : KernelOf<__half>(vector, sketch);
+  const bool bf16 = p.k.dtype == FP_BF16, sketch = args.sketch != nullptr, metric = args.metric != nullptr;
+  const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch, metric) : KernelOf<__half>(vector, sketch, metric);
   kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args, jobs);
   return cudaGetLastError();
 }

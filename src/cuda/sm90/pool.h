@@ -9,12 +9,14 @@
 namespace flashprefill::cuda {
 
 constexpr int kMaxOutliers = 16;
+constexpr int kMetricParts = 16; // sums that make a metric
 
 // Everything that one pooling pass reads and writes. Pointers that are null are not wanted.
 //   means  [kv_heads, mean_rows, pitch]: block j of sequence b is row MeanBase(b) + j (attend.h)
 //   planes of Sketch, each of that shape, one after another: mean and variance of the keys that are no outliers, then
 //   the
 //          outliers, the farthest first
+//   metric [batch, kv_heads, kMetricParts, pitch]: added up over parts, what each dimension counts in distances
 //   q rows [kv_heads, tile_rows, units_a_kv, unit_rows, pitch]: the pooled rows of a tile of a mask head lie together,
 //          heads fastest; rows that stand for no token are not written. Squares follow as a second array of that shape
 struct PoolArgs {
@@ -26,6 +28,7 @@ struct PoolArgs {
   void* v_means;
   void* sketch;   // planes of Sketch
   int outliers;   // Sketch's, 0 .. kMaxOutliers
+  float* metric;  // or null: every dimension counts 1
   void* q_rows;   // pooled rows of q
   int query_pool; // tokens a row
   int unit_rows;  // rows that a tile of a mask head has room for
@@ -35,6 +38,9 @@ struct PoolArgs {
   int32_t* fallback; // [batch]
   int* zeroed;       // a word that attend wants to be zero, or null; only with fallback
 };
+
+// Fills args.metric. Aligned: rows of q can be read 16 bytes at a time. At most 65,535 sequences.
+cudaError_t LaunchMetric(const PoolArgs& args, bool aligned, cudaStream_t stream);
 
 // One launch, on the stream. q, k and v have 16-bit dtypes, k and q the same one.
 cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream);

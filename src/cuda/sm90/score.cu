@@ -1,5 +1,5 @@
 // Scores, energies, threshold and bitmap of FlashPrefill and Sketch, in one kernel: its idea, its frame and its launch.
-// score_plan.cuh has its shared memory and its producer, score_math.cuh its arithmetic.
+// score_plan.cuh has its shared memory, score_load.cuh who brings data, score_math.cuh its arithmetic.
 //
 // The product is made transposed: 64 key blocks are the rows of a wgmma, query rows its columns. A block's energy is
 // the sum over a row, so it is added up inside a thread and between the four lanes that share the row, every energy
@@ -9,20 +9,25 @@
 // Exponentials need a common reference, and any will do: a warp keeps one for each of its units, the largest score of
 // the first 16 blocks it sees. An energy is stored as its logarithm with the reference added back, so warps need not
 // agree. Only where a sum gets too large, or is no number, the step is done again carefully: that sets a new reference
-// and leaves out what is not finite. The first step of a unit goes that way too, because its reference is -inf then.
-// So the loop has no maximum in it: a multiply-add, an exp2 and an add for each score.
+// and leaves out what is not finite. So the loop has no maximum in it: a multiply-add, an exp2 and an add for each
+// score, and a comparison more in the steps that the diagonal cuts.
 //
-// A CTA has two math warpgroups with units of their own and a producer warp, and is persistent; items come heaviest
-// first (PlaceScoreItem). Key data streams through a ring of 64-block stages that both warpgroups read; the next item's
-// queries are loaded while this one is computed, if they fit. A warpgroup issues the product of step i+1 before the
-// exponentials of step i, and the other one's run beside both. Energies of whole units stay in shared memory until
-// keep.cuh turns them into bits, so nothing of size tiles x blocks x 4 bytes is ever in memory.
+// A CTA is persistent; items come heaviest first (PlaceScoreItem). Key data streams through a ring of 64-block stages
+// that all math warpgroups read. With 128 columns there are four of these, each with the rows of one unit: while one
+// waits, sets up or writes its mask, the others compute. With 64 columns there are two, and three or four warpgroups
+// beside them that read raw rows of q, add them up and write the pooled rows where products read them, items ahead: the
+// memory's work and the arithmetic run side by side, and pooled rows never go through memory. Energies of whole units
+// stay in shared memory until keep.cuh turns them into bits, so nothing of size tiles x blocks x 4 bytes is ever in
+// memory.
 //
 // A Sketch step is one plane of 64 blocks: mean with variance (the queries' squares against the variances, accumulated
 // into the same product), then each outlier.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <utility>
+
+#include "cuda/sm90/score_load.cuh"
 #include "cuda/sm90/score_math.cuh"
 
 namespace flashprefill::cuda {
@@ -31,8 +36,9 @@ namespace {
 constexpr int kSharedBytes = 227 * 1024;
 
 template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
-__global__ void __launch_bounds__(kScoreThreads, 1)
+__global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
     ScoreKernel(const __grid_constant__ ScoreArgs a, const __grid_constant__ ScorePlan plan) {
+  using Shape = ScoreShape<COLUMNS, SKETCH>;
   extern __shared__ char raw[];
   char* const shared = raw + (1024 - SharedAddress(raw) % 1024) % 1024;
   const ScoreLayout layout = ScoreLayoutOf(plan, COLUMNS);
@@ -40,38 +46,61 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0); // the compiler sees that a warp agrees
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < plan.q_stages; ++i) {
-      BarrierInit(&c.q_full[i], 1);
-      BarrierInit(&c.q_empty[i], 4 * kScoreGroups); // an arrival a warp
+    for (int i = 0; i < plan.q_buffers; ++i) {
+      BarrierInit(&c.q_full[i], Shape::kPoolGroups ? Shape::kPoolWarps : 1);
+      BarrierInit(&c.q_empty[i], 4 << plan.log2_team); // an arrival a warp
+      BarrierInit(&c.placed[i], 1);
     }
     for (int i = 0; i < plan.k_stages; ++i) {
       BarrierInit(&c.k_full[i], 1);
-      BarrierInit(&c.k_empty[i], 4 * kScoreGroups);
+      BarrierInit(&c.k_empty[i], 4 * plan.sets << plan.log2_team);
     }
     FenceBarrierInit();
-    PrefetchTensorMap(&a.q_map);
+    if (!Shape::kPoolGroups) PrefetchTensorMap(&a.q_map);
     PrefetchTensorMap(&a.k_map);
   }
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
-  cudaGridDependencySynchronize();           // what the pooling pass wrote
 
-  if (warp >= 4 * kScoreGroups) {
-    ShrinkRegisters<24>();
-    if (threadIdx.x == 128 * kScoreGroups) ProduceScores(a, plan, layout, shared, c, COLUMNS);
-  } else {
-    GrowRegisters<240>();
+  if (warp < 4 * Shape::kMathGroups) {
+    GrowRegisters<Shape::kMathRegisters>();
     const int group = warp / 4;
     Scorer<T, PANELS, COLUMNS, ROWS, SKETCH> scorer{a, plan,  layout,   shared,
                                                     c, group, warp % 4, static_cast<int>(threadIdx.x % 32)};
-    scorer.energies =
-        reinterpret_cast<float*>(shared + layout.energies + (group < plan.groups ? group : 0) * layout.energies_group);
-    scorer.Run();
+    scorer.set = group & (plan.sets - 1);
+    scorer.member = group / plan.sets;
+    scorer.energies = reinterpret_cast<float*>(shared + layout.energies + scorer.set * layout.energies_set);
+    if (scorer.member < 1 << plan.log2_team) scorer.Run();
+  } else if (warp < 4 * (Shape::kMathGroups + 1)) {
+    ShrinkRegisters<Shape::kCopyRegisters>();
+    if (threadIdx.x == 128 * Shape::kMathGroups) {
+      cudaGridDependencySynchronize(); // what the pooling pass wrote
+      ProduceKeys(a, plan, layout, shared, c);
+    } else if (threadIdx.x == 128 * Shape::kMathGroups + 32) {
+      if (!Shape::kPoolGroups && !a.rows_in_q) cudaGridDependencySynchronize();
+      ProduceRows<(Shape::kPoolGroups > 0)>(a, plan, layout, shared, c, COLUMNS);
+    }
+  } else if constexpr (Shape::kPoolGroups > 0) {
+    ShrinkRegisters<Shape::kPoolRegisters>();
+    RowPooler<T, COLUMNS, ROWS, SKETCH>{a,      plan, layout,
+                                        shared, c,    static_cast<int>(threadIdx.x) - 128 * (Shape::kMathGroups + 1)}
+        .Run();
   }
 }
 
-// The largest plan that fits in shared memory. What does not fit goes in this order: the fourth stage of keys (a step
-// of Sketch needs three), the second stage of queries, units, the second warpgroup.
+struct Groups {
+  int math, threads;
+
+  static Groups Of(int columns, bool sketch) {
+    auto of = [](auto shape) { return Groups{shape.kMathGroups, shape.kThreads}; };
+    if (columns == 128) return of(ScoreShape<128, false>());
+    return sketch ? of(ScoreShape<64, true>()) : of(ScoreShape<64, false>());
+  }
+};
+
+// The largest plan that fits in shared memory: as many units as can be, in as few sets as hold them, so that no column
+// is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to one a set, the
+// third stage of keys, units.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {
   const int columns = ScoreColumns(unit_rows);
   plan.panels = static_cast<int>(std::bit_ceil(static_cast<unsigned>(DivUp(head_dim, kScorePanelColumns))));
@@ -80,14 +109,18 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
   const int64_t stride = DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), kStepBlocks) * kStepBlocks + 4;
   if (stride > (1 << 20)) return false;
   plan.energy_stride = static_cast<int>(stride);
-  for (plan.groups = kScoreGroups; plan.groups >= 1; --plan.groups) {
-    for (plan.units = columns / unit_rows; plan.units >= 1; plan.units /= 2) {
-      for (plan.q_stages = 2; plan.q_stages >= 1; --plan.q_stages) {
-        for (plan.k_stages = 4; plan.k_stages >= 3; --plan.k_stages) {
-          if (ScoreLayoutOf(plan, columns).total + 1024 <= kSharedBytes) return true;
-        }
-      }
+  auto fits = [&](int q_buffers, int k_stages) {
+    plan.q_buffers = q_buffers;
+    plan.k_stages = k_stages;
+    return ScoreLayoutOf(plan, columns).total + 1024 <= kSharedBytes;
+  };
+  for (int units = Groups::Of(columns, sketch).math * columns / unit_rows; units >= 1; units /= 2) {
+    plan.units = std::min(units, columns / unit_rows);
+    plan.sets = units / plan.units;
+    for (int buffers = 2 * plan.sets; buffers >= plan.sets; --buffers) {
+      if (fits(buffers, 4) || fits(buffers, 3)) return true;
     }
+    if (fits(plan.sets, 2)) return true;
   }
   return false;
 }
@@ -129,22 +162,27 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream) {
   const Problem& p = args.d.p;
   ScorePlan plan;
   const int64_t max_blocks = DivUp<int64_t>(p.max_seqlen_k, args.rules.block_size);
+  const int columns = ScoreColumns(args.unit_rows);
+  const Groups groups = Groups::Of(columns, args.sketch);
   if (!PlanFor(p.head_dim, max_blocks, args.unit_rows, args.sketch, plan)) return cudaErrorInvalidValue;
   int device = 0, processors = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
   // Smaller items where there would not be one for each processor.
   const int64_t units = int64_t{args.rules.tile_rows} * args.rules.units_a_kv;
-  while (plan.units > 1 && units * p.kv_heads < int64_t{processors} * plan.units * plan.groups) plan.units /= 2;
-  plan.slots = static_cast<int>(units / (plan.units * plan.groups) + p.batch);
+  while (plan.units > 1 && units * p.kv_heads < int64_t{processors} * plan.units * plan.sets) plan.units /= 2;
+  while (columns == 128 && plan.sets > 1 && units * p.kv_heads < int64_t{processors} * plan.sets) plan.sets /= 2;
+  plan.slots = static_cast<int>(units / (plan.units * plan.sets) + p.batch);
   plan.log2_units = std::countr_zero(static_cast<unsigned>(plan.units));
-  plan.by_item = Divider::Of(plan.units * plan.groups);
+  plan.log2_team = columns == 64 ? 0 : std::countr_zero(static_cast<unsigned>(groups.math / plan.sets));
+  plan.by_item = Divider::Of(plan.units * plan.sets);
+  plan.by_chunks = Divider::Of(DivUp(p.head_dim, kColumns));
   plan.by_kv = Divider::Of(p.kv_heads);
   plan.by_heads = Divider::Of(args.rules.heads_a_tile);
 
   const Kernel kernel = p.q.dtype == FP_BF16 ? KernelOf<__nv_bfloat16>(plan, args.unit_rows, args.sketch)
                                              : KernelOf<__half>(plan, args.unit_rows, args.sketch);
-  const int bytes = ScoreLayoutOf(plan, ScoreColumns(args.unit_rows)).total + 1024;
+  const int bytes = ScoreLayoutOf(plan, columns).total + 1024;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
 
   cudaLaunchAttribute overlap{}; // this kernel may start while the pooling pass ends; it waits for it itself
@@ -152,7 +190,7 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream) {
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(processors, int64_t{plan.slots} * p.kv_heads)));
-  config.blockDim = dim3(kScoreThreads);
+  config.blockDim = dim3(static_cast<unsigned>(groups.threads));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &overlap;

@@ -3,7 +3,6 @@
 #define FLASHPREFILL_CUDA_SM90_SCORE_MATH_CUH_
 
 #include "cuda/common/wgmma.cuh"
-#include "cuda/sm90/keep.cuh"
 #include "cuda/sm90/score_plan.cuh"
 
 namespace flashprefill::cuda {
@@ -25,24 +24,26 @@ struct Scorer {
   char* shared;
   ScoreControl& c;
   int group, warp, lane;        // warpgroup, warp in it, lane
+  int set, member;              // of units, and which of its team this warpgroup is
   ScoreRing k_next, k_released; // stages: to be multiplied, to be given back
   float* energies;
 
-  ScoreItem item;
   uint32_t q_address;
   unsigned live; // bit u: unit u is scored
   int all_full;  // blocks that every column of every live unit sees
+  int most;      // blocks that some live unit scores
   float reference[kUnits];
   float sum[2][kUnits]; // of the block in row lane / 4, and of the one 8 rows on
 
-  __device__ void Sync() const { NamedBarrierSync(1 + group, 128); }
+  __device__ void Sync() const { NamedBarrierSync(2 + group, 128); }
+  __device__ void SyncTeam() const { NamedBarrierSync(2 + kScoreGroups + set, 128 << plan.log2_team); }
 
   // Units and column limits of the item, into shared memory; a barrier on both sides keeps them from their readers.
-  __device__ void SetUp() {
+  __device__ void SetUp(const ScoreItem& item) {
     const TileRules& r = a.rules;
     const int thread = 32 * warp + lane;
-    const int first = item.first + group * plan.units;
-    const int first_dense = item.steps > 0 ? FirstDenseTile(r, item.sequence) : 0;
+    const int first = item.first + set * plan.units;
+    const int first_dense = item.steps > 0 ? FirstDenseTile(r, item.sequence) : 0; // else nothing is left to choose
     auto limit_of = [&](const DeviceTile& tile, int j) {
       const int begin = tile.begin + j * a.query_pool;
       if (begin >= tile.end) return 0;
@@ -53,64 +54,60 @@ struct Scorer {
       const int u = thread / ROWS, row = thread % ROWS;
       const int tile_index = r.by_units(first + u);
       int limit = 0;
-      if (group < plan.groups && u < plan.units && first + u < item.units && tile_index < first_dense &&
+      if (u < plan.units && first + u < item.units && tile_index < first_dense &&
           row < a.rows_a_head * r.heads_a_tile) {
         limit = limit_of(TileAt(a.d.p, r, item.sequence, tile_index), plan.by_heads(row));
       }
       c.limit[group][thread] = limit;
     }
     if (thread < kUnits) {
-      ScoreUnit unit{0, 0, r.by_units(first + thread), false};
-      if (group < plan.groups && thread < plan.units && first + thread < item.units) {
-        unit.dense = unit.tile >= first_dense;
-        if (item.steps == 0) unit.dense = true; // all forced, or all in the dense tail
-        if (!unit.dense) {
-          const DeviceTile tile = TileAt(a.d.p, r, item.sequence, unit.tile);
-          unit.scored = tile.scored;
-          const bool whole = tile.end - tile.begin == r.tile_tokens && a.rows_a_head * r.heads_a_tile == ROWS;
-          unit.full = whole ? limit_of(tile, 0) : 0;
-        }
+      ScoreUnit unit{0, -1, {}};
+      const int index = first + thread, tile_index = r.by_units(index);
+      const int tile_row = item.sequence.TileBase(r) + tile_index;
+      if (thread < plan.units && index < item.units && tile_row < r.tile_rows) {
+        const DeviceTile tile = TileAt(a.d.p, r, item.sequence, tile_index);
+        const bool dense = tile_index >= first_dense;
+        const bool whole = tile.end - tile.begin == r.tile_tokens && a.rows_a_head * r.heads_a_tile == ROWS;
+        unit.full = whole && !dense ? limit_of(tile, 0) : 0;
+        unit.row = (item.kv * r.units_a_kv + index - tile_index * r.units_a_kv) * r.tile_rows + tile_row;
+        unit.bits = {dense ? 0 : tile.scored, tile.visible, dense ? tile.visible : r.sink_blocks, WindowBegin(r, tile)};
       }
       c.unit[group][thread] = unit;
     }
     Sync();
     live = 0;
     all_full = 1 << 30;
+    most = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const ScoreUnit unit = c.unit[group][u];
-      if (unit.scored > 0) {
+      const ScoreUnit& unit = c.unit[group][u];
+      if (unit.bits.scored > 0) {
         live |= 1u << u;
         all_full = min(all_full, unit.full);
+        most = max(most, unit.bits.scored);
       }
       reference[u] = -INFINITY;
       sum[0][u] = sum[1][u] = 0;
     }
   }
 
-  // Starts the product of the next PLANES planes (two: queries with means plus squares with variances) into scores.
-  template <int PLANES>
-  __device__ __forceinline__ void Issue(Scores& scores) {
-    uint64_t k[PLANES];
-#pragma unroll
-    for (int s = 0; s < PLANES; ++s) {
-      BarrierWait(&c.k_full[k_next.stage], k_next.round);
-      k[s] = DescribeKMajor(SharedAddress(shared + layout.k + k_next.stage * layout.k_stage));
-      k_next.Advance(plan.k_stages);
-    }
+  // Starts the product of the next plane of key data with plane `rows` of the queries, added to scores if that is not
+  // the first (queries with means, then squares with variances).
+  __device__ __forceinline__ void Multiply(Scores& scores, int rows) {
+    BarrierWait(&c.k_full[k_next.stage], k_next.round);
+    const uint64_t k = DescribeKMajor(SharedAddress(shared + layout.k + k_next.stage * layout.k_stage));
+    const uint64_t q = DescribeKMajor(q_address + rows * PANELS * COLUMNS * kScorePanelBytes);
+    k_next.Advance(plan.k_stages);
     WgmmaFence();
 #pragma unroll
-    for (int s = 0; s < PLANES; ++s) {
-      const uint64_t q = DescribeKMajor(q_address + s * PANELS * COLUMNS * kScorePanelBytes);
-#pragma unroll
-      for (int slice = 0; slice < 4 * PANELS; ++slice) { // 16 columns: 32 bytes; addresses count in units of 16
-        Wgmma<T>::SS(scores, k[s] + slice / 4 * (kStepBlocks * kScorePanelBytes / 16) + slice % 4 * 2,
-                     q + slice / 4 * (COLUMNS * kScorePanelBytes / 16) + slice % 4 * 2, s + slice > 0);
-      }
+    for (int slice = 0; slice < 4 * PANELS; ++slice) { // 16 columns: 32 bytes; addresses count in units of 16
+      Wgmma<T>::SS(scores, k + slice / 4 * (kStepBlocks * kScorePanelBytes / 16) + slice % 4 * 2,
+                   q + slice / 4 * (COLUMNS * kScorePanelBytes / 16) + slice % 4 * 2, rows + slice > 0);
     }
     WgmmaCommit();
   }
 
+  // Gives stages back, the first that this warpgroup still holds.
   __device__ __forceinline__ void Release(int stages) {
     for (int i = 0; i < stages; ++i) {
       if (lane == 0) BarrierArrive(&c.k_empty[k_released.stage]);
@@ -128,23 +125,27 @@ struct Scorer {
                : -INFINITY;
   }
 
-  // Adds the step's exponentials to the sums, `weight` times, where every column sees every block of the warp. False,
-  // and nothing done, if that needs care.
-  __device__ __forceinline__ bool AddUp(const Scores& scores, float weight) {
+  // Adds the step's exponentials to the sums, `weight` times. MASK: some column does not see some block of the warp.
+  // False, and nothing done, if that needs care.
+  template <bool MASK>
+  __device__ __forceinline__ bool AddUp(const Scores& scores, int block, float weight) {
     float x[2][kUnits];
     bool careful = false;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       const float offset = -reference[u];
+      x[0][u] = x[1][u] = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        x[half][u] = 0;
+      for (int i = 0; i < 2 * kSlices; ++i) {
+        const int index = u * kSlices + i / 2;
+        const int limit = MASK ? c.limit[group][8 * index + 2 * (lane % 4) + i % 2] : 0;
 #pragma unroll
-        for (int i = 0; i < 2 * kSlices; ++i) {
-          x[half][u] += Exp2(fmaf(scores[4 * (u * kSlices + i / 2) + 2 * half + i % 2], a.scale_log2, offset));
+        for (int half = 0; half < 2; ++half) {
+          const float z = fmaf(scores[4 * index + 2 * half + i % 2], a.scale_log2, offset);
+          x[half][u] += Exp2(!MASK || block + 8 * half < limit ? z : -INFINITY);
         }
-        careful |= (live >> u & 1) && !(x[half][u] < kLargeSum);
       }
+      careful |= (live >> u & 1) && !(x[0][u] < kLargeSum && x[1][u] < kLargeSum);
     }
     if (__any_sync(~0u, careful)) return false;
 #pragma unroll
@@ -226,87 +227,110 @@ struct Scorer {
     }
   }
 
-  // Product i of Products is done: its stages go back, and its exponentials are added up.
-  __device__ __forceinline__ void Finish(const Scores& scores, int i, int sketch_step) {
-    const bool spread = SKETCH && i == 0; // means and variances, in the name of all keys but the outliers
-    const int step = SKETCH ? sketch_step : i;
-    Release(spread ? 2 : 1);
-    const float weight = spread ? static_cast<float>(a.rules.block_size - a.outliers) : 1.f; // scored blocks are whole
+  // Exponentials of a product's scores are added up in the name of `weight` keys. The first ones of an item set the
+  // references.
+  __device__ __forceinline__ void Finish(const Scores& scores, int step, bool first, float weight) {
     const int warp_block = step * kStepBlocks + 16 * warp, block = warp_block + lane / 4;
-    bool done = false;
-    if (warp_block + 16 <= all_full) {
-      if (i == 0 && step == 0) StartReferences(scores, block);
-      done = AddUp(scores, weight);
-    }
+    if (warp_block >= most) return;
+    if (first) StartReferences(scores, block);
+    const bool done =
+        warp_block + 16 <= all_full ? AddUp<false>(scores, block, weight) : AddUp<true>(scores, block, weight);
     if (!done) AddUpCarefully(scores, block, weight);
-    if (!SKETCH) Store(step);
   }
 
-  // FlashPrefill: a product for each step of the item. Sketch: those of one step, the first of two planes. One product
-  // is in flight while the one before it is added up. The end stands apart, because the compiler overlaps products only
-  // if it sees on every path which of them are done.
-  __device__ __forceinline__ void Products(int count, int sketch_step) {
+  // Of Sketch, means and variances make one score, in the name of all keys but the outliers; scored blocks are whole.
+  __device__ __forceinline__ float Weight(bool spread) const {
+    return spread ? static_cast<float>(a.rules.block_size - a.outliers) : 1.f;
+  }
+
+  // Product i of a step of Sketch is done: its stages go back, and its exponentials are added up.
+  __device__ __forceinline__ void FinishProduct(const Scores& scores, int i, int step) {
+    Release(i == 0 ? 2 : 1);
+    Finish(scores, step, i == 0 && step == 0, Weight(i == 0));
+  }
+
+  // The products of one step, the first of two planes. One product is in flight while the one before it is added up.
+  // The end stands apart, because the compiler overlaps products only if it sees on every path which of them are done.
+  __device__ __forceinline__ void Products(int count, int step) {
     Scores even, odd;
     int i = 0;
-    Issue<SKETCH ? 2 : 1>(even);
+    Multiply(even, 0);
+    Multiply(even, 1);
     for (; i + 2 < count; i += 2) {
-      Issue<1>(odd);
+      Multiply(odd, 0);
       WgmmaWait<1>();
-      Finish(even, i, sketch_step);
-      Issue<1>(even);
+      FinishProduct(even, i, step);
+      Multiply(even, 0);
       WgmmaWait<1>();
-      Finish(odd, i + 1, sketch_step);
+      FinishProduct(odd, i + 1, step);
     }
     const bool two = i + 2 == count;
     if (two) {
-      Issue<1>(odd);
+      Multiply(odd, 0);
       WgmmaWait<1>();
     } else {
       WgmmaWait<0>();
     }
-    Finish(even, i, sketch_step);
+    FinishProduct(even, i, step);
     if (two) {
       WgmmaWait<0>();
-      Finish(odd, i + 1, sketch_step);
+      FinishProduct(odd, i + 1, step);
+    }
+  }
+
+  // One plane of a step after another, alone in the registers; the other warpgroups fill the matrix units while this
+  // one adds up. Warpgroups of a team take turns at the steps and give the others' stages back unread.
+  __device__ __forceinline__ void StepsInTurn(int steps) {
+    const int planes = SKETCH ? 2 + a.outliers : 1, team = 1 << plan.log2_team;
+    for (int step = 0; step < steps; ++step) {
+      const bool mine = (step & (team - 1)) == member;
+      Scores scores;
+      for (int plane = 0; plane < planes; ++plane) {
+        if (!mine) {
+          BarrierWait(&c.k_full[k_next.stage], k_next.round);
+          k_next.Advance(plan.k_stages);
+          Release(1);
+          continue;
+        }
+        const bool spread = SKETCH && plane == 1;
+        Multiply(scores, spread);
+        WgmmaWait<0>();
+        Release(1);
+        if (SKETCH && plane == 0) continue;
+        Finish(scores, step, step == member && plane < 2, Weight(spread));
+      }
+      if (mine) Store(step);
     }
   }
 
   __device__ __forceinline__ void Steps(int steps) {
-    if constexpr (SKETCH) {
+    if constexpr (!ScoreShape<COLUMNS, SKETCH>::kTwoProducts) {
+      StepsInTurn(steps);
+    } else {
       for (int step = 0; step < steps; ++step) {
         Products(1 + a.outliers, step);
         Store(step);
       }
-    } else {
-      if (steps > 0) Products(steps, 0);
     }
   }
 
-  // Bits from complete energies: a warp takes every fourth unit; one or two units are shared by the four warps.
+  // Bits from complete energies: a warp takes every so manyth unit; one or two units are shared by four warps.
   __device__ void WriteUnits() {
-    const TileRules& r = a.rules;
     const bool share = plan.log2_units < 2;
     const int log2_parts = share ? 2 - plan.log2_units : 0;
-    const int first = warp & (plan.units - 1), part = share ? warp >> plan.log2_units : 0;
-    int kept = 0;
-    int64_t row = -1;
-    for (int u = share ? first : warp; u < plan.units && group < plan.groups; u += 4) {
-      const int index = item.first + group * plan.units + u;
-      if (index >= item.units) break;
-      const ScoreUnit unit = c.unit[group][u];
-      const DeviceTile tile = TileAt(a.d.p, r, item.sequence, unit.tile);
-      const int mask_row = item.sequence.TileBase(r) + unit.tile;
-      if (mask_row >= r.tile_rows) break;
-      row = (int64_t{item.kv} * r.units_a_kv + index - unit.tile * r.units_a_kv) * r.tile_rows + mask_row;
-      MaskRow what{unit.scored, tile.visible, r.sink_blocks, WindowBegin(r, tile)};
-      if (unit.dense) what.sink = tile.visible;
-      kept = WriteMaskRow(a.keep, what, energies + u * plan.energy_stride,
+    const int first = share ? warp & (plan.units - 1) : 4 * member + warp, part = share ? warp >> plan.log2_units : 0;
+    int kept = 0, row = -1;
+    for (int u = share && member > 0 ? plan.units : first; u < plan.units; u += 4 << plan.log2_team) {
+      const ScoreUnit& unit = c.unit[group][u];
+      row = unit.row;
+      if (row < 0) break;
+      kept = WriteMaskRow(a.keep, unit.bits, energies + u * plan.energy_stride,
                           reinterpret_cast<uint32_t*>(a.bits + row * a.words), static_cast<int>(2 * a.words), part,
                           log2_parts);
       if (!share && a.counts && lane == 0) a.counts[row] = kept;
     }
     if (share && lane == 0) c.kept[group][warp] = kept;
-    Sync(); // energies and units are free for the next item
+    SyncTeam(); // energies and units are free for the next item
     if (share && part == 0 && row >= 0 && a.counts && lane == 0) {
       for (int w = first + plan.units; w < 4; w += plan.units) kept += c.kept[group][w];
       a.counts[row] = kept;
@@ -314,19 +338,19 @@ struct Scorer {
   }
 
   __device__ void Run() {
-    ScoreRing q_ring;
+    ScoreRing q_ring{set, 0};
     for (;;) {
-      const int stage = q_ring.stage;
-      BarrierWait(&c.q_full[stage], q_ring.round);
-      q_ring.Advance(plan.q_stages);
-      item = c.item[stage];
+      const int buffer = q_ring.stage;
+      BarrierWait(&c.q_full[buffer], q_ring.round);
+      q_ring.Advance(plan.q_buffers, plan.sets);
+      const ScoreItem& item = c.item[buffer];
       if (item.end) return;
-      q_address = SharedAddress(shared + stage * layout.q_stage + (group < plan.groups ? group : 0) * layout.q_group);
-      SetUp();
+      q_address = SharedAddress(shared + buffer * layout.q_buffer);
+      SetUp(item);
       Steps(__shfl_sync(~0u, item.steps, 0)); // the compiler sees that the warp agrees
       __syncwarp();
-      if (lane == 0) BarrierArrive(&c.q_empty[stage]); // the queries are no longer needed
-      Sync();
+      if (lane == 0) BarrierArrive(&c.q_empty[buffer]); // queries and item are no longer needed
+      SyncTeam();
       WriteUnits();
     }
   }

@@ -1,33 +1,52 @@
-// Of the score kernel: what the host chooses, shared memory, the words that its producer and its math warpgroups speak
-// to each other, where a number of work leads, and the producer.
+// Of the score kernel: what the host chooses, shared memory, the words that its warps speak to each other, and where a
+// number of work leads.
 #ifndef FLASHPREFILL_CUDA_SM90_SCORE_PLAN_CUH_
 #define FLASHPREFILL_CUDA_SM90_SCORE_PLAN_CUH_
 
 #include "cuda/attend.h"
-#include "cuda/common/ptx.cuh"
+#include "cuda/sm90/keep.cuh"
 #include "cuda/sm90/score.h"
 
 namespace flashprefill::cuda {
 
-constexpr int kScoreGroups = 2; // math warpgroups
-constexpr int kScoreThreads =
-    128 * kScoreGroups + 128;          // the producer is a warpgroup, so that registers can change hands
+constexpr int kScoreGroups = 4;        // math warpgroups at most
 constexpr int kScorePanelColumns = 64; // 128 bytes a row
 constexpr int kScorePanelBytes = 128;  // of one row
-constexpr int kScoreStages = 8;
-constexpr int kScoreUnits = 8; // of a warpgroup
+constexpr int kScoreStages = 4;        // of keys at most
+constexpr int kScoreBuffers = 8;       // of queries at most
+constexpr int kScoreUnits = 8;         // of a set
 
-// What the host has chosen beside the arguments.
+// Warpgroups of a kernel, and the registers that a thread of each has: math, one that starts copies, and those that
+// pool query rows, where rows are made here (64 columns). FlashPrefill's math is little beside its loads, so loads get
+// most threads, and math the registers for one product at a time. Sketch's math is more, and holds two products. With
+// 128 columns there are registers for one, and four warpgroups to take turns. What all have together is what the launch
+// gave, and nobody but math gets more than that.
+template <int COLUMNS, bool SKETCH>
+struct ScoreShape {
+  static constexpr bool kTwoProducts = COLUMNS == 64 && SKETCH;
+  static constexpr int kMathGroups = COLUMNS == 64 ? 2 : 4;
+  static constexpr int kPoolGroups = COLUMNS == 128 ? 0 : SKETCH ? 3 : 4, kPoolWarps = 4 * kPoolGroups;
+  static constexpr int kGroups = kMathGroups + 1 + kPoolGroups, kThreads = 128 * kGroups;
+  static constexpr int kAtLaunch = 65536 / kThreads / 8 * 8;
+  static constexpr int kCopyRegisters = 24, kPoolRegisters = SKETCH ? 64 : 72;
+  static constexpr int kMathRegisters =
+      (kAtLaunch * kGroups - kCopyRegisters - kPoolGroups * kPoolRegisters) / kMathGroups / 8 * 8;
+};
+
+// What the host has chosen beside the arguments. Units that are worked on together are a *set*; a set belongs to one or
+// more math warpgroups, its *team*, which take turns at the steps. With 64 columns a team is one warpgroup.
 struct ScorePlan {
   int panels;   // of 64 columns a row of q or k
   int q_panels; // twice as many with squares
-  int units;    // of a warpgroup in use, a power of two: fewer than fit where energies need the room
+  int units;    // of a set, a power of two: fewer than fit where energies need the room
   int log2_units;
-  int groups; // warpgroups in use
-  int q_stages, k_stages;
-  int energy_stride;                // floats a unit
-  int slots;                        // items a KV head, at most
-  Divider by_item, by_kv, by_heads; // units an item, kv_heads, heads_a_tile
+  int sets; // 1, 2 or 4, at most one a math warpgroup
+  int log2_team;
+  int q_buffers; // each for a set; sets take them in turn
+  int k_stages;
+  int energy_stride;                           // floats a unit
+  int slots;                                   // items a KV head, at most
+  Divider by_item, by_kv, by_heads, by_chunks; // units an item, kv_heads, heads_a_tile, 16-byte pieces of a row of q
 };
 
 // One piece of work: consecutive units of one KV head of one sequence.
@@ -41,33 +60,32 @@ struct ScoreItem {
 };
 
 struct ScoreUnit {
-  int scored; // blocks with an energy; 0 if nothing is chosen by score
-  int full;   // blocks [0, full) are seen by each of the unit's columns
-  int tile;
-  bool dense;
+  int full;     // blocks [0, full) are seen by each of the unit's columns
+  int row;      // of the mask, all heads together; -1 if there is none
+  MaskRow bits; // scored: 0 if nothing is chosen by score
 };
 
 struct ScoreControl {
-  uint64_t q_full[2], q_empty[2], k_full[kScoreStages], k_empty[kScoreStages];
-  ScoreItem item[2];
+  uint64_t q_full[kScoreBuffers], q_empty[kScoreBuffers], placed[kScoreBuffers];
+  uint64_t k_full[kScoreStages], k_empty[kScoreStages];
+  ScoreItem item[kScoreBuffers];
   ScoreUnit unit[kScoreGroups][kScoreUnits];
   int kept[kScoreGroups][4];                // bits that each warp has set, where several share a unit
   alignas(16) int limit[kScoreGroups][128]; // of each column: it sees blocks [0, limit)
 };
 
 struct ScoreLayout { // of dynamic shared memory, after the alignment to 1024
-  int q_group, q_stage, k_stage, k, energies, energies_group, control, total;
+  int q_buffer, k_stage, k, energies, energies_set, control, total;
 };
 
 __host__ __device__ inline ScoreLayout ScoreLayoutOf(const ScorePlan& plan, int columns) {
   ScoreLayout l;
-  l.q_group = plan.q_panels * columns * kScorePanelBytes;
-  l.q_stage = l.q_group * plan.groups;
+  l.q_buffer = plan.q_panels * columns * kScorePanelBytes;
   l.k_stage = plan.panels * kStepBlocks * kScorePanelBytes;
-  l.k = l.q_stage * plan.q_stages;
+  l.k = l.q_buffer * plan.q_buffers;
   l.energies = l.k + l.k_stage * plan.k_stages;
-  l.energies_group = plan.units * plan.energy_stride * 4;
-  l.control = (l.energies + l.energies_group * plan.groups + 15) / 16 * 16;
+  l.energies_set = plan.units * plan.energy_stride * 4;
+  l.control = (l.energies + l.energies_set * plan.sets + 15) / 16 * 16;
   l.total = l.control + static_cast<int>(sizeof(ScoreControl));
   return l;
 }
@@ -77,9 +95,10 @@ struct ScoreRing {
   int stage = 0;
   uint32_t round = 0;
 
-  __device__ void Advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
+  __device__ void Advance(int stages, int by = 1) {
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
       round ^= 1;
     }
   }
@@ -91,7 +110,7 @@ struct ScoreRing {
 // earlier tiles, because the last tiles have the most blocks to score.
 __device__ inline bool PlaceScoreItem(const ScoreArgs& a, const ScorePlan& plan, int id, ScoreItem& item) {
   const TileRules& r = a.rules;
-  const int units_an_item = plan.units * plan.groups;
+  const int units_an_item = plan.units * plan.sets;
   const int round = plan.by_kv(id);
   item.kv = id - round * a.d.p.kv_heads;
   const int slot = plan.slots - 1 - round;
@@ -109,70 +128,11 @@ __device__ inline bool PlaceScoreItem(const ScoreArgs& a, const ScorePlan& plan,
   return true;
 }
 
-// The one thread that starts copies.
-__device__ inline void ProduceScores(const ScoreArgs& a, const ScorePlan& plan, const ScoreLayout& layout, char* shared,
-                                     ScoreControl& c, int columns) {
-  const TileRules& r = a.rules;
-  const int planes = a.sketch ? 2 + a.outliers : 1;
-  ScoreRing q_ring, k_ring;
-  auto hand_over = [&](const ScoreItem& item) {
-    const int stage = q_ring.stage;
-    uint64_t* full = &c.q_full[stage];
-    BarrierWait(&c.q_empty[stage], q_ring.round ^ 1);
-    c.item[stage] = item;
-    q_ring.Advance(plan.q_stages);
-    if (item.end || item.steps == 0) {
-      BarrierArrive(full);
-      return;
-    }
-    const int tile_base = item.sequence.TileBase(r);
-    char* const q = shared + stage * layout.q_stage;
-    const int box_rows = a.rows_in_q ? r.tile_tokens * r.heads_a_tile : columns;
-    int groups = 0;
-    while (groups < plan.groups && item.first + groups * plan.units < item.units) ++groups;
-    BarrierArriveExpect(full, groups * plan.q_panels * box_rows * kScorePanelBytes);
-    for (int g = 0; g < groups; ++g) {
-      const int unit = item.first + g * plan.units;
-      const int64_t first_unit = (int64_t{item.kv} * r.tile_rows + tile_base) * r.units_a_kv + unit;
-      for (int panel = 0; panel < plan.q_panels; ++panel) {
-        char* const to = q + g * layout.q_group + panel * columns * kScorePanelBytes;
-        if (a.rows_in_q) {
-          const int tile = r.by_units(unit), token = tile * r.tile_tokens;
-          const int head = (item.kv * r.units_a_kv + unit - tile * r.units_a_kv) * r.heads_a_tile;
-          BulkLoad(to, &a.q_map, full, panel * kScorePanelColumns, head,
-                   a.d.p.cu_seqlens_q ? item.sequence.q_begin + token : token,
-                   a.d.p.cu_seqlens_q ? 0 : item.sequence.index);
-        } else {
-          const bool squares = panel >= plan.panels;
-          BulkLoad(to, &a.q_map, full, (squares ? panel - plan.panels : panel) * kScorePanelColumns,
-                   static_cast<int>((first_unit + (squares ? a.unit_count : 0)) * a.unit_rows), 0, 0);
-        }
-      }
-    }
-    const bool packed = a.d.p.cu_seqlens_k && !a.d.p.block_table;
-    const int64_t base = item.kv * a.mean_rows +
-                         MeanBase(packed, item.sequence.index, item.sequence.k_begin, a.d.p.max_seqlen_k, r.block_size);
-    for (int step = 0; step < item.steps; ++step) {
-      for (int plane = 0; plane < planes; ++plane) {
-        uint64_t* const full_k = &c.k_full[k_ring.stage];
-        BarrierWait(&c.k_empty[k_ring.stage], k_ring.round ^ 1);
-        BarrierArriveExpect(full_k, layout.k_stage);
-        const int64_t row = base + plane * (a.mean_rows * a.d.p.kv_heads) + step * kStepBlocks;
-        for (int panel = 0; panel < plan.panels; ++panel) {
-          BulkLoad(shared + layout.k + k_ring.stage * layout.k_stage + panel * kStepBlocks * kScorePanelBytes, &a.k_map,
-                   full_k, panel * kScorePanelColumns, static_cast<int>(row), 0, 0);
-        }
-        k_ring.Advance(plan.k_stages);
-      }
-    }
-  };
-  for (int id = blockIdx.x; id < plan.slots * a.d.p.kv_heads; id += gridDim.x) {
-    ScoreItem item;
-    if (PlaceScoreItem(a, plan, id, item)) hand_over(item);
-  }
-  ScoreItem end{};
-  end.end = true;
-  hand_over(end);
+// The next item of this CTA from number `id` on, or the end. Each role walks the list by itself.
+__device__ inline void NextScoreItem(const ScoreArgs& a, const ScorePlan& plan, int& id, ScoreItem& item) {
+  bool placed = false;
+  for (; !placed && id < plan.slots * a.d.p.kv_heads; id += gridDim.x) placed = PlaceScoreItem(a, plan, id, item);
+  item.end = !placed;
 }
 
 } // namespace flashprefill::cuda

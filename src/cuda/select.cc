@@ -16,6 +16,11 @@ namespace {
 
 constexpr int kPitch = 8;        // elements: rows of scratch begin at multiples of 16 bytes
 constexpr int kMaxHeadDim = 256; // four panels of 64 columns
+// Sequences of at most so many keys are attended to densely: on an H200, with 32 heads of 128, the operator takes .030
+// ms more than attend over the same density, and at 3072 keys dense attention takes .121 and the density of real text,
+// about .8, saves no more than that.
+constexpr int kShortKeys = 3072;
+
 // What is scored, and how.
 struct Scoring {
   bool scored = false; // else only forced blocks
@@ -206,7 +211,8 @@ const char* SelectUnsupported(const Problem& p, const Policy& policy) {
 cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask& mask, const SelectScratch& scratch,
                          bool correction, int* zeroed, cudaStream_t stream) {
   const Scoring s = ScoringOf(p, policy);
-  const TileRules rules = TileRules::Of(p, policy);
+  TileRules rules = TileRules::Of(p, policy);
+  if (s.scored && zeroed) rules.short_keys = kShortKeys;
   PoolArgs pool = PoolOf(p, rules);
   pool.k_means = scratch.k_means;
   pool.v_means = correction ? scratch.v_means : nullptr;
@@ -220,11 +226,12 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
     if (cudaError_t error = wants_means ? LaunchPool(pool, stream) : cudaSuccess) return error;
     return LaunchSelectLines(p, policy, mask, scratch.k_means, scratch.lines, zeroed, stream);
   }
-  if (!s.scored) {
+  const bool all_short = p.max_seqlen_k <= rules.short_keys;
+  if (!s.scored || all_short) {
     const Geometry g = Geometry::Of(p, policy);
     const MaskArgs args{pool.d, pool.rules, mask.bits, mask.counts, mask.fallback, g.mask_heads, mask.words, zeroed};
     if (cudaError_t error = LaunchMask(args, stream)) return error;
-    return correction && policy.kind != FP_DENSE ? LaunchPool(pool, stream) : cudaSuccess;
+    return correction && policy.kind != FP_DENSE && !all_short ? LaunchPool(pool, stream) : cudaSuccess;
   }
   pool.sketch = scratch.sketch;
   pool.outliers = s.outliers;

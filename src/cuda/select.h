@@ -32,7 +32,9 @@ const char* SelectUnsupported(const Problem& problem, const Policy& policy);
 void* TakeMeans(Workspace& workspace, const Problem& problem, int block_size, int planes = 1);
 
 // Puts select on the stream, and with `correction` the pooling of K and V for attend, in the same pass. `zeroed`, if
-// not null, is set to zero; attend may then start before the last launch is done (AttendArgs::follows_select).
+// not null, says that attend follows, which may start before the last launch is done (AttendArgs::follows_select): it
+// is set to zero, and sequences too short to gain from a selection keep everything and are reported as
+// FP_FALLBACK_SHORT.
 cudaError_t LaunchSelect(const Problem& problem, const Policy& policy, const BlockMask& mask,
                          const SelectScratch& scratch, bool correction, int* zeroed, cudaStream_t stream);
 

@@ -85,9 +85,18 @@ def check(q, k, v, policy, sequences=1, move=moved, to_device=lambda x: x.cuda()
     assert torch.equal(finite, lse.cpu().isfinite())
     assert error(lse.cpu()[finite], expected_lse[finite]) < 1e-2
 
-    both, both_lse = fp.prefill_attention(*there, policy, return_lse=True, **device_layout)
-    assert torch.equal(both, out)
-    assert torch.equal(both_lse, lse)
+    both, both_lse, stats = fp.prefill_attention(
+        *there, policy, return_lse=True, return_stats=True, **device_layout
+    )
+    if stats.fallback.tolist() == mask.stats.fallback.tolist():
+        assert torch.equal(both, out)
+        assert torch.equal(both_lse, lse)
+    else:  # some sequence is too short to gain from a selection
+        dense = fp.prefill_attention(q, k, v, fp.Dense(), backend="cpu", **layout)
+        short = torch.as_tensor(stats.fallback).cpu() == 1
+        assert (torch.as_tensor(stats.density)[short] == 1).all()
+        if short.all():
+            assert error(both.cpu(), dense) < TOLERANCE[q.dtype]
     return kept / max(1, visible)
 
 
@@ -180,7 +189,7 @@ def test_without_causal():
 
 
 def test_the_same_bits_a_hundred_times():
-    there = [x.cuda() for x in data(3000, 3000, 8, 2, 128, torch.bfloat16)]
+    there = [x.cuda() for x in data(4000, 4000, 8, 2, 128, torch.bfloat16)]
     first = fp.prefill_attention(*there, SPARSE["shared"])
     for _ in range(100):
         assert torch.equal(fp.prefill_attention(*there, SPARSE["shared"]), first)
@@ -203,9 +212,9 @@ def test_compiled_whole():
 
 
 def test_graph_replays_with_other_lengths():
-    q, k, v = (x.cuda() for x in data(1200, 1200, 4, 2, 128, torch.bfloat16))
-    cu = torch.tensor([0, 500, 1200], dtype=torch.int32).cuda()
-    layout = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 1200, "max_seqlen_k": 1200}
+    q, k, v = (x.cuda() for x in data(9000, 9000, 4, 2, 128, torch.bfloat16))
+    cu = torch.tensor([0, 4000, 9000], dtype=torch.int32).cuda()
+    layout = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 9000, "max_seqlen_k": 9000}
     policy = SPARSE["shared"]
     out = torch.empty_like(q)
     side = torch.cuda.Stream()
@@ -216,14 +225,14 @@ def test_graph_replays_with_other_lengths():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         fp.prefill_attention(q, k, v, policy, out=out, **layout)
-    for middle in (500, 1, 1199):
+    for middle in (4000, 1, 8999, 2500):
         cu[1] = middle
         graph.replay()
         assert torch.equal(out, fp.prefill_attention(q, k, v, policy, **layout))
 
 
 def test_streams_at_once():
-    sets = [[x.cuda() for x in data(1500, 1500, 4, 2, 128, torch.bfloat16, seed=i)] for i in range(4)]
+    sets = [[x.cuda() for x in data(4000, 4000, 4, 2, 128, torch.bfloat16, seed=i)] for i in range(4)]
     alone = [fp.prefill_attention(*one, SPARSE["published"]) for one in sets]
     streams = [torch.cuda.Stream() for _ in sets]
     torch.cuda.synchronize()
@@ -296,18 +305,21 @@ def test_impossible_lengths_are_reported():
     out, stats = fp.prefill_attention(
         q, k, v, SPARSE["published"], return_stats=True, seqused_k=used, **layout
     )
-    assert stats.fallback.tolist() == [0, -1]
-    assert stats.reasons == ["selected", "impossible lengths"]
+    assert stats.fallback.tolist() == [1, -1]
+    assert stats.reasons == ["short", "impossible lengths"]
     assert "1 impossible lengths" in repr(stats)
     assert torch.equal(out[:500], expected[:500])
 
 
-def test_short_sequences_say_so():
-    inputs = [x.cuda() for x in data(700, 700, 4, 2, 128, torch.bfloat16)]
+@pytest.mark.parametrize("tokens", [700, 3072])
+def test_short_sequences_say_so(tokens):
+    inputs = [x.cuda() for x in data(tokens, tokens, 4, 2, 128, torch.bfloat16)]
     policy = fp.FlashPrefill()
     out, stats = fp.prefill_attention(*inputs, policy, return_stats=True)
     assert stats.reasons == ["short"]
     assert torch.equal(out, fp.prefill_attention(*inputs, fp.Dense()))
+    if tokens > 2000:  # a mask that was asked for is made
+        assert fp.select(*inputs[:2], policy).stats.reasons == ["selected"]
 
 
 @pytest.mark.parametrize("name", ["published", "shared", "sketch"])
@@ -327,6 +339,7 @@ def test_offsets_beyond_two_to_the_31_elements(name):
     policy = SPARSE[name]
     expected = fp.prefill_attention(*near, policy)
     assert torch.equal(fp.prefill_attention(*caches, policy), expected)
+    assert torch.equal(fp.select(*caches[:2], policy).bits, fp.select(*near[:2], policy).bits)
     fp.prefill_attention(*caches, policy, out=far_out)
     assert torch.equal(far_out, expected)
 
@@ -354,6 +367,8 @@ def test_pages_beyond_two_to_the_31_elements(page):
     for name in ("published", "corrected"):
         expected = fp.prefill_attention(q.cuda(), k.cuda(), v.cuda(), SPARSE[name])
         assert torch.equal(fp.prefill_attention(q.cuda(), *caches, SPARSE[name], **layout), expected)
+        near = fp.select(q.cuda(), k.cuda(), SPARSE[name])
+        assert torch.equal(fp.select(q.cuda(), caches[0], SPARSE[name], **layout).dense(), near.dense())
 
 
 def test_quarter_of_a_million_tokens():
@@ -372,14 +387,14 @@ def test_quarter_of_a_million_tokens():
 
 
 def test_a_batch_of_mixed_lengths_is_its_parts():
-    lengths = [1000, 64, 4097, 1, 700, 2048, 129, 3000]
+    lengths = [5000, 64, 4097, 1, 700, 3072, 129, 3073]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     q, k, v = (x.cuda() for x in data(int(cu[-1]), int(cu[-1]), 8, 2, 128, torch.bfloat16))
     layout = {
         "cu_seqlens_q": cu.cuda(),
         "cu_seqlens_k": cu.cuda(),
-        "max_seqlen_q": 4097,
-        "max_seqlen_k": 4097,
+        "max_seqlen_q": 5000,
+        "max_seqlen_k": 5000,
     }
     for name in ("published", "pooled", "corrected"):
         out = fp.prefill_attention(q, k, v, SPARSE[name], **layout)

@@ -56,6 +56,7 @@ struct TileRules {
   int sink_blocks;                     // clamped to what fits an int
   int window_reach;                    // max(0, window_blocks - 1)
   int tail_tiles;                      // tiles of a dense tail
+  int short_keys;                      // sequences of at most so many keys keep everything
   bool dense, shared;                  // the policy is Dense; share_heads
   Divider by_block, by_tile, by_units; // block_size, tile_tokens, units_a_kv
 
@@ -199,11 +200,11 @@ __device__ inline int FirstDenseTile(const TileRules& r, const DeviceSequence& s
 // First block of the window; below it and from sink_blocks on nothing is forced.
 __device__ inline int WindowBegin(const TileRules& r, const DeviceTile& t) { return t.diagonal - r.window_reach; }
 
-// Whether sink, window and dense tail leave nothing to select: the last tile before the tail sees the most, so it
-// decides.
+// Whether nothing is selected: the sequence is too short to gain, or sink, window and dense tail leave nothing out. The
+// last tile before the tail sees the most, so it decides.
 __device__ inline bool AllForcedAt(const Problem& p, const TileRules& r, const DeviceSequence& s) {
   const int tiles = FirstDenseTile(r, s);
-  if (tiles == 0) return true;
+  if (tiles == 0 || s.k_len <= r.short_keys) return true;
   return r.sink_blocks >= WindowBegin(r, TileAt(p, r, s, tiles - 1));
 }
 

@@ -53,7 +53,7 @@ int SectionHeads(const Problem& p) {
 }
 
 template <class T>
-AttendKernelPair PickKernels(int head_dim) {
+AttendKernelSet PickKernels(int head_dim) {
   switch (PaddedHeadDim(head_dim)) {
     case 64:
       return AttendKernels<T, 64>();
@@ -144,6 +144,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   }
   if (mask.mean_correction) {
     a.mean_rows = MeanRows(p, mask.block_size);
+    a.mean_rows_each = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, mask.block_size));
     a.mean_stride[1] = p.head_dim;
     a.mean_stride[2] = a.mean_rows * p.head_dim;
     const TensorMapShape shape{
@@ -163,6 +164,8 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
     const bool unused_batch = i == 0 && p.cu_seqlens_k && !p.block_table;
     a.k_stride[i] = unused_batch ? 0 : p.k.stride[i];
     a.v_stride[i] = unused_batch ? 0 : p.v.stride[i];
+    if (i < 2) a.k_units[i] = static_cast<uint32_t>(a.k_stride[i] / 8);
+    if (i < 2) a.v_units[i] = static_cast<uint32_t>(a.v_stride[i] / 8);
     a.out_stride[i] = i == 0 && p.cu_seqlens_q ? 0 : output.out.stride[i];
     a.lse_stride[i] = i == 0 && p.cu_seqlens_q ? 0 : output.lse_stride[i];
   }
@@ -184,7 +187,6 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.head_dim = p.head_dim;
   a.block_size = mask.block_size;
   while (1 << a.chunk_shift < chunk) ++a.chunk_shift;
-  a.by_rows = gathers;
   a.page_size = p.block_table ? p.page_size : 0;
   a.page_count = static_cast<int>(std::min<int64_t>(p.page_count, std::numeric_limits<int32_t>::max()));
   a.pages_per_seq = p.pages_per_seq;
@@ -195,6 +197,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.by_block = Divider::Of(a.block_size);
   a.by_in_tile = Divider::Of(a.mask_heads * a.section_heads);
   a.by_mask_heads = Divider::Of(a.mask_heads);
+  a.by_page = Divider::Of(std::max(1, a.page_size));
   a.causal = p.causal;
   a.mean_correction = mask.mean_correction;
   a.total_q = static_cast<int>(p.total_q);
@@ -202,25 +205,27 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.max_q = static_cast<int>(p.max_seqlen_q);
   a.max_k = static_cast<int>(p.max_seqlen_k);
   a.scale_log2 = p.softmax_scale * std::numbers::log2e_v<float>;
+  a.mean_bias_log2 = std::log2(static_cast<float>(mask.block_size));
+  a.mean_bias = a.mean_bias_log2 / a.scale_log2;
   a.minus_one = -1;
 
-  const AttendKernelPair kernels =
+  const AttendKernelSet kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);
   // One warp needs some 100 ns a bulk copy, and a tile has two a chunk (at d128) of K and of V.
-  const bool four_warps = gathers || KeysAStep(p.head_dim) / chunk >= 4;
-  const void* kernel = four_warps ? kernels.gather : kernels.bulk;
+  const bool four_warps = KeysAStep(p.head_dim) / chunk >= 4;
+  const void* kernel = gathers ? kernels.rows : four_warps ? kernels.chunks : kernels.tiles;
   int device, processors;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaError_t e =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kernels.shared_bytes));
+  if (e == cudaSuccess && !args.follows_select) e = LaunchAttendStart(a.counter, stream);
   if (e != cudaSuccess) return e;
-  if (!args.follows_select && (e = cudaMemsetAsync(a.counter, 0, sizeof(int), stream)) != cudaSuccess) return e;
   const int64_t items = (p.total_q / a.tile_tokens + p.batch) * p.kv_heads * a.mask_heads;
   void* parameters[] = {&a};
   cudaLaunchAttribute overlap{}; // this kernel may start while the one before it ends; it waits for it itself
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = args.follows_select;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(items, processors)));
   config.blockDim = dim3(kAttendThreads);

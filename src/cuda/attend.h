@@ -21,7 +21,7 @@ struct AttendArgs {
   const void* v_means = nullptr;
   void* scratch = nullptr; // AttendScratchBytes of it, 64-byte aligned; contents don't matter, except:
   // The launch before this one on the stream is one of LaunchSelect's, which has set the scratch memory's first word to
-  // zero. Then no memset is needed, and the kernel's start hides behind that launch's end.
+  // zero. Else a kernel that does so comes first. The kernel's start hides behind the end of either.
   bool follows_select = false;
 };
 

@@ -20,7 +20,7 @@
 
 namespace flashprefill::cuda {
 
-template <class T, class SHAPE, bool GATHER>
+template <class T, class SHAPE, Loading LOADING>
 class AttendMath {
  public:
   __device__ __forceinline__ AttendMath(const AttendParams& p, SharedPlan<SHAPE>& shared)
@@ -39,22 +39,24 @@ class AttendMath {
     WgmmaWait<0>();
     while (true) { // here the first scores of the tile are there, and no product is in flight
       StartRows(tile);
+      const KeyTile& first_keys = KeyTileBefore(0);
       TakeScores(tile.key_tiles == 1);
-      FirstWeights();
+      FirstWeights(first_keys);
       for (int j = 1; j < tile.key_tiles; ++j) {
         IssueScores();
-        IssueValues(j > 1);
-        PassTurn();
+        IssueValues<true>(j > 1);
+        const KeyTile& key_tile = KeyTileBefore(0);
+        const KeyMode mode = key_tile.mode; // asked while the product runs
         WgmmaWait<1>();
         TakeScores(j + 1 == tile.key_tiles);
-        NextWeights();
+        NextWeights(key_tile, mode, tile.rows);
       }
       const bool several = tile.key_tiles > 1;
       TileInfo next;
       if constexpr (SHAPE::kQStages > 1) {
         next = NextTile(); // asked before the products are issued: ptxas serialises them if a branch lies in between
         if (next.key_tiles == 0) break;
-        IssueValues(several);
+        IssueValues<false>(several);
         IssueScores();
         PassTurn();
         WgmmaWait<1>();
@@ -62,7 +64,7 @@ class AttendMath {
         PackOutput();
         StoreTile(tile);
       } else { // the next Q can only come while O is written
-        IssueValues(several);
+        IssueValues<false>(several);
         WgmmaWait<0>();
         TakeValues();
         PackOutput();
@@ -75,7 +77,7 @@ class AttendMath {
       WgmmaWait<0>();
       tile = next;
     }
-    IssueValues(tile.key_tiles > 1);
+    IssueValues<false>(tile.key_tiles > 1);
     WgmmaWait<0>();
     TakeValues();
     PackOutput();
@@ -106,7 +108,12 @@ class AttendMath {
       last_key_[r] = min(tile.first_position + token, tile.last_key);
       max_[r] = -INFINITY;
     }
-    rows_exist_ = (row_ < tile.rows ? 1 : 0) | (row_ + 8 < tile.rows ? 2 : 0);
+  }
+
+  // A bit for each of this lane's two rows. Found anew where it is needed, which is seldom.
+  __device__ __forceinline__ static int RowsExist(int rows) {
+    const int thread = ThreadAgain(), row = (thread / 32 - kMathWarp0) * 16 + thread % 32 / 4;
+    return (row < rows ? 1 : 0) | (row + 8 < rows ? 2 : 0);
   }
 
   // row / heads_a_tile, exact for the 128 rows of a tile.
@@ -126,7 +133,7 @@ class AttendMath {
   // S = Q K^T of the next key tile, when it is this warpgroup's turn.
   __device__ __forceinline__ void IssueScores() {
     BarrierWait(&sm_.k_full[k_.stage], k_.parity);
-    if (GATHER && p_.by_rows) FenceAsyncProxy();
+    if (LOADING == Loading::kRows) FenceAsyncProxy();
     WaitTurn();
     const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Plan::kPanelRowsBytes);
     const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[k_.stage]));
@@ -143,40 +150,45 @@ class AttendMath {
   __device__ __forceinline__ void TakeScores(bool last) {
     KeepInPlace(s_);
     Release(&sm_.k_empty[k_.stage]);
-    k_.Advance();
+    k_.Advance(SHAPE::kStages);
     if (last) {
       BarrierArrive(&sm_.q_empty[q_.stage]); // each lane: they have read the tile's description too
-      q_.Advance();
+      q_.Advance(SHAPE::kQStages);
     }
   }
 
-  // O (+)= P V.
+  // O (+)= P V. The turn is passed before the last products are issued: the other warpgroup takes some 150 cycles from
+  // there to its first product, and each of these 64 (d128).
+  template <bool PASS_TURN>
   __device__ __forceinline__ void IssueValues(bool accumulate) {
     BarrierWait(&sm_.v_full[v_.stage], v_.parity);
-    if (GATHER && p_.by_rows) FenceAsyncProxy();
+    if (LOADING == Loading::kRows) FenceAsyncProxy();
     const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Plan::kKeyPanelBytes);
     WgmmaFence();
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
+      if (PASS_TURN && i == kKeys / 16 - SHAPE::kEarlyTurn) PassTurn();
       Wgmma<T>::RS(o_, weights_ + 4 * i, v + (i * 16 * Plan::kPanelRowsBytes >> 4), i > 0 ? 1 : accumulate);
     }
     WgmmaCommit();
+    if (PASS_TURN && SHAPE::kEarlyTurn == 0) PassTurn();
   }
 
   __device__ __forceinline__ void TakeValues() {
     KeepInPlace(o_);
     Release(&sm_.v_empty[v_.stage]);
-    v_.Advance();
+    v_.Advance(SHAPE::kStages);
   }
 
   // ---------------------------------------------------------------- softmax
 
   // Weights of a tile's first step: references are its maxima.
-  __device__ __forceinline__ void FirstWeights() {
-    MaskIfAsked();
+  __device__ __forceinline__ void FirstWeights(const KeyTile& key_tile) {
+    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile, key_tile.mode);
+    const bool means = key_tile.mode == KeyMode::kMeans;
     float grow[2], reference[2], part[2] = {0, 0};
-    FollowMaxima(3, grow);
-    References(reference);
+    FollowMaxima(3, grow, means);
+    References(reference, means);
     Weigh<0, kKeys / 8>(weights_, reference, part);
     sum_[0] = part[0];
     sum_[1] = part[1];
@@ -185,10 +197,16 @@ class AttendMath {
   // Weights of a later step. They are taken against the old references, without a look at the scores: where that makes
   // a lane's sum too large, the step is done again with the row's maximum, for which the scores are kept. So no maximum
   // stands in the common way, and P V of the step before has half of the exponentials as its shadow.
-  __device__ __forceinline__ void NextWeights() {
+  __device__ __forceinline__ void NextWeights(const KeyTile& key_tile, KeyMode mode, int rows) {
     constexpr int kHalf = kKeys / 16; // of the step's groups of 8 columns
-    MaskIfAsked();
     float reference[2] = {max_[0] * p_.scale_log2, max_[1] * p_.scale_log2};
+    if (mode != KeyMode::kPlain) {
+      Mask(key_tile, mode);
+      if (mode == KeyMode::kMeans) {
+        reference[0] -= p_.mean_bias_log2;
+        reference[1] -= p_.mean_bias_log2;
+      }
+    }
     float part[2] = {0, 0};
     uint32_t early[2 * kHalf]; // P V still reads weights_
     Weigh<0, kHalf>(early, reference, part);
@@ -200,14 +218,15 @@ class AttendMath {
     Weigh<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
     int large = (part[0] < kLargeSum ? 0 : 1) | (part[1] < kLargeSum ? 0 : 2);
-    if (__any_sync(~0u, large & rows_exist_)) {
+    if (__any_sync(~0u, large) && __any_sync(~0u, large & RowsExist(rows))) {
       large |= __shfl_xor_sync(~0u, large, 1);
       large |= __shfl_xor_sync(~0u, large, 2);
       float grow[2];
-      FollowMaxima(large, grow);
+      const bool means = KeyTileBefore(1).mode == KeyMode::kMeans; // asked again: no register holds it till here
+      FollowMaxima(large, grow, means);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
-      References(reference);
+      References(reference, means);
       part[0] = part[1] = 0;
       Weigh<0, 2 * kHalf>(weights_, reference, part);
       sum_[0] *= grow[0];
@@ -217,15 +236,17 @@ class AttendMath {
     sum_[1] += part[1];
   }
 
-  // What a row's scores are taken against, scaled; a row may have seen nothing yet.
-  __device__ __forceinline__ void References(float (&reference)[2]) const {
+  // What a row's scores are taken against, scaled; a row may have seen nothing yet. A mean counts for a block of keys.
+  __device__ __forceinline__ void References(float (&reference)[2], bool means) const {
+    const float bias = means ? p_.mean_bias_log2 : 0;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : max_[r] * p_.scale_log2;
+    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : fmaf(max_[r], p_.scale_log2, -bias);
   }
 
   // Moves the reference of each row that `moves` names to its maximum. Whether a row moves depends on that row alone,
   // so its results are the same bits whatever else is in the tile.
-  __device__ __forceinline__ void FollowMaxima(int moves, float (&grow)[2]) {
+  __device__ __forceinline__ void FollowMaxima(int moves, float (&grow)[2], bool means) {
+    const float bias = means ? p_.mean_bias : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) { // four chains, not one: a step of a chain takes 4 cycles or more
       float t[4];
@@ -237,7 +258,7 @@ class AttendMath {
       }
       float top = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) + bias;
       const bool grows = moves >> r & 1 && top > max_[r];
       grow[r] = grows ? Exp2((max_[r] - top) * p_.scale_log2) : 1.0f;
       max_[r] = grows ? top : max_[r];
@@ -260,33 +281,44 @@ class AttendMath {
     }
   }
 
-  __device__ __forceinline__ void MaskIfAsked() {
-    const KeyTile& key_tile = sm_.key_tiles[ring_];
-    ring_ = (ring_ + 1) % kKeyTileRing;
-    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile);
+  // The description of the step that k_ stands at, or of one that came before it.
+  __device__ __forceinline__ const KeyTile& KeyTileBefore(uint32_t steps) const {
+    return sm_.key_tiles[(k_.stage + k_.parity * SHAPE::kStages - steps) % Plan::kKeyTiles];
   }
 
-  __device__ __forceinline__ void Mask(const KeyTile& key_tile) {
-    if (key_tile.mode == KeyMode::kMasked) {
+  __device__ __forceinline__ void Mask(const KeyTile& key_tile, KeyMode mode) {
+    if (mode == KeyMode::kMasked) {
+      MaskKeys(key_tile);
+    } else {
+      MaskMeans(key_tile);
+    }
+  }
+
+  __device__ __forceinline__ void MaskKeys(const KeyTile& key_tile) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        const int position = key_tile.position[i / 2] + i % 2 * 8 + lane_ % 4 * 2;
+    for (int i = 0; i < kKeys / 8; ++i) {
+      const int position = key_tile.position[i / 2] + i % 2 * 8 + lane_ % 4 * 2;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (position + e % 2 > last_key_[e / 2]) s_[4 * i + e] = -INFINITY;
-        }
+      for (int e = 0; e < 4; ++e) {
+        if (position + e % 2 > last_key_[e / 2]) s_[4 * i + e] = -INFINITY;
       }
-    } else { // a block's mean stands for so many keys: log2 of that is added to the exponent
+    }
+  }
+
+  __device__ __forceinline__ void MaskMeans(const KeyTile& key_tile) {
+    const uint32_t wanted = key_tile.wanted[lane_ % 4];
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+    for (int i = 0; i < kKeys / 4; ++i) { // of columns 8 (i / 2) + i % 2 from this lane's first on, both rows
+      float* const s = s_ + i / 2 * 4 + i % 2;
+      if ((wanted >> i & 1) == 0) s[0] = s[2] = -INFINITY;
+    }
+    if (key_tile.short_column >= 0) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = i * 8 + lane_ % 4 * 2 + e;
-          const bool wanted = key_tile.wanted[i / 4] >> (column % 32) & 1;
-          const float bias = column == key_tile.last_column ? key_tile.last_bias : key_tile.bias;
-          s_[4 * i + e] = wanted ? s_[4 * i + e] + bias : -INFINITY;
-          s_[4 * i + 2 + e] = wanted ? s_[4 * i + 2 + e] + bias : -INFINITY;
-        }
+      for (int i = 0; i < kKeys / 4; ++i) {
+        float* const s = s_ + i / 2 * 4 + i % 2;
+        const float bias = i / 2 * 8 + lane_ % 4 * 2 + i % 2 == key_tile.short_column ? key_tile.short_bias : 0;
+        s[0] += bias;
+        s[2] += bias;
       }
     }
   }
@@ -383,28 +415,26 @@ class AttendMath {
   const int group_; // 0 or 1: which math warpgroup
   const int lane_;
   const int row_; // of the tile: this lane's first; the other one is 8 below
-  RingPosition<SHAPE::kQStages> q_;
-  RingPosition<SHAPE::kStages> k_, v_;
-  int ring_ = 0; // of key_tiles
+  RingPosition q_;
+  RingPosition k_, v_;
 
   float s_[kKeys / 2];          // scores, then weights
   float o_[kHeadDim / 2];       // unnormalised output
   uint32_t weights_[kKeys / 4]; // P, packed
   uint32_t out_[kHeadDim / 4];  // O, normalised and packed
   int last_key_[2];
-  int rows_exist_;        // a bit for each of them
   float max_[2], sum_[2]; // the reference maximum, raw; this lane's part of the sum
 };
 
-template <class T, class SHAPE, bool GATHER>
+template <class T, class SHAPE, Loading LOADING>
 __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
   extern __shared__ uint8_t raw[];
   auto& sm = *reinterpret_cast<SharedPlan<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
-    constexpr int kFullArrivals = AttendProducer<SHAPE, GATHER>::kFullArrivals;
+    constexpr int kFullArrivals = AttendProducer<SHAPE, LOADING>::kFullArrivals;
     BarrierInit(&sm.work_full, 32);
-    BarrierInit(&sm.work_empty, AttendProducer<SHAPE, GATHER>::kLoaders * 32);
+    BarrierInit(&sm.work_empty, AttendProducer<SHAPE, LOADING>::kLoaders * 32);
     for (int i = 0; i < SHAPE::kQStages; ++i) {
       BarrierInit(&sm.q_full[i], 1);
       BarrierInit(&sm.q_empty[i], kMathThreads);
@@ -421,21 +451,27 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   cudaGridDependencySynchronize(); // what select wrote, if this launch was let in before its end
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
-    if (threadIdx.x < AttendProducer<SHAPE, GATHER>::kThreads) AttendProducer<SHAPE, GATHER>(p, sm).Run();
+    if (threadIdx.x < AttendProducer<SHAPE, LOADING>::kThreads) AttendProducer<SHAPE, LOADING>(p, sm).Run();
   } else {
     GrowRegisters<SHAPE::kMathRegisters>();
-    AttendMath<T, SHAPE, GATHER>(p, sm).Run();
+    AttendMath<T, SHAPE, LOADING>(p, sm).Run();
     BulkStoresDone();
   }
 }
 
+template <class T, class SHAPE>
+AttendKernelSet KernelsOf() {
+  return {reinterpret_cast<const void*>(&AttendSm90<T, SHAPE, Loading::kTiles>),
+          reinterpret_cast<const void*>(&AttendSm90<T, SHAPE, Loading::kChunks>),
+          reinterpret_cast<const void*>(&AttendSm90<T, SHAPE, Loading::kRows>),
+          sizeof(SharedPlan<SHAPE>) + 1024}; // room to align
+}
+
 // What an instantiation file holds: a dtype's kernels for a head dimension.
-#define FLASHPREFILL_INSTANTIATE_ATTEND(T, HEAD_DIM)                                     \
-  template <>                                                                            \
-  AttendKernelPair AttendKernels<T, HEAD_DIM>() {                                        \
-    return {reinterpret_cast<const void*>(&AttendSm90<T, AttendShape<HEAD_DIM>, false>), \
-            reinterpret_cast<const void*>(&AttendSm90<T, AttendShape<HEAD_DIM>, true>),  \
-            sizeof(SharedPlan<AttendShape<HEAD_DIM>>) + 1024}; /* room to align */       \
+#define FLASHPREFILL_INSTANTIATE_ATTEND(T, HEAD_DIM) \
+  template <>                                        \
+  AttendKernelSet AttendKernels<T, HEAD_DIM>() {     \
+    return KernelsOf<T, AttendShape<HEAD_DIM>>();    \
   }
 
 } // namespace flashprefill::cuda

@@ -18,6 +18,13 @@ constexpr int kMeanPartRows = 16;
 constexpr int kMathThreads = 256;
 constexpr int kAttendThreads = 384;
 
+// How K and V come, and by how many warps each.
+enum class Loading {
+  kTiles,  // one: a bulk copy or two bring a key tile
+  kChunks, // two, which share a tile's many bulk copies
+  kRows    // two, by asynchronous copies: from pages of less than 16 rows
+};
+
 // Tile sizes by padded head dimension. 227 KiB of shared memory must hold the Q stages, the K/V stages and 32 KiB (d64:
 // 16) for O: d128: 2 * 32 + 2 * 64 + 32 = 224.
 template <int HEAD_DIM>
@@ -25,13 +32,15 @@ struct AttendShape {
   static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to these");
   static constexpr int kHeadDim = HEAD_DIM;
   static constexpr int kPanels = HEAD_DIM / kPanelColumns;
-  static constexpr int kKeys = HEAD_DIM == 256 ? 64 : 128; // keys a step: S and O must share the 232 registers
+  static constexpr int kKeys = HEAD_DIM == 256 ? 64 : 128; // keys a step: S and O must share the 224 registers
   static constexpr int kStages = HEAD_DIM == 64 ? 4 : 2;   // K tiles, and V tiles, in flight; steps of d64 are shorter
   static constexpr int kQStages = HEAD_DIM == 256 ? 1 : 2; // 2: the next tile's Q is there before this one is done
+  // Products of P V that are still to be issued when the turn is passed. d64's are so short that it does harm.
+  static constexpr int kEarlyTurn = HEAD_DIM == 64 ? 0 : HEAD_DIM == 128 ? 2 : 1;
   static constexpr int kOutColumns = HEAD_DIM < 128 ? HEAD_DIM : 128; // of O staged at a time
   // The kernel starts with 168 registers a thread, 384 * 168 = 64,512; the producer's 128 threads give some to the 256.
-  static constexpr int kProducerRegisters = HEAD_DIM == 256 ? 40 : 88;
-  static constexpr int kMathRegisters = HEAD_DIM == 256 ? 232 : 208;
+  static constexpr int kProducerRegisters = HEAD_DIM == 256 ? 56 : 88;
+  static constexpr int kMathRegisters = HEAD_DIM == 256 ? 224 : 208;
   static_assert(128 * kProducerRegisters + 256 * kMathRegisters == 64512, "all registers are used");
 };
 
@@ -44,8 +53,9 @@ struct AttendParams {
   const void* v_mean_data;          // [kv_heads, mean_rows, head_dim]
   int64_t k_stride[3], v_stride[3]; // batch or page, token, head; in elements
   int64_t mean_stride[3];
-  int64_t out_stride[3]; // batch (0 if packed), token, head
-  int64_t lse_stride[3]; // batch (0 if packed), head, token
+  uint32_t k_units[2], v_units[2]; // of those the first two in 16 bytes, for row by row
+  int64_t out_stride[3];           // batch (0 if packed), token, head
+  int64_t lse_stride[3];           // batch (0 if packed), head, token
   void* out;
   float* lse; // may be null
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *block_table;
@@ -66,31 +76,36 @@ struct AttendParams {
   int head_dim;
   int block_size;
   int chunk_shift; // log2 of the keys that lie together: the largest power of 2 in block and page, at most kKeys
-  int by_rows;     // GATHER: K and V come row by row; else its four warps share the bulk copies of a tile
   // Division by numbers that the host knows: a lone warp takes some 200 cycles for each otherwise.
   Divider by_tile, by_block, by_in_tile, by_mask_heads; // tile_tokens, block_size, mask heads a section, a KV head
   Divider by_tiles;                                     // tiles of a sequence, where all have max_q queries
+  Divider by_page;                                      // page_size
   int absent_token;                                     // a token coordinate outside of K and V: reads as zeros
   int page_size;                                        // 0: not paged
   int page_count, pages_per_seq;
   int causal;
   int mean_correction;
+  int mean_rows_each; // rows of means a sequence, unless K is packed
   int total_q, total_k;
   int max_q, max_k;
   int bulk_out;     // 16 rows of a tile are whole tokens
   float scale_log2; // softmax_scale * log2(e)
-  uint32_t zero;    // OpaqueCopy's
-  float minus_one;  // HoldBack's
+  // A block's mean stands for block_size keys: log2 of that, in exponents and in units of raw scores.
+  float mean_bias_log2, mean_bias;
+  uint32_t zero;   // OpaqueCopy's
+  float minus_one; // HoldBack's
 };
 
 // The kernels for a dtype and a head dimension, to be launched with AttendParams.
-struct AttendKernelPair {
-  const void* bulk;   // K and V by bulk copies
-  const void* gather; // the same with four producer warps, which also copy row by row
+struct AttendKernelSet {
+  const void *tiles, *chunks, *rows; // by Loading
   size_t shared_bytes;
 };
 template <class T, int HEAD_DIM>
-AttendKernelPair AttendKernels();
+AttendKernelSet AttendKernels();
+
+// Sets the counter to 0 by a kernel that lets the next one start.
+cudaError_t LaunchAttendStart(int* counter, cudaStream_t stream);
 
 } // namespace flashprefill::cuda
 

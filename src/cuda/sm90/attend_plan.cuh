@@ -38,15 +38,13 @@ enum class KeyMode : int {
 };
 
 // A key tile: what its columns are. Sixteen consecutive columns always lie together.
-struct KeyTile {
+struct alignas(64) KeyTile {
   KeyMode mode;
-  float bias;         // kMeans: log2(keys of a block) in units of raw scores; of the sequence's last block, which may
-  float last_bias;    // be shorter, it is last_bias,
-  int last_column;    // and that is this column; maybe none of the tile's
+  float short_bias;   // kMeans: what is to be added to the score of this
+  int short_column;   // column, a block that is shorter than the others; -1: there is none
   int position[8];    // kMasked: of columns 16 i
-  uint32_t wanted[4]; // kMeans: a bit a column
+  uint32_t wanted[4]; // kMeans: [l]: bits of columns 8 i + 2 l and the next, for all i: what lane l of four holds
 };
-constexpr int kKeyTileRing = 8; // more than kStages + 3: nobody still reads what is overwritten
 
 template <class SHAPE>
 struct SharedPlan {
@@ -55,13 +53,17 @@ struct SharedPlan {
   static constexpr int kQBytes = SHAPE::kPanels * kQPanelBytes;
   static constexpr int kKeyPanelBytes = SHAPE::kKeys * kPanelRowsBytes;
   static constexpr int kKeyBytes = SHAPE::kPanels * kKeyPanelBytes;
+  // Twice the stages: described before its stage is free, a tile overwrites one that all have done with.
+  static constexpr int kKeyTiles = 2 * SHAPE::kStages;
+  static_assert(kKeyTiles >= SHAPE::kStages + 2, "the math side reads a description until the next step's scores");
+  static_assert((kKeyTiles & (kKeyTiles - 1)) == 0, "positions wrap around by a mask");
   static constexpr int kOutWarpBytes = 16 * SHAPE::kOutColumns * 2;
 
   uint8_t q[SHAPE::kQStages][kQBytes]; // 1024-byte aligned, as all panels must be
   uint8_t k[SHAPE::kStages][kKeyBytes];
   uint8_t v[SHAPE::kStages][kKeyBytes];
   uint8_t out[kMathThreads / 32][kOutWarpBytes]; // a warp's 16 rows on their way out
-  KeyTile key_tiles[kKeyTileRing];
+  KeyTile key_tiles[kKeyTiles];
   TileInfo tiles[SHAPE::kQStages];
   uint64_t q_full[SHAPE::kQStages], q_empty[SHAPE::kQStages];
   uint64_t k_full[SHAPE::kStages], k_empty[SHAPE::kStages];
@@ -74,13 +76,12 @@ struct SharedPlan {
   float never_written;                        // HoldBack's
 };
 
-// A position in a ring of STAGES barriers: which stage, and the parity of its current use.
-template <int STAGES>
+// A position in a ring of barriers: which stage, and the parity of its current use.
 struct RingPosition {
   int stage = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++stage == STAGES) {
+  __device__ __forceinline__ void Advance(int stages) {
+    if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }

@@ -2,7 +2,8 @@
 
 python3 attend_bench.py [case ...]: cases are names of the table below; default all. CUDA events, medians of
 interleaved runs; the SM clock and power are sampled while the kernel runs again. TFLOP/s count kept blocks of
-128 keys whole (sparse), or the causal half (dense). Prints a table and writes $OUT/attend_bench.json.
+128 keys whole (sparse), or the causal half (dense). BESIDE names folders with other builds of the kernel,
+with colons between them, which take their turns too. Prints a table and writes $OUT/attend_bench.json.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import sys
 import time
 
 import torch
-from attend_lib import Case
+from attend_lib import Case, load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BF16, F16 = torch.bfloat16, torch.float16
 G = torch.Generator(device="cuda").manual_seed(2)
+BESIDE = {os.path.basename(f): load(f) for f in os.environ.get("BESIDE", "").split(":") if f}
 
 
 def clock() -> tuple[int, int]:
@@ -111,10 +113,12 @@ def timed(runs: dict, repeats: int) -> dict[str, float]:
     return times
 
 
-def make_paged(case: Case, page: int) -> Case:
+def make_paged(case: Case, page: int, ordered: bool = False) -> Case:
     n = case.k.shape[1]
     count = n // page
     order = torch.randperm(count, device="cuda", generator=G)
+    if ordered:
+        order = torch.arange(count, device="cuda")
     k, v = (torch.empty(count, page, case.hk, case.d, device="cuda", dtype=case.q.dtype) for _ in range(2))
     k[order], v[order] = (
         case.k[0].view(count, page, case.hk, case.d),
@@ -123,46 +127,74 @@ def make_paged(case: Case, page: int) -> Case:
     return Case(case.q, k, v, used_k=[n], table=order.int()[None].contiguous(), max_k=n, keep=case.keep)
 
 
+def row_of(cases: dict[str, Case], flop: float, repeats: int, **others) -> dict:
+    """Times of the first case as "ms", of the others by name, interleaved; other builds' by folder."""
+    runs = {}
+    for name, case in cases.items():
+        case.prepare()
+        runs[name] = case.launch
+        for build, lib in BESIDE.items():
+            runs[f"{build} {name}".strip()] = lambda case=case, lib=lib: case.launch(lib)
+    t = timed({**runs, **others}, repeats)
+    ms = t[next(iter(cases))]
+    row = {"clock_mhz": t.pop("clock_mhz"), "watts": t.pop("watts"), "ms": ms, "tflops": flop / ms / 1e9}
+    for name, other in t.items():
+        if name:
+            row[f"{name} ms"] = other
+    return row
+
+
 def dense_row(n: int, d: int = 128, dtype: torch.dtype = BF16) -> dict:
     q, k, v = inputs(n, d, dtype)
-    case = Case(q, k, v)
-    case.prepare()
     flop = 4 * 32 * d * n * (n + 1) / 2
-    t = timed({"ours": case.launch, "cudnn": cudnn(q, k, v)}, 5 if n >= 65536 else 9 if n >= 32768 else 25)
-    return {
-        "clock_mhz": t["clock_mhz"],
-        "watts": t["watts"],
-        "ms": t["ours"],
-        "tflops": flop / t["ours"] / 1e9,
-        "cudnn_ms": t["cudnn"],
-        "cudnn_tflops": flop / t["cudnn"] / 1e9,
-    }
+    repeats = 5 if n >= 65536 else 9 if n >= 32768 else 25
+    return row_of({"": Case(q, k, v)}, flop, repeats, cudnn=cudnn(q, k, v))
 
 
-def sparse_row(
-    n: int,
-    density: float,
-    d: int = 128,
-    groups: bool = False,
-    share: bool = False,
-    correct: bool = False,
-    page: int = 0,
-) -> dict:
-    q, k, v = inputs(n, d)
-    case = Case(q, k, v, share=share, correct=correct)
+def sparse_row(n: int, density: float, d: int = 128, groups: bool = False, share: bool = False) -> dict:
+    case = Case(*inputs(n, d), share=share)
     kept = random_mask(case, density, groups)
-    if page:
-        case = make_paged(case, page)
-    case.prepare()
-    flop = 4 * d * 128 * 128 * kept
-    t = timed({"ours": case.launch}, 25 if n < 65536 else 9)
-    return {
-        "clock_mhz": t["clock_mhz"],
-        "watts": t["watts"],
-        "ms": t["ours"],
-        "tflops": flop / t["ours"] / 1e9,
-        "kept_a_tile": kept / case.mask_heads / case.tiles(0),
-    }
+    row = row_of({"": case}, 4 * d * 128 * 128 * kept, 25 if n < 65536 else 9)
+    return {**row, "kept_a_tile": kept / case.mask_heads / case.tiles(0)}
+
+
+def pages_row(n: int, density: float) -> dict:
+    """Contiguous keys, and the same in pages."""
+    case = Case(*inputs(n))
+    kept = random_mask(case, density, False)
+    cases = {"": case, **{f"pages of {page}": make_paged(case, page) for page in (128, 16, 1)}}
+    cases["pages of 1 in order"] = make_paged(case, 1, ordered=True)
+    return row_of(cases, 4 * 128**3 * kept, 15)
+
+
+def masks_row(n: int, density: float) -> dict:
+    """A list a head, lists that are equal in a group, and shared tiles, at one density."""
+    own = Case(*inputs(n))
+    cases = {"": own, "group": Case(own.q, own.k, own.v), "shared": Case(own.q, own.k, own.v, share=True)}
+    kept = {name: random_mask(case, density, name == "group") for name, case in cases.items()}
+    row = row_of(cases, 4 * 128**3 * kept[""], 15)
+    for name in ("group", "shared"):
+        row[f"{name} tflops"] = 4 * 128**3 * kept[name] / row[f"{name} ms"] / 1e9
+    return row
+
+
+def corrected_row(n: int, density: float) -> dict:
+    """With the correction, and without."""
+    plain = Case(*inputs(n))
+    kept = random_mask(plain, density, False)
+    corrected = Case(plain.q, plain.k, plain.v, correct=True, keep=plain.keep)
+    return row_of({"": corrected, "plain": plain}, 4 * 128**3 * kept, 15)
+
+
+def dtypes_row(n: int, density: float | None) -> dict:
+    """bf16, and the same numbers in fp16."""
+    half = Case(*(x.half() for x in inputs(n)))
+    case = Case(half.q.to(BF16), half.k.to(BF16), half.v.to(BF16))
+    flop = 4 * 128 * 32 * n * (n + 1) / 2
+    if density is not None:
+        flop = 4 * 128**3 * random_mask(case, density, False)
+        half.keep = case.keep
+    return row_of({"": case, "fp16": half}, flop, 25)
 
 
 K = 1024
@@ -185,10 +217,10 @@ TABLE = {
     "group 256K": lambda: sparse_row(256 * K, 0.042, groups=True),
     "shared 64K": lambda: sparse_row(64 * K, 0.09, share=True),
     "shared 128K": lambda: sparse_row(128 * K, 0.047, share=True),
-    "corrected 128K": lambda: sparse_row(128 * K, 0.047, correct=True),
-    "paged128 64K": lambda: sparse_row(64 * K, 0.09, page=128),
-    "paged16 64K": lambda: sparse_row(64 * K, 0.09, page=16),
-    "paged1 64K": lambda: sparse_row(64 * K, 0.09, page=1),
+    "masks 64K": lambda: masks_row(64 * K, 0.09),
+    "masks 128K": lambda: masks_row(128 * K, 0.047),
+    "corrected 128K": lambda: corrected_row(128 * K, 0.047),
+    "pages 64K": lambda: pages_row(64 * K, 0.09),
     "d64 dense 16K": lambda: dense_row(16 * K, 64),
     "d64 dense 64K": lambda: dense_row(64 * K, 64),
     "d64 sparse 64K": lambda: sparse_row(64 * K, 0.09, d=64),
@@ -196,6 +228,8 @@ TABLE = {
     "d256 dense 64K": lambda: dense_row(64 * K, 256),
     "d256 sparse 64K": lambda: sparse_row(64 * K, 0.09, d=256),
     "fp16 dense 16K": lambda: dense_row(16 * K, dtype=F16),
+    "dtypes dense 16K": lambda: dtypes_row(16 * K, None),
+    "dtypes sparse 64K": lambda: dtypes_row(64 * K, 0.09),
 }
 
 
@@ -206,16 +240,15 @@ def main() -> None:
         started = time.time()
         row = {"name": name, **TABLE[name]()}
         rows.append(row)
-        beside = (
-            f" cudnn {row['cudnn_ms']:8.3f} ms {row['cudnn_tflops']:6.1f}  x{row['cudnn_ms'] / row['ms']:.3f}"
-            if "cudnn_ms" in row
-            else ""
+        others = "  ".join(
+            f"{key.removesuffix(' ms')} {x:.3f} (x{x / row['ms']:.3f})"
+            for key, x in row.items()
+            if key.endswith(" ms")
         )
         kept = f" {row['kept_a_tile']:5.1f} blocks a tile" if "kept_a_tile" in row else ""
         print(
-            f"{name:16s} {row['ms']:8.3f} ms {row['tflops']:6.1f} TFLOP/s{kept}{beside} "
-            f" {row['clock_mhz']} MHz "
-            f"{row['watts']} W  ({time.time() - started:.1f} s)",
+            f"{name:16s} {row['ms']:8.3f} ms {row['tflops']:6.1f} TFLOP/s{kept}  {others} "
+            f" {row['clock_mhz']} MHz {row['watts']} W  ({time.time() - started:.1f} s)",
             flush=True,
         )
         torch.cuda.empty_cache()

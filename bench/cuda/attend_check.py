@@ -1,7 +1,10 @@
-"""Checks the attend kernel on a GPU against the float64 reference: python3 attend_check.py [first|all].
+"""Checks the attend kernel on a GPU against the float64 reference.
+
+python3 attend_check.py [first|all|small|beside]
 
 Prints one line a case and the number of failures; exits 1 if there are any. Every output starts as NaN, so
-an element that was not written is an error too.
+an element that was not written is an error too. `small` is for compute-sanitizer. `beside` prints errors next
+to those of cuDNN's attention on the same inputs, and fails where the largest is more than 1.2 times as large.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import sys
 
 import torch
 from attend_lib import Case
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 LIMIT = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 G = torch.Generator(device="cuda").manual_seed(1)
@@ -194,6 +199,72 @@ MORE = [
 ]
 
 
+SMALL = [  # of every kind of loading, mask and layout one, in a second or two each under compute-sanitizer
+    ("sparse", lambda: rect(300, density=0.5)),
+    *[(f"sparse d{d}", lambda d=d: rect(300, d=d, density=0.5)) for d in (64, 256)],
+    ("fp16", lambda: rect(300, dtype=F16)),
+    ("shared", lambda: rect(200, hq=6, hk=2, share=True, density=0.4)),
+    ("varlen", lambda: varlen([(100, 100), (0, 0), (213, 400)], density=0.4)),
+    *[(f"block {n}", lambda n=n: rect(300, density=0.4, block_size=n)) for n in (16, 48)],
+    *[
+        (f"page {n}", lambda n=n: paged([(100, 100), (213, 500), (1, 65)], n, density=0.4))
+        for n in (128, 64, 24, 16, 8, 1)
+    ],
+    *[(f"page {n} d256", lambda n=n: paged([(100, 300)], n, d=256, density=0.5)) for n in (16, 1)],
+    ("page 16 d64", lambda: paged([(100, 300)], 16, d=64, density=0.5)),
+    ("corrected", lambda: rect(1000, density=0.3, correct=True)),
+    (
+        "corrected, 200 blocks",
+        lambda: rect(300, 200 * 16 + 5, hq=2, density=0.1, block_size=16, correct=True),
+    ),
+    (
+        "corrected not causal",
+        lambda: rect(300, 1001, density=0.3, correct=True, causal=False, diagonal=False),
+    ),
+    (
+        "corrected shared varlen",
+        lambda: varlen([(100, 900), (0, 0), (213, 700)], share=True, density=0.2, correct=True),
+    ),
+    *[
+        (f"corrected page {n}", lambda n=n: paged([(100, 400)], n, density=0.3, correct=True))
+        for n in (16, 1)
+    ],
+]
+
+
+def beside_cudnn() -> int:
+    """Largest and root mean square error of dense outputs, ours and cuDNN's."""
+    rows = []
+    print(f"{'case':24s} {'largest':>8s} {'cuDNN':>8s} {'rms':>8s} {'cuDNN':>8s}")
+    for dtype, name in ((BF16, "bf16"), (F16, "fp16")):
+        for d in (64, 128, 256):
+            for n in (1024, 4096):
+                for scale in (1.0, 4.0):
+                    case = rect(n, hq=8, hk=2, d=d, dtype=dtype, scale=scale * d**-0.5)
+                    case.prepare()
+                    case.launch()
+                    q, k, v = (x.transpose(1, 2) for x in (case.q, case.k, case.v))
+                    k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+                    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                        theirs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=case.scale)
+                    exact = case.reference()[0][0]
+                    row = {"case": f"{name} d{d} {n} scale x{scale:g}"}
+                    for whose, out in (("", case.out[0]), ("cudnn_", theirs[0].transpose(0, 1))):
+                        e = out.double() - exact
+                        row[whose + "largest"] = (e.abs() / exact.abs().clamp_min(1)).max().item()
+                        row[whose + "rms"] = e.square().mean().sqrt().item()
+                    row["good"] = row["largest"] <= 1.2 * row["cudnn_largest"]
+                    rows.append(row)
+                    figures = " ".join(
+                        f"{row[x]:8.2e}" for x in ("largest", "cudnn_largest", "rms", "cudnn_rms")
+                    )
+                    print(f"{row['case']:24s} {figures} {'' if row['good'] else 'LARGER'}", flush=True)
+    if os.environ.get("OUT"):
+        with open(os.path.join(os.environ["OUT"], "attend_beside.json"), "w") as f:
+            json.dump(rows, f, indent=1)
+    return sum(not row["good"] for row in rows)
+
+
 def show_where(case: Case) -> None:
     """Of the first sequence: error by head; in the worst head by 16 rows (of the first 256) and columns."""
     if case.q_len[0] == 0:
@@ -240,7 +311,11 @@ def same_bits(repeats: int) -> bool:
 
 
 def main() -> int:
-    cases = FIRST if sys.argv[1:] == ["first"] else FIRST + MORE + [("strided", strided)]
+    if sys.argv[1:] == ["beside"]:
+        return 1 if beside_cudnn() else 0
+    named = {"first": FIRST, "small": SMALL}
+    everything = FIRST + MORE + [("strided", strided)]
+    cases = named.get(sys.argv[1], everything) if len(sys.argv) > 1 else everything
     failures, rows = 0, []
     for name, make in cases:
         print(f"{name:28s}", end=" ", flush=True)
@@ -255,7 +330,7 @@ def main() -> int:
         print(f"out {error:.1e} lse {lse_error:.1e} {'' if good else 'WRONG'}", flush=True)
         if not good:
             show_where(case)
-    if cases is not FIRST:
+    if cases is everything:
         for name, good in (
             ("future changes nothing", future_changes_nothing()),
             ("1000 repeats", same_bits(1000)),

@@ -62,6 +62,9 @@ class BlockMask(c.Structure):
         ("bits", c.c_void_p),
         ("counts", c.c_void_p),
         ("fallback", c.c_void_p),
+        ("lines", c.c_void_p),
+        ("columns_room", c.c_int32),
+        ("distances_room", c.c_int32),
     ]
 
 
@@ -76,12 +79,16 @@ class Output(c.Structure):
 
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-_lib = c.CDLL(
-    os.path.join(
-        os.environ.get("ATTEND_LIB", os.path.dirname(os.path.abspath(__file__))), "libattend_harness.so"
-    )
-)
-_lib.attend_unsupported.restype = c.c_char_p
+
+
+def load(folder: str) -> c.CDLL:
+    """The kernel built into this folder."""
+    lib = c.CDLL(os.path.join(folder, "libattend_harness.so"))
+    lib.attend_unsupported.restype = c.c_char_p
+    return lib
+
+
+_lib = load(os.environ.get("ATTEND_LIB", os.path.dirname(os.path.abspath(__file__))))
 
 
 def _tensor(t: torch.Tensor, packed: bool) -> Tensor:
@@ -249,9 +256,9 @@ class Case:
         if why:
             raise RuntimeError(why.decode())
 
-    def launch(self) -> None:
+    def launch(self, lib: c.CDLL = _lib) -> None:
         data = lambda t: c.c_void_p(t.data_ptr() if t is not None else None)  # noqa: E731
-        status = _lib.attend_launch(
+        status = lib.attend_launch(
             c.byref(self.c_problem),
             c.byref(self.c_mask),
             c.byref(self.c_output),

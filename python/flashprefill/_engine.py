@@ -138,6 +138,17 @@ def _refuse_overlap(out: Any, **inputs: Any) -> None:
             refuse("out", f"in the same memory as {name}", "memory of its own")
 
 
+def _cuda_reads(x: Any) -> Any:
+    """Return x, or a contiguous copy if the CUDA kernels can't read it: they want rows of 16-byte pieces."""
+    if _is_numpy(x) or x.device.type != "cuda":
+        return x
+    *others, column = x.stride()
+    size = x.element_size()
+    if column == 1 and x.data_ptr() % 16 == 0 and all(s >= 0 and s * size % 16 == 0 for s in others):
+        return x
+    return x.clone(memory_format=sys.modules["torch"].contiguous_format)
+
+
 def _workspace(like: Any, size: int) -> tuple[Any, int | None]:
     """Return scratch memory on the device of `like`: what keeps it alive, and its aligned address."""
     if size == 0:
@@ -286,6 +297,9 @@ def select(
     target: str | None,
 ) -> None:
     """fp_select."""
+    q = _cuda_reads(q)
+    if block_table is None:  # a cache is not copied: it may be all of the memory
+        k = _cuda_reads(k)
     p = _problem(
         (q, k, k),
         (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
@@ -329,6 +343,9 @@ def attend(
 ) -> None:
     """fp_attend."""
     _refuse_overlap(out, q=q, k=k, v=v)
+    q = _cuda_reads(q)
+    if block_table is None:  # a cache is not copied: it may be all of the memory
+        k, v = _cuda_reads(k), _cuda_reads(v)
     p = _problem(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
@@ -374,6 +391,9 @@ def prefill(
 ) -> None:
     """fp_prefill. Without bits the mask lives in the workspace."""
     _refuse_overlap(out, q=q, k=k, v=v)
+    q = _cuda_reads(q)
+    if block_table is None:  # a cache is not copied: it may be all of the memory
+        k, v = _cuda_reads(k), _cuda_reads(v)
     p = _problem(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),

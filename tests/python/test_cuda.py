@@ -273,17 +273,43 @@ def test_transformers_on_the_device():
     assert stats.density.shape[0] == 2
 
 
+def test_strides_that_the_kernels_cannot_read_are_packed_anew():
+    good = [x.cuda() for x in data(900, 900, 4, 2, 64, torch.bfloat16)]
+    odd, across, shifted = [], [], []
+    for x in good:
+        odd.append(torch.cat([x, x[..., :4]], -1)[..., :64])  # rows of 136 bytes
+        across.append(x.mT.contiguous().mT)  # columns far apart
+        shifted.append(torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape))  # two bytes off
+    assert odd[0].stride(1) == 68 and across[0].stride(2) != 1 and shifted[0].data_ptr() % 16 == 2
+    for policy in (fp.Dense(), SPARSE["published"]):
+        expected, lse = fp.prefill_attention(*good, policy, return_lse=True)
+        mask = fp.select(*good[:2], policy)
+        for bad in (odd, across, shifted):
+            out, bad_lse = fp.prefill_attention(*bad, policy, return_lse=True)
+            assert torch.equal(out, expected) and torch.equal(bad_lse, lse)
+            assert torch.equal(fp.select(*bad[:2], policy).bits, mask.bits)
+            assert torch.equal(fp.attend(*bad, mask), expected)
+            assert torch.equal(fp.prefill_attention(good[0], bad[1], good[2], policy), expected)
+
+
 def test_bad_strides_are_refused_by_name():
+    """Outputs, and caches, which are too large to copy."""
     good = torch.randn(300, 2, 64, device="cuda").bfloat16()
-    odd = torch.randn(300, 2, 68, device="cuda").bfloat16()[..., :64]  # rows of 136 bytes
-    across = torch.randn(300, 64, 2, device="cuda").bfloat16().transpose(1, 2)  # head_dim stride 2
-    for bad in (odd, across):
-        for name, inputs in (("q", (bad, good, good)), ("k", (good, bad, good)), ("v", (good, good, bad))):
-            for policy in (fp.Dense(), SPARSE["published"]):
-                with pytest.raises(fp.UnsupportedError, match=f"{name} must be 16-byte aligned"):
-                    fp.prefill_attention(*inputs, policy)
+    odd = torch.randn(300, 2, 68, device="cuda").bfloat16()[..., :64]
     with pytest.raises(fp.UnsupportedError, match="out must be 16-byte aligned"):
         fp.prefill_attention(good, good, good, fp.Dense(), out=odd)
+    cache = torch.randn(10, 30, 2, 64, device="cuda").bfloat16()
+    odd_cache = torch.randn(10, 30, 2, 68, device="cuda").bfloat16()[..., :64]
+    layout = {
+        "cu_seqlens_q": torch.tensor([0, 300], dtype=torch.int32, device="cuda"),
+        "seqused_k": torch.tensor([300], dtype=torch.int32, device="cuda"),
+        "block_table": torch.arange(10, dtype=torch.int32, device="cuda")[None],
+        "max_seqlen_q": 300,
+        "max_seqlen_k": 300,
+    }
+    for name, caches in (("k", (odd_cache, cache)), ("v", (cache, odd_cache))):
+        with pytest.raises(fp.UnsupportedError, match=f"{name} must be 16-byte aligned"):
+            fp.prefill_attention(good, *caches, fp.Dense(), **layout)
 
 
 @pytest.mark.parametrize("which", ["k", "v"])

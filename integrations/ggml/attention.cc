@@ -70,21 +70,29 @@ int64_t LayerOf(const ggml_tensor* node) {
   return layer ? std::strtoll(layer + std::strlen("cache_k_l"), nullptr, 10) : -1;
 }
 
-bool Supports(const ggml_tensor* node, const Options& options) {
-  if (node->op != GGML_OP_FLASH_ATTN_EXT) return false;
+const char* WhyDense(const ggml_tensor* node) {
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
-  if (!mask || node->src[4]) return false; // the fifth is attention sinks
-  if (AlibiBias(node) != 0 || Softcap(node) != 0 || !(Scale(node) > 0)) return false;
-  if (q->ne[1] < options.min_rows || k->ne[1] < options.min_keys) return false;
-  if (q->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || mask->type != GGML_TYPE_F16) return false;
-  if (k->ne[0] != q->ne[0] || v->ne[0] != q->ne[0] || q->ne[0] > 512) return false;
-  if (v->ne[2] != k->ne[2] || q->ne[2] % k->ne[2] != 0) return false;
-  if (k->ne[3] != q->ne[3] || v->ne[3] != q->ne[3] || k->ne[1] > INT32_MAX) return false;
-  if (mask->ne[0] != k->ne[1] || mask->ne[1] < q->ne[1] || mask->ne[2] != 1) return false;
-  if (mask->ne[3] != q->ne[3] && mask->ne[3] != 1) return false;
+  if (!mask) return "attention without a mask";
+  if (node->src[4]) return "attention sinks";
+  if (AlibiBias(node) != 0) return "ALiBi";
+  if (Softcap(node) != 0) return "logit softcapping";
+  if (!(Scale(node) > 0)) return "a scale that is not positive";
+  if (k->ne[0] != q->ne[0] || v->ne[0] != q->ne[0]) return "values of another head_dim than the keys'";
+  if (q->ne[0] > 512) return "a head_dim above 512";
+  if (q->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32 || mask->type != GGML_TYPE_F16) return "other types";
+  if (v->ne[2] != k->ne[2] || q->ne[2] % k->ne[2] != 0) return "heads that are not grouped";
+  if (k->ne[3] != q->ne[3] || v->ne[3] != q->ne[3] || k->ne[1] > INT32_MAX) return "other shapes";
+  if (mask->ne[0] != k->ne[1] || mask->ne[1] < q->ne[1] || mask->ne[2] != 1) return "a mask of another shape";
+  if (mask->ne[3] != q->ne[3] && mask->ne[3] != 1) return "a mask of another shape";
   const bool float_rows = q->nb[0] == sizeof(float) && q->nb[1] % sizeof(float) == 0 && q->nb[2] % sizeof(float) == 0;
   if (!float_rows || !ggml_is_contiguous(node) || !ggml_is_contiguous(mask) || !Readable(k) || !Readable(v))
-    return false;
+    return "tensors that lie in another way";
+  return nullptr;
+}
+
+bool Supports(const ggml_tensor* node, const Options& options) {
+  if (node->op != GGML_OP_FLASH_ATTN_EXT) return false;
+  if (node->src[0]->ne[1] < options.min_rows || node->src[1]->ne[1] < options.min_keys || WhyDense(node)) return false;
   const auto& dense = options.dense_layers;
   return std::find(dense.begin(), dense.end(), LayerOf(node)) == dense.end();
 }

@@ -29,6 +29,9 @@ struct Stats {
   void Add(const Stats& other);
 };
 
+// Why a model whose attention is this node stays the CPU backend's, in words; nullptr if it need not.
+const char* WhyDense(const ggml_tensor* node);
+
 // Whether the node is one of ours, by its types, shapes and parameters. The mask's contents come only with Compute.
 bool Supports(const ggml_tensor* node, const Options& options);
 

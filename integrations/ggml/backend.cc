@@ -12,6 +12,7 @@
 #include <cstring>
 #include <fstream>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -23,12 +24,21 @@ namespace {
 
 // ---------------------------------------------------------------- what contexts share
 
-std::mutex g_mutex; // of the next two
+std::mutex g_mutex; // of the next three
 Options g_options;
 Stats g_stats;
+std::set<std::string> g_said; // why prompts stay dense, since the newest context was made
 // The largest micro-batch that an engine has asked about since the newest context was made: it reserves memory for a
 // full one before it computes any.
 std::atomic<int64_t> g_full_batch{0};
+
+// Of a context that is being made.
+Options NewOptions() {
+  const std::lock_guard lock(g_mutex);
+  g_said.clear();
+  g_full_batch = 0;
+  return g_options;
+}
 
 Options CurrentOptions() {
   const std::lock_guard lock(g_mutex);
@@ -99,7 +109,9 @@ const char* BackendName(ggml_backend_t) { return "FlashPrefill"; }
 
 void FreeBackend(ggml_backend_t backend) {
   EndBatch(Of(backend));
-  if (Of(backend).sum.nodes > 0) Log(GGML_LOG_LEVEL_INFO, Line(Of(backend).sum));
+  Log(GGML_LOG_LEVEL_INFO, Of(backend).sum.nodes > 0 ? Line(Of(backend).sum)
+                                                     : "nothing was computed: prompts were short, flash attention was "
+                                                       "off, or the model has none that the plugin knows");
   delete &Of(backend);
   delete backend;
 }
@@ -145,10 +157,9 @@ void DeviceProps(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
 }
 
 ggml_backend_t InitBackend(ggml_backend_dev_t device, const char* params) try {
-  Options options = CurrentOptions();
+  Options options = NewOptions();
   if (params) options.Apply(params, "the backend's parameters");
   Log(GGML_LOG_LEVEL_INFO, options.Describe());
-  g_full_batch = 0;
   ggml_backend_i functions{};
   functions.get_name = BackendName;
   functions.free = FreeBackend;
@@ -170,7 +181,14 @@ bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* node) {
   const int64_t rows = node->src[0]->ne[1] * node->src[0]->ne[3];
   for (int64_t most = g_full_batch.load(); rows > most && !g_full_batch.compare_exchange_weak(most, rows);) {
   }
-  return Supports(node, CurrentOptions());
+  const Options options = CurrentOptions();
+  // The engine asks about a full micro-batch before it reads any prompt, so this is said at its start.
+  if (const char* reason = WhyDense(node); reason && node->src[0]->ne[1] >= options.min_rows) {
+    const std::lock_guard lock(g_mutex);
+    if (g_said.insert(reason).second)
+      Log(GGML_LOG_LEVEL_WARN, std::string("layers with ") + reason + " stay the CPU backend's, dense");
+  }
+  return Supports(node, options);
 }
 
 bool SupportsBuffer(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return ggml_backend_buft_is_host(type); }

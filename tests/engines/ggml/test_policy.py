@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import models
 import numpy as np
 import pytest
-from engine import Engine, Setup, decode, encode, engine, log, prompt
+from engine import MODELS, Engine, Setup, decode, encode, engine, log, prompt
 
 ANSWER = "48213"
 NEEDLE = f"\n\nThe secret number of the lighthouse is {ANSWER}.\n\n"
@@ -141,3 +144,20 @@ def test_bad_options_change_nothing(options: str, message: str) -> None:
     with engine(Setup(n_ctx=256), "policy=flashprefill") as e:
         wrong = e.plugin.set_options(options)
         assert wrong is not None and message in wrong, wrong
+
+
+def test_a_model_that_stays_dense(tmp_path: Path) -> None:
+    """Its attention is none that the plugin knows: a line in the log, and the stock engine's very logits."""
+    MODELS["gemma2"] = str(models.gemma2(tmp_path / "gemma2.gguf"))
+    tokens = [(7 * i * i + 3 * i) % models.VOCABULARY for i in range(700)]
+    logits = []
+    for options in (None, "policy=flashprefill"):
+        with engine(Setup(model="gemma2", n_ctx=1024), options) as e:
+            if e.plugin:
+                e.plugin.reset_stats()
+            logits.append(e.feed([(0, tokens)], every=50)[0])
+            if e.plugin:
+                assert e.plugin.stats()["nodes"] == 0
+    assert np.array_equal(*logits)
+    assert any("layers with logit softcapping stay the CPU backend's" in line for line in log)
+    assert any("nothing was computed" in line for line in log)

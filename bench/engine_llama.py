@@ -2,7 +2,9 @@
 
     tests/engines/ggml/run.sh --python bench/engine_llama.py --tokens 2048 --ubatch 512 --out results.json
 
-The first run sets the engine up. A file that exists is added to, so that a measurement can be made in pieces.
+The first run sets the engine up. Two contexts of one model, of which one knows the plugin, read a prompt one
+after the other and then generate by turns of eight tokens. Decode speed is that of the median step. A file
+that exists is added to, so that a measurement can be made in pieces.
 """
 
 from __future__ import annotations
@@ -20,26 +22,63 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/engines/ggml"))
 import llama_cpp  # noqa: E402
-from engine import Setup, engine, prompt  # noqa: E402
+from engine import Engine, Setup, engine, prompt  # noqa: E402
+
+STEPS = 8  # of decoding, one engine's turn
 
 
-def measure(setup: Setup, options: str | None, tokens: list[int], decode: int) -> dict:
-    with engine(setup, options) as it:
+class Side:
+    """One of the two, and what was measured of it."""
+
+    def __init__(self, it: Engine) -> None:
+        self.it = it
+        self.prompts: list[float] = []
+        self.steps: list[float] = []
+        self.stats: dict | None = None
+
+    def read(self, tokens: list[int]) -> None:
+        self.it.remove(0)
+        if self.it.plugin:
+            self.it.plugin.reset_stats()
         begin = time.perf_counter()
-        logits = it.feed([(0, tokens)])[0][-1]
-        prompt_seconds = time.perf_counter() - begin
-        begin = time.perf_counter()
-        if decode:
-            it.greedy(logits, decode)
-        result = {"prompt_s": prompt_seconds, "decode_s": time.perf_counter() - begin}
-        if it.plugin:
-            result |= {k: v for k, v in it.plugin.stats().items() if k != "total_blocks"}
-        return result
+        self.logits = self.it.feed([(0, tokens)])[0][-1]
+        self.prompts.append(time.perf_counter() - begin)
+        if self.it.plugin:
+            self.stats = {k: v for k, v in self.it.plugin.stats().items() if k != "total_blocks"}
+
+    def generate(self, count: int) -> None:
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.logits = self.it.feed([(0, [int(self.logits.argmax())])])[0][-1]
+            self.steps.append(time.perf_counter() - begin)
+
+    def row(self, count: int) -> dict:
+        quartiles = statistics.quantiles(self.steps, n=4) if self.steps else None
+        return {
+            "prompt_s": statistics.median(self.prompts),
+            "prompt_s_all": self.prompts,
+            "prompt_tokens_per_s": count / statistics.median(self.prompts),
+            "decode_tokens_per_s": 1 / quartiles[1] if quartiles else None,
+            "decode_step_quartiles": quartiles,
+            "decode_steps": len(self.steps),
+            "plugin": self.stats,
+        }
 
 
-def warm_up(setup: Setup) -> None:
-    with engine(setup) as it:
-        it.feed([(0, prompt(64))])
+def measure(setup: Setup, options: str, tokens: list[int], decode: int, repeats: int) -> dict:
+    # The stock context first: one that is made later would find the plugin.
+    with engine(setup) as stock, engine(setup, options) as ours:
+        sides = [Side(stock), Side(ours)]
+        for side in sides:
+            side.read(tokens[:64])
+            side.prompts.clear()
+        for repeat in range(repeats):
+            for side in sides if repeat % 2 == 0 else reversed(sides):
+                side.read(tokens)
+            for turn in range(decode // STEPS):
+                for side in sides if turn % 2 == 0 else reversed(sides):
+                    side.generate(STEPS)
+        return dict(zip(("stock", "flashprefill"), (side.row(len(tokens)) for side in sides), strict=True))
 
 
 def seconds_of_cpus() -> tuple[float, float]:
@@ -61,43 +100,32 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, action="append", required=True)
     parser.add_argument("--ubatch", type=int, action="append", required=True)
-    parser.add_argument("--options", action="append", default=[], help="of the plugin; may be repeated")
+    parser.add_argument("--options", default="policy=flashprefill", help="of the plugin")
     parser.add_argument("--kv", default="f16")
-    parser.add_argument("--decode", type=int, default=0, help="tokens after each prompt")
+    parser.add_argument("--decode", type=int, default=64, help="tokens after each prompt")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--others", type=float, default=0.05, help="largest share of other processes")
     arguments = parser.parse_args()
-    rivals = [None, *(arguments.options or ["policy=flashprefill"])]
     rows = []
     before = seconds_of_cpus()
     for count in arguments.tokens:
         for ubatch in arguments.ubatch:
             setup = Setup(model="q4_1", kv=arguments.kv, n_ctx=count // 256 * 256 + 512, n_ubatch=ubatch)
-            warm_up(setup)
-            runs: list[list[dict]] = [[] for _ in rivals]
-            for _ in range(arguments.repeats):
-                for rival, options in enumerate(rivals):
-                    runs[rival].append(measure(setup, options, prompt(count), arguments.decode))
-            stock = statistics.median(run["prompt_s"] for run in runs[0])
-            for options, mine in zip(rivals, runs, strict=True):
-                seconds = statistics.median(run["prompt_s"] for run in mine)
-                row = {
-                    "tokens": count,
-                    "ubatch": ubatch,
-                    "kv": arguments.kv,
-                    "engine": "stock" if options is None else options,
-                    "prompt_tokens_per_s": count / seconds,
-                    "speedup": stock / seconds,
-                    "density": mine[0].get("density"),
-                    "decode_tokens": arguments.decode,
-                    "decode_tokens_per_s": arguments.decode / statistics.median(r["decode_s"] for r in mine)
-                    if arguments.decode
-                    else None,
-                    "runs": mine,
-                }
-                rows.append(row)
-                print({k: v for k, v in row.items() if k != "runs"}, flush=True)
+            found = measure(setup, arguments.options, prompt(count), arguments.decode, arguments.repeats)
+            stock, ours = found["stock"], found["flashprefill"]
+            row = {
+                "tokens": count,
+                "ubatch": ubatch,
+                "kv": arguments.kv,
+                "options": arguments.options,
+                "speedup": stock["prompt_s"] / ours["prompt_s"],
+                "density": ours["plugin"]["density"],
+            }
+            if arguments.decode:
+                row["decode_ratio"] = ours["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
+            print(row, f"{stock['prompt_s']:.2f} s, {ours['prompt_s']:.2f} s", flush=True)
+            rows.append({**row, **found})
     busy, own = (after - was for after, was in zip(seconds_of_cpus(), before, strict=True))
     others = max(0.0, busy - own) / busy
     print(f"others had {others:.1%} of the time that processors were busy")

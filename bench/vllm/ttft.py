@@ -5,6 +5,8 @@
 MODEL is a Hugging Face directory (tests/engines/vllm/models.py unpacks the bundled one). Run it with the
 Python that has vLLM and flashprefill. Each engine is a process of its own; they hold still while another one
 is timed. Prefix caching is off, everything else is vLLM's default. A row's time is the median of its repeats.
+After a prompt both engines hold it, and generate by turns of eight tokens; decode speed is that of the
+median step.
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ from typing import Any
 
 from flashprefill.apps import machine, prompt
 
+STEPS = 8  # of decoding, one engine's turn
+
 
 def serve(pipe: Any, model: str, dtype: str, eager: bool, policy: dict[str, Any] | None) -> None:
-    """An engine: takes (token ids, new tokens), returns (seconds at each token, tokens, blocks)."""
+    """Be an engine.
+
+    It takes ids and a limit of tokens, and returns seconds to the first token and counts of blocks; then
+    numbers of steps, and returns the seconds of each; 0 ends the request, and it returns the tokens.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
@@ -40,6 +48,16 @@ def serve(pipe: Any, model: str, dtype: str, eager: bool, policy: dict[str, Any]
         additional_config={} if policy is None else plugin.config(**policy),
     )
     engine = llm.llm_engine
+    tokens: list[int] = []
+
+    def step() -> float:
+        """Seconds until there is one token more."""
+        begin, before = time.perf_counter(), len(tokens)
+        while len(tokens) == before:
+            for output in engine.step():
+                tokens[:] = output.outputs[0].token_ids
+        return time.perf_counter() - begin
+
     pipe.send("ready")
     number = 0
     while (job := pipe.recv()) is not None:
@@ -48,17 +66,17 @@ def serve(pipe: Any, model: str, dtype: str, eager: bool, policy: dict[str, Any]
         sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         before = plugin.snapshot()
         begin = time.perf_counter()
-        engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
-        times: list[float] = []
-        tokens: list[int] = []
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if len(output.outputs[0].token_ids) > len(tokens):
-                    tokens = list(output.outputs[0].token_ids)
-                    times.append(time.perf_counter() - begin)
+        name = engine.add_request(str(number), {"prompt_token_ids": ids}, sampling) or str(number)
+        tokens.clear()
+        step()
+        seconds = time.perf_counter() - begin
         after = plugin.snapshot()
-        blocks = {name: after[name] - before[name] for name in ("kept_blocks", "causal_blocks")}
-        pipe.send((times, tokens, blocks))
+        pipe.send((seconds, {key: after[key] - before[key] for key in ("kept_blocks", "causal_blocks")}))
+        while steps := pipe.recv():
+            pipe.send([step() for _ in range(steps)])
+        if engine.has_unfinished_requests():
+            engine.abort_request([name])
+        pipe.send(tokens)
 
 
 def main() -> None:
@@ -68,7 +86,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 7600])
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--new", type=int, default=33, help="tokens to generate")
+    parser.add_argument("--new", type=int, default=129, help="tokens to generate")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--policy", default="flashprefill")
     parser.add_argument("--parameters", type=json.loads, default={}, help="JSON of the policy's fields")
@@ -93,43 +111,56 @@ def main() -> None:
         engines[arm] = here
         there.close()
         here.recv()
-    for pipe in engines.values():  # the first prompt of an engine pays for its compilers and its memory
-        pipe.send((prompts[min(prompts)].ids, 4))
-        pipe.recv()
+
+    def ask(arm: str, what: Any) -> Any:
+        engines[arm].send(what)
+        return engines[arm].recv()
+
+    for arm in engines:  # the first prompt of an engine pays for its compilers and its memory
+        for what in ((prompts[min(prompts)].ids, 9), 8, 0):
+            ask(arm, what)
     rows = []
     for asked in prompts.values():
         if options.pause:
             print(f"{len(asked.ids)} tokens next", flush=True)
             sys.stdin.readline()
-        seen: dict[str, Any] = {arm: {"first": [], "step": [], "text": []} for arm in engines}
+        seen: dict[str, Any] = {arm: {"first": [], "steps": [], "text": []} for arm in engines}
         density = None
         for turn in range(options.repeats):
-            for arm in (*engines,) if turn % 2 == 0 else (*reversed(engines),):
-                engines[arm].send((asked.ids, options.new))
-                times, tokens, blocks = engines[arm].recv()
-                seen[arm]["first"].append(times[0])
-                seen[arm]["step"].append((times[-1] - times[0]) / max(1, len(times) - 1))
-                seen[arm]["text"].append(tokenizer.decode(tokens))
+            order = (*engines,) if turn % 2 == 0 else (*reversed(engines),)
+            for arm in order:
+                seconds, blocks = ask(arm, (asked.ids, options.new))
+                seen[arm]["first"].append(seconds)
                 if blocks["causal_blocks"]:
                     density = blocks["kept_blocks"] / blocks["causal_blocks"]
+            for begin in range(1, options.new, STEPS):
+                for arm in order if begin // STEPS % 2 == 0 else reversed(order):
+                    seen[arm]["steps"] += ask(arm, min(STEPS, options.new - begin))
+            for arm in order:
+                seen[arm]["text"].append(tokenizer.decode(ask(arm, 0)[:24]))
         row: dict[str, Any] = {"tokens": len(asked.ids), "density": density}
         for arm, values in seen.items():
+            quartiles = statistics.quantiles(values["steps"], n=4)
             row[arm] = {
                 "ttft_seconds": statistics.median(values["first"]),
                 "ttft_all": values["first"],
-                "decode_tokens_per_second": 1 / statistics.median(values["step"]),
-                "decode_all": [1 / step for step in values["step"]],
+                "decode_tokens_per_second": 1 / quartiles[1],
+                "decode_step_quartiles": quartiles,
+                "decode_steps": len(values["steps"]),
                 "found": all(asked.found_in(text) for text in values["text"]),
                 "text": values["text"][0],
             }
         row["speedup"] = row["stock"]["ttft_seconds"] / row["flashprefill"]["ttft_seconds"]
+        row["decode_ratio"] = (
+            row["flashprefill"]["decode_tokens_per_second"] / row["stock"]["decode_tokens_per_second"]
+        )
         rows.append(row)
         stock, ours = row["stock"], row["flashprefill"]
         print(
             f"{row['tokens']:6d} tokens  first token {stock['ttft_seconds']:7.2f} s stock, "
             f"{ours['ttft_seconds']:7.2f} s ours, {row['speedup']:.2f}x, density {density or 1.0:.3f}; "
             f"decode {stock['decode_tokens_per_second']:.1f} and {ours['decode_tokens_per_second']:.1f} "
-            f"tokens/s; found {stock['found']} and {ours['found']}",
+            f"tokens/s, {row['decode_ratio']:.3f}; found {stock['found']} and {ours['found']}",
             flush=True,
         )
     for pipe in engines.values():

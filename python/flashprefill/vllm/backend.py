@@ -103,14 +103,18 @@ class ImplMixin:
     ) -> torch.Tensor:
         """Write attention of query [rows, heads, head_dim] over the cache into output, and return that."""
         engine = super().forward  # type: ignore[misc]
+        plan: sparse.Plan | None = getattr(attn_metadata, sparse.ATTRIBUTE, None)
+        if plan is None:  # each layer of each token that is generated comes by here
+            return engine(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
 
         def dense(queries: torch.Tensor, metadata: Any, results: torch.Tensor) -> Any:
             return engine(
                 layer, queries, key, value, kv_cache, metadata, results, output_scale, output_block_scale
             )
 
-        plan: sparse.Plan | None = getattr(attn_metadata, sparse.ATTRIBUTE, None)
-        if plan is not None and output_scale is None and self._wants(layer, plan.options):
+        if output_scale is None and self._wants(layer, plan.options):
             k_pages, v_pages = self.pages_of(kv_cache)
             if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense):
                 return output

@@ -3,7 +3,7 @@
 # compiles it (a quarter of an hour on two cores). The plugin lies beside it, in build/, so trees may share an engine.
 #   FLASHPREFILL_ENGINES  the folder of all engines; default: build/engines
 #   --short               llama.cpp's library only, which is half of it, without its programs; four prompts of the
-#                         twenty. May come before the others.
+#                         twenty, and no slow tests. May come before the others.
 #   --setup               the engine only, no test
 #   --python              the Python of that folder with the other arguments (for bench/engine_llama.py)
 #   others                go to pytest
@@ -100,5 +100,5 @@ if [ "${1:-}" = --python ]; then
 fi
 ctest --test-dir "$ours/plugin" --output-on-failure -R '^(mask_runs|nodes)$'
 cd "$here"
-[ -z "$short" ] || set -- --prompts 4 --ignore test_tools.py --ignore test_server.py "$@"
+[ -z "$short" ] || set -- -m "not slow" --prompts 4 --ignore test_tools.py --ignore test_server.py "$@"
 exec $python -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"

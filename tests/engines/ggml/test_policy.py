@@ -51,6 +51,7 @@ def found_by_stock() -> list[float]:
     return depths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "ubatch"),
     [

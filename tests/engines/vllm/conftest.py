@@ -14,7 +14,7 @@ FOLDER = Path(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--prompts", type=int, default=4, help="prompts of the real model (the issue's: 20)")
+    parser.addoption("--prompts", type=int, default=20, help="prompts of the real model: 20, or fewer")
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ class Engine:
         before = plugin.snapshot()
         answers, names, added = [Answer() for _ in requests], {}, 0
         step = 0
-        self.preemptions = 0
+        self.preemptions = self.most_running = 0
         while added < len(requests) or self.core.has_unfinished_requests():
             for i, request in enumerate(requests):
                 if request.at == step:
@@ -98,6 +98,7 @@ class Engine:
             self.preemptions = max(
                 [self.preemptions, *(r.num_preemptions for r in self.scheduler.requests.values())]
             )
+            self.most_running = max(self.most_running, len(self.scheduler.running))
             step += 1
             assert step < 5000
         return answers, delta(before, plugin.snapshot())

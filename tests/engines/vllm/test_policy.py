@@ -65,23 +65,3 @@ def test_needle(engines, smollm2, chunk):
     assert counted["density"] < 0.75
     assert found["flashprefill"] == found["stock"]
     assert any(found["stock"])
-
-
-def test_real_model_with_all_blocks_kept(engines, smollm2, pytestconfig):
-    """Greedy answers of the real model in fp32, prompts of 1K to 7K tokens of this machine's texts."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    count = pytestconfig.getoption("prompts")
-    text, _ = prompt.text_of(tokenizer, 7000 + 400 * count, None)
-    lengths = (
-        [1000 + round(6000 * i / max(1, count - 1)) for i in range(count)]
-        if count > 4
-        else [1000, 1700, 2600, 4000][:count]
-    )
-    requests = [Request(text[400 * i : 400 * i + n], 8) for i, n in enumerate(lengths)]
-    options = {"max_num_batched_tokens": 1500, "max_num_seqs": 2, "memory": 1 << 30}
-    stock, _ = engines(smollm2, None, **options).run(requests)
-    ours, counted = engines(smollm2, plugin.config(fp.Dense()), **options).run(requests)
-    assert counted["density"] == 1.0
-    assert_same(stock, ours, 2e-2)

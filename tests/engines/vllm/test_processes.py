@@ -64,7 +64,13 @@ def test_tensor_parallel_and_its_workers_counters(tmp_path, llama):
 
 def test_speculative_rows(tmp_path, llama):
     """Drafts to be verified are rows of a request that generates: the engine's."""
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    # A token is looked up in the prompt by itself, since what random weights generate is no phrase of it.
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
     options = {"speculative_config": speculative, "worker_extension_cls": "flashprefill.vllm.WorkerExtension"}
     repeated = prompts()[1][:50] * 20
     ids = [repeated, prompts()[0]]

@@ -62,6 +62,14 @@ def moved(policy, factor):
     return type(policy)(**fields)
 
 
+PACKED = {  # four sequences, the second one empty
+    "cu_seqlens_q": torch.tensor([0, 300, 300, 301, 1500], dtype=torch.int32),
+    "cu_seqlens_k": torch.tensor([0, 700, 700, 1400, 2650], dtype=torch.int32),
+    "max_seqlen_q": 1199,
+    "max_seqlen_k": 1250,
+}
+
+
 def check(q, k, v, policy, sequences=1, move=moved, to_device=lambda x: x.cuda(), **layout):
     """Compare all three verbs with the CPU's; returns the density."""
     there = [to_device(x) for x in (q, k, v)]
@@ -142,23 +150,20 @@ def test_lengths(q_len, k_len):
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_packed_with_an_empty_sequence(name):
-    cu_q = torch.tensor([0, 300, 300, 301, 1500], dtype=torch.int32)
-    cu_k = torch.tensor([0, 700, 700, 1400, 2650], dtype=torch.int32)
-    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1199, "max_seqlen_k": 1250}
-    check(*data(1500, 2650, 4, 2, 128, torch.bfloat16), SPARSE[name], sequences=4, **layout)
+    check(*data(1500, 2650, 4, 2, 128, torch.bfloat16), SPARSE[name], sequences=4, **PACKED)
 
 
-@pytest.mark.parametrize("page", [1, 16, 24, 64, 128])
-@pytest.mark.parametrize("name", ["published", "shared", "corrected", "sketch"])
-def test_pages_in_any_order(page, name):
+def two_paged_sequences(page):
+    """q, caches with pages in any order and NaN where none is used, the layout, each sequence's q and k."""
     lengths, rows = [900, 1333], [900, 600]
     pages_each = [math.ceil(n / page) for n in lengths]
     order = torch.randperm(sum(pages_each) + 3, generator=torch.Generator().manual_seed(page)).tolist()
     table = torch.zeros(2, max(pages_each), dtype=torch.int32)
     q, k, v = data(sum(rows), sum(lengths), 4, 2, 128, torch.bfloat16)
     caches = [torch.full((len(order), page, 2, 128), math.nan, dtype=q.dtype) for _ in range(2)]
-    begin = 0
+    begin, parts = 0, []
     for b, n in enumerate(lengths):
+        parts.append((q[sum(rows[:b]) : sum(rows[: b + 1])], k[begin : begin + n]))
         for i in range(pages_each[b]):
             table[b, i] = order.pop()
             tokens = slice(begin + i * page, begin + min(n, (i + 1) * page))
@@ -172,6 +177,13 @@ def test_pages_in_any_order(page, name):
         "max_seqlen_q": max(rows),
         "max_seqlen_k": max(lengths),
     }
+    return q, caches, layout, parts
+
+
+@pytest.mark.parametrize("page", [1, 16, 24, 64, 128])
+@pytest.mark.parametrize("name", ["published", "shared", "corrected", "sketch"])
+def test_pages_in_any_order(page, name):
+    q, caches, layout, _ = two_paged_sequences(page)
     check(q, *caches, SPARSE[name], sequences=2, **layout)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import flashprefill as fp
 from oracle import TOLERANCE, error
-from test_cuda import data, pytestmark  # noqa: F401 (marks this file too)
+from test_cuda import PACKED, data, pytestmark, two_paged_sequences  # noqa: F401 (marks this file too)
 
 POLICIES = {
     "stride 16": fp.XAttention(threshold=0.7),
@@ -189,12 +189,10 @@ def test_longer_than_a_chunk_of_tiles():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_packed_with_an_empty_sequence(name):
-    cu_q = torch.tensor([0, 300, 300, 301, 1500], dtype=torch.int32)
-    cu_k = torch.tensor([0, 700, 700, 1400, 2650], dtype=torch.int32)
-    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1199, "max_seqlen_k": 1250}
     q, k, v = data(1500, 2650, 4, 2, 128, torch.bfloat16)
+    cu_q, cu_k = PACKED["cu_seqlens_q"], PACKED["cu_seqlens_k"]
     parts = [(q[cu_q[b] : cu_q[b + 1]], k[cu_k[b] : cu_k[b + 1]]) for b in range(4)]
-    check(q, k, v, POLICIES[name], parts, **layout)
+    check(q, k, v, POLICIES[name], parts, **PACKED)
 
 
 def test_rectangular_batches():
@@ -210,28 +208,7 @@ def test_rectangular_batches():
 @pytest.mark.parametrize("page", [1, 16, 24, 64, 128])
 @pytest.mark.parametrize("name", [*FEW, "corrected"])
 def test_pages_in_any_order(page, name):
-    lengths, rows = [900, 1333], [900, 600]
-    pages_each = [math.ceil(n / page) for n in lengths]
-    order = torch.randperm(sum(pages_each) + 3, generator=torch.Generator().manual_seed(page)).tolist()
-    table = torch.zeros(2, max(pages_each), dtype=torch.int32)
-    q, k, v = data(sum(rows), sum(lengths), 4, 2, 128, torch.bfloat16)
-    caches = [torch.full((len(order), page, 2, 128), math.nan, dtype=q.dtype) for _ in range(2)]
-    begin, parts = 0, []
-    for b, n in enumerate(lengths):
-        parts.append((q[sum(rows[:b]) : sum(rows[: b + 1])], k[begin : begin + n]))
-        for i in range(pages_each[b]):
-            table[b, i] = order.pop()
-            tokens = slice(begin + i * page, begin + min(n, (i + 1) * page))
-            for cache, source in zip(caches, (k, v), strict=True):
-                cache[table[b, i], : tokens.stop - tokens.start] = source[tokens]
-        begin += n
-    layout = {
-        "cu_seqlens_q": torch.tensor([0, rows[0], sum(rows)], dtype=torch.int32),
-        "seqused_k": torch.tensor(lengths, dtype=torch.int32),
-        "block_table": table,
-        "max_seqlen_q": max(rows),
-        "max_seqlen_k": max(lengths),
-    }
+    q, caches, layout, parts = two_paged_sequences(page)
     check(q, *caches, POLICIES[name], parts, **layout)
 
 

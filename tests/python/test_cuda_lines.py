@@ -12,7 +12,7 @@ import torch
 import flashprefill as fp
 from flashprefill.flex_prefill import flex_prefill_attention
 from oracle import TOLERANCE, error
-from test_cuda import check, data
+from test_cuda import PACKED, check, data, two_paged_sequences
 from test_cuda import pytestmark as where_there_is_a_device
 
 pytestmark = where_there_is_a_device
@@ -98,35 +98,12 @@ def test_block_sizes(size):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_packed_with_an_empty_sequence(name):
-    cu_q = torch.tensor([0, 300, 300, 301, 1500], dtype=torch.int32)
-    cu_k = torch.tensor([0, 700, 700, 1400, 2650], dtype=torch.int32)
-    layout = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 1199, "max_seqlen_k": 1250}
-    compare(*data(1500, 2650, 4, 2, 128, torch.bfloat16), POLICIES[name], sequences=4, **layout)
+    compare(*data(1500, 2650, 4, 2, 128, torch.bfloat16), POLICIES[name], sequences=4, **PACKED)
 
 
 @pytest.mark.parametrize("page", [1, 16, 24, 64, 128])
 def test_pages_in_any_order(page):
-    lengths, rows = [900, 1333], [900, 600]
-    pages_each = [math.ceil(n / page) for n in lengths]
-    order = torch.randperm(sum(pages_each) + 3, generator=torch.Generator().manual_seed(page)).tolist()
-    table = torch.zeros(2, max(pages_each), dtype=torch.int32)
-    q, k, v = data(sum(rows), sum(lengths), 4, 2, 128, torch.bfloat16)
-    caches = [torch.full((len(order), page, 2, 128), math.nan, dtype=q.dtype) for _ in range(2)]
-    begin = 0
-    for b, n in enumerate(lengths):
-        for i in range(pages_each[b]):
-            table[b, i] = order.pop()
-            tokens = slice(begin + i * page, begin + min(n, (i + 1) * page))
-            for cache, source in zip(caches, (k, v), strict=True):
-                cache[table[b, i], : tokens.stop - tokens.start] = source[tokens]
-        begin += n
-    layout = {
-        "cu_seqlens_q": torch.tensor([0, rows[0], sum(rows)], dtype=torch.int32),
-        "seqused_k": torch.tensor(lengths, dtype=torch.int32),
-        "block_table": table,
-        "max_seqlen_q": max(rows),
-        "max_seqlen_k": max(lengths),
-    }
+    q, caches, layout, _ = two_paged_sequences(page)
     for name in ("lines", "aware", "MInference, few"):
         compare(q, *caches, POLICIES[name], sequences=2, **layout)
 

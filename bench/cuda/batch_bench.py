@@ -7,13 +7,10 @@ captured in CUDA graphs; medians of five turns.
 """
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 
 import torch
-from operator_bench import clock, graph_of, inputs, milliseconds
+from operator_bench import clock, graph_of, inputs, milliseconds, write_results
 
 import flashprefill as fp
 
@@ -57,17 +54,7 @@ def main():
             flush=True,
         )
     if arguments.out:
-        results = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python3", *sys.argv]),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "flashprefill": fp.__version__,
-            "lengths": LENGTHS,
-            "rows": rows,
-        }
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        write_results(arguments.out, rows, lengths=LENGTHS)
 
 
 if __name__ == "__main__":

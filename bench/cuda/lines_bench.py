@@ -10,13 +10,10 @@ that they don't know (1000, 6096).
 """
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 
 import torch
-from operator_bench import DENSITY, clock, graph_of, inputs, milliseconds, tuned
+from operator_bench import DENSITY, clock, graph_of, inputs, milliseconds, tuned, write_results
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -101,16 +98,7 @@ def main():
                 )
             torch.cuda.empty_cache()
     if arguments.out:
-        results = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python3", *sys.argv]),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "flashprefill": fp.__version__,
-            "rows": rows,
-        }
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        write_results(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,21 @@ def clock():
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
+def write_results(path, rows, **more):
+    """Write rows with what makes a figure of them: the date, the command, the card, the versions."""
+    results = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python3", *sys.argv]),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "flashprefill": fp.__version__,
+        **more,
+        "rows": rows,
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=1)
+
+
 def main():
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -153,16 +168,7 @@ def main():
                         flush=True,
                     )
     if arguments.out:
-        results = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python3", *sys.argv]),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "flashprefill": fp.__version__,
-            "rows": rows,
-        }
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        write_results(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,10 @@ tuned to one density, and cuDNN's dense attention; a graph of a selection holds 
 """
 
 import argparse
-import datetime
-import json
 import statistics
-import sys
 
 import torch
-from operator_bench import DENSITY, HEADS, clock, graph_of, inputs, milliseconds, tuned
+from operator_bench import DENSITY, HEADS, clock, graph_of, inputs, milliseconds, tuned, write_results
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -203,17 +200,7 @@ def main():
                 )
             torch.cuda.empty_cache()
     if arguments.out:
-        results = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python3", *sys.argv]),
-            "device": torch.cuda.get_device_name(),
-            "copy_tb_s": copy,
-            "torch": torch.__version__,
-            "flashprefill": fp.__version__,
-            "rows": rows,
-        }
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        write_results(arguments.out, rows, copy_tb_s=copy)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 import flashprefill as fp
 from oracle import TOLERANCE, error
-from test_cuda import PACKED, data, pytestmark, two_paged_sequences  # noqa: F401 (marks this file too)
+from test_cuda import PACKED, captured, data, pytestmark, two_paged_sequences  # noqa: F401 (marks this file too)
 
 POLICIES = {
     "stride 16": fp.XAttention(threshold=0.7),
@@ -271,14 +271,7 @@ def test_graph_replays_with_other_lengths():
         policy = POLICIES[name]
         out = torch.empty_like(q)
         cu[1] = 1000
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            fp.prefill_attention(q, k, v, policy, out=out, **layout)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            fp.prefill_attention(q, k, v, policy, out=out, **layout)
+        graph = captured(fp.prefill_attention, q, k, v, policy, out=out, **layout)
         for middle in (1000, 1, 2399, 1777):
             cu[1] = middle
             graph.replay()

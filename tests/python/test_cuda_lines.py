@@ -12,7 +12,7 @@ import torch
 import flashprefill as fp
 from flashprefill.flex_prefill import flex_prefill_attention
 from oracle import TOLERANCE, error
-from test_cuda import PACKED, check, data, two_paged_sequences
+from test_cuda import PACKED, captured, check, data, two_paged_sequences
 from test_cuda import pytestmark as where_there_is_a_device
 
 pytestmark = where_there_is_a_device
@@ -192,14 +192,7 @@ def test_graph_replays_with_other_lengths(name):
     layout = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 2400, "max_seqlen_k": 2400}
     policy = POLICIES[name]
     out = torch.empty_like(q)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        fp.prefill_attention(q, k, v, policy, out=out, **layout)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fp.prefill_attention(q, k, v, policy, out=out, **layout)
+    graph = captured(fp.prefill_attention, q, k, v, policy, out=out, **layout)
     for middle in (1000, 1, 2399, 700):
         cu[1] = middle
         graph.replay()

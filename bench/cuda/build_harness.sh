@@ -5,14 +5,12 @@
 set -e
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
-cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
 flags="-std=c++20 -Isrc -Iinclude"
 for source in src/cuda/sm90/attend_*.cu; do
   nvcc $flags -O3 -gencode=arch=compute_90a,code=sm_90a -Xptxas -v -Xcompiler -fPIC -c "$source" \
     -o "$out/$(basename "$source" .cu).o"
 done
 for source in src/cuda/attend.cc src/cuda/common/tensor_map.cc bench/cuda/attend_harness.cc; do
-  g++ $flags -O2 -fPIC -fvisibility=hidden -I"$cuda/include" -c "$source" -o "$out/$(basename "$source" .cc).o"
+  nvcc $flags -O2 -Xcompiler -fPIC,-fvisibility=hidden -c "$source" -o "$out/$(basename "$source" .cc).o"
 done
-g++ -shared -static-libstdc++ -static-libgcc -o "$out/libattend_harness.so" "$out"/*.o -L"$cuda/lib64" -lcudart_static \
-  -ldl -lrt -lpthread
+nvcc -shared -cudart static -Xcompiler -static-libstdc++,-static-libgcc -o "$out/libattend_harness.so" "$out"/*.o -ldl -lrt -lpthread

@@ -176,7 +176,7 @@ class AttendProducer {
         const int rows = work.k_len - __shfl_sync(~0u, position, which);
         const uint16_t* from = data_ + head * stride_[2] + __shfl_sync(~0u, page, which) * stride_[0] +
                                __shfl_sync(~0u, token, which) * stride_[1];
-        if (Mine(which)) CopyRows(to, which << p_.chunk_shift, 1 << p_.chunk_shift, rows, from, stride_[1]);
+        if (Mine(which)) CopyRows(to, which << p_.chunk_shift, 1 << p_.chunk_shift, 0, rows, from, stride_[1]);
       }
       const int chunk_bytes = Plan::kPanelRowsBytes << p_.chunk_shift;
       if (lane_ == 0 && rank_ == 0) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks - __popc(by_rows)));
@@ -302,24 +302,25 @@ class AttendProducer {
   // ---------------------------------------------------------------- tiles of means
 
   // They lie together. The first tile, the highest, would run past `full`, where there may be anything; so it begins
-  // earlier and ends there. Only where it would begin before the sequence does, V's last rows are kept out one by one.
+  // earlier and ends there. Where that is before the sequence begins, V's first rows are kept out: zeros lie before the
+  // first sequence, another one's means before the others. So columns stand alike in every sequence, and a sequence gets
+  // the same bits alone and in a batch.
   __device__ __forceinline__ void SendMeans(bool first) {
     const Work& work = walk_.work();
     const bool packed = p_.cu_seqlens_k && !p_.page_size;
     const int row0 = packed ? p_.by_block(work.k_begin) + work.sequence : work.sequence * p_.mean_rows_each;
     int block = walk_.NextMeans(first);
-    int before = max(0, block + kKeys - work.full);
-    if (before > block && row0 > 0) before = 0; // before row 0 there are zeros
+    const int before = max(0, block + kKeys - work.full);
     block -= before;
     if (!is_v_ && rank_ == 0) DescribeMeans(block, before);
     const int row = row0 + block;
-    const bool ragged = is_v_ && block + kKeys > work.full;
+    const bool ragged = is_v_ && block < 0 && row0 > 0;
     BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
     uint8_t* const to = stages_ + ring_position_.stage * Plan::kKeyBytes;
     uint64_t* const full = &full_[ring_position_.stage];
     if (rank_ == 0) {
       int bulk_rows = kKeys;
-      if (ragged) bulk_rows -= SendMeanParts(to, full, row, work.full - block);
+      if (ragged) bulk_rows -= SendMeanParts(to, full, row, -block);
       if (ElectOne()) {
         BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * bulk_rows);
         for (int i = 0; i < (ragged ? 0 : kPanels); ++i) {
@@ -332,30 +333,30 @@ class AttendProducer {
     ring_position_.Advance(SHAPE::kStages);
   }
 
-  // V's tile of means that ends inside, after `rows`: parts of 16 rows, of which the one that is cut goes by rows and
-  // those behind it are read from outside the tensor. Returns how many rows are no bulk copy's. The copies may arrive
-  // before the barrier expects them: it cannot pass without the arrival that follows.
-  __device__ __forceinline__ int SendMeanParts(uint8_t* to, uint64_t* full, int row, int rows) {
+  // V's tile of means that begins inside, after `absent` rows of zeros: parts of 16 rows, of which the one that is cut
+  // goes by rows and those before it are read from outside the tensor. Returns how many rows are no bulk copy's. The
+  // copies may arrive before the barrier expects them: it cannot pass without the arrival that follows.
+  __device__ __forceinline__ int SendMeanParts(uint8_t* to, uint64_t* full, int row, int absent) {
     constexpr int kPart = kMeanPartRows;
-    const int whole = rows / kPart * kPart;
-    const bool cut = whole < rows;
+    const int cut_part = absent / kPart * kPart;
+    const bool cut = cut_part < absent;
     if (ElectOne()) {
 #pragma unroll 1
       for (int part = 0; part < kKeys; part += kPart) {
-        if (cut && part == whole) continue;
+        if (cut && part == cut_part) continue;
 #pragma unroll
         for (int i = 0; i < kPanels; ++i) {
           BulkLoad(to + i * Plan::kKeyPanelBytes + part * Plan::kPanelRowsBytes, &p_.v_mean_part, full,
-                   i * kPanelColumns, walk_.work().kv_head, part < whole ? row + part : static_cast<int>(p_.mean_rows),
-                   0);
+                   i * kPanelColumns, walk_.work().kv_head,
+                   part >= absent ? row + part : static_cast<int>(p_.mean_rows), 0);
         }
       }
     }
     __syncwarp();
     if (!cut) return 0;
-    const int64_t first = walk_.work().kv_head * p_.mean_rows + row + whole;
-    CopyRows(to, whole, kPart, rows - whole, static_cast<const uint16_t*>(p_.v_mean_data) + first * p_.head_dim,
-             p_.head_dim);
+    const int64_t first = walk_.work().kv_head * p_.mean_rows + row + cut_part;
+    CopyRows(to, cut_part, kPart, absent - cut_part, kPart,
+             static_cast<const uint16_t*>(p_.v_mean_data) + first * p_.head_dim, p_.head_dim);
     return kPart;
   }
 
@@ -384,16 +385,18 @@ class AttendProducer {
 
   // ---------------------------------------------------------------- other copies
 
-  // A warp copies `rows` of `count` rows to row0 of a stage, swizzled as bulk copies would, and makes the rest zeros.
-  __device__ __forceinline__ void CopyRows(uint8_t* to, int row0, int count, int rows, const uint16_t* from,
+  // A warp copies rows `begin` to `end` of `count` to row0 of a stage, swizzled as bulk copies would, and makes the rest
+  // zeros. `from` is where row 0 of them would be.
+  __device__ __forceinline__ void CopyRows(uint8_t* to, int row0, int count, int begin, int end, const uint16_t* from,
                                            int64_t stride) {
     const uint32_t base = SharedAddress(to);
 #pragma unroll 1
     for (int i = lane_; i < count * kPieces; i += 32) {
-      const int row = row0 + i / kPieces;
+      const int of_count = i / kPieces, row = row0 + of_count;
       const int piece = i % kPieces;
       AsyncCopy16(base + piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
-                  from + (row - row0) * stride + piece * 8, row - row0 < rows && piece < p_.head_dim / 8);
+                  from + of_count * stride + piece * 8,
+                  of_count >= begin && of_count < end && piece < p_.head_dim / 8);
     }
     AsyncCopyWaitAll();
     FenceAsyncProxy();

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import _abi
 from .errors import refuse
-from .policies import numbers_of
+from .policies.base import numbers_of
 
 _ALIGN = 64  # of workspaces
 _DTYPES = {"float32": _abi.F32, "bfloat16": _abi.BF16, "float16": _abi.F16}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class ImplMixin:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write attention of query [rows, heads, head_dim] over the cache into output, and return that."""
-        engine = super().forward  # type: ignore[misc]
+        engine: Callable[..., torch.Tensor] = super().forward  # type: ignore[misc]
         plan: sparse.Plan | None = getattr(attn_metadata, sparse.ATTRIBUTE, None)
         if plan is None:  # each layer of each token that is generated comes by here
             return engine(

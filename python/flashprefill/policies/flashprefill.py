@@ -1,0 +1,75 @@
+"""FlashPrefill, versions 1 and 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import refuse
+from .base import Policy
+from .checks import check_alpha
+
+# alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
+_ALPHAS = {
+    "llama-3.1": 0.18,
+    "qwen2": 0.08,
+    "qwen2.5": 0.08,
+    "qwen2.5-vl": 0.10,
+    "qwen3-30b": 0.12,
+    "qwen3-moe": 0.12,
+    "qwen3-vl-30b": 0.22,
+}
+
+
+@dataclass(frozen=True)
+class FlashPrefill(Policy):
+    """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
+
+    A block of keys is scored by its mean key: the sum over the tile's rows of exp(scale * q . mean). Kept are
+    blocks from
+    ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
+
+    Args:
+        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 the best
+            one. 0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys a block; the paper tunes for 128.
+        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128. 1
+            is the paper, 16 costs 16 times less arithmetic at the same quality (docs: selectors).
+        share_heads: one list for the query heads of a KV head (V2).
+        mean_correction: blocks left out count by their means (V2).
+        min_blocks: blocks; at least the top so many by score are kept.
+    """
+
+    alpha: float = 0.12
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    dense_tail_blocks: int = 2
+    block_size: int = 128
+    query_pool: int = 1
+    share_heads: bool = False
+    mean_correction: bool = False
+    min_blocks: int = 0
+
+    kind = "flashprefill"
+
+    def __post_init__(self) -> None:
+        self._seal(alpha=check_alpha(self.alpha))
+
+    @classmethod
+    def for_model(cls, name: str, **changes: Any) -> FlashPrefill:
+        """Return the policy that the paper's code uses for a family of models.
+
+        Args:
+            name: "llama-3.1", "qwen2", "qwen2.5", "qwen2.5-vl", "qwen3-30b", "qwen3-moe" or "qwen3-vl-30b".
+            **changes: other fields of the policy.
+
+        Raises:
+            ValueError: the name is not known; the message lists those that are.
+        """
+        alpha = _ALPHAS.get(str(name).lower())
+        if alpha is None:
+            refuse("name", repr(name), "one of " + ", ".join(sorted(_ALPHAS)))
+        return cls(**{"alpha": alpha, **changes})

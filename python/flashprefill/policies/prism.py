@@ -1,0 +1,60 @@
+"""Prism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import refuse, refuse_type
+from .base import Policy
+from .checks import check_integer, check_share
+
+
+@dataclass(frozen=True)
+class Prism(Policy):
+    """Prism (arXiv 2602.08426): pooled scores in two bands of rotary frequencies.
+
+    A mean over a block averages out what rotates fast. So the fast and the slow dimensions are scored apart,
+    each with the temperature that its pooled energy calls for, and a tile keeps the union of the smallest
+    sets that hold ``mass`` of either softmax. See docs/methods/prism.md.
+
+    Args:
+        mass: share of a band's probability to keep, in (0, 1]; 0.95 in the paper.
+        rotary_dim: dimensions that are rotated, the first ones; 0 is head_dim.
+        high_pairs: rotary pairs in the high band, fastest first; 0 is half of them (the paper: 32 of 64).
+        low_pairs: rotary pairs in the low band, slowest first; 0 is three quarters of them (the paper: 48 of
+            64). Dimensions that are not rotated belong to the low band.
+        interleaved: False: dimension i is paired with i + rotary_dim / 2 (Llama, Qwen in Transformers); True:
+            2i with 2i + 1.
+        block_size: keys a block; 128 is the paper's.
+        sink_blocks: blocks kept at the beginning.
+        window_blocks: blocks kept before and at the diagonal.
+        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        mean_correction: blocks left out count by their means.
+    """
+
+    mass: float = 0.95
+    rotary_dim: int = 0
+    high_pairs: int = 0
+    low_pairs: int = 0
+    interleaved: bool = False
+    block_size: int = 128
+    sink_blocks: int = 1
+    window_blocks: int = 2
+    dense_tail_blocks: int = 0
+    mean_correction: bool = False
+
+    kind = "prism"
+    share_heads = False
+
+    def __post_init__(self) -> None:
+        rotary = check_integer("rotary_dim", self.rotary_dim, 0, 512)
+        if rotary % 2:
+            refuse("rotary_dim", rotary, "even")
+        if not isinstance(self.interleaved, bool):
+            refuse_type("interleaved", repr(self.interleaved), "True or False")
+        self._seal(
+            mass=check_share("mass", self.mass),
+            rotary_dim=rotary,
+            high_pairs=check_integer("high_pairs", self.high_pairs, 0, 256),
+            low_pairs=check_integer("low_pairs", self.low_pairs, 0, 256),
+        )

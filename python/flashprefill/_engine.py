@@ -24,6 +24,7 @@ from .errors import refuse
 from .policies.base import numbers_of
 
 _ALIGN = 64  # of workspaces
+_FourStrides = ctypes.c_int64 * 4
 _DTYPES = {"float32": _abi.F32, "bfloat16": _abi.BF16, "float16": _abi.F16}
 _STRUCTS: dict[str, tuple[int, Any]] = {
     "dense": (_abi.DENSE, _abi.Policy),
@@ -111,13 +112,17 @@ def _strides(x: Any) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides) if _is_numpy(x) else tuple(x.stride())
 
 
+@functools.cache
+def _dtype(dtype: Any) -> int:
+    return _DTYPES[dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")]
+
+
 def _tensor(x: Any) -> _abi.Tensor:
     """Describe a tensor of 3 or 4 axes; with 3 the first stride is not read, or steps over one sequence."""
-    name = x.dtype.name if _is_numpy(x) else str(x.dtype).removeprefix("torch.")
     strides = _strides(x)
     if len(strides) == 3:
         strides = (0, *strides)
-    return _abi.Tensor(_address(x), _DTYPES[name], 0, (ctypes.c_int64 * 4)(*strides))
+    return _abi.Tensor(_address(x), _dtype(x.dtype), 0, _FourStrides(*strides))
 
 
 def _range(x: Any) -> tuple[int, int]:
@@ -126,8 +131,13 @@ def _range(x: Any) -> tuple[int, int]:
     if 0 in x.shape:
         return begin, begin
     size = x.itemsize if _is_numpy(x) else x.element_size()
-    steps = [(n - 1) * s * size for n, s in zip(x.shape, _strides(x), strict=True)]
-    return begin + sum(min(0, s) for s in steps), begin + sum(max(0, s) for s in steps) + size
+    low = high = 0
+    for n, s in zip(x.shape, _strides(x), strict=True):
+        if s < 0:
+            low += (n - 1) * s
+        else:
+            high += (n - 1) * s
+    return begin + low * size, begin + (high + 1) * size
 
 
 def _refuse_overlap(out: Any, **inputs: Any) -> None:

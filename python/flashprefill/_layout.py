@@ -73,6 +73,12 @@ class Layout:
             None if self.seqused_k is None else ops.copy(self.seqused_k),
         )
 
+    def to(self, device: Any) -> Layout:
+        """Return the layout with its tensors on another device."""
+        indices = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.block_table)
+        sizes = (self.batch, self.total_q, self.max_seqlen_q, self.max_seqlen_k, self.causal)
+        return Layout(*sizes, *(None if x is None else x.to(device) for x in indices))
+
     def sequences(self, ops: Any) -> list[tuple[int, int, int]]:
         """Return (rows of q before it, rows, keys) of each sequence. Reads the index arrays."""
         cu_q, cu_k, used = (

@@ -198,6 +198,25 @@ class BlockMask:
                 touched[h, m, visible[m] :] = False
         return touched
 
+    def to(self, device: Any) -> BlockMask:
+        """Return the mask in the memory of another device, such as "cuda". For masks of torch tensors."""
+        moved = [
+            None if x is None else x.to(device) for x in (self.bits, self.counts, self.fallback, self.lines)
+        ]
+        bits, counts, fallback, lines = moved
+        return BlockMask(
+            self._layout.to(device),
+            bits,
+            counts,
+            fallback,
+            self.tile_tokens,
+            self.block_size,
+            self.share_heads,
+            self.mean_correction,
+            lines,
+            self.columns_room,
+        )
+
     @property
     def stats(self) -> Stats:
         """Kept blocks by sequence and head."""

@@ -1,6 +1,7 @@
 """The methods that score blocks of keys: masks against each method's words, said a second time in PyTorch."""
 
 import functools
+import json
 import math
 
 import numpy as np
@@ -340,3 +341,26 @@ def test_least_is_the_forced_blocks_and_what_the_rule_always_takes(engine, polic
     forced = fp.Streaming(policy.sink_blocks, policy.window_blocks, 0, policy.block_size)
     more = kept.sum(2) - fp.select(q, k, forced, **engine).dense().sum(2)
     assert (more == 0).all() if policy.kind == "xattention" else ((more == 0) | (more == 1)).all()
+
+
+def test_a_table_of_thresholds_is_read_into_a_policy_for_each_layer(tmp_path):
+    table = [[0.9, 0.0], [0.5, 1]]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    layers = fp.XAttention.from_config(path, stride=8)
+    assert layers == {
+        0: fp.XAttention(head_thresholds=(0.9, 0.0), stride=8),
+        1: fp.XAttention(head_thresholds=(0.5, 1.0), stride=8),
+        "default": fp.XAttention(stride=8),
+    }
+    assert fp.XAttention.from_config(table, stride=8) == layers
+    q, k, _ = tensors(0, (700, 2, 16), (700, 1, 16))
+    mask = fp.select(q, k, layers[0]).dense()
+    alone = [fp.select(q, k, fp.XAttention(threshold=each, stride=8)).dense() for each in (0.9, 0.0)]
+    assert torch.equal(mask[0], alone[0][0]) and torch.equal(mask[1], alone[1][1])
+    with pytest.raises(ValueError, match=r"config is of 1 to 2 heads a layer; it must be of as many"):
+        fp.XAttention.from_config([[0.9], [0.9, 0.9]])
+    with pytest.raises(ValueError, match=r"head_thresholds\[1\] is 1.5"):
+        fp.XAttention.from_config([[0.9, 1.5]])
+    with pytest.raises(TypeError, match="config is .*; it must be a list of thresholds for each layer"):
+        fp.XAttention.from_config({"0": [0.9]})

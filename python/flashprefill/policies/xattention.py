@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import refuse
+from ..errors import refuse, refuse_type
 from .base import Policy
 from .checks import MAX_FLOAT32, check_number, check_share, check_stride
 
@@ -62,6 +65,31 @@ class XAttention(Policy):
             norm=norm,
             head_thresholds=heads,
         )
+
+    @classmethod
+    def from_config(cls, config: Any, **fields: Any) -> dict[Any, XAttention]:
+        """Read a table of thresholds by layer and head into a policy for each layer.
+
+        Args:
+            config: a list with a list of thresholds, one a query head, for each layer; or a path to a JSON
+                file of it.
+            **fields: other fields of the policies; ``threshold`` is for layers that the table has not.
+
+        Returns:
+            A mapping from layer to policy, with a default for other layers: what
+            ``flashprefill.patch_model(model, mapping)`` takes.
+        """
+        if isinstance(config, (str, os.PathLike)):
+            config = json.loads(Path(config).read_text())
+        if not isinstance(config, list) or not all(isinstance(layer, (list, tuple)) for layer in config):
+            refuse_type("config", repr(config)[:60], "a list of thresholds for each layer, or a path to it")
+        heads = {len(layer) for layer in config}
+        if len(heads) > 1:
+            refuse("config", f"of {min(heads)} to {max(heads)} heads a layer", "of as many in each layer")
+        table: dict[Any, XAttention] = {
+            number: cls(head_thresholds=tuple(layer), **fields) for number, layer in enumerate(config)
+        }
+        return {**table, "default": cls(**fields)}
 
     def _spell(self, name: str, value: Any) -> str:
         if name != "head_thresholds":

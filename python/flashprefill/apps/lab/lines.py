@@ -18,9 +18,10 @@ from ..spec import POLICIES
 from .baselines import RULES, SCORERS
 
 ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
-ORACLE_ALPHAS = (0.03, 0.06, 0.12, 0.25, 0.45)
-MASSES = (0.5, 0.7, 0.8, 0.88, 0.94)
-GAINS = (0.001, 0.0025, 0.005, 0.012, 0.03)
+ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
+MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
+GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
+GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
 COUNTS = (4, 8, 14, 22, 34)  # blocks a tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
 
@@ -56,7 +57,7 @@ class Line:
 
 METHODS = (
     Line("Oracle, alpha", "oracle", "alpha", ORACLE_ALPHAS),
-    Line("Oracle, share", "oracle", "share", (0.003, 0.008, 0.016, 0.04)),
+    Line("Oracle, share", "oracle", "share", (0.002, 0.006, 0.016, 0.04)),
     Line("FlashPrefill (V1)", "flashprefill", "alpha", ALPHAS),
     Line("FlashPrefill, query_pool=16", "flashprefill", "alpha", ALPHAS, {"query_pool": 16}),
     Line("Sketch, mass", "sketch", "mass", MASSES),
@@ -64,14 +65,14 @@ METHODS = (
     Line("Sketch, mass, query metric", "sketch", "mass", MASSES, {"query_metric": True}),
     Line("Sketch, gain, query metric, pool 64", "sketch", "gain", GAINS, EIGHTH),
     Line("Sketch, gain, query metric, pool 128", "sketch", "gain", GAINS, {**EIGHTH, "query_pool": 128}),
-    Line("FlexPrefill", "flexprefill", "gamma", (0.6, 0.75, 0.85, 0.9, 0.95)),
-    Line("MInference, vertical-slash", "minference", "slash", (256, 768, 1536, 3072), {"vertical": 512}),
-    Line("XAttention, stride 16", "xattention", "threshold", (0.6, 0.75, 0.85, 0.9, 0.95)),
-    Line("RRAttention, stride 8", "rrattention", "threshold", (0.6, 0.75, 0.85, 0.9, 0.95)),
+    Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),
+    Line("MInference, vertical-slash", "minference", "slash", (100, 250, 500, 1000, 2000), {"vertical": 100}),
+    Line("XAttention, stride 16", "xattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
+    Line("RRAttention, stride 8", "rrattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
     Line("SpargeAttn, stage 1", "spargeattn", "topk", (0.05, 0.1, 0.15, 0.2, 0.3)),
-    Line("Prism", "prism", "mass", (0.5, 0.7, 0.85, 0.95)),
-    Line("SampleAttention", "sampleattention", "coverage", (0.5, 0.7, 0.85, 0.95)),
-    Line("Bounds (Quest-like)", "bounds", "alpha", (0.05, 0.12, 0.25, 0.4, 0.6, 0.8)),
+    Line("Prism", "prism", "mass", (0.5, 0.75, 0.9, 0.97)),
+    Line("SampleAttention", "sampleattention", "coverage", (0.05, 0.15, 0.35, 0.7)),
+    Line("Bounds (Quest-like)", "bounds", "alpha", (0.003, 0.01, 0.03, 0.08, 0.2, 0.5)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
 )
 
@@ -83,7 +84,7 @@ STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
     ),
     "gamma": (
         "FlexPrefill's gamma",
-        (Line("FlexPrefill", "flexprefill", "gamma", (0.6, 0.75, 0.85, 0.9, 0.95)),),
+        (Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),),
     ),
     "tau": (
         "FlexPrefill's tau at gamma 0.9: 0 takes vertical-slash for every head, 1 query-aware",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from flashprefill import BlockMask, collect_timings
+from flashprefill import BlockMask
 from flashprefill.apps import machine
 from flashprefill.apps.lab import texts
 from flashprefill.apps.lab.figures import Layer, Sums
@@ -258,7 +258,7 @@ def main() -> None:
         sums = Sums()
         for layer, keep in zip(layers, masks([worth(e, v) for e in energy], arguments.density), strict=True):
             n = layer.query.shape[0]
-            sums.add(layer, BlockMask.from_dense(keep, q_len=n, k_len=n), collect_timings)
+            sums.add(layer, BlockMask.from_dense(keep, q_len=n, k_len=n))
         figures = sums.figures()
         rows.append(
             {

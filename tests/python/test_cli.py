@@ -235,11 +235,12 @@ def test_bench_writes_its_file(capsys, tmp_path):
     assert settings["target"] is None and settings["backend"] is None and "busy" in settings
     assert {"cpu", "cpus", "features"} <= set(results["machine"]) and results["versions"]["torch"]
     rows = results["rows"]
-    names = ["PyTorch SDPA", bench.MATRIX_PRODUCT, "FlashPrefill(alpha=0.12)", "random mask, density 0.5"]
+    product = f"{bench.MATRIX_PRODUCT}, 2048^3"
+    names = ["PyTorch SDPA", product, "FlashPrefill(alpha=0.12)", "random mask, density 0.5"]
     assert [row["name"] for row in rows] == names * 2
     for row in rows:
         assert len(row["seconds"]["all"]) == 2 and row["seconds"]["min"] > 0 and row["gflops"] > 0
-        assert (row["speedup"] is None) == (row["name"] == bench.MATRIX_PRODUCT)
+        assert (row["speedup"] is None) == (row["name"] == product)
     assert rows[0]["speedup"] == 1 and rows[3]["density"] == pytest.approx(0.5, abs=0.02)
     assert "4/2x32x1024" in out and "2/2x16x300" in out and "speed-up" in out
 

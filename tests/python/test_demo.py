@@ -310,6 +310,17 @@ def test_a_busy_machine_is_told(monkeypatch, results):
     assert "Careful" not in report.page({**told, "settings": {**told["settings"], "busy": None}}, out)
 
 
+def test_a_gpu_that_waits_for_python_is_told(results):
+    returned, out, _ = results
+    assert returned["settings"]["pace"] is None and all(run["host_share"] is None for run in returned["runs"])
+    runs = [{**run, "host_share": share} for run, share in zip(returned["runs"], (0.5, 0.97), strict=False)]
+    words = demo.pace(runs)
+    assert words.startswith("the GPU waited for Python with FlashPrefill, published: ")
+    told = {**returned, "settings": {**returned["settings"], "pace": words}}
+    assert f"Careful: {words}" in report.page(told, out)
+    assert demo.pace(runs[:1]) is None
+
+
 def test_dtype_follows_the_processor(monkeypatch):
     from flashprefill.apps import machine
 

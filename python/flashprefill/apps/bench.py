@@ -5,7 +5,10 @@ Contenders are the policies (selection included in their time) and hand-made mas
 compared. With one thread the clock is the process's CPU time, which other programs on the machine hardly
 touch; with more it is the wall's. The baseline is PyTorch's scaled_dot_product_attention on the layout it
 likes best, [batch, heads, tokens, head_dim] and contiguous. The ceiling is PyTorch's own product of two
-2048 x 2048 matrices, which takes its turns too: in bf16 where the processor multiplies it, else in fp32.
+square matrices, which takes its turns too: in bf16 where the processor multiplies it, else in fp32.
+
+On a GPU each call is timed alone by events, its cache emptied before (device.py), and PyTorch's cuDNN
+attention takes turns too where that is not what PyTorch picks by itself.
 """
 
 from __future__ import annotations
@@ -15,33 +18,39 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import BlockMask, attend, backends, collect_timings, prefill_attention
+from .. import BlockMask, attend, backends, prefill_attention, select
+from . import device as devices
 from . import inputs, machine, models, table
+from .device import CPU, Device
 from .errors import UsageError
 from .spec import parse_policy, spell
 
 SCHEMA = "flashprefill-bench/1"
-DEFAULT_SHAPES = ("9/3x64x8K",)
+DEFAULT_SHAPES = {"cpu": ("9/3x64x8K",), "cuda": ("32/8x128x16K", "32/8x128x64K")}
 DEFAULT_POLICIES = ("dense", "flashprefill", "flashprefill(query_pool=16)", "sketch")
 DEFAULT_DENSITIES = (0.5, 0.25, 0.1)
-_MATRIX = 2048
-MATRIX_PRODUCT = f"PyTorch matrix product, {_MATRIX}^3"
+MATRIX = {"cpu": 2048, "cuda": 8192}  # rows; the smaller takes an H200 no longer than it takes to launch
+MATRIX_PRODUCT = "PyTorch matrix product"
+CUDNN = "PyTorch SDPA, cuDNN"
 
 
 @dataclass
 class Options:
     """What the command line asks for."""
 
-    shapes: Sequence[str] = DEFAULT_SHAPES
+    shapes: Sequence[str] = ()  # those of the device
     policies: Sequence[str] = DEFAULT_POLICIES
     densities: Sequence[float] = DEFAULT_DENSITIES
+    device: str = "auto"
     dtype: str = "auto"
     target: str | None = None
     backend: str | None = None
@@ -58,36 +67,44 @@ class Contender:
     call: Callable[[], Any]
     density: float
     work: float  # floating-point operations
+    selection: Callable[[], Any] = lambda: None  # alone
     seconds: list[float] = field(default_factory=list)
     select: list[float] = field(default_factory=list)
 
 
-def contenders(shape: inputs.Shape, options: Options, dtype: torch.dtype) -> list[Contender]:
+def contenders(
+    shape: inputs.Shape, options: Options, dtype: torch.dtype, device: Device = CPU
+) -> list[Contender]:
     """PyTorch's attention, the policies, and the hand-made masks, on one set of inputs."""
-    q, k, v = inputs.make(shape, dtype)
+    q, k, v = inputs.make(shape, dtype, device=device.kind)
     where: dict[str, Any] = {"target": options.target, "backend": options.backend, "threads": options.threads}
     heads_first = [x.transpose(0, 1).contiguous()[None] for x in (q, k, v)]
     grouped = shape.q_heads != shape.kv_heads
 
-    def sdpa() -> Any:
+    def sdpa(chosen: Any = None) -> Any:
         query, key, value = heads_first
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        with nullcontext() if chosen is None else sdpa_kernel(chosen):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
     work = 2.0 * shape.q_heads * shape.head_dim * shape.tokens * (shape.tokens + 1)
     # Without an instruction for it PyTorch's 16-bit product is a scalar loop of a minute, and no ceiling.
-    has_product = dtype is torch.bfloat16 and machine.supports_bf16()
-    square = torch.randn(_MATRIX, _MATRIX, dtype=dtype if has_product else torch.float32)
+    has_product = device.cuda or (dtype is torch.bfloat16 and machine.supports_bf16())
+    rows = MATRIX[device.kind]
+    square = torch.randn(rows, rows, device=device.kind).to(dtype if has_product else torch.float32)
     found = [
         Contender("PyTorch SDPA", sdpa, 1.0, work),
-        Contender(MATRIX_PRODUCT, lambda: square @ square, 1.0, 2.0 * _MATRIX**3),
+        Contender(f"{MATRIX_PRODUCT}, {rows}^3", lambda: square @ square, 1.0, 2.0 * rows**3),
     ]
+    if device.cuda and picked(shape, device, dtype) != "cudnn attention" and runs_cudnn(sdpa):
+        found.insert(1, Contender(CUDNN, lambda: sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, work))
     for policy in map(parse_policy, options.policies):
         _, stats = prefill_attention(q, k, v, policy, return_stats=True, **where)
         call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
+        alone = lambda policy=policy: select(q, k, policy, **where)  # noqa: E731
         density = stats.mean_density
-        found.append(Contender(spell(policy), call, density, work * density))
+        found.append(Contender(spell(policy), call, density, work * density, alone))
     for density in options.densities:
-        keep = inputs.random_mask(shape, density)
+        keep = inputs.random_mask(shape, density).to(device.kind)
         mask = BlockMask.from_dense(keep, q_len=shape.tokens, k_len=shape.tokens)
         call = lambda mask=mask: attend(q, k, v, mask, **where)  # noqa: E731
         name = f"random mask, density {density:g}"
@@ -95,23 +112,34 @@ def contenders(shape: inputs.Shape, options: Options, dtype: torch.dtype) -> lis
     return found
 
 
+def picked(shape: inputs.Shape, device: Device, dtype: torch.dtype) -> str | None:
+    """Which of its attentions PyTorch picks on a GPU."""
+    return device.sdpa_backend(shape.q_heads, shape.kv_heads, shape.head_dim, shape.tokens, dtype)
+
+
+def runs_cudnn(sdpa: Callable[[Any], Any]) -> bool:
+    """Whether PyTorch's cuDNN attention takes these inputs."""
+    try:
+        sdpa(SDPBackend.CUDNN_ATTENTION)
+    except RuntimeError:
+        return False
+    return True
+
+
 def time_by_turns(
     found: Sequence[Contender],
     repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
+    device: Device = CPU,
     progress: Callable[[], Any] = lambda: None,
 ) -> None:
     """One untimed call each, then `repeats` turns of all."""
     with torch.inference_mode():
         for turn in range(repeats + 1):
             for one in found:
-                with collect_timings() as parts:
-                    start = clock()
-                    one.call()
-                    seconds = clock() - start
+                seconds, selecting = device.timed_policy(one.call, one.selection)
                 if turn:
                     one.seconds.append(seconds)
-                    one.select.append(parts.select_seconds)
+                    one.select.append(selecting)
                 progress()
 
 
@@ -129,7 +157,7 @@ def rows_of(shape: inputs.Shape, found: Sequence[Contender]) -> list[dict[str, A
                 "all": one.seconds,
             },
             "select_seconds": statistics.median(one.select),
-            "speedup": None if one.name == MATRIX_PRODUCT else base / statistics.median(one.seconds),
+            "speedup": None if one.name.startswith(MATRIX_PRODUCT) else base / statistics.median(one.seconds),
             "gflops": one.work / (statistics.median(one.seconds) - statistics.median(one.select)) / 1e9,
         }
         for one in found
@@ -153,39 +181,54 @@ def check(options: Options) -> None:
         raise UsageError(f"--target {options.target}: must be one of {', '.join(targets) or 'none here'}")
 
 
+def device_for(options: Options) -> Device:
+    """The device that is asked for, if only by naming a backend or an instruction set."""
+    asked = options.device
+    if asked == "auto" and (options.target is not None or options.backend not in (None, "cuda")):
+        asked = "cpu"
+    if asked == "auto" and options.backend == "cuda":
+        asked = "cuda"
+    device = devices.resolve(asked, options.dtype)
+    # With one thread the CPU's clock is the process's.
+    one_thread = not device.cuda and torch.get_num_threads() == 1
+    return Device(device.kind, time.process_time) if one_thread else device
+
+
 def measure(options: Options) -> dict[str, Any]:
     """Run all shapes; returns what the JSON file holds."""
     check(options)
-    shapes = [inputs.parse_shape(text) for text in options.shapes]
-    dtype = models.resolve_dtype(options.dtype)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    one_thread = torch.get_num_threads() == 1
-    clock = time.process_time if one_thread else time.perf_counter
+    device = device_for(options)
+    shapes = [inputs.parse_shape(text) for text in options.shapes or DEFAULT_SHAPES[device.kind]]
+    dtype = models.resolve_dtype(options.dtype, device)
     busy = machine.busy()
     if busy:
         print(f"note: {busy}", file=sys.stderr)
     from tqdm import tqdm
 
     rows: list[dict[str, Any]] = []
-    turns = len(shapes) * (2 + len(options.policies) + len(options.densities)) * (options.repeats + 1)
-    with tqdm(total=turns, unit="call", leave=False, file=sys.stderr) as bar:
+    sdpa = {}
+    with tqdm(unit="call", leave=False, file=sys.stderr) as bar:
         for shape in shapes:
             bar.set_description(str(shape))
-            found = contenders(shape, options, models.torch_dtype(dtype))
-            time_by_turns(found, options.repeats, clock, bar.update)
+            found = contenders(shape, options, models.torch_dtype(dtype), device)
+            time_by_turns(found, options.repeats, device, bar.update)
             rows += rows_of(shape, found)
+            sdpa[str(shape)] = picked(shape, device, models.torch_dtype(dtype))
     settings = {
+        "device": device.kind,
+        "sdpa": sdpa if device.cuda else None,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "target": options.target,
         "backend": options.backend,
-        "clock": "cpu" if one_thread else "wall",
+        "clock": "events" if device.cuda else "cpu" if device.clock is time.process_time else "wall",
         "torch_target": torch.backends.cpu.get_cpu_capability(),
     }
     return {
         "schema": SCHEMA,
-        **machine.describe(),
+        **machine.describe(device.facts()),
         "settings": {**settings, "repeats": options.repeats, "busy": busy},
         "rows": rows,
     }
@@ -196,25 +239,27 @@ def run(options: Options) -> dict[str, Any]:
     results = measure(options)
     settings = results["settings"]
     target = settings["target"] or "best target"
-    print(f"{results['machine']['cpu']}, {settings['threads']} threads, {settings['dtype']}, {target}")
+    gpu = settings["device"] == "cuda"
+    print(f"{machine.computed_on(results)}, {settings['dtype']}" + ("" if gpu else f", {target}"))
+    digits, unit = (3, 1e12) if gpu else (1, 1e9)
     for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
         lines = [
             [
                 row["name"],
                 f"{row['density']:.3f}",
-                f"{row['seconds']['median'] * 1e3:.1f}",
-                f"{row['seconds']['min'] * 1e3:.1f}",
-                f"{row['select_seconds'] * 1e3:.2f}",
-                f"{row['gflops']:.0f}",
+                f"{row['seconds']['median'] * 1e3:.{digits}f}",
+                f"{row['seconds']['min'] * 1e3:.{digits}f}",
+                f"{row['select_seconds'] * 1e3:.{max(2, digits)}f}",
+                f"{row['gflops'] * 1e9 / unit:.0f}",
                 f"{row['speedup']:.2f}x" if row["speedup"] else "",
             ]
             for row in results["rows"]
             if row["shape"] == shape
         ]
-        print(f"\n{shape} (query heads / KV heads x head_dim x tokens)")
-        print(
-            table.render(("", "density", "median ms", "best ms", "select ms", "GFLOP/s", "speed-up"), lines)
-        )
+        picks = f"; SDPA picks {settings['sdpa'][shape]}" if gpu else ""
+        print(f"\n{shape} (query heads / KV heads x head_dim x tokens){picks}")
+        rate = "TFLOP/s" if gpu else "GFLOP/s"
+        print(table.render(("", "density", "median ms", "best ms", "select ms", rate, "speed-up"), lines))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..policies import FlashPrefill, Policy, Sketch
-from . import machine, models, prompt, report, table
+from . import device, machine, models, prompt, report, table
 from .errors import UsageError
 from .spec import parse_policy, spell
 
@@ -28,6 +28,7 @@ TOKENS = 7600
 LONG_TOKENS = 24000
 QUICK_TOKENS = 1536
 SCHEMA = "flashprefill-demo/1"
+HOST_BOUND = 0.9  # of the time to first token: from there on the GPU has nothing queued
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Options:
     model: Path | None = None
     prompt: Path | None = None
     policies: Sequence[str] = ()
+    device: str = "auto"
     dtype: str = "auto"
     tokens: int | None = None
     depths: Sequence[float] = (0.5,)
@@ -59,6 +61,7 @@ class Method:
     ttft: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
     select: list[float] = field(default_factory=list)
+    host_share: list[float] = field(default_factory=list)  # on a GPU: of ttft, until all was asked of it
     density: Any = None  # [layers, heads]
     fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
     kl: float | None = None
@@ -107,37 +110,30 @@ class Runner:
     def _step(self, what: str, method: Method) -> None:
         self.bar.set_description(f"{what}: {method.label}")
 
-    def warm_up(self, ids: Any) -> None:
+    def warm_up(self, ids: Sequence[int]) -> None:
         """A short piece of the prompt through every method."""
         from . import measure
 
         for method in self.methods:
             self._step("warming up", method)
-            self._with_policy(method, lambda: measure.run(self.loaded.model, ids, 1))
+            self._with_policy(method, lambda: measure.run(self.loaded, ids, 1))
             self.bar.update()
 
     def read(self, text: prompt.Prompt, repeats: int, measured: bool) -> None:
         """All methods read one prompt by turns; the last turn goes on to write the continuation."""
-        import torch
-
-        ids = torch.tensor([text.ids])
         for turn in range(repeats):
             for method in self.methods:
                 self._step(f"turn {turn + 1} of {repeats}" if measured else f"depth {text.depth:g}", method)
-                self._with_policy(
-                    method, lambda m=method, t=turn: self._pass(m, text, ids, t, repeats, measured)
-                )
+                self._with_policy(method, lambda m=method, t=turn: self._pass(m, text, t, repeats, measured))
                 self.bar.update()
 
-    def _pass(
-        self, method: Method, text: prompt.Prompt, ids: Any, turn: int, repeats: int, measured: bool
-    ) -> None:
+    def _pass(self, method: Method, text: prompt.Prompt, turn: int, repeats: int, measured: bool) -> None:
         from . import measure
 
-        model, keep = self.loaded.model, min(self.options.positions, ids.shape[1])
+        model, keep = self.loaded.model, min(self.options.positions, len(text.ids))
         first = measured and turn == 0
         capture = self.capture if first and method.policy is None else frozenset()
-        result, clock = measure.run(model, ids, keep, capture)
+        result, clock = measure.run(self.loaded, text.ids, keep, capture)
         if first and method.policy is not None:
             # A layer that ran dense, because the model or the policy's table wants it so, keeps everything.
             method.density = np.nan_to_num(result.stats.density, nan=1.0)
@@ -145,7 +141,8 @@ class Runner:
         if measured:
             method.ttft.append(result.ttft)
             method.attention.append(clock.seconds)
-            method.select.append(result.select)
+            method.select.append(self._select_alone(method) if result.select is None else result.select)
+            method.host_share += [] if result.host_share is None else [result.host_share]
         if first:
             self.captured = clock.captured or self.captured
             self._compare(method, measure.log_probabilities(model, result))
@@ -160,6 +157,16 @@ class Runner:
                     "continuation": words.strip(),
                 }
             )
+
+    def _select_alone(self, method: Method) -> float:
+        """Selections over the layers that the dense pass left, as many as the model has."""
+        from . import measure
+
+        if method.policy is None or not self.captured:
+            return 0.0
+        layers = list(self.captured.values())
+        some = measure.select_seconds(self.loaded.device, method.policy, layers)
+        return float(some / len(layers) * self.layers)
 
     def _compare(self, method: Method, logs: Any) -> None:
         from . import measure
@@ -185,6 +192,7 @@ def summarise(method: Method, dense: Method) -> dict[str, Any]:
         "ttft_seconds": _spread(method.ttft),
         "attention_seconds": _spread(method.attention),
         "select_seconds": _spread(method.select),
+        "host_share": statistics.median(method.host_share) if method.host_share else None,
         "ttft_speedup": statistics.median(dense.ttft) / ttft,
         "attention_speedup": statistics.median(dense.attention) / attention if attention else None,
         "density": 1.0 if method.density is None else float(np.mean(method.density)),
@@ -229,11 +237,11 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         [
             run["label"],
-            f"{run['ttft_seconds']['median']:.2f}",
+            table.seconds(run["ttft_seconds"]["median"]),
             f"{run['ttft_speedup']:.2f}x",
-            f"{run['attention_seconds']['median']:.2f}",
+            table.seconds(run["attention_seconds"]["median"]),
             optional(run["attention_speedup"], ".2f") + "x",
-            "-" if run["policy"] is None else f"{run['select_seconds']['median']:.2f}",
+            "-" if run["policy"] is None else table.seconds(run["select_seconds"]["median"]),
             f"{run['density']:.3f}",
             optional(run["kl_nats"], ".4f"),
             optional(run["top1_agreement"], ".1%"),
@@ -241,6 +249,17 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
         ]
         for run in runs
     ]
+
+
+def pace(runs: Sequence[dict[str, Any]]) -> str | None:
+    """Say so if a GPU waits for Python: then times say little about attention."""
+    waits = [run["label"] for run in runs if (run["host_share"] or 0.0) > HOST_BOUND]
+    if not waits:
+        return None
+    return (
+        f"the GPU waited for Python with {', '.join(waits)}: the model is too small or the prompt too short "
+        "for these times to say much of a GPU; try --long, or a larger --model"
+    )
 
 
 def check(options: Options) -> None:
@@ -277,14 +296,15 @@ def run(options: Options) -> dict[str, Any]:
     if busy:
         print(f"note: {busy}", file=sys.stderr)
     print("loading the model ...", file=sys.stderr, flush=True)
-    loaded = models.load(options.model, options.dtype, models.ROPE_STRETCH if options.long else 1.0)
+    stretch = models.ROPE_STRETCH if options.long else 1.0
+    loaded = models.load(options.model, options.dtype, device.resolve(options.device, options.dtype), stretch)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)
     repeats = options.repeats or (1 if options.long or options.quick else 3)
     depths = list(options.depths) if options.needle else [None]
     texts = [prompt.build(loaded.tokenizer, tokens, depth, options.prompt) for depth in depths]
     first = texts[0]
     print(
-        f"{loaded.name}, {loaded.dtype}, {torch.get_num_threads()} threads on {machine.cpu_model()}\n"
+        f"{loaded.name}, {loaded.dtype}, {loaded.device.describe(torch.get_num_threads())}\n"
         f"prompt: {len(first.ids)} tokens of {first.source}",
         file=sys.stderr,
         flush=True,
@@ -296,7 +316,7 @@ def run(options: Options) -> dict[str, Any]:
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
         runner = Runner(loaded, methods, options, bar)
-        runner.warm_up(torch.tensor([first.ids[: max(64, min(1024, len(first.ids) // 2))]]))
+        runner.warm_up(first.ids[: max(64, min(1024, len(first.ids) // 2))])
         runner.read(first, repeats, measured=True)
         for text in texts[1:]:
             runner.read(text, 1, measured=False)
@@ -304,7 +324,7 @@ def run(options: Options) -> dict[str, Any]:
     config = loaded.model.config.get_text_config()
     results: dict[str, Any] = {
         "schema": SCHEMA,
-        **machine.describe(),
+        **machine.describe(loaded.device.facts()),
         "model": {
             "name": loaded.name,
             "dtype": loaded.dtype,
@@ -328,11 +348,16 @@ def run(options: Options) -> dict[str, Any]:
             "continuation_tokens": options.continuation,
             "long": options.long,
             "busy": busy,
+            "device": loaded.device.kind,
+            "sdpa": loaded.sdpa_backend(len(first.ids)),
         },
         "runs": [summarise(method, methods[0]) for method in methods],
     }
     results["table"] = table.render(HEADER, table_rows(results["runs"]))
+    results["settings"]["pace"] = pace(results["runs"])
     print(results["table"], flush=True)
+    if results["settings"]["pace"]:
+        print(f"\nnote: {results['settings']['pace']}", flush=True)
     print("drawing the pictures ...", file=sys.stderr, flush=True)
     from . import pictures
 

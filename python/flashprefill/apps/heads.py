@@ -55,7 +55,8 @@ def row_mass(
     blocks = -(-key.shape[0] // block_size)
     keys = torch.nn.functional.pad(key.float(), (0, 0, 0, blocks * block_size - key.shape[0]))
     scores = query[rows].float() @ keys.T * scale
-    scores.masked_fill_(torch.arange(blocks * block_size)[None, :] > rows[:, None], float("-inf"))
+    position = torch.arange(blocks * block_size, device=key.device)
+    scores.masked_fill_(position[None, :] > rows[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1).view(len(rows), blocks, block_size).sum(dim=-1)
 
 
@@ -66,22 +67,23 @@ def attention_mass(
 
     In strips of rows, each against the keys that it may see: half of the square, and no matrix of all pairs.
     """
-    tokens = key.shape[0]
+    tokens, device = key.shape[0], key.device
     tiles, blocks = -(-tokens // tile_tokens), -(-tokens // block_size)
     keys = torch.nn.functional.pad(key.float(), (0, 0, 0, blocks * block_size - tokens)).T.contiguous()
     queries = query.float() * (scale * math.log2(math.e))
-    result = torch.zeros(tiles, blocks)
+    result = torch.zeros(tiles, blocks, device=device)
+    row, tile = torch.arange(tokens, device=device), torch.arange(tokens, device=device) // tile_tokens
     for begin in range(0, tokens, rows):
         end = min(begin + rows, tokens)
         seen, first = -(-end // block_size), begin // block_size * block_size
         scores = queries[begin:end] @ keys[:, : seen * block_size]
-        future = torch.arange(first, seen * block_size)[None, :] > torch.arange(begin, end)[:, None]
+        future = torch.arange(first, seen * block_size, device=device)[None, :] > row[begin:end, None]
         scores[:, first:].masked_fill_(future, float("-inf"))
         scores -= scores.amax(dim=1, keepdim=True)
         sums = scores.exp2_().view(end - begin, seen, block_size).sum(dim=2)
         sums /= sums.sum(dim=1, keepdim=True)
-        result[:, :seen].index_add_(0, torch.arange(begin, end) // tile_tokens, sums)
-    return result / torch.bincount(torch.arange(tokens) // tile_tokens, minlength=tiles)[:, None]
+        result[:, :seen].index_add_(0, tile[begin:end], sums)
+    return result / torch.bincount(tile, minlength=tiles)[:, None]
 
 
 def _features(kept: Bools, free: Bools) -> tuple[float, float]:

@@ -6,21 +6,18 @@ import json
 from typing import Any
 
 from .. import backends, library_path, library_version, thread_runtime
-from . import machine, models
+from . import device, machine
 
 
 def gpu_line() -> str:
     """The GPU that torch sees, or why there is none."""
-    try:
-        import torch
-    except ImportError:
-        return "not looked for: PyTorch is not installed"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return f"{', '.join(names)} (CUDA {torch.version.cuda})"
-    if torch.version.cuda is None:
-        return f"none: this PyTorch ({torch.__version__}) is built without CUDA"
-    return f"none: PyTorch has CUDA {torch.version.cuda} but finds no usable device or driver"
+    without = device.torch_lacks()
+    if without is not None:
+        return f"none: {without}"
+    import torch
+
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{', '.join(names)} (CUDA {torch.version.cuda})"
 
 
 def gather() -> dict[str, Any]:
@@ -29,7 +26,8 @@ def gather() -> dict[str, Any]:
     facts["library"] = {"version": library_version(), "path": library_path()}
     facts["threads"] = thread_runtime()
     facts["gpu"] = gpu_line()
-    facts["default_dtype"] = models.resolve_dtype("auto")
+    facts["default_device"] = device.resolve("auto").kind
+    facts["default_dtype"] = device.resolve("auto").auto_dtype
     facts["backends"] = [
         {"name": b.name, "available": b.available, "description": b.description, "targets": list(b.targets)}
         for b in backends()
@@ -48,7 +46,7 @@ def run(as_json: bool) -> None:
         ("flashprefill", f"{facts['library']['version']}  {facts['library']['path']}"),
         ("processor", f"{here['cpu']}, {here['cpus']} CPUs, {here['memory_gib']} GiB"),
         ("features", " ".join(here["features"]) or "none of those that matter here"),
-        ("dtype", f"{facts['default_dtype']} by default"),
+        ("device", f"{facts['default_device']} and {facts['default_dtype']} by default"),
         ("threads", facts["threads"]),
         ("GPU", facts["gpu"]),
     ]

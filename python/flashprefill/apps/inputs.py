@@ -45,19 +45,20 @@ def parse_shape(text: str) -> Shape:
     return shape
 
 
-def make(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Q [tokens, q_heads, dim], k and v [tokens, kv_heads, dim]."""
-    draw = torch.Generator().manual_seed(seed)
+def make(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Any, Any, Any]:
+    """Q [tokens, q_heads, dim], k and v [tokens, kv_heads, dim]; each kind of device has its own numbers."""
+    draw = torch.Generator(device).manual_seed(seed)
     n, d, topics, stretch = shape.tokens, shape.head_dim, 8, 512
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=draw)
+        return torch.randn(*size, generator=draw, device=device)
 
-    topic = torch.randint(topics, (-(-n // stretch),), generator=draw).repeat_interleave(stretch)[:n]
+    topic = torch.randint(topics, (-(-n // stretch),), generator=draw, device=device)
+    topic = topic.repeat_interleave(stretch)[:n]
     centres = normal(topics, shape.kv_heads, d)[topic]
     drift = normal(-(-n // stretch), shape.kv_heads, d).repeat_interleave(stretch, 0)[:n]
     k = 0.8 * normal(n, shape.kv_heads, d) + centres + 0.5 * drift
-    sharpness = math.sqrt(5.0) * torch.linspace(0.2, 1.0, shape.q_heads)[None, :, None]
+    sharpness = math.sqrt(5.0) * torch.linspace(0.2, 1.0, shape.q_heads, device=device)[None, :, None]
     asked = (centres + 0.5 * drift).repeat_interleave(shape.q_heads // shape.kv_heads, 1)
     q = normal(n, shape.q_heads, d) + sharpness * asked
     v = normal(n, shape.kv_heads, d)

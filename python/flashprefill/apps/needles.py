@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..policies import FlashPrefill, Policy, Sketch
-from . import machine, models, prompt, table
+from . import device, machine, models, prompt, table
 from .errors import UsageError
 from .spec import parse_policy, spell
 
@@ -33,6 +33,7 @@ class Options:
     """What the command line asks for."""
 
     model: Path | None = None
+    device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
     prompt: Path | None = None
@@ -72,15 +73,13 @@ def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
 
 def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) -> dict[str, Any]:
     """One method reads one prompt and answers."""
-    import torch
-
     from .. import patch_model, unpatch_model
     from . import measure
 
     if policy is not None:
         patch_model(loaded.model, policy)
     try:
-        result, clock = measure.run(loaded.model, torch.tensor([text.ids]), 1)
+        result, clock = measure.run(loaded, text.ids, 1)
         # A layer that ran dense keeps everything.
         kept = np.ones(1) if policy is None else np.nan_to_num(result.stats.density, nan=1.0)
         written, least = measure.continue_greedily(loaded.model, result, CONTINUATION)
@@ -89,8 +88,8 @@ def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) ->
             unpatch_model(loaded.model)
     words = loaded.tokenizer.decode(written, skip_special_tokens=True).strip()
     return {
-        "ttft_seconds": round(result.ttft, 3),
-        "attention_seconds": round(clock.seconds, 3),
+        "ttft_seconds": round(result.ttft, 5),
+        "attention_seconds": round(clock.seconds, 5),
         "density": round(float(kept.mean()), 4),
         "found": text.found_in(words),
         "least_sure_token": round(least, 3),  # its probability: how much of a guess the answer is
@@ -124,8 +123,8 @@ def row_of(case: dict[str, Any]) -> list[str]:
         case["method"],
         str(case["tokens"]),
         f"{case['depth']:g}",
-        f"{case['ttft_seconds']:.2f}",
-        f"{case['attention_seconds']:.2f}",
+        table.seconds(case["ttft_seconds"]),
+        table.seconds(case["attention_seconds"]),
         f"{case['density']:.3f}",
         "yes" if case["found"] else "no",
         f"{case['least_sure_token']:.2f}",
@@ -141,34 +140,32 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    context = models.context_of(options.model)
+    where = device.resolve(options.device, options.dtype)
     cases: list[dict[str, Any]] = []
     busy = machine.busy()
-    loaded: models.Loaded | None = None
-    stretched = None
+    print("loading the model ...", file=sys.stderr, flush=True)
+    loaded = models.load(options.model, options.dtype, where)
+    context = loaded.context
     for tokens in sorted(options.tokens):
         factor = stretch_for(tokens, context)
-        if loaded is None or factor != stretched:
-            scaled = f", rotary base scaled {factor:g} times" if factor != 1.0 else ""
-            print(f"loading the model{scaled} ...", file=sys.stderr, flush=True)
-            loaded, stretched = models.load(options.model, options.dtype, factor), factor
+        loaded = models.stretched(loaded, factor)
         for depth in options.depths:
             text = prompt.build(loaded.tokenizer, tokens, depth, options.prompt)
             for label, policy in methods:
                 print(f"{len(text.ids)} tokens, depth {depth:g}: {label}", file=sys.stderr, flush=True)
                 case = {"method": label, "tokens": len(text.ids), "depth": depth, "rotary_scale": factor}
                 cases.append({**case, **answer(loaded, policy, text)})
-    assert loaded is not None
     passed, words = verdict(cases)
     results = {
         "schema": SCHEMA,
-        **machine.describe(),
+        **machine.describe(where.facts()),
         "model": {"name": loaded.name, "dtype": loaded.dtype, "context": context},
         "settings": {"threads": torch.get_num_threads(), "busy": busy, "expected": prompt.ANSWER},
         "cases": cases,
         "verdict": words,
         "passed": passed,
     }
+    print(f"{loaded.name}, {loaded.dtype}, {where.describe(torch.get_num_threads())}\n")
     print(table.render(HEADER, [row_of(case) for case in cases]))
     print(f"\n{words}", flush=True)
     if options.out is not None:

@@ -35,6 +35,11 @@ class Drawn:
     heads: list[dict[str, Any]]
 
 
+def host(x: Any) -> Any:
+    """A tensor or an array in host memory, as NumPy's."""
+    return np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x)
+
+
 def forced_by(policy: Policy) -> Streaming:
     """The policy that keeps what this one keeps whatever the scores say."""
     names = ("sink_blocks", "window_blocks", "dense_tail_blocks")
@@ -62,7 +67,7 @@ def mask_panels(
         mask = select(query, key, policy, softmax_scale=scale)
         forced = select(query, key, forced_by(policy), softmax_scale=scale)
         own = head // group if mask.share_heads else head
-        kept, always = (np.asarray(m.dense())[own] for m in (mask, forced))
+        kept, always = (host(m.dense())[own] for m in (mask, forced))
         visible = kinds.visible_blocks(mask, len(query), len(key))
         recall = None
         if mass is not None:
@@ -108,15 +113,15 @@ def candidates_of(
     forced = visible = np.zeros((0, 0), bool)
     for layer, (query, key, _, scale) in captured.items():
         mask = select(query, key, policy, softmax_scale=scale)
-        kept = np.asarray(mask.dense())
-        forced = np.asarray(select(query, key, forced_by(policy), softmax_scale=scale).dense())[0]
+        kept = host(mask.dense())
+        forced = host(select(query, key, forced_by(policy), softmax_scale=scale).dense())[0]
         visible = kinds.visible_blocks(mask, len(query), len(key))
-        rows = torch.linspace(0, len(query) - 1, min(SAMPLED_ROWS, len(query))).long()
-        tiles = (rows // mask.tile_tokens).numpy()
+        rows = torch.linspace(0, len(query) - 1, min(SAMPLED_ROWS, len(query)), device=query.device).long()
+        tiles = host(rows // mask.tile_tokens)
         group = query.shape[1] // key.shape[1]
         for head in range(query.shape[1]):
             own = kept[head // group if mask.share_heads else head]
-            mass = kinds.row_mass(query[:, head], key[:, head // group], scale, rows, mask.block_size).numpy()
+            mass = host(kinds.row_mass(query[:, head], key[:, head // group], scale, rows, mask.block_size))
             recall, forced_recall = ((mass * some[tiles]).sum(axis=1).mean() for some in (own, forced))
             found.append(kinds.Candidate(layer, head, own, float(recall), float(forced_recall)))
     return found, forced, visible
@@ -135,7 +140,7 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
         def mass(
             tile_tokens: int, block_size: int, q: Any = query[:, head], k: Any = key[:, head // group]
         ) -> Any:
-            return kinds.attention_mass(q, k, scale, tile_tokens, block_size).double().numpy()  # noqa: B023
+            return host(kinds.attention_mass(q, k, scale, tile_tokens, block_size).double())  # noqa: B023
 
         panels = mask_panels(query, key, scale, head, group, shown, mass)
         rows.append(plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels))

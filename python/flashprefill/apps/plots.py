@@ -146,6 +146,11 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
         plt.close(figure)
 
 
+def amount(seconds: float) -> str:
+    """A time beside its bar."""
+    return f"{seconds:.1f} s" if seconds >= 1.0 else f"{seconds * 1e3:.1f} ms"
+
+
 def times(path: Path, bars: Sequence[tuple[str, float, float, float]]) -> None:
     """Seconds to the first token by method: (name, selection, rest of attention, everything else)."""
     with plt.rc_context(STYLE):
@@ -160,13 +165,13 @@ def times(path: Path, bars: Sequence[tuple[str, float, float, float]]) -> None:
         )
         total = select + attend + rest
         for y in range(len(bars)):
-            axis.text(total[y] + total.max() * 0.01, y, f"{total[y]:.1f} s", va="center", fontsize=8.5)
+            axis.text(total[y] + total.max() * 0.01, y, amount(total[y]), va="center", fontsize=8.5)
             if attend[y] + select[y] > 0.05 * total.max():
                 middle = (select[y] + attend[y]) / 2
                 axis.text(
                     middle,
                     y,
-                    f"{select[y] + attend[y]:.1f} s",
+                    amount(select[y] + attend[y]),
                     va="center",
                     ha="center",
                     color="white",

@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from . import machine, table
+
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -25,8 +27,9 @@ def image(path: Path, alt: str, caption: str) -> str:
 
 def _range(values: dict[str, Any]) -> str:
     if len(values["all"]) == 1:
-        return f"{values['median']:.2f}"
-    return f"{values['median']:.2f}<small>{values['min']:.2f} - {values['max']:.2f}</small>"
+        return table.seconds(values["median"])
+    least, most = (table.seconds(values[name]) for name in ("min", "max"))
+    return f"{table.seconds(values['median'])}<small>{least} - {most}</small>"
 
 
 def _found(needles: Sequence[dict[str, Any]]) -> str:
@@ -52,7 +55,7 @@ def _table(runs: Sequence[dict[str, Any]]) -> str:
             f"{run['ttft_speedup']:.2f}x",
             _range(run["attention_seconds"]),
             speed if dense else f'<span class="fast">{speed}</span>',
-            "-" if dense else f"{run['select_seconds']['median']:.2f}",
+            "-" if dense else table.seconds(run["select_seconds"]["median"]),
             f"{run['density']:.1%}",
             "-" if run["kl_nats"] is None else f"{run['kl_nats']:.4f}",
             "-" if run["top1_agreement"] is None else f"{run['top1_agreement']:.1%}",
@@ -150,10 +153,13 @@ TIMES = "Everything but attention is the same work for all; where that part diff
 MEASURED = """
 <p>The methods took turns on the same prompt after a short warm-up; times are {turns}. <i>First token</i>
 is the whole model reading the prompt. <i>In attention</i> is the time inside the attention function,
-taken by the same hook for all, selection included. <i>KL</i> and <i>same top token</i> compare the
+taken by the same hook for all, selection included{selecting}. <i>KL</i> and <i>same top token</i> compare the
 predictions at the last {positions} positions with those of dense attention. <i>Blocks kept</i> is out of
 those that a query may see.</p>
 """
+
+ON_GPU = """, between two events on the GPU: where the model is small or the prompt short, what it waits for
+there is Python. Selection is timed alone, over the layers that are drawn"""
 
 
 def _heads(results: dict[str, Any]) -> str:
@@ -198,19 +204,26 @@ def _facts(results: dict[str, Any]) -> str:
         if repeats == 1
         else f"the median of {repeats} turns, with the least and the most below it"
     )
-    measured = MEASURED.format(turns=turns, positions=settings["compared_positions"])
+    selecting = ON_GPU if settings["device"] == "cuda" else ""
+    measured = MEASURED.format(turns=turns, positions=settings["compared_positions"], selecting=selecting)
     closing = "<p class=soft>All figures are in results.json beside this page.</p>"
-    if settings["busy"]:
-        measured += f"<p class=no>Careful: {escape(settings['busy'])}.</p>"
+    for note in (settings["busy"], settings.get("pace")):
+        measured += f"<p class=no>Careful: {escape(note)}.</p>" if note else ""
     return f"<h2>How it was measured</h2>{measured}{definitions(facts)}{closing}"
 
 
 def where_it_ran(results: dict[str, Any]) -> dict[str, str]:
     """Machine and threads."""
-    machine = results["machine"]
-    features = ", ".join(machine["features"])
-    cpu = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB; {features}"
-    return {"Machine": escape(cpu), "Threads": str(results["settings"]["threads"])}
+    here, settings = results["machine"], results["settings"]
+    features = ", ".join(here["features"])
+    facts = {"Machine": f"{here['cpu']}, {here['cpus']} CPUs, {here['memory_gib']} GiB; {features}"}
+    gpu = here.get("gpu")
+    if gpu is None:
+        return {name: escape(text) for name, text in facts.items()} | {"Threads": str(settings["threads"])}
+    facts["GPU"] = f"{gpu['name']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}, driver {gpu.get('driver')}"
+    if settings.get("sdpa"):
+        facts["PyTorch's attention"] = settings["sdpa"]
+    return {name: escape(text) for name, text in facts.items()}
 
 
 def how_it_ran(results: dict[str, Any]) -> dict[str, str]:
@@ -246,9 +259,9 @@ PAGE = """<!doctype html>
 
 def page(results: dict[str, Any], out: Path) -> str:
     """Return the whole page; the pictures are read from `out`."""
-    model, settings = results["model"], results["settings"]
+    model = results["model"]
     title = f"{model['name']} reads {results['prompt']['tokens']:,} tokens"
-    where = f"{results['machine']['cpu']} with {settings['threads']} threads, {model['dtype']}"
+    where = f"{machine.computed_on(results)}, {model['dtype']}"
     body = [
         _tiles(results["runs"]),
         "<h2>Side by side</h2>",

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def seconds(value: float) -> str:
+    """Seconds, to the tenth of a millisecond where there is less than one."""
+    return f"{value:.2f}" if value >= 1.0 else f"{value:.4f}"
+
+
+def places(seconds: float) -> int:
+    """Decimal places that milliseconds are printed with beside a dense attention of so many seconds."""
+    return 3 if seconds < 0.05 else 0  # a GPU's
+
+
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The table as lines. A header cell may hold a newline; all cells of a column get one width."""
     heads = [cell.split("\n") for cell in header]

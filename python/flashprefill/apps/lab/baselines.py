@@ -31,9 +31,10 @@ def bounds(layer: Layer) -> torch.Tensor:
     whole = n // size  # only complete blocks are scored, by rows that see all of them
     keys = layer.key[: whole * size].float().view(whole, size, -1, dim)
     low, high = keys.amin(dim=1), keys.amax(dim=1)  # [blocks, kv_heads, dim]
-    last = torch.arange(BOUNDS_POOL - 1, n + BOUNDS_POOL - 1, BOUNDS_POOL).clamp(max=n - 1)
-    sees = last[:, None] >= torch.arange(whole)[None, :] * size + size - 1
-    energy = torch.zeros(heads, blocks, blocks)
+    device = layer.query.device
+    last = torch.arange(BOUNDS_POOL - 1, n + BOUNDS_POOL - 1, BOUNDS_POOL, device=device).clamp(max=n - 1)
+    sees = last[:, None] >= torch.arange(whole, device=device)[None, :] * size + size - 1
+    energy = torch.zeros(heads, blocks, blocks, device=device)
     if not sees.any():
         return energy
     for head in range(heads):
@@ -48,8 +49,8 @@ def bounds(layer: Layer) -> torch.Tensor:
 
 def _pooled(rows: torch.Tensor, pool: int) -> torch.Tensor:
     """Means of each `pool` consecutive rows; a short rest is its own mean."""
-    owner = torch.arange(len(rows)) // pool
-    sums = torch.zeros(int(owner[-1]) + 1, rows.shape[1]).index_add_(0, owner, rows)
+    owner = torch.arange(len(rows), device=rows.device) // pool
+    sums = torch.zeros(-(-len(rows) // pool), rows.shape[1], device=rows.device).index_add_(0, owner, rows)
     return sums / torch.bincount(owner)[:, None]
 
 

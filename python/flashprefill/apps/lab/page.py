@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import report
+from .. import report, table
 
 SCRIPT = Path(__file__).with_name("viewer.js")
 LEAST_LOG2 = -24.0  # of a mass; what is less is shown as nothing
@@ -122,13 +122,14 @@ def times_table(text: dict[str, Any]) -> str:
     """Milliseconds of one layer."""
     heads = ("", "density", "selection,<br>ms", "with attention,<br>ms", "speed-up")
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
+    digits = table.places(text["times"][0]["seconds"])
     for row in text["times"]:
         select = None if row["select_seconds"] is None else row["select_seconds"] * 1e3
         cells = (
             f"{row['density']:.3f}",
-            _cell(select, 1),
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['speedup']:.2f}x",
+            _cell(select, max(1, digits)),
+            "on the CPU" if row["seconds"] is None else f"{row['seconds'] * 1e3:.{digits}f}",
+            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         )
         rows.append(f"<tr><td>{escape(row['label'])}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
     return f'<div class="card"><table>{"".join(rows)}</table></div>'

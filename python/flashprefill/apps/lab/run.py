@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ... import collect_timings, select
+from ... import select
 from ...errors import UnsupportedError
 from ...mask import BlockMask
-from .. import machine, measure, models, table
+from .. import device, machine, measure, models, table
 from ..errors import UsageError
 from ..spec import spell
 from . import baselines, lines, texts, times
@@ -33,7 +33,7 @@ FORCED = {"sink_blocks": 1, "window_blocks": 2, "dense_tail_blocks": 0}  # as in
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the table; forced blocks alone are .09 at 7.6K tokens
 LONG_FROM = 16384  # tokens, from which on the reference density is the lower one
 QUICK_TOKENS, QUICK_LAYERS, QUICK_POINTS = 1536, 2, 2
-TURNS = 3
+TURNS = {"cpu": 3, "cuda": 15}
 PROBE_TOKENS = 1024
 
 Bits = npt.NDArray[np.uint8]
@@ -48,6 +48,7 @@ class Options:
     prompt: Path | None = None
     tokens: int | None = None
     long: bool = False
+    device: str = "auto"
     dtype: str = "auto"
     layers: Sequence[int] = ()
     method: Sequence[str] = ()
@@ -70,6 +71,7 @@ class Point:
     tile_tokens: int = 128
     group: int = 1  # query heads a mask head
     block_size: int = 128
+    selected_on: str | None = None  # the kind of device; None for a scorer of the lab's own
 
 
 @dataclass
@@ -93,7 +95,12 @@ def selected(curve: Curve, point: Point, layer: Layer, energies: dict[str, torch
     """The mask of a line at one value on one layer; `energies` keeps a scorer's work for the next value."""
     line = curve.line
     if not line.scorer:
-        return select(layer.query, layer.key, line.policy(point.value, FORCED), softmax_scale=layer.scale)
+        policy = line.policy(point.value, FORCED)
+        made: tuple[BlockMask, str]
+        made, seconds = layer.device.timed(lambda: layer.select(policy))
+        point.sums.select_seconds += seconds
+        mask, point.selected_on = made
+        return mask
     if line.method not in energies:
         energies[line.method] = baselines.SCORERS[line.method](layer)
     assert line.parameter is not None and point.value is not None
@@ -108,14 +115,11 @@ def look_at(layer: Layer, curves: Sequence[Curve], step: Any) -> None:
     energies: dict[str, torch.Tensor] = {}
     for curve in {id(curve.points): curve for curve in curves}.values():
         for point in curve.points:
-            with collect_timings() as seconds:
-                mask = selected(curve, point, layer, energies)
-            if not curve.line.scorer:
-                point.sums.select_seconds += seconds.select_seconds
-            point.masks[layer.number] = np.packbits(np.asarray(mask.dense()), axis=None)
+            mask = selected(curve, point, layer, energies)
+            point.masks[layer.number] = np.packbits(mask.dense().numpy(force=True), axis=None)
             point.tile_tokens, point.block_size = mask.tile_tokens, mask.block_size
             point.group = layer.query.shape[1] // mask.heads
-            point.sums.add(layer, mask, collect_timings)
+            point.sums.add(layer, mask)
             step()
 
 
@@ -131,6 +135,7 @@ def figures_of(curve: Curve, density: float) -> dict[str, Any]:
         "parameter": line.parameter,
         "policy_at_reference": policy,
         "value_at_reference": near.value,
+        "selected_on": near.selected_on,
         "density_by_layer_and_head": near.sums.density,
         "points": points,
         "at": {f"{d:g}": at_density(points, d) for d in DENSITIES},
@@ -148,10 +153,10 @@ class Source:
     long: bool = False
 
 
-def sources(options: Options) -> tuple[list[Source], dict[str, Any]]:
+def sources(options: Options, where: device.Device) -> tuple[list[Source], dict[str, Any]]:
     """Read the texts with the model, or take them from dumps; and what the model is."""
     if options.source is not None:
-        dumps = texts.load(options.source)
+        dumps = texts.load(options.source, where, options.dtype)
         found = [
             Source(name, str(options.source), next(iter(layers.values())).query.shape[0], layers)
             for name, layers in dumps.items()
@@ -163,9 +168,11 @@ def sources(options: Options) -> tuple[list[Source], dict[str, Any]]:
         return found, {"name": "dumps", "dtype": str(one.query.dtype).removeprefix("torch.")}
     found = []
     model: dict[str, Any] = {}
-    for text in wanted(options):
+    chosen = wanted(options)
+    loaded = models.load(options.model, options.dtype, where)
+    for text in chosen:
         print(f"reading {text.name} ...", file=sys.stderr, flush=True)
-        loaded = models.load(options.model, options.dtype, models.ROPE_STRETCH if text.long else 1.0)
+        loaded = models.stretched(loaded, models.ROPE_STRETCH if text.long else 1.0)
         config = loaded.model.config.get_text_config()
         model = {
             "name": loaded.name,
@@ -176,7 +183,7 @@ def sources(options: Options) -> tuple[list[Source], dict[str, Any]]:
         }
         which = texts.chosen_layers(config.num_hidden_layers, options.layers)
         ids = texts.tokens_of(loaded.tokenizer, text)
-        captured = texts.capture(loaded.model, ids, which[-QUICK_LAYERS:] if options.quick else which)
+        captured = texts.capture(loaded, ids, which[-QUICK_LAYERS:] if options.quick else which)
         if options.dump is not None:
             texts.save(options.dump, text.name, captured)
         names = ", ".join(file.name for file in text.files)
@@ -224,18 +231,19 @@ def run(options: Options) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     if options.times_only:
         return again(options)
-    begin, busy = time.monotonic(), machine.busy()
-    found, model = sources(options)
+    begin, busy, where = time.monotonic(), machine.busy(), device.resolve(options.device, options.dtype)
+    found, model = sources(options, where)
     results: dict[str, Any] = {
         "schema": SCHEMA,
-        **machine.describe(),
+        **machine.describe(where.facts()),
         "model": model,
         "settings": {
             "threads": torch.get_num_threads(),
             "forced": FORCED,
-            "turns": 1 if options.quick else TURNS,
+            "turns": 1 if options.quick else TURNS[where.kind],
             "quick": options.quick,
             "busy": busy,
+            "device": where.kind,
         },
         "texts": [],
     }
@@ -279,7 +287,8 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
         if line.scorer:
             continue
         try:
-            select(query, key, line.policy(line.values[0] if line.values else None, FORCED))
+            policy = line.policy(line.values[0] if line.values else None, FORCED)
+            select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
         except UnsupportedError as error:
             reasons[line.method] = str(error)
     return reasons
@@ -311,12 +320,13 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
         last = None
         for number, captured in source.layers.items():
             layer = Layer.of(number, captured)
-            masses[number] = layer.mass
+            masses[number] = layer.mass.cpu()
             look_at(layer, everyone, bar.update)
             if number == middle:
                 last = layer
     if last is not None:
-        timed = times.measure(last, timed_policies(curves, density), 1 if options.quick else TURNS)
+        turns = 1 if options.quick else TURNS[last.device.kind]
+        timed = times.measure(last, timed_policies(curves, density), turns)
     heads = next(iter(source.layers.values()))
     figures = {
         "name": source.name,
@@ -328,6 +338,7 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
         "kv_heads": heads.key.shape[1],
         "reference_density": density,
         "left_out": left_out,
+        "sdpa": last.sdpa_backend() if last is not None else None,
         "times_layer": middle,
         "times": timed,
         "methods": [figures_of(curve, density) for curve in curves],
@@ -353,7 +364,7 @@ def again(options: Options) -> dict[str, Any]:
     path = options.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert options.source is not None
-    dumps = texts.load(options.source)
+    dumps = texts.load(options.source, device.resolve(options.device, options.dtype), options.dtype)
     here = {line.label: line for line in lines.methods()}
     for text in results["texts"]:
         if text["name"] not in dumps or (options.text and text["name"] not in options.text):
@@ -364,7 +375,7 @@ def again(options: Options) -> dict[str, Any]:
             for curve in text["methods"]
             if curve["label"] in here and not here[curve["label"]].scorer
         ]
-        text["times"] = times.measure(layer, policies, TURNS)
+        text["times"] = times.measure(layer, policies, TURNS[layer.device.kind])
         text["times_command"] = machine.describe()["command"]
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for text in results["texts"]:
@@ -393,14 +404,15 @@ def render(text: dict[str, Any]) -> str:
 
 
 def render_times(text: dict[str, Any]) -> str:
-    """Seconds of one layer by method."""
+    """Milliseconds of one layer by method."""
+    digits = table.places(text["times"][0]["seconds"])
     rows = [
         [
             row["label"],
             f"{row['density']:.3f}",
-            "-" if row["select_seconds"] is None else f"{row['select_seconds'] * 1e3:.1f}",
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['speedup']:.2f}x",
+            "-" if row["select_seconds"] is None else f"{row['select_seconds'] * 1e3:.{max(1, digits)}f}",
+            "on the CPU" if row["seconds"] is None else f"{row['seconds'] * 1e3:.{digits}f}",
+            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         ]
         for row in text["times"]
     ]

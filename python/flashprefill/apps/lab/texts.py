@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ... import Dense, patch_model, unpatch_model
-from .. import dump, measure, prompt
+from .. import dump, measure, models, prompt
+from ..device import CPU, Device
 from ..errors import UsageError
 
 STUDY_LAYERS = (
@@ -71,13 +72,13 @@ def tokens_of(tokenizer: Any, text: Text) -> list[int]:
     return ids[: text.tokens]
 
 
-def capture(model: Any, ids: Sequence[int], layers: Sequence[int]) -> dict[int, measure.Captured]:
-    """Read the text once; return what the attention of these layers was called with."""
-    patch_model(model, Dense())
+def capture(loaded: models.Loaded, ids: Sequence[int], layers: Sequence[int]) -> dict[int, measure.Captured]:
+    """Read the text; return what the attention of these layers was called with."""
+    patch_model(loaded.model, Dense())
     try:
-        _, clock = measure.run(model, torch.tensor([list(ids)]), 1, frozenset(layers))
+        _, clock = measure.run(loaded, ids, 1, frozenset(layers))
     finally:
-        unpatch_model(model)
+        unpatch_model(loaded.model)
     return dict(sorted(clock.captured.items()))
 
 
@@ -85,12 +86,16 @@ def save(folder: Path, name: str, captured: dict[int, measure.Captured]) -> None
     """One file a layer, which `flashprefill inspect` and `--from` read."""
     folder.mkdir(parents=True, exist_ok=True)
     for layer, one in captured.items():
-        content = {"q": one.query, "k": one.key, "v": one.value, "scale": torch.tensor(one.scale)}
+        content = {"q": one.query.cpu(), "k": one.key.cpu(), "v": one.value.cpu()}
+        content["scale"] = torch.tensor(one.scale)
         torch.save(content, folder / f"{name}-layer{layer}.pt")
 
 
-def load(folder: Path) -> dict[str, dict[int, measure.Captured]]:
-    """All dumps of a folder, NAME-layerN.pt (or .npz, .safetensors), by text and layer."""
+def load(folder: Path, device: Device = CPU, dtype: str = "auto") -> dict[str, dict[int, measure.Captured]]:
+    """All dumps of a folder, NAME-layerN.pt (or .npz, .safetensors), by text and layer.
+
+    In their own dtype if nobody asks for another; a GPU takes 16 bits only, and rounds what has more.
+    """
     texts: dict[str, dict[int, measure.Captured]] = {}
     for file in sorted(path for path in folder.glob("*-layer*") if path.suffix in dump.SUFFIXES):
         name, _, layer = file.stem.rpartition("-layer")
@@ -100,7 +105,12 @@ def load(folder: Path) -> dict[str, dict[int, measure.Captured]]:
         for key in ("q", "k", "v"):
             if key not in content or content[key].ndim != 3:
                 raise UsageError(f"{file}: must hold q, k and v, each [tokens, heads, head_dim]")
-        q, k, v = (content[key] for key in "qkv")
+        asked = (
+            content["q"].dtype if dtype == "auto" else models.torch_dtype(models.resolve_dtype(dtype, device))
+        )
+        if device.cuda and asked == torch.float32:
+            asked = torch.bfloat16
+        q, k, v = (content[key].to(device.kind, asked) for key in "qkv")
         if q.shape[0] != k.shape[0] or k.shape != v.shape:
             raise UsageError(f"{file}: q, k and v must be of one prompt from its first token on")
         scale = float(content["scale"]) if "scale" in content else float(q.shape[-1]) ** -0.5

@@ -55,6 +55,7 @@ def tuned(q, k, make_policy, density):
 def graph_of(call):
     """The call as a graph, warmed up."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()
         call()

@@ -132,6 +132,11 @@ def test_head_dims(dim, name):
     check(*data(1000, 1000, 4, 2, dim, torch.bfloat16), SPARSE[name])
 
 
+def test_sketch_with_the_largest_heads():
+    """Shared memory has room for few stages of keys there: with two the kernel once waited for itself."""
+    check(*data(300, 900, 4, 2, 256, torch.bfloat16), SPARSE["sketch"])
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 12])
 def test_groups(group):
     inputs = data(777, 1153, 2 * group, 2, 64, torch.bfloat16)

@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     }
   }
   const int64_t row = int64_t{head} * r.tile_rows + tile_row;
-  const int kept = WriteMaskRow(rule, what, masses, reinterpret_cast<uint32_t*>(args.bits + row * args.words),
-                                static_cast<int>(2 * args.words), 0, 0);
+  const int kept = WriteMaskRow<true>(rule, what, masses, reinterpret_cast<uint32_t*>(args.bits + row * args.words),
+                                      static_cast<int>(2 * args.words), 0, 0);
   if (args.counts && lane == 0) args.counts[row] = kept;
 }
 

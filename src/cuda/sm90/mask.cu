@@ -27,8 +27,9 @@ __global__ void __launch_bounds__(kThreads) MaskKernel(const __grid_constant__ M
   const DeviceTile tile = TileAt(p, r, s, m);
   MaskRow what{0, tile.visible, r.sink_blocks, WindowBegin(r, tile)};
   if (r.dense || s.k_len <= r.short_keys || m >= FirstDenseTile(r, s)) what.sink = tile.visible;
-  const int kept = WriteMaskRow(KeepRule{}, what, nullptr, reinterpret_cast<uint32_t*>(a.bits + row * a.words),
-                                static_cast<int>(2 * a.words), 0, 0);
+  const int kept =
+      WriteMaskRow<false, float>(KeepRule{}, what, nullptr, reinterpret_cast<uint32_t*>(a.bits + row * a.words),
+                                 static_cast<int>(2 * a.words), 0, 0);
   if (a.counts && threadIdx.x % 32 == 0) a.counts[row] = kept;
 }
 

@@ -177,23 +177,35 @@ __device__ void StoreMean(void* means, const PoolArgs& a, int64_t row, float mea
 
 // The farthest keys from the block's mean, by a warp, one after another: distances are at least 0, so they order as
 // integers do; equal ones go by index; one that is no number counts as the nearest, as in the reference.
+// Ranks of up to 128 keys stay in registers.
 __device__ void FindOutliers(PoolShared& shared, int keys, int outliers) {
   const int lane = threadIdx.x % 32;
+  constexpr int kHeld = 4;
+  auto rank_of = [&](int t) { // 0: taken, or there is no such key
+    const float distance = t < keys ? shared.distance[t] : -INFINITY;
+    return distance == -INFINITY ? 0u : distance >= 0 ? __float_as_uint(distance) + 2 : 1u;
+  };
+  uint32_t rank[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) rank[i] = rank_of(lane + 32 * i);
   for (int r = 0; r < outliers; ++r) {
-    uint32_t farthest = 0, at = ~0u; // 0: taken
-    for (int t = lane; t < keys; t += 32) {
-      const float distance = shared.distance[t];
-      const uint32_t rank = distance == -INFINITY ? 0 : distance >= 0 ? __float_as_uint(distance) + 2 : 1;
-      if (rank > farthest) farthest = rank, at = t;
-    }
+    uint32_t farthest = 0, at = ~0u;
+    auto look = [&](uint32_t its, int t) {
+      if (its > farthest) farthest = its, at = t;
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) look(rank[i], lane + 32 * i);
+    for (int t = lane + 32 * kHeld; t < keys; t += 32) look(rank_of(t), t);
     const uint32_t most = __reduce_max_sync(~0u, farthest);
     const int t = static_cast<int>(__reduce_min_sync(~0u, farthest == most ? at : ~0u));
-    __syncwarp();
-    if (lane == 0) {
-      shared.outlier[r] = t;
-      shared.distance[t] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) rank[i] = t == lane + 32 * i ? 0 : rank[i];
+    if (lane == 0) shared.outlier[r] = t;
+    if (t >= 32 * kHeld) {
+      __syncwarp();
+      if (lane == 0) shared.distance[t] = -INFINITY;
+      __syncwarp();
     }
-    __syncwarp();
   }
 }
 
@@ -254,7 +266,7 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
     }
   }
   __syncthreads();
-  float center[kColumns], sum[kColumns] = {}, square[kColumns] = {};
+  float center[kColumns], square[kColumns] = {};
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) center[i] = shared.mean[reader.column + i];
   reader.ForBatches(false, [&](int first, int stride) {
@@ -266,11 +278,9 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const float x = ToFloat(reader.held[r].value[i]) - center[i];
-          const float xx = x * x;
-          const float counted = METRIC ? xx * shared.weight[reader.column + i] : xx;
-          distance[r] += VECTOR || reader.column + i < a.d.p.head_dim ? counted : 0.f;
-          sum[i] += x;
-          square[i] += xx;
+          const float weighted = METRIC ? x * shared.weight[reader.column + i] : x;
+          distance[r] = fmaf(x, VECTOR || reader.column + i < a.d.p.head_dim ? weighted : 0.f, distance[r]);
+          square[i] = fmaf(x, x, square[i]);
         }
       }
     }
@@ -278,23 +288,33 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
   });
   __syncthreads();
   if (threadIdx.x < 32) FindOutliers(shared, keys, outliers);
-  const float offset_of_all = SumOverRows(sum, lanes, shared.partial);
   const float squares_of_all = SumOverRows(square, lanes, shared.partial);
 
   // Eight columns of an outlier a thread, and zeros for those that a short block has not.
   const int column = reader.column;
-  for (int r = reader.group; r < a.outliers && column < a.pitch; r += reader.groups) {
+  auto put = [&](int r, const uint4& raw) {
+    *reinterpret_cast<uint4*>(planes + (2 + r) * plane + column) = raw;
+    *reinterpret_cast<uint4*>(shared.row[r] + column) = raw;
+  };
+  const bool holds_all = reader.batches == 1;
+  for (int r = 0; holds_all && r < outliers; ++r) { // the threads that have its row
+    const int from_group = shared.outlier[r] - reader.group;
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (from_group == i * reader.groups && reader.active) put(r, reader.held[i].raw);
+    }
+  }
+  for (int r = (holds_all ? outliers : 0) + reader.group; r < a.outliers && column < a.pitch; r += reader.groups) {
     Chunk<T> chunk;
     chunk.raw = uint4{0, 0, 0, 0};
     if (r < outliers) {
       chunk = LoadChunk<T, VECTOR>(reader.Row(shared.outlier[r]), column, a.d.p.head_dim, reader.tensor.stride[3]);
     }
-    *reinterpret_cast<uint4*>(planes + (2 + r) * plane + column) = chunk.raw;
-    *reinterpret_cast<uint4*>(shared.row[r] + column) = chunk.raw;
+    put(r, chunk.raw);
   }
   __syncthreads();
   if (threadIdx.x < a.pitch) {
-    float offset = offset_of_all, squares = squares_of_all;
+    float offset = 0, squares = squares_of_all; // about the mean all keys together have no offset
     for (int r = 0; r < outliers; ++r) {
       const float x = ToFloat(reinterpret_cast<const T*>(shared.row[r])[threadIdx.x]) - mean;
       offset -= x;
@@ -368,10 +388,11 @@ __device__ void WriteFallbacks(const PoolArgs& a) {
   }
 }
 
-// Four CTAs of 64 registers a thread on a multiprocessor, three of 80 where Sketch's passes need them.
+// Four CTAs of 64 registers a thread on a multiprocessor, three of 80 where more is held at a time.
 template <typename T, bool VECTOR, bool SKETCH, bool METRIC>
-__global__ void __launch_bounds__(kThreads, SKETCH || !VECTOR ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, METRIC || !VECTOR ? 3 : 4)
     PoolKernel(const __grid_constant__ PoolArgs a, const __grid_constant__ Jobs jobs) {
+  cudaGridDependencySynchronize();           // launched before the kernel that comes before it has ended
   cudaTriggerProgrammaticLaunchCompletion(); // the score kernel may take its place as soon as there is room
   const uint32_t job = blockIdx.x;
   if (job < jobs.k_end) {
@@ -430,8 +451,20 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
                       (!args.v_means || Aligned(p.v));
   const bool bf16 = p.k.dtype == FP_BF16, sketch = args.sketch != nullptr, metric = args.metric != nullptr;
   const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch, metric) : KernelOf<__half>(vector, sketch, metric);
-  kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args, jobs);
-  return cudaGetLastError();
+  // Launched early, CTAs crowd on the multiprocessors that are free first: good where there are several for each place.
+  int device = 0, processors = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = grid >= 7 * processors;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args, jobs);
 }
 
 } // namespace flashprefill::cuda

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
                                                     c, group, warp % 4, static_cast<int>(threadIdx.x % 32)};
     scorer.set = group & (plan.sets - 1);
     scorer.member = group / plan.sets;
-    scorer.energies = reinterpret_cast<float*>(shared + layout.energies + scorer.set * layout.energies_set);
+    scorer.energies = shared + layout.energies + scorer.set * layout.energies_set;
     if (scorer.member < 1 << plan.log2_team) scorer.Run();
   } else if (warp < 4 * (Shape::kMathGroups + 1)) {
     ShrinkRegisters<Shape::kCopyRegisters>();
@@ -99,8 +99,9 @@ struct Groups {
 };
 
 // The largest plan that fits in shared memory: as many units as can be, in as few sets as hold them, so that no column
-// is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to one a set, the
-// third stage of keys, units.
+// is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to three for two
+// sets (64 columns) or one a set, floats as energies, buffers of queries down to one a set, the third stage of keys,
+// units.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {
   const int columns = ScoreColumns(unit_rows);
   plan.panels = static_cast<int>(std::bit_ceil(static_cast<unsigned>(DivUp(head_dim, kScorePanelColumns))));
@@ -109,18 +110,30 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
   const int64_t stride = DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), kStepBlocks) * kStepBlocks + 4;
   if (stride > (1 << 20)) return false;
   plan.energy_stride = static_cast<int>(stride);
+  plan.bin_warps = sketch ? 4 * Groups::Of(columns, sketch).math : 0;
   auto fits = [&](int q_buffers, int k_stages) {
     plan.q_buffers = q_buffers;
     plan.k_stages = k_stages;
     return ScoreLayoutOf(plan, columns).total + 1024 <= kSharedBytes;
   };
-  for (int units = Groups::Of(columns, sketch).math * columns / unit_rows; units >= 1; units /= 2) {
+  // Of two products in flight the first has two stages of keys, which go back when the second has started.
+  const bool two_products = sketch && columns == 64;
+  const int most = Groups::Of(columns, sketch).math * columns / unit_rows;
+  plan.energy_bytes = sizeof(float);
+  for (int units = most; units >= 1;) {
     plan.units = std::min(units, columns / unit_rows);
     plan.sets = units / plan.units;
-    for (int buffers = 2 * plan.sets; buffers >= plan.sets; --buffers) {
+    const bool floats = plan.energy_bytes == sizeof(float);
+    const int least_buffers = floats && columns == 64 ? plan.sets + 1 : plan.sets;
+    for (int buffers = 2 * plan.sets; buffers >= least_buffers; --buffers) {
       if (fits(buffers, 4) || fits(buffers, 3)) return true;
     }
-    if (fits(plan.sets, 2)) return true;
+    if (!floats && !two_products && fits(plan.sets, 2)) return true;
+    if (floats) {
+      plan.energy_bytes = sizeof(__half);
+    } else {
+      units /= 2;
+    }
   }
   return false;
 }

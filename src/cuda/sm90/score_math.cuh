@@ -26,9 +26,9 @@ struct Scorer {
   int group, warp, lane;        // warpgroup, warp in it, lane
   int set, member;              // of units, and which of its team this warpgroup is
   ScoreRing k_next, k_released; // stages: to be multiplied, to be given back
-  float* energies;
+  char* energies;               // of the set: floats, or 16 bits each, relative to c.base
 
-  uint32_t q_address;
+  uint32_t q_address, k_address;
   unsigned live; // bit u: unit u is scored
   int all_full;  // blocks that every column of every live unit sees
   int most;      // blocks that some live unit scores
@@ -95,8 +95,12 @@ struct Scorer {
   // the first (queries with means, then squares with variances).
   __device__ __forceinline__ void Multiply(Scores& scores, int rows) {
     BarrierWait(&c.k_full[k_next.stage], k_next.round);
-    const uint64_t k = DescribeKMajor(SharedAddress(shared + layout.k + k_next.stage * layout.k_stage));
-    const uint64_t q = DescribeKMajor(q_address + rows * PANELS * COLUMNS * kScorePanelBytes);
+    constexpr int kStage = PANELS * kStepBlocks * kScorePanelBytes;
+    const uint64_t k = DescribeKMajor(k_address + k_next.stage * kStage);
+    // Made anew for each product: eight slices' descriptors, kept, would push others out to local memory.
+    uint32_t q_rows = q_address + rows * PANELS * COLUMNS * kScorePanelBytes;
+    asm volatile("" : "+r"(q_rows));
+    const uint64_t q = DescribeKMajor(q_rows);
     k_next.Advance(plan.k_stages);
     WgmmaFence();
 #pragma unroll
@@ -199,6 +203,28 @@ struct Scorer {
     }
   }
 
+  // What energies of 16 bits are relative to: the references with which the set's first warp began, in the name of
+  // about as many keys as the first product speaks for, so that they are small and their eleven bits good for a
+  // thousandth. Each of the team's warpgroups comes here once an item, before it stores energies.
+  __device__ void ShareBase() {
+    if (plan.energy_bytes == sizeof(float)) return;
+    if (member == 0 && warp == 0 && lane == 0) {
+      const float keys = __log2f(Weight(SKETCH));
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) c.base[set][u] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
+    }
+    SyncTeam();
+  }
+
+  __device__ __forceinline__ void StoreEnergy(int unit, int block, float energy) {
+    const int at = unit * plan.energy_stride + block;
+    if (plan.energy_bytes == sizeof(float)) {
+      reinterpret_cast<float*>(energies)[at] = energy;
+    } else {
+      reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[set][unit]);
+    }
+  }
+
   // The sums are complete but for the four lanes of a row: these exchange halves, so that each ends with a quarter of
   // the (row, unit) pairs, and stores those. Three shuffles for four pairs instead of eight.
   __device__ void Store(int step) {
@@ -213,7 +239,7 @@ struct Scorer {
     const int block = step * kStepBlocks + 16 * warp + lane / 4 + (second_row ? 8 : 0);
     if constexpr (kUnits == 1) {
       const float total = row[0] + __shfl_xor_sync(~0u, row[0], 2);
-      if (!second_half && (live & 1)) energies[block] = __log2f(total) + reference[0];
+      if (!second_half && (live & 1)) StoreEnergy(0, block, __log2f(total) + reference[0]);
     } else {
       constexpr int kHalf = kUnits / 2;
 #pragma unroll
@@ -222,7 +248,7 @@ struct Scorer {
         const float total = (second_half ? row[u + kHalf] : row[u]) + other;
         const int unit = second_half ? u + kHalf : u;
         const float base = second_half ? reference[u + kHalf] : reference[u];
-        if (live >> unit & 1) energies[unit * plan.energy_stride + block] = __log2f(total) + base;
+        if (live >> unit & 1) StoreEnergy(unit, block, __log2f(total) + base);
       }
     }
   }
@@ -299,8 +325,11 @@ struct Scorer {
         if (SKETCH && plane == 0) continue;
         Finish(scores, step, step == member && plane < 2, Weight(spread));
       }
-      if (mine) Store(step);
+      if (!mine) continue;
+      if (step < team) ShareBase();
+      Store(step);
     }
+    if (steps <= member) ShareBase();
   }
 
   __device__ __forceinline__ void Steps(int steps) {
@@ -309,6 +338,7 @@ struct Scorer {
     } else {
       for (int step = 0; step < steps; ++step) {
         Products(1 + a.outliers, step);
+        if (step == 0) ShareBase();
         Store(step);
       }
     }
@@ -319,14 +349,21 @@ struct Scorer {
     const bool share = plan.log2_units < 2;
     const int log2_parts = share ? 2 - plan.log2_units : 0;
     const int first = share ? warp & (plan.units - 1) : 4 * member + warp, part = share ? warp >> plan.log2_units : 0;
+    auto* const bins =
+        SKETCH ? reinterpret_cast<uint32_t*>(shared + layout.bins) + (4 * group + warp) * kCutBins : nullptr;
     int kept = 0, row = -1;
     for (int u = share && member > 0 ? plan.units : first; u < plan.units; u += 4 << plan.log2_team) {
       const ScoreUnit& unit = c.unit[group][u];
       row = unit.row;
       if (row < 0) break;
-      kept = WriteMaskRow(a.keep, unit.bits, energies + u * plan.energy_stride,
-                          reinterpret_cast<uint32_t*>(a.bits + row * a.words), static_cast<int>(2 * a.words), part,
-                          log2_parts);
+      auto* const bits = reinterpret_cast<uint32_t*>(a.bits + row * a.words);
+      char* const from = energies + u * plan.energy_stride * plan.energy_bytes;
+      auto write = [&](auto* of_unit) {
+        return WriteMaskRow<SKETCH>(a.keep, unit.bits, of_unit, bits, static_cast<int>(2 * a.words), part, log2_parts,
+                                    bins);
+      };
+      kept = plan.energy_bytes == sizeof(float) ? write(reinterpret_cast<float*>(from))
+                                                : write(reinterpret_cast<__half*>(from));
       if (!share && a.counts && lane == 0) a.counts[row] = kept;
     }
     if (share && lane == 0) c.kept[group][warp] = kept;
@@ -338,15 +375,19 @@ struct Scorer {
   }
 
   __device__ void Run() {
+    k_address = SharedAddress(shared + layout.k);
     ScoreRing q_ring{set, 0};
     for (;;) {
       const int buffer = q_ring.stage;
-      BarrierWait(&c.q_full[buffer], q_ring.round);
-      q_ring.Advance(plan.q_buffers, plan.sets);
+      constexpr bool kPools = ScoreShape<COLUMNS, SKETCH>::kPoolGroups > 0;
+      if (kPools) BarrierWait(&c.placed[buffer], q_ring.round); // what the item is stands there before its rows do
+      if (!kPools) BarrierWait(&c.q_full[buffer], q_ring.round);
       const ScoreItem& item = c.item[buffer];
       if (item.end) return;
       q_address = SharedAddress(shared + buffer * layout.q_buffer);
       SetUp(item);
+      if (kPools) BarrierWait(&c.q_full[buffer], q_ring.round);
+      q_ring.Advance(plan.q_buffers, plan.sets);
       Steps(__shfl_sync(~0u, item.steps, 0)); // the compiler sees that the warp agrees
       __syncwarp();
       if (lane == 0) BarrierArrive(&c.q_empty[buffer]); // queries and item are no longer needed

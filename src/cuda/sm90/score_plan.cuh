@@ -44,7 +44,8 @@ struct ScorePlan {
   int log2_team;
   int q_buffers; // each for a set; sets take them in turn
   int k_stages;
-  int energy_stride;                           // floats a unit
+  int energy_stride, energy_bytes;             // of a unit; 4, or 2 where floats leave no room (__half)
+  int bin_warps;                               // that may look for a mass
   int slots;                                   // items a KV head, at most
   Divider by_item, by_kv, by_heads, by_chunks; // units an item, kv_heads, heads_a_tile, 16-byte pieces of a row of q
 };
@@ -70,12 +71,13 @@ struct ScoreControl {
   uint64_t k_full[kScoreStages], k_empty[kScoreStages];
   ScoreItem item[kScoreBuffers];
   ScoreUnit unit[kScoreGroups][kScoreUnits];
+  float base[kScoreGroups][kScoreUnits];    // of a set's units: what energies of 16 bits are relative to
   int kept[kScoreGroups][4];                // bits that each warp has set, where several share a unit
   alignas(16) int limit[kScoreGroups][128]; // of each column: it sees blocks [0, limit)
 };
 
 struct ScoreLayout { // of dynamic shared memory, after the alignment to 1024
-  int q_buffer, k_stage, k, energies, energies_set, control, total;
+  int q_buffer, k_stage, k, energies, energies_set, bins, control, total;
 };
 
 __host__ __device__ inline ScoreLayout ScoreLayoutOf(const ScorePlan& plan, int columns) {
@@ -84,8 +86,9 @@ __host__ __device__ inline ScoreLayout ScoreLayoutOf(const ScorePlan& plan, int 
   l.k_stage = plan.panels * kStepBlocks * kScorePanelBytes;
   l.k = l.q_buffer * plan.q_buffers;
   l.energies = l.k + l.k_stage * plan.k_stages;
-  l.energies_set = plan.units * plan.energy_stride * 4;
-  l.control = (l.energies + l.energies_set * plan.sets + 15) / 16 * 16;
+  l.energies_set = plan.units * plan.energy_stride * plan.energy_bytes;
+  l.bins = (l.energies + l.energies_set * plan.sets + 15) / 16 * 16;
+  l.control = l.bins + plan.bin_warps * kCutBins * 4;
   l.total = l.control + static_cast<int>(sizeof(ScoreControl));
   return l;
 }

@@ -451,13 +451,14 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
                       (!args.v_means || Aligned(p.v));
   const bool bf16 = p.k.dtype == FP_BF16, sketch = args.sketch != nullptr, metric = args.metric != nullptr;
   const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch, metric) : KernelOf<__half>(vector, sketch, metric);
-  // Launched early, CTAs crowd on the multiprocessors that are free first: good where there are several for each place.
+  // Sketch's pass is long enough to be launched early. CTAs then crowd on the multiprocessors that are free first: good
+  // where there are several for each place.
   int device = 0, processors = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = grid >= 7 * processors;
+  overlap.val.programmaticStreamSerializationAllowed = sketch && grid >= 7 * processors;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);

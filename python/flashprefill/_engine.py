@@ -159,6 +159,14 @@ def _cuda_reads(x: Any) -> Any:
     return x.clone(memory_format=sys.modules["torch"].contiguous_format)
 
 
+def _all_cuda_reads(q: Any, *keys: Any, cached: bool) -> list[Any]:
+    """Return q and the keys (or keys and values) as the CUDA kernels can read them.
+
+    A cache is never copied: it may be all of the memory.
+    """
+    return [_cuda_reads(q), *(keys if cached else map(_cuda_reads, keys))]
+
+
 def _workspace(like: Any, size: int) -> tuple[Any, int | None]:
     """Return scratch memory on the device of `like`: what keeps it alive, and its aligned address."""
     if size == 0:
@@ -307,9 +315,7 @@ def select(
     target: str | None,
 ) -> None:
     """fp_select."""
-    q = _cuda_reads(q)
-    if block_table is None:  # a cache is not copied: it may be all of the memory
-        k = _cuda_reads(k)
+    q, k = _all_cuda_reads(q, k, cached=block_table is not None)
     p = _problem(
         (q, k, k),
         (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
@@ -353,9 +359,7 @@ def attend(
 ) -> None:
     """fp_attend."""
     _refuse_overlap(out, q=q, k=k, v=v)
-    q = _cuda_reads(q)
-    if block_table is None:  # a cache is not copied: it may be all of the memory
-        k, v = _cuda_reads(k), _cuda_reads(v)
+    q, k, v = _all_cuda_reads(q, k, v, cached=block_table is not None)
     p = _problem(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
@@ -401,9 +405,7 @@ def prefill(
 ) -> None:
     """fp_prefill. Without bits the mask lives in the workspace."""
     _refuse_overlap(out, q=q, k=k, v=v)
-    q = _cuda_reads(q)
-    if block_table is None:  # a cache is not copied: it may be all of the memory
-        k, v = _cuda_reads(k), _cuda_reads(v)
+    q, k, v = _all_cuda_reads(q, k, v, cached=block_table is not None)
     p = _problem(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),

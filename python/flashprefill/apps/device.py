@@ -18,7 +18,6 @@ from typing import Any
 from .. import backends, collect_timings
 from .errors import UsageError
 
-CHOICES = ("auto", "cpu", "cuda")
 _FLUSH_BYTES = 256 << 20  # five times the largest L2
 _FLUSHES = 8  # about half a millisecond on an H200; Python takes a quarter of that for a call
 

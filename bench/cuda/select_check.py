@@ -121,9 +121,10 @@ GRID = {
     "RRAttention": fp.RRAttention(threshold=0.8),
 }
 POLICIES = {**SCORED, "Streaming": fp.Streaming(sink_blocks=1, window_blocks=2), **LINES, **GRID}
-LONG = {  # of blocks of 16: more of them than floats have room for, and enough for a cluster of CTAs
+LONG = {  # mostly of blocks of 16: more of them than floats have room for, and enough for a cluster of CTAs
     "pooled": fp.FlashPrefill(alpha=0.5, query_pool=4, block_size=16),
     "Sketch by mass": fp.Sketch(mass=0.8, query_pool=4, block_size=16),
+    "Sketch, rows": fp.Sketch(mass=0.8, query_pool=1, block_size=64),  # warpgroups take turns at steps
     "Sketch by mass, equal keys": fp.Sketch(mass=0.8, query_pool=4, block_size=16),
 }
 
@@ -140,10 +141,10 @@ def cases(small):
             yield f"{name}, head_dim 256", policy, inputs(300, 900, dim=256), {}
     for name, policy in LONG.items():
         keys = 32000 if small else 64000
-        q, k = inputs(70, keys, 2, 2)
+        q, k = inputs(300, keys, 2, 2)
         if "equal" in name:
             k = k[:1].expand_as(k).contiguous()
-        yield f"{name}, {keys // 16} blocks", policy, (q, k), {}
+        yield f"{name}, {keys // policy.block_size} blocks", policy, (q, k), {}
     lines_keys = 40000
     for name in ("FlexPrefill, lines", "MInference"):
         yield f"{name}, {lines_keys} keys", LINES[name], inputs(130, lines_keys, 2, 1), {}

@@ -137,6 +137,13 @@ def test_sketch_with_the_largest_heads():
     check(*data(300, 900, 4, 2, 256, torch.bfloat16), SPARSE["sketch"])
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_sketch_of_single_rows_over_several_steps(dim):
+    """Warpgroups take turns at the steps of a tile: once the first waited for others that waited for it."""
+    policy = fp.Sketch(mass=0.8, query_pool=1, block_size=64, dense_tail_blocks=0)
+    check(*data(300, 12000, 2, 1, dim, torch.bfloat16), policy)
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 12])
 def test_groups(group):
     inputs = data(777, 1153, 2 * group, 2, 64, torch.bfloat16)

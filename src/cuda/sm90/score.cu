@@ -100,8 +100,8 @@ struct Groups {
 
 // The largest plan that fits in shared memory: as many units as can be, in as few sets as hold them, so that no column
 // is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to one a set
-// (Sketch: three for two sets of 64 columns), for Sketch floats as energies and the other buffers, the third stage of
-// keys, units.
+// (where two products are in flight: three for two sets), floats as energies and the other buffers there, the third
+// stage of keys elsewhere, units.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {
   const int columns = ScoreColumns(unit_rows);
   plan.panels = static_cast<int>(std::bit_ceil(static_cast<unsigned>(DivUp(head_dim, kScorePanelColumns))));
@@ -119,20 +119,20 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
   // Of two products in flight the first has two stages of keys, which go back when the second has started.
   const bool two_products = sketch && columns == 64;
   const int most = Groups::Of(columns, sketch).math * columns / unit_rows;
-  plan.energy_bytes = sizeof(float);
-  for (int units = most; units >= 1;) {
-    plan.units = std::min(units, columns / unit_rows);
-    plan.sets = units / plan.units;
-    const bool may_shrink = sketch && plan.energy_bytes == sizeof(float);
-    const int least_buffers = may_shrink && columns == 64 ? plan.sets + 1 : plan.sets;
+  auto fits_with = [&](size_t energy_bytes, int least_buffers) {
+    plan.energy_bytes = static_cast<int>(energy_bytes);
     for (int buffers = 2 * plan.sets; buffers >= least_buffers; --buffers) {
       if (fits(buffers, 4) || fits(buffers, 3)) return true;
     }
-    if (!may_shrink && !two_products && fits(plan.sets, 2)) return true;
-    if (may_shrink) {
-      plan.energy_bytes = sizeof(__half);
-    } else {
-      units /= 2;
+    return false;
+  };
+  for (int units = most; units >= 1; units /= 2) {
+    plan.units = std::min(units, columns / unit_rows);
+    plan.sets = units / plan.units;
+    if (two_products) {
+      if (fits_with(sizeof(float), plan.sets + 1) || fits_with(sizeof(__half), plan.sets)) return true;
+    } else if (fits_with(sizeof(float), plan.sets) || fits(plan.sets, 2)) {
+      return true;
     }
   }
   return false;

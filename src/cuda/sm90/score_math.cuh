@@ -16,6 +16,7 @@ template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
 struct Scorer {
   static constexpr int kUnits = COLUMNS / ROWS;
   static constexpr int kSlices = ROWS / 8; // of 8 columns a unit: 2 scores of each of two rows a thread
+  static constexpr bool kHalfEnergies = ScoreShape<COLUMNS, SKETCH>::kHalfEnergies;
   using Scores = float[COLUMNS / 2];
 
   const ScoreArgs& a;
@@ -26,7 +27,7 @@ struct Scorer {
   int group, warp, lane;        // warpgroup, warp in it, lane
   int set, member;              // of units, and which of its team this warpgroup is
   ScoreRing k_next, k_released; // stages: to be multiplied, to be given back
-  char* energies;               // of the set: floats, or 16 bits each, relative to c.base
+  char* energies;               // of the set: floats, or (kHalfEnergies) 16 bits each, relative to c.base
 
   uint32_t q_address, k_address;
   unsigned live; // bit u: unit u is scored
@@ -203,25 +204,25 @@ struct Scorer {
     }
   }
 
-  // What energies of 16 bits are relative to: the references with which the set's first warp began, in the name of
-  // about as many keys as the first product speaks for, so that they are small and their eleven bits good for a
-  // thousandth. Each of the team's warpgroups comes here once an item, before it stores energies.
+  // What energies of 16 bits are relative to: the references with which the warpgroup's first warp began, in the name
+  // of about as many keys as the first product speaks for, so that they are small and their eleven bits good for a
+  // thousandth.
   __device__ void ShareBase() {
-    if (!SKETCH || plan.energy_bytes == sizeof(float)) return;
-    if (member == 0 && warp == 0 && lane == 0) {
+    if (plan.energy_bytes == sizeof(float)) return;
+    if (warp == 0 && lane == 0) {
       const float keys = __log2f(Weight(true));
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) c.base[set][u] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
+      for (int u = 0; u < kUnits; ++u) c.base[group][u] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
     }
-    SyncTeam();
+    Sync();
   }
 
   __device__ __forceinline__ void StoreEnergy(int unit, int block, float energy) {
     const int at = unit * plan.energy_stride + block;
-    if (!SKETCH || plan.energy_bytes == sizeof(float)) {
+    if (!kHalfEnergies || plan.energy_bytes == sizeof(float)) {
       reinterpret_cast<float*>(energies)[at] = energy;
     } else {
-      reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[set][unit]);
+      reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[group][unit]);
     }
   }
 
@@ -325,11 +326,8 @@ struct Scorer {
         if (SKETCH && plane == 0) continue;
         Finish(scores, step, step == member && plane < 2, Weight(spread));
       }
-      if (!mine) continue;
-      if (step < team) ShareBase();
-      Store(step);
+      if (mine) Store(step);
     }
-    if (steps <= member) ShareBase();
   }
 
   __device__ __forceinline__ void Steps(int steps) {
@@ -362,8 +360,11 @@ struct Scorer {
         return WriteMaskRow<SKETCH>(a.keep, unit.bits, of_unit, bits, static_cast<int>(2 * a.words), part, log2_parts,
                                     bins);
       };
-      kept = !SKETCH || plan.energy_bytes == sizeof(float) ? write(reinterpret_cast<float*>(from))
-                                                           : write(reinterpret_cast<__half*>(from));
+      if (!kHalfEnergies || plan.energy_bytes == sizeof(float)) {
+        kept = write(reinterpret_cast<float*>(from));
+      } else {
+        kept = write(reinterpret_cast<__half*>(from));
+      }
       if (!share && a.counts && lane == 0) a.counts[row] = kept;
     }
     if (share && lane == 0) c.kept[group][warp] = kept;

@@ -24,6 +24,7 @@ constexpr int kScoreUnits = 8;         // of a set
 template <int COLUMNS, bool SKETCH>
 struct ScoreShape {
   static constexpr bool kTwoProducts = COLUMNS == 64 && SKETCH;
+  static constexpr bool kHalfEnergies = kTwoProducts; // if need be; not where a team would have to agree on their base
   static constexpr int kMathGroups = COLUMNS == 64 ? 2 : 4;
   static constexpr int kPoolGroups = COLUMNS == 128 ? 0 : SKETCH ? 3 : 4, kPoolWarps = 4 * kPoolGroups;
   static constexpr int kGroups = kMathGroups + 1 + kPoolGroups, kThreads = 128 * kGroups;
@@ -71,7 +72,7 @@ struct ScoreControl {
   uint64_t k_full[kScoreStages], k_empty[kScoreStages];
   ScoreItem item[kScoreBuffers];
   ScoreUnit unit[kScoreGroups][kScoreUnits];
-  float base[kScoreGroups][kScoreUnits];    // of a set's units: what energies of 16 bits are relative to
+  float base[kScoreGroups][kScoreUnits];    // of each unit: what energies of 16 bits are relative to
   int kept[kScoreGroups][4];                // bits that each warp has set, where several share a unit
   alignas(16) int limit[kScoreGroups][128]; // of each column: it sees blocks [0, limit)
 };

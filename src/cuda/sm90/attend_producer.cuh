@@ -303,8 +303,8 @@ class AttendProducer {
 
   // They lie together. The first tile, the highest, would run past `full`, where there may be anything; so it begins
   // earlier and ends there. Where that is before the sequence begins, V's first rows are kept out: zeros lie before the
-  // first sequence, another one's means before the others. So columns stand alike in every sequence, and a sequence gets
-  // the same bits alone and in a batch.
+  // first sequence, another one's means before the others. So columns stand alike in every sequence, and a sequence
+  // gets the same bits alone and in a batch.
   __device__ __forceinline__ void SendMeans(bool first) {
     const Work& work = walk_.work();
     const bool packed = p_.cu_seqlens_k && !p_.page_size;
@@ -385,8 +385,8 @@ class AttendProducer {
 
   // ---------------------------------------------------------------- other copies
 
-  // A warp copies rows `begin` to `end` of `count` to row0 of a stage, swizzled as bulk copies would, and makes the rest
-  // zeros. `from` is where row 0 of them would be.
+  // A warp copies rows `begin` to `end` of `count` to row0 of a stage, swizzled as bulk copies would, and makes the
+  // rest zeros. `from` is where row 0 of them would be.
   __device__ __forceinline__ void CopyRows(uint8_t* to, int row0, int count, int begin, int end, const uint16_t* from,
                                            int64_t stride) {
     const uint32_t base = SharedAddress(to);
@@ -395,8 +395,7 @@ class AttendProducer {
       const int of_count = i / kPieces, row = row0 + of_count;
       const int piece = i % kPieces;
       AsyncCopy16(base + piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
-                  from + of_count * stride + piece * 8,
-                  of_count >= begin && of_count < end && piece < p_.head_dim / 8);
+                  from + of_count * stride + piece * 8, of_count >= begin && of_count < end && piece < p_.head_dim / 8);
     }
     AsyncCopyWaitAll();
     FenceAsyncProxy();

@@ -66,9 +66,11 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
   // A tile whose scores are all -inf has no mass: then its first block is the crossing one.
   const float base = largest == -INFINITY ? 0.f : largest;
   if (masses) {
-    if constexpr (kOverwrites) {
+    if constexpr (kOverwrites) { // other lanes read the last energy before and after
+      __syncwarp();
 #pragma unroll 8
       for (int b = lane; b < scored; b += 32) energies[b] = Exp2(energies[b] - base);
+      __syncwarp();
     }
     largest = largest == -INFINITY ? 0.f : 1.f;
   }

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.q_buffers; ++i) {
-      BarrierInit(&c.q_full[i], Shape::kPoolGroups ? Shape::kPoolWarps : 1);
-      BarrierInit(&c.q_empty[i], 4 << plan.log2_team); // an arrival a warp
+      BarrierInit(&c.q_full[i], Shape::kPoolGroups ? 128 * Shape::kPoolGroups : 1);
+      BarrierInit(&c.q_empty[i], 128 << plan.log2_team);
       BarrierInit(&c.placed[i], 1);
     }
     for (int i = 0; i < plan.k_stages; ++i) {

@@ -168,8 +168,7 @@ struct RowPooler {
           char* const rows = shared + ring.stage * layout.q_buffer;
           i = a.rows_aligned ? Fill<true>(item, set, rows, i) : Fill<false>(item, set, rows, i);
         }
-        __syncwarp();
-        if (thread % 32 == 0) BarrierArrive(&c.q_full[ring.stage]);
+        BarrierArrive(&c.q_full[ring.stage]);
       }
     }
   }

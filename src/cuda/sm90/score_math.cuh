@@ -387,8 +387,7 @@ struct Scorer {
       q_address = SharedAddress(shared + buffer * layout.q_buffer);
       SetUp(item);
       Steps(__shfl_sync(~0u, item.steps, 0)); // the compiler sees that the warp agrees
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&c.q_empty[buffer]); // queries and item are no longer needed
+      BarrierArrive(&c.q_empty[buffer]);      // queries and item are no longer needed
       SyncTeam();
       WriteUnits();
     }

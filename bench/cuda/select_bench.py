@@ -41,11 +41,11 @@ def even_mask(tokens, density):
 
 
 def graph_of_selections(q, k, policy):
-    """Ten selections into one mask."""
+    """A graph of ten selections into one mask, and the mask, which must live as long as the graph."""
     mask, new_mask = fp.select(q, k, policy), api._new_mask
     api._new_mask = lambda *_: mask
     try:
-        return graph_of(lambda: [fp.select(q, k, policy) for _ in range(CALLS)])
+        return graph_of(lambda: [fp.select(q, k, policy) for _ in range(CALLS)]), mask
     finally:
         api._new_mask = new_mask
 
@@ -136,7 +136,8 @@ def measure(tokens, turns, alone):
         "Sketch by mass, query_metric": fp.Sketch(query_metric=True),
         "Streaming": fp.Streaming(),
     }
-    graphs = {f"select, {name}": graph_of_selections(q, k, policy) for name, policy in policies.items()}
+    made = {f"select, {name}": graph_of_selections(q, k, policy) for name, policy in policies.items()}
+    graphs = {name: graph for name, (graph, _) in made.items()}
     inside = dict.fromkeys(graphs, CALLS)
 
     def both():

@@ -5,9 +5,9 @@ Nothing else in the package knows a C type. The structs must stay field for fiel
 working with a newer library. ``ctypes.CDLL`` gives up the GIL for the length of each call, so other Python
 threads run while attention does.
 
-Where the library is looked for: ``flashprefill/lib/`` beside this file (where the wheel puts it), then the
-path in the environment variable ``FLASHPREFILL_LIBRARY``, then ``build/`` of a source checkout. It is read
-once, at import.
+Where the library is looked for: if the environment variable ``FLASHPREFILL_LIBRARY`` names a path, there and
+nowhere else; otherwise in ``flashprefill/lib/`` beside this file (where the wheel puts it), or ``build/`` of
+a source checkout. It is read once, at import.
 """
 
 from __future__ import annotations
@@ -280,11 +280,11 @@ class Output(Structure):
 
 
 def _candidates() -> list[Path]:
-    package = Path(__file__).resolve().parent
-    found = sorted((package / "lib").glob("libflashprefill.so*"))
     named = os.environ.get("FLASHPREFILL_LIBRARY")
     if named:
-        found.append(Path(named))
+        return [Path(named)]
+    package = Path(__file__).resolve().parent
+    found = sorted((package / "lib").glob("libflashprefill.so*"))
     checkout = package.parents[1]
     if (checkout / "include" / "flashprefill" / "flashprefill.h").is_file():
         found += [

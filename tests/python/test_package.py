@@ -72,6 +72,13 @@ def test_a_missing_library_says_what_to_do(tmp_path):
         assert "pip install" in last and "FLASHPREFILL_LIBRARY" in last
 
 
+def test_a_library_that_is_named_is_the_one(tmp_path):
+    named = tmp_path / "libflashprefill.so"
+    shutil.copy(fp.library_path(), named)
+    done = run("import flashprefill as fp; print(fp.library_path())", FLASHPREFILL_LIBRARY=str(named))
+    assert done.stdout.strip() == str(named), done.stderr
+
+
 def test_versions_agree():
     assert fp.__version__ == fp.library_version()
     if HEADER.exists():

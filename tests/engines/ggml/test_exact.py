@@ -10,6 +10,7 @@ rounding; and with the plugin in all layers, to what the engine makes of that.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from engine import DENSE, Engine, Setup, engine, prompt
 SLOW = pytest.mark.slow  # left out by run.sh --short: more of the same
 LAST_LAYER = DENSE + ", dense_layers=0-28"
 ROUNDING = 2e-4  # of logits up to 30: 1.8e-5 was seen
+FEW_ROWS = 0.05  # 0.021 was seen
 NOISE = 0.1  # 0.02 was seen, and 0.015 to 0.024 between the stock engine with flash attention and without
 
 RMS_NOISE = 0.01  # 0.002 was seen over fp16
@@ -25,25 +27,42 @@ RMS_NOISE = 0.01  # 0.002 was seen over fp16
 Scenario = Callable[[Engine], list[np.ndarray]]
 
 
-def worst(must_be: list[np.ndarray], outcome: list[np.ndarray]) -> float:
-    assert len(must_be) == len(outcome)
-    return max(float(np.abs(a - b).max()) for a, b in zip(must_be, outcome, strict=True))
+def off_by(must_be: list[np.ndarray], outcome: list[np.ndarray]) -> np.ndarray:
+    """The largest difference of each row of logits."""
+    return np.concatenate([np.abs(a - b).max(axis=-1) for a, b in zip(must_be, outcome, strict=True)])
 
 
 def agree(
-    setup: Setup, scenario: Scenario, rounding: float = ROUNDING, noise: float = NOISE, more: str = ""
+    setup: Setup,
+    scenario: Scenario,
+    rounding: float = ROUNDING,
+    noise: float = NOISE,
+    more: str = "",
+    few_rows: tuple[Setup, Scenario] | None = None,
 ) -> dict:
-    """Returns the plugin's figures with all layers."""
+    """Returns the plugin's figures with all layers.
+
+    few_rows: some nodes have fewer rows than the stock kernel's tile, which it adds up in fp16. Then half of
+    all rows must agree to rounding and the others to FEW_ROWS, and with all layers ours this setup and
+    scenario of the stock engine are the measure.
+    """
     with engine(setup) as stock:
         must_be = scenario(stock)
     stats = {}
     for options, limit in ((LAST_LAYER, rounding), (DENSE, noise)):
+        most = limit
+        if few_rows and options is LAST_LAYER:
+            most = FEW_ROWS
+        elif few_rows:
+            with engine(few_rows[0]) as stock:
+                must_be = few_rows[1](stock)
         with engine(setup, options + more) as ours:
             ours.plugin.reset_stats()
-            off = worst(must_be, scenario(ours))
+            off = off_by(must_be, scenario(ours))
             stats = ours.plugin.stats()
-        print(f"{options}: logits are off by {off:.1e} at most")
-        assert off <= limit
+        print(f"{options}: logits are off by {off.max():.1e} at most, {np.median(off):.1e} as a median")
+        assert np.median(off) <= limit
+        assert off.max() <= most
         assert stats["sparse_rows"] == 0
     return stats
 
@@ -126,22 +145,30 @@ def sequences(e: Engine) -> list[np.ndarray]:
 @pytest.mark.parametrize("unified", [True, False])
 def test_sequences(ubatch: int, unified: bool) -> None:
     n_ctx = 4096 if unified else 8192  # each sequence has its share of a cache that is not unified
-    stats = agree(
-        Setup(n_ctx=n_ctx, n_ubatch=ubatch, n_seq=4, unified=unified), sequences, more=", min_rows=8"
-    )
-    assert stats["dense_rows"] > 0
+    setup = Setup(n_ctx=n_ctx, n_ubatch=ubatch, n_seq=4, unified=unified)
     if unified:
+        stats = agree(setup, sequences, more=", min_rows=8")
         assert stats["gathered_rows"] > 0
+    else:  # a node has each sequence's rows by themselves
+        exact = (replace(setup, flash=0), sequences)
+        stats = agree(setup, sequences, more=", min_rows=1", few_rows=exact)
+    assert stats["dense_rows"] > 0
 
 
-# Rows left to the CPU backend's kernel are fewer than its own tile then, and it adds those up in fp16.
+# Rows left to the CPU backend's kernel are few; the stock engine gets them by themselves to compare with, or
+# it would read them with the prompt's, in fp32.
 def test_decode_rows_beside_a_prompt() -> None:
-    def scenario(e: Engine) -> list[np.ndarray]:
+    def scenario(e: Engine, apart: bool = False) -> list[np.ndarray]:
         e.feed([(0, prompt(300, 1)), (1, prompt(200, 2)), (2, prompt(100, 3))])
-        return list(e.feed([(0, [11]), (3, prompt(400, 9)), (2, [13]), (1, [12])], every=50).values())
+        tokens, text = [(0, [11]), (2, [13]), (1, [12])], (3, prompt(400, 9))
+        rows = {}
+        for batch in [tokens, [text]] if apart else [[tokens[0], text, *tokens[1:]]]:
+            rows |= e.feed(batch, every=50)
+        return [rows[sequence] for sequence in range(4)]
 
-    stats = agree(Setup(n_seq=4), scenario, rounding=0.05)
-    assert stats["stock_rows"] == 3 * 30
+    setup = Setup(n_seq=4)
+    stats = agree(setup, scenario, few_rows=(setup, lambda e: scenario(e, apart=True)))
+    assert stats["stock_rows"] == (3 + 12) * 30  # 12 of the third prompt end a micro-batch of 512
 
 
 def come_and_go(e: Engine, apart: bool = False) -> list[np.ndarray]:
@@ -193,7 +220,7 @@ def test_requests_that_come_and_go() -> None:
             must_be = come_and_go(stock, apart)
         with engine(setup, options + ", min_rows=8") as ours:
             ours.plugin.reset_stats()
-            off = worst(must_be, come_and_go(ours))
+            off = off_by(must_be, come_and_go(ours)).max()
             stats = ours.plugin.stats()
         print(f"{options}: logits are off by {off:.1e} at most")
         assert off <= limit
@@ -236,11 +263,16 @@ def test_cache_types(kv: str, rounding: float, share: float) -> None:
 
 
 # As the model comes, its weights are 4 bits wide and activations are rounded to 8 bits in every layer.
+# Activations are rounded to eight bits before each product: a last bit more or less may move a step.
 def test_quantised_weights() -> None:
     def scenario(e: Engine) -> list[np.ndarray]:
         return [e.feed([(0, prompt(1500, 17))], every=50)[0]]
 
-    agree(Setup(model="q4_1", kv="f16"), scenario, rounding=0.5, noise=1.0)
+    setup = Setup(model="q4_1", kv="f16")
+    with engine(setup) as flash, engine(replace(setup, flash=0)) as plain:
+        between_stock = off_by(scenario(flash), scenario(plain)).max()
+    print(f"the stock engine's two ways of attention are {between_stock:.1e} apart")
+    agree(setup, scenario, rounding=0.5, noise=1.5 * between_stock)
 
 
 def test_other_threads() -> None:

@@ -1,6 +1,7 @@
 """Fixtures: every test that takes `engine` runs on every backend and instruction set of the machine."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 
 import flashprefill as fp
@@ -14,6 +15,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a small model, for what the command line tool does with one."""
+    import demo_model
+
+    return demo_model.save(tmp_path_factory.mktemp("model"))
 
 
 def pytest_addoption(parser):

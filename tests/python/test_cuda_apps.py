@@ -11,7 +11,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import demo_model  # noqa: E402
 import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
 from flashprefill.apps import device, heads, inputs, measure, needles  # noqa: E402
@@ -23,11 +22,6 @@ pytestmark = [
 ]
 
 TOKENS = 5000  # above the 3072 keys up to which the GPU keeps everything
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return demo_model.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ from flashprefill.apps.errors import UsageError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return demo_model.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def results(model, tmp_path_factory):
     """One run of the whole demo, default methods and two depths: (results, folder, what it printed)."""
     out = tmp_path_factory.mktemp("demo")

@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import demo_model  # noqa: E402
 import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
 from flashprefill.apps import heads, measure, needles, spec  # noqa: E402
@@ -24,11 +23,6 @@ from flashprefill.apps.errors import UsageError  # noqa: E402
 from flashprefill.apps.lab import baselines, figures, lines, page, run  # noqa: E402
 
 TOKENS, Q_HEADS, KV_HEADS, DIM, SCALE = 700, 4, 2, 16, 0.5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return demo_model.save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,9 @@ def agree(
 ) -> dict:
     """Returns the plugin's figures with all layers.
 
-    few_rows: some nodes have fewer rows than the stock kernel's tile, which it adds up in fp16. Then half of
-    all rows must agree to rounding and the others to FEW_ROWS, and with all layers ours this setup and
-    scenario of the stock engine are the measure.
+    few_rows: some nodes have fewer rows than the stock kernel's tile, which it adds up in fp16. Then two
+    thirds of the rows must agree to rounding and the others to FEW_ROWS, and with all layers ours this setup
+    and scenario of the stock engine are the measure.
     """
     with engine(setup) as stock:
         must_be = scenario(stock)
@@ -61,7 +61,7 @@ def agree(
             off = off_by(must_be, scenario(ours))
             stats = ours.plugin.stats()
         print(f"{options}: logits are off by {off.max():.1e} at most, {np.median(off):.1e} as a median")
-        assert np.median(off) <= limit
+        assert np.quantile(off, 2 / 3) <= limit
         assert off.max() <= most
         assert stats["sparse_rows"] == 0
     return stats
@@ -272,7 +272,7 @@ def test_quantised_weights() -> None:
     with engine(setup) as flash, engine(replace(setup, flash=0)) as plain:
         between_stock = off_by(scenario(flash), scenario(plain)).max()
     print(f"the stock engine's two ways of attention are {between_stock:.1e} apart")
-    agree(setup, scenario, rounding=0.5, noise=1.5 * between_stock)
+    agree(setup, scenario, rounding=0.5, noise=max(1.0, between_stock))
 
 
 def test_other_threads() -> None:

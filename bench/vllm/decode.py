@@ -109,7 +109,7 @@ def main() -> None:
     result["settings"] = {"dtype": "bf16" if bf16 else "fp32", "compiled": not options.eager}
     result["rows"] = rows
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

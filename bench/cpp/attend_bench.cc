@@ -52,7 +52,7 @@ struct Setup {
         kernels(cpu::AttendKernelsFor(isa, OfDtype(dtype))),
         rows(static_cast<size_t>(keys * head_dim) * DtypeSize(dtype)),
         packed_memory(Bytes([&](Workspace& memory) { cpu::Packed::Take(memory, kernels, head_dim, keys); })),
-        tile_memory(Bytes([&](Workspace& memory) { cpu::TileScratch::Take(memory, head_dim); })) {
+        tile_memory(Bytes([&](Workspace& memory) { cpu::TileScratch::Take(memory, kernels, head_dim, false); })) {
     std::minstd_rand random(1);
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < keys * head_dim; ++i) StoreElement(rows.get(), dtype, i, normal(random));
@@ -60,7 +60,7 @@ struct Setup {
 
     Workspace packed_parts(packed_memory.get()), tile_parts(tile_memory.get());
     packed = cpu::Packed::Take(packed_parts, kernels, head_dim, keys);
-    tile = cpu::TileScratch::Take(tile_parts, head_dim);
+    tile = cpu::TileScratch::Take(tile_parts, kernels, head_dim, false);
     tile.state.rows = kTileRows;
     tile.state.head_dim = head_dim;
     tile.state.scale = 1.44f / std::sqrt(static_cast<float>(head_dim));
@@ -114,10 +114,7 @@ void RegisterOne(Isa isa, int32_t dtype, int32_t head_dim, int64_t keys) {
       state.SetIterationTime(seconds);
     }
     state.counters["best_gflops"] = flops / best * 1e-9;
-    const bool bf16_products = isa == Isa::kAvx512Bf16 && dtype == FP_BF16;
-    if (const double peak = PeakFlops(bf16_products || isa != Isa::kAvx512Bf16 ? isa : Isa::kAvx512); peak > 0) {
-      state.counters["peak"] = flops / best / peak;
-    }
+    if (const double peak = PeakFlops(isa); peak > 0) state.counters["peak"] = flops / best / peak;
   })->UseManualTime();
   benchmark::RegisterBenchmark(("attend_pack" + tail).c_str(), [=](benchmark::State& state) {
     Setup setup(isa, head_dim, keys, dtype);
@@ -135,8 +132,9 @@ void RegisterOne(Isa isa, int32_t dtype, int32_t head_dim, int64_t keys) {
 void RegisterAttend() {
   for (Isa isa : cpu::IsasHere()) {
     if (isa == Isa::kScalar) continue;
+    const bool bf16 = isa == Isa::kAvx512Bf16 || isa == Isa::kAmxBf16;
     for (int32_t head_dim : {64, 128}) {
-      for (int64_t keys : {1024, 8192}) RegisterOne(isa, isa == Isa::kAvx512Bf16 ? FP_BF16 : FP_F32, head_dim, keys);
+      for (int64_t keys : {1024, 8192}) RegisterOne(isa, bf16 ? FP_BF16 : FP_F32, head_dim, keys);
     }
   }
 }

@@ -69,6 +69,10 @@ size_t PairBytes(const AttendCall& call, int64_t q_len, int64_t k_len) {
   return memory.used();
 }
 
+TileScratch TakeScratch(Workspace& memory, const AttendCall& call) {
+  return TileScratch::Take(memory, call.kernels, call.p.head_dim, HasLines(call.mask));
+}
+
 // The parts of the caller's workspace.
 struct Memory {
   int threads;
@@ -90,7 +94,7 @@ struct Memory {
     capacity = std::max(longest, std::min<size_t>(longest * pair_count, threads * kWaveBytes));
     wave = parts.Take<std::byte>(capacity);
     Workspace one(nullptr);
-    TileScratch::Take(one, call);
+    TakeScratch(one, call);
     scratch_bytes = one.used();
     scratch = parts.Take<std::byte>(scratch_bytes * threads);
     bytes = parts.used();
@@ -221,7 +225,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
 
   auto scratch_of = [&](int thread) {
     Workspace part(memory.scratch + thread * memory.scratch_bytes);
-    return TileScratch::Take(part, call);
+    return TakeScratch(part, call);
   };
 
   // Runs body(index, scratch) for every index below count, each on whichever thread is free.

@@ -207,8 +207,7 @@ void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows
 
 } // namespace
 
-TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
-  const int32_t head_dim = call.p.head_dim;
+TileScratch TileScratch::Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim, bool has_lines) {
   TileScratch t{};
   t.state.q = memory.Take<float>(kTileRows * QueryStride(head_dim));
   t.state.o = memory.Take<float>(kTileRows * ValueWidth(head_dim));
@@ -220,10 +219,10 @@ TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
   t.bias = memory.Take<float>(kChunk);
   t.lse = memory.Take<float>(kTileRows);
   t.mean = memory.Take<float>(kMaxHeadDim);
-  if (HasLines(call.mask)) {
+  if (has_lines) {
     t.line_key = memory.Take<int64_t>(kChunk);
     t.line_offset = memory.Take<int64_t>(kChunk);
-    t.lines = Packed::Take(memory, call.kernels, head_dim, kGroup);
+    t.lines = Packed::Take(memory, kernels, head_dim, kGroup);
   }
   return t;
 }

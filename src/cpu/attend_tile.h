@@ -49,7 +49,7 @@ struct TileScratch {
   int64_t* line_offset; // [kChunk]
   Packed lines;
 
-  static TileScratch Take(Workspace& memory, const AttendCall& call);
+  static TileScratch Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim, bool has_lines);
 };
 
 // Tile m of mask head `mask_head`; keys and means are those of its KV head.

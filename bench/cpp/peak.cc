@@ -3,6 +3,7 @@
 #include "peak.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <ctime>
 
 namespace flashprefill::bench {
@@ -19,12 +20,15 @@ constexpr int kWindows = 20;
 #define FP_ZMM_FMA(n) "vfmadd231ps %%zmm31, %%zmm30, %%zmm" #n "\n"
 #define FP_ZMM_DOT(n) "vdpbf16ps %%zmm31, %%zmm30, %%zmm" #n "\n"
 #define FP_YMM_FMA(n) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #n "\n"
+#define FP_TILE_DOT(n) "tdpbf16ps %%tmm7, %%tmm6, %%tmm" #n "\n"
 #define FP_CLOBBERS                                                                                                   \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
       "xmm14", "xmm15"
 
 double RoundFlops(cpu::Isa isa) { // of one round below
   switch (isa) {
+    case cpu::Isa::kAmxBf16:
+      return 6 * 16 * 16 * 32 * 2;
     case cpu::Isa::kAvx512Bf16:
       return 24 * 16 * 4;
     case cpu::Isa::kAvx512:
@@ -38,6 +42,10 @@ double RoundFlops(cpu::Isa isa) { // of one round below
 
 void Round(cpu::Isa isa) {
   switch (isa) {
+    case cpu::Isa::kAmxBf16:
+      asm volatile(FP_TILE_DOT(0) FP_TILE_DOT(1) FP_TILE_DOT(2) FP_TILE_DOT(3) FP_TILE_DOT(4) FP_TILE_DOT(5)::
+                       : "memory");
+      break;
     case cpu::Isa::kAvx512Bf16:
       asm volatile(FP_REPEAT_24(FP_ZMM_DOT)::: FP_CLOBBERS);
       break;
@@ -51,9 +59,29 @@ void Round(cpu::Isa isa) {
       break;
   }
 }
+
+// Eight tiles of 16 rows of 64 bytes for the thread, as long as it lives.
+class Tiles {
+ public:
+  explicit Tiles(cpu::Isa isa) : amx_(isa == cpu::Isa::kAmxBf16) {
+    alignas(64) static constexpr uint8_t kConfig[64] = {
+        1,  0, 0,  0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 64, 0, 64, 0,  64, 0,  64, 0,  64, 0,
+        64, 0, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16};
+    if (amx_) asm volatile("ldtilecfg %0" ::"m"(kConfig));
+  }
+  ~Tiles() {
+    if (amx_) asm volatile("tilerelease" ::: "memory");
+  }
+
+ private:
+  bool amx_;
+};
 #else
 double RoundFlops(cpu::Isa) { return 0; }
 void Round(cpu::Isa) {}
+struct Tiles {
+  explicit Tiles(cpu::Isa) {}
+};
 #endif
 
 } // namespace
@@ -66,6 +94,7 @@ double ThreadSeconds() {
 
 double PeakFlops(cpu::Isa isa) {
   if (RoundFlops(isa) == 0) return 0;
+  const Tiles tiles(isa);
   double best = 1e9;
   for (int window = 0; window < kWindows; ++window) {
     const double start = ThreadSeconds();

@@ -7,8 +7,9 @@
 
 namespace flashprefill::bench {
 
-// Operations a second (a multiply-add is two) of one thread on independent registers: fp32 multiply-adds, or for
-// Isa::kAvx512Bf16 vdpbf16ps. The best of a few short windows of CPU time. 0 where there is no loop for it.
+// Operations a second (a multiply-add is two) of one thread on independent registers: fp32 multiply-adds, vdpbf16ps for
+// Isa::kAvx512Bf16, tdpbf16ps for Isa::kAmxBf16. The best of a few short windows of CPU time. 0 where there is no loop
+// for it.
 double PeakFlops(cpu::Isa isa);
 
 // CPU time of this thread, in seconds.

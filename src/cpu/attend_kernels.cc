@@ -381,14 +381,17 @@ HWY_AFTER_NAMESPACE();
 
 namespace flashprefill::cpu {
 
-extern const AttendKernels kAttendBf16Kernels;
+extern const AttendKernels kAttendBf16Kernels, kAttendAmxKernels;
 
 const AttendKernels& AttendF32KernelsFor(Isa isa) { return *FLASHPREFILL_KERNELS_FOR(isa, kAttendKernels); }
 
 const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p) {
+  [[maybe_unused]] const bool all_bf16 = p.q.dtype == FP_BF16 && p.k.dtype == FP_BF16 && p.v.dtype == FP_BF16;
 #ifdef FLASHPREFILL_AVX512_BF16
-  const bool all_bf16 = p.q.dtype == FP_BF16 && p.k.dtype == FP_BF16 && p.v.dtype == FP_BF16;
   if (isa == Isa::kAvx512Bf16 && all_bf16) return kAttendBf16Kernels;
+#endif
+#ifdef FLASHPREFILL_AMX_BF16
+  if (isa == Isa::kAmxBf16 && all_bf16) return kAttendAmxKernels;
 #endif
   return AttendF32KernelsFor(isa);
 }

@@ -8,19 +8,26 @@ flashprefill_add_backend(Cpu SOURCES backend.cc targets.cc
                          grid_select.cc grid_kernels.cc xattention.cc rrattention.cc sample_attention.cc
                          alike_kernels.cc sparge_attn.cc prism.cc)
 
-# One file of intrinsics with flags of its own, called behind CPUID: see the head of that file.
+# Files of intrinsics with flags of their own, called behind CPUID: see the head of attend_bf16.cc.
 include(CheckCXXCompilerFlag)
-check_cxx_compiler_flag(-mavx512bf16 FLASHPREFILL_CAN_AVX512_BF16)
-if(FLASHPREFILL_CAN_AVX512_BF16)
-  set(bf16_file ${CMAKE_CURRENT_LIST_DIR}/attend_bf16.cc)
-  target_sources(flashprefill_objects PRIVATE ${bf16_file})
-  set_source_files_properties(${bf16_file} PROPERTIES COMPILE_OPTIONS
-                              "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512bf16;-mfma")
-  target_compile_definitions(flashprefill_objects PRIVATE FLASHPREFILL_AVX512_BF16)
+set(bf16_flags -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma)
+function(flashprefill_add_intrinsics file name) # ... flags: name is defined if the compiler knows the last of them
+  list(GET ARGN -1 flag)
+  check_cxx_compiler_flag(${flag} FLASHPREFILL_CAN_${name})
+  if(FLASHPREFILL_CAN_${name})
+    target_sources(flashprefill_objects PRIVATE ${file})
+    set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${ARGN}")
+    target_compile_definitions(flashprefill_objects PRIVATE FLASHPREFILL_${name})
+  endif()
+endfunction()
+flashprefill_add_intrinsics(${CMAKE_CURRENT_LIST_DIR}/attend_bf16.cc AVX512_BF16 ${bf16_flags})
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux") # which is asked for the registers
+  flashprefill_add_intrinsics(${CMAKE_CURRENT_LIST_DIR}/attend_amx.cc AMX_BF16 ${bf16_flags} -mamx-tile -mamx-bf16)
 endif()
 
 # GCC 12's own intrinsics read a register that they have not set, on purpose, and warn about it.
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set_property(SOURCE ${CMAKE_CURRENT_LIST_DIR}/attend_kernels.cc ${CMAKE_CURRENT_LIST_DIR}/attend_bf16.cc
+               ${CMAKE_CURRENT_LIST_DIR}/attend_amx.cc
                APPEND PROPERTY COMPILE_OPTIONS -Wno-maybe-uninitialized)
 endif()

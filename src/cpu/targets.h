@@ -53,7 +53,7 @@
 #define HWY_NEON_BF16 0
 #endif
 
-// The table of this name for an Isa. Isa::kAvx512Bf16 has files of its own; elsewhere it means kAvx512.
+// The table of this name for an Isa. kAvx512Bf16 and kAmxBf16 have files of their own; elsewhere they mean kAvx512.
 #define FLASHPREFILL_KERNELS_FOR(isa, table)                                 \
   ((isa) == ::flashprefill::cpu::Isa::kAvx2     ? HWY_CHOOSE_AVX2(table)     \
    : (isa) == ::flashprefill::cpu::Isa::kNeon   ? HWY_CHOOSE_NEON(table)     \
@@ -62,12 +62,12 @@
 
 namespace flashprefill::cpu {
 
-enum class Isa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
 
 // What this machine has and this build has kernels for, best first.
 const std::vector<Isa>& IsasHere();
 
-// "scalar", "neon", "avx2", "avx512", "avx512_bf16": what exec.target names.
+// "scalar", "neon", "avx2", "avx512", "avx512_bf16", "amx_bf16": what exec.target names.
 const char* IsaName(Isa isa);
 
 // The one that a call uses: exec.target, or the best.

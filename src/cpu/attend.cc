@@ -228,14 +228,19 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
     return TakeScratch(part, call);
   };
 
-  // Runs body(index, scratch) for every index below count, each on whichever thread is free.
+  // Runs body(index, next, scratch) for every index below count, each on whichever thread is free. A thread takes its
+  // next index, or `count`, before it begins with one, so that it can fetch ahead.
   auto for_each = [&](int64_t count, auto&& body) {
     std::atomic<int64_t> next{0};
     const int threads = static_cast<int>(std::min<int64_t>(memory.threads, count));
     if (threads == 0) return;
     Parallel(threads, [&](int thread) {
       TileScratch scratch = scratch_of(thread);
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i, scratch);
+      const auto take = [&] { return std::min(next.fetch_add(1, std::memory_order_relaxed), count); };
+      for (int64_t i = take(), after; i < count; i = after) {
+        after = take();
+        body(i, after, scratch);
+      }
     });
   };
 
@@ -256,23 +261,25 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
     }
     std::sort(memory.items, memory.items + items, Heavier);
 
-    for_each(units, [&](int64_t unit, TileScratch& scratch) {
+    for_each(units, [&](int64_t unit, int64_t, TileScratch& scratch) {
       const Pair* pair = std::upper_bound(memory.pairs, memory.pairs + count, unit,
                                           [](int64_t u, const Pair& x) { return u < x.first_unit; }) -
                          1;
       packer.Pack(*pair, unit - pair->first_unit, scratch.mean);
     });
     if (mask.mean_correction) {
-      for_each(count, [&](int64_t i, TileScratch&) {
+      for_each(count, [&](int64_t i, int64_t, TileScratch&) {
         const Pair& pair = memory.pairs[i];
         for (int64_t block = 0; block < call.g.Blocks(pair.s); block += kGroup) packer.PackMeans(pair, block);
       });
     }
-    for_each(items, [&](int64_t i, TileScratch& scratch) {
+    for_each(items, [&](int64_t i, int64_t after, TileScratch& scratch) {
       const Item& item = memory.items[i];
       const Pair& pair = memory.pairs[item.pair];
       if (pair.is_packed) {
-        AttendTile(call, pair.s, item.mask_head, item.tile, pair.keys, pair.means, scratch);
+        const Item* next = after < items && memory.items[after].pair == item.pair ? &memory.items[after] : nullptr;
+        const int64_t next_key = next ? FirstKey(call, pair.s, next->mask_head, next->tile) : -1;
+        AttendTile(call, pair.s, item.mask_head, item.tile, pair.keys, pair.means, next_key, scratch);
       } else {
         AttendFewRows(call, pair.s, pair.head, scratch);
       }

@@ -61,10 +61,10 @@ class ChunkBuilder {
     Flush();
   }
 
-  // Hands over what there is.
-  void Flush() {
+  // Hands over what there is. `next` is a key that will be wanted after it.
+  void Flush(int64_t next = -1) {
     Close();
-    HandOver(-1);
+    HandOver(next);
   }
 
  private:
@@ -110,7 +110,7 @@ class ChunkBuilder {
 
 // Every kept block, in order.
 void AddKeptBlocks(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Packed& keys,
-                   TileScratch& scratch) {
+                   int64_t next_key, TileScratch& scratch) {
   const Sequence& s = rows.s;
   const int64_t block_size = call.g.block_size;
   const int64_t last_seen = call.p.causal ? s.prefix + rows.tile.end : s.k_len;
@@ -121,7 +121,7 @@ void AddKeptBlocks(const AttendCall& call, const TileRows& rows, const uint64_t*
       chunks.Add(block * block_size, std::min((block + 1) * block_size, last_seen), block >= rows.tile.full);
     }
   }
-  chunks.Flush();
+  chunks.Flush(next_key);
 }
 
 // Keys on lines, gathered and packed as they come: neighbours in a chunk may lie anywhere. Chunks are ascending, so a
@@ -227,8 +227,19 @@ TileScratch TileScratch::Take(Workspace& memory, const AttendKernels& kernels, i
   return t;
 }
 
+int64_t FirstKey(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m) {
+  const int64_t visible = call.g.TileOf(call.p, s, m).visible;
+  const uint64_t* bits = call.mask.bits + call.g.Row(s, mask_head, m) * call.g.words;
+  for (int64_t w = 0; w < DivUp<int64_t>(visible, 64); ++w) {
+    if (const uint64_t word = VisibleWord(bits, w, visible)) {
+      return (w * 64 + std::countr_zero(word)) * call.g.block_size;
+    }
+  }
+  return -1;
+}
+
 void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
-                const Packed& means, TileScratch& scratch) {
+                const Packed& means, int64_t next_key, TileScratch& scratch) {
   const Problem& p = call.p;
   const Geometry& g = call.g;
   const Tile tile = g.TileOf(p, s, m);
@@ -241,7 +252,7 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   state.scale = p.softmax_scale * kLog2E;
   call.kernels.load_queries(RowsOf(p, p.q, rows, scratch), p.head_dim, state.q);
   Clear(state);
-  AddKeptBlocks(call, rows, bits, keys, scratch);
+  AddKeptBlocks(call, rows, bits, keys, next_key, scratch);
   if (call.mask.mean_correction) AddMeans(call, rows, bits, means, scratch);
   if (HasLines(call.mask)) {
     AddLines(call, rows, bits, Lines::Of(call.mask, s.index, mask_head), mask_head / g.group, scratch);

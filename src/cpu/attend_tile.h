@@ -52,9 +52,13 @@ struct TileScratch {
   static TileScratch Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim, bool has_lines);
 };
 
-// Tile m of mask head `mask_head`; keys and means are those of its KV head.
+// Tile m of mask head `mask_head`; keys and means are those of its KV head. `next_key`: the first one that the tile
+// after it keeps of the same packed keys, to be fetched ahead; or -1.
 void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
-                const Packed& means, TileScratch& scratch);
+                const Packed& means, int64_t next_key, TileScratch& scratch);
+
+// The first key that tile m keeps, or -1.
+int64_t FirstKey(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m);
 
 // All query heads of a KV head, without packed keys: for kFewRows rows or fewer, and no mean correction. Block by
 // block, so that a key comes from far away for the first of its heads only.

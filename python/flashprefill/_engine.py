@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import _abi
+from ._memory import in_large_pages
 from .errors import refuse
 from .policies.base import numbers_of
 
@@ -175,7 +176,7 @@ def _workspace(like: Any, size: int) -> tuple[Any, int | None]:
         memory = np.empty(size + _ALIGN, np.uint8)
         return memory, -(-(_address(memory) or 0) // _ALIGN) * _ALIGN
     torch = sys.modules["torch"]
-    memory = torch.empty(size, dtype=torch.uint8, device=like.device)
+    memory = in_large_pages(torch.empty(size, dtype=torch.uint8, device=like.device))
     address = int(memory.data_ptr())
     assert address % _ALIGN == 0, "torch's allocators align to at least 64 bytes"
     return memory, address

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import _engine
+from ._memory import in_large_pages
 from .errors import refuse, refuse_type
 
 NAME = "a torch tensor"
@@ -119,7 +120,8 @@ def _device(like: Any) -> Any:
 
 def empty_like(q: Any) -> Any:
     """Return a contiguous tensor of q's shape and dtype."""
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return in_large_pages(out) if _readable(q) and type(out) is torch.Tensor else out
 
 
 def empty_float(like: Any, shape: tuple[int, ...]) -> Any:

@@ -25,6 +25,7 @@ from ..api import prefill_attention
 from ..errors import UnsupportedError
 from ..policies import FlashPrefill, Policy
 from ..stats import Stats
+from ..torch_op import empty_like
 from . import stats
 from .fallback import dense_attention, supports_sdpa, warn_once
 from .masks import MIN_ROWS, Plan, Span, is_roles, plan_of
@@ -198,10 +199,7 @@ def _sparse(
         spans, end = plan.spans, plan.used
     covered = len(spans) == 1 and spans[0][:4] == (0, batch, 0, rows)
     whole = covered and spans[0][4:] == (0, k.shape[1])  # nothing to slice, which takes the host 20 us
-    if covered:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_like(q) if covered else torch.zeros(q.shape, dtype=q.dtype, device=q.device)
 
     if final_chunk is None:
         # Positions count padding, and so does the length of the prompt that generate() reads.

@@ -140,9 +140,9 @@ void BeginTile(const Rows& rows, int32_t head_dim, void* q) {
   LoadQueries(rows, head_dim, q);
 }
 
-void EndTile(const TileState& tile, const Rows& out, float* lse) {
+void EndTile(const TileState& tile, const Rows& out, bool stream, float* lse) {
   _tile_release();
-  Finish(tile, out, lse);
+  Finish(tile, out, stream, lse);
 }
 
 } // namespace

@@ -16,6 +16,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/attend_kernels.cc"
 #include "hwy/foreach_target.h"
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "cpu/rows.h" // after highway.h, in each pass
 // clang-format on
@@ -356,16 +357,17 @@ void AttendUnpacked(const TileState& tile, const Chunk& chunk, const Rows& k, co
   }
 }
 
-void Finish(const TileState& tile, const Rows& out, float* lse) {
+void Finish(const TileState& tile, const Rows& out, bool stream, float* lse) {
   const int64_t width = ValueWidth(tile.head_dim);
   for (int32_t r = 0; r < tile.rows; ++r) {
     float sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += tile.sum[r * kLeast + i];
     const float factor = sum == 0 ? 0.0f : 1 / sum; // a row of nothing is zeros
-    StoreRow(tile.o + r * width, factor, tile.head_dim, const_cast<void*>(out.data), out.dtype, out.offset[r],
-             out.step);
+    StoreRow(tile.o + r * width, factor, tile.head_dim, const_cast<void*>(out.data), out.dtype, out.offset[r], out.step,
+             stream);
     lse[r] = sum == 0 ? -kInfinity : (tile.largest[r] * tile.scale + std::log2(sum)) * 0.693147181f;
   }
+  if (stream) hwy::FlushStream();
 }
 
 } // namespace

@@ -83,8 +83,9 @@ struct AttendKernels {
   // Adds a chunk of keys that are not packed: column i is row i of k and of v. The tile has at most kFewRows rows. Null
   // in tables of other elements than fp32.
   void (*attend_unpacked)(const TileState& tile, const Chunk& chunk, const Rows& k, const Rows& v);
-  // Row r of the result is o[r] / sum[r]; lse[r] is its natural logarithm. A row without weights: zeros and -inf.
-  void (*finish)(const TileState& tile, const Rows& out, float* lse);
+  // Row r of the result is o[r] / sum[r]; lse[r] is its natural logarithm. A row without weights: zeros and -inf. With
+  // `stream`, rows go past the caches.
+  void (*finish)(const TileState& tile, const Rows& out, bool stream, float* lse);
 };
 
 } // namespace flashprefill::cpu

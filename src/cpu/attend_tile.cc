@@ -198,7 +198,7 @@ void Clear(const TileState& state) {
 // The rows go out.
 void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows& rows, const TileState& state,
             TileScratch& scratch) {
-  kernels.finish(state, RowsOf(call.p, call.output.out, rows, scratch), scratch.lse);
+  kernels.finish(state, RowsOf(call.p, call.output.out, rows, scratch), call.stream, scratch.lse);
   float* lse = call.output.lse;
   for (int32_t r = 0; lse && r < state.rows; ++r) {
     lse[LseOffset(call.p, call.output.lse_stride, rows.s, rows.token(r), rows.head(r))] = scratch.lse[r];

@@ -34,6 +34,7 @@ struct AttendCall {
   const Geometry g;
   const AttendKernels& kernels;     // for packed keys
   const AttendKernels& f32_kernels; // for keys as they lie
+  bool stream;                      // out goes past the caches
 };
 
 // A thread's own memory.

@@ -9,6 +9,8 @@
 #define FLASHPREFILL_CPU_ROWS_H_
 #endif
 
+#include <cstdint>
+
 #include "core/half.h"
 #include "core/types.h"
 #include "hwy/highway.h"
@@ -54,13 +56,22 @@ HWY_INLINE VF LoadVector(const void* data, int32_t dtype, int64_t offset) {
   }
 }
 
+// STREAM: past the caches, to an address that is a multiple of the vector's size.
+template <bool STREAM = false>
 HWY_INLINE void StoreVector(VF x, void* data, int32_t dtype, int64_t offset) {
-  if (dtype == FP_F32) return hn::StoreU(x, DF(), static_cast<float*>(data) + offset);
+  const auto store = [](auto vector, auto d, auto* to) HWY_ATTR {
+    if constexpr (STREAM) {
+      hn::Stream(vector, d, to);
+    } else {
+      hn::StoreU(vector, d, to);
+    }
+  };
+  if (dtype == FP_F32) return store(x, DF(), static_cast<float*>(data) + offset);
   uint16_t* to = static_cast<uint16_t*>(data) + offset;
-  if (dtype == FP_BF16) return hn::StoreU(hn::TruncateTo(DU16(), ToBf16Bits(x)), DU16(), to);
+  if (dtype == FP_BF16) return store(hn::TruncateTo(DU16(), ToBf16Bits(x)), DU16(), to);
   if constexpr (kHasF16Instructions) {
     const hn::Rebind<hwy::float16_t, DF> df16;
-    hn::StoreU(hn::BitCast(DU16(), hn::DemoteTo(df16, x)), DU16(), to);
+    store(hn::BitCast(DU16(), hn::DemoteTo(df16, x)), DU16(), to);
   } else {
     HWY_ALIGN float lanes[kLanes];
     hn::Store(x, DF(), lanes);
@@ -79,12 +90,17 @@ HWY_INLINE void LoadRow(const void* data, int32_t dtype, int64_t offset, int64_t
   for (; i < padded; ++i) to[i] = 0;
 }
 
-// The row = from[0, count) * factor.
+// The row = from[0, count) * factor; with `stream` past the caches if it can be.
 HWY_INLINE void StoreRow(const float* from, float factor, int64_t count, void* data, int32_t dtype, int64_t offset,
-                         int64_t step) {
+                         int64_t step, bool stream) {
   int64_t i = 0;
-  if (step == 1) {
-    const auto f = hn::Set(DF(), factor);
+  const auto f = hn::Set(DF(), factor);
+  const int64_t size = static_cast<int64_t>(DtypeSize(dtype));
+  if (step == 1 && stream && (reinterpret_cast<uintptr_t>(data) + offset * size) % (kLanes * size) == 0) {
+    for (; i + kLanes <= count; i += kLanes) {
+      StoreVector<true>(hn::Mul(hn::LoadU(DF(), from + i), f), data, dtype, offset + i);
+    }
+  } else if (step == 1) {
     for (; i + kLanes <= count; i += kLanes) {
       StoreVector(hn::Mul(hn::LoadU(DF(), from + i), f), data, dtype, offset + i);
     }

@@ -252,3 +252,20 @@ def test_timings(engine):
     assert timings.calls == 1 and timings.attend_seconds > 0 and timings.select_seconds > 0
     fp.prefill_attention(q, k, v, fp.Dense(), **engine)
     assert timings.calls == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_large_outputs_are_those_of_their_heads(engine, dtype, shift):
+    """From 4 MiB on they are stored past the caches, rows that begin at whole vectors and others."""
+    tokens, heads, head_dim = 1100, 16, 136
+    policy = fp.Streaming(sink_blocks=1, window_blocks=1, block_size=32)
+    q, k, v = tensors(14, (tokens, heads, head_dim), (tokens, heads, head_dim), dtype)
+    memory = torch.empty(q.numel() + shift, dtype=dtype)
+    out = memory[shift:].view(q.shape)
+    assert out.numel() * out.element_size() > 4 << 20
+    fp.prefill_attention(q, k, v, policy, out=out, **engine)
+    for head in range(0, heads, 4):
+        some = slice(head, head + 4)
+        small = fp.prefill_attention(q[:, some], k[:, some], v[:, some], policy, **engine)
+        assert torch.equal(out[:, some], small)

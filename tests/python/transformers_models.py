@@ -47,7 +47,12 @@ MODELS = {
     "mistral": ("MistralConfig", dict(sliding_window=None), set()),
     "mistral_wide": ("MistralConfig", dict(sliding_window=2048), set()),
     "mistral_window": ("MistralConfig", dict(sliding_window=100), {"sliding window"}),
-    "gemma2": ("Gemma2Config", dict(layer_types=MIXED, sliding_window=100), {"softcap"}),
+    # Eager, because SDPA, its default before 5.24, leaves the softcap out.
+    "gemma2": (
+        "Gemma2Config",
+        dict(layer_types=MIXED, sliding_window=100, attn_implementation="eager"),
+        {"softcap"},
+    ),
     "gemma3": ("Gemma3TextConfig", dict(layer_types=MIXED, sliding_window=100), {"sliding window"}),
     "gpt_oss": ("GptOssConfig", dict(EXPERTS, layer_types=MIXED, sliding_window=100), {"attention sinks"}),
 }

@@ -1,4 +1,7 @@
-"""What only torch has: compiled graphs, grad mode, threads."""
+"""What only torch has: compiled graphs, grad mode, threads, memory."""
+
+import pathlib
+import re
 
 import pytest
 import torch
@@ -196,3 +199,27 @@ def test_lazily_negated_views():
     assert q.is_neg()
     out = fp.prefill_attention(q, k, k)
     assert torch.equal(out, fp.prefill_attention(q.resolve_neg(), k, k))
+
+
+def advised_large(address):
+    """Whether the kernel was asked for large pages where this address lies."""
+    found = None
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(match[1], 16) <= address < int(match[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("no mapping holds this address")
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs a Linux with large pages"
+)
+def test_large_outputs_lie_in_large_pages():
+    middle = 4 << 20
+    x = torch.randn(4096, 8, 64)  # 8 MiB
+    assert advised_large(fp.prefill_attention(x, x, x).data_ptr() + middle)
+    given = torch.empty_like(x)
+    asked_before = advised_large(given.data_ptr() + middle)
+    fp.prefill_attention(x, x, x, out=given)
+    assert advised_large(given.data_ptr() + middle) == asked_before, "memory of the caller is left as it is"

@@ -14,6 +14,7 @@ command -v ninja > /dev/null || missing+=(ninja-build)
 "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv)
 need /usr/include/hwy/highway.h libhwy-dev
 need /usr/include/gtest/gtest.h libgtest-dev
+need /usr/include/benchmark/benchmark.h libbenchmark-dev
 for package in "$@"; do dpkg -s "$package" > /dev/null 2>&1 || missing+=("$package"); done
 
 if [ ${#missing[@]} -gt 0 ]; then

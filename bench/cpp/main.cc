@@ -1,6 +1,6 @@
 // flashprefill_bench: the kernels by themselves, on one thread, with Google Benchmark's usual options:
-//     cmake -B build -G Ninja -DFLASHPREFILL_BENCH=ON && ninja -C build flashprefill_bench
-//     build/bench/flashprefill_bench --benchmark_filter=attend --benchmark_repetitions=5
+//     make build
+//     build/release/bench/flashprefill_bench --benchmark_filter=attend --benchmark_repetitions=5
 // `peak` in a row is the share of the multiply-add units' best rate, measured in the same process.
 #include <benchmark/benchmark.h>
 

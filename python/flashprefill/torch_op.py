@@ -121,7 +121,7 @@ def _device(like: Any) -> Any:
 def empty_like(q: Any) -> Any:
     """Return a contiguous tensor of q's shape and dtype."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return in_large_pages(out) if _readable(q) and type(out) is torch.Tensor else out
+    return in_large_pages(out) if type(out) is torch.Tensor and not torch.compiler.is_compiling() else out
 
 
 def empty_float(like: Any, shape: tuple[int, ...]) -> Any:

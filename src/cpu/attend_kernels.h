@@ -71,7 +71,7 @@ struct TileState {
 
 struct AttendKernels {
   int32_t element_size;
-  // Begins a tile: loads rows of q. Until `finish`, the thread's own registers may belong to it.
+  // Begins a tile: loads rows of q. From here to `finish` a table may hold the thread's tile registers (AMX).
   void (*load_queries)(const Rows& rows, int32_t head_dim, void* q);
   // Packs the group that begins at `key`; keys past rows.count become zeros.
   void (*pack_keys)(const Rows& rows, int32_t head_dim, int64_t key, void* k);

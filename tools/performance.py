@@ -20,8 +20,8 @@ and date of its run. Attention alone on made-up inputs, by turns with PyTorch's
 count the kept part of the causal triangle and leave selection out; *of product* is their share of PyTorch's
 own product of two 2048 x 2048 matrices, measured in the same turns (in fp32 where the processor has no bf16
 product). Density is kept over causal blocks. Where CPU time is named, that was the clock: runs of one thread
-on a machine that others use too. A neighbour on the same core halves what its units give, PyTorch's product
-included (AMX: some 280 GFLOP/s instead of 700); compare shapes by their shares, not by their times.
+on a machine that others use too. Its cores were not equally fast at all times: PyTorch's product by AMX ran
+at 280 GFLOP/s beside some shapes and at 700 beside others. Compare shapes by their shares, not times.
 """
 
 

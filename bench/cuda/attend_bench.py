@@ -155,7 +155,7 @@ def sparse_row(n: int, density: float, d: int = 128, groups: bool = False, share
     case = Case(*inputs(n, d), share=share)
     kept = random_mask(case, density, groups)
     row = row_of({"": case}, 4 * d * 128 * 128 * kept, 25 if n < 65536 else 9)
-    return {**row, "kept_a_tile": kept / case.mask_heads / case.tiles(0)}
+    return {**row, "kept_per_tile": kept / case.mask_heads / case.tiles(0)}
 
 
 def pages_row(n: int, density: float) -> dict:
@@ -245,7 +245,7 @@ def main() -> None:
             for key, x in row.items()
             if key.endswith(" ms")
         )
-        kept = f" {row['kept_a_tile']:5.1f} blocks a tile" if "kept_a_tile" in row else ""
+        kept = f" {row['kept_per_tile']:5.1f} blocks a tile" if "kept_per_tile" in row else ""
         print(
             f"{name:16s} {row['ms']:8.3f} ms {row['tflops']:6.1f} TFLOP/s{kept}  {others} "
             f" {row['clock_mhz']} MHz {row['watts']} W  ({time.time() - started:.1f} s)",

@@ -86,9 +86,9 @@ struct Tile {
 
 // The geometry that a mask and a problem share.
 struct Geometry {
-  int mask_heads;   // query heads, or KV heads if shared
-  int group;        // query heads a KV head
-  int heads_a_tile; // query heads whose rows lie in one tile: group if shared, else 1
+  int mask_heads;     // query heads, or KV heads if shared
+  int group;          // query heads a KV head
+  int heads_per_tile; // query heads whose rows lie in one tile: group if shared, else 1
   int tile_tokens;
   int block_size;
   int64_t tile_rows; // rows of the mask a head
@@ -98,8 +98,8 @@ struct Geometry {
     Geometry g{};
     g.group = p.q_heads / p.kv_heads;
     g.mask_heads = share_heads ? p.kv_heads : p.q_heads;
-    g.heads_a_tile = share_heads ? g.group : 1;
-    g.tile_tokens = kTileRows / g.heads_a_tile;
+    g.heads_per_tile = share_heads ? g.group : 1;
+    g.tile_tokens = kTileRows / g.heads_per_tile;
     g.block_size = block_size;
     g.tile_rows = p.total_q / g.tile_tokens + p.batch;
     g.words = DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_k, block_size), 64);

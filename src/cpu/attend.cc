@@ -180,7 +180,7 @@ class Packer {
 // packed. Returns how many.
 int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item* items) {
   const Geometry& g = call.g;
-  const int64_t mask_heads = g.group / g.heads_a_tile; // of this KV head
+  const int64_t mask_heads = g.group / g.heads_per_tile; // of this KV head
   std::fill_n(pair.used, DivUp<int64_t>(g.Blocks(pair.s), 64), uint64_t{0});
   int64_t count = 0;
   for (int64_t h = pair.head * mask_heads; h < (pair.head + 1) * mask_heads; ++h) {

@@ -14,16 +14,16 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.442695041f;
 
-// The tile's rows: token begin + r / heads_a_tile, and the heads of a token side by side.
+// The tile's rows: token begin + r / heads_per_tile, and the heads of a token side by side.
 struct TileRows {
   const Geometry& g;
   const Sequence& s;
   const Tile& tile;
   int64_t first_head;
 
-  int32_t count() const { return static_cast<int32_t>((tile.end - tile.begin) * g.heads_a_tile); }
-  int64_t token(int64_t r) const { return tile.begin + r / g.heads_a_tile; }
-  int64_t head(int64_t r) const { return first_head + r % g.heads_a_tile; }
+  int32_t count() const { return static_cast<int32_t>((tile.end - tile.begin) * g.heads_per_tile); }
+  int64_t token(int64_t r) const { return tile.begin + r / g.heads_per_tile; }
+  int64_t head(int64_t r) const { return first_head + r % g.heads_per_tile; }
 };
 
 // Collects runs of packed keys and hands them to the kernels a chunk at a time. It stays one chunk behind, so that the
@@ -243,7 +243,7 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   const Problem& p = call.p;
   const Geometry& g = call.g;
   const Tile tile = g.TileOf(p, s, m);
-  const TileRows rows{g, s, tile, mask_head * g.heads_a_tile};
+  const TileRows rows{g, s, tile, mask_head * g.heads_per_tile};
   const uint64_t* bits = call.mask.bits + g.Row(s, mask_head, m) * g.words;
   TileState& state = scratch.state;
 
@@ -264,12 +264,12 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
   const Problem& p = call.p;
   const Geometry& g = call.g;
   const AttendKernels& kernels = call.f32_kernels;
-  const int64_t mask_heads = g.group / g.heads_a_tile, first = kv_head * mask_heads;
+  const int64_t mask_heads = g.group / g.heads_per_tile, first = kv_head * mask_heads;
   const Tile tile = g.TileOf(p, s, 0);
   const int64_t last_seen = p.causal ? s.prefix + tile.end : s.k_len;
 
   // The rows of one mask head after the other.
-  auto rows_of = [&](int64_t h) { return TileRows{g, s, tile, (first + h) * g.heads_a_tile}; };
+  auto rows_of = [&](int64_t h) { return TileRows{g, s, tile, (first + h) * g.heads_per_tile}; };
   auto bits_of = [&](int64_t h) { return call.mask.bits + g.Row(s, first + h, 0) * g.words; };
   auto state_of = [&](int64_t h) {
     TileState state = scratch.state;

@@ -19,7 +19,7 @@ namespace flashprefill::cpu::HWY_NAMESPACE {
 namespace {
 
 constexpr DF f;
-constexpr int kKeysAStep =
+constexpr int kKeysPerStep =
     HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 8 : 4; // 2 sums a key of 32 or 16 registers
 
 void LoadQueries(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t head, float* rows) {
@@ -77,7 +77,7 @@ void Score(const ScoreChunk& c) {
   for (int64_t lane = 0; lane < c.lanes; lane += 2 * kLanes) {
     const float* panel = c.panels + lane / kPanelRows * kPanelRows * c.depth + lane % kPanelRows;
     int64_t key = 0;
-    for (; key + kKeysAStep <= c.count; key += kKeysAStep) ScoreBlock<kKeysAStep>(c, panel, key, lane);
+    for (; key + kKeysPerStep <= c.count; key += kKeysPerStep) ScoreBlock<kKeysPerStep>(c, panel, key, lane);
     for (; key < c.count; ++key) ScoreBlock<1>(c, panel, key, lane);
   }
 }

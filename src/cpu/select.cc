@@ -31,7 +31,7 @@ struct Share {
   int64_t unit;  // of describing
   int64_t item;  // of scoring
   int64_t panel; // in the wave's panels
-  int heads_a_unit;
+  int heads_per_unit;
 };
 
 // A thread's own memory.
@@ -59,7 +59,7 @@ struct Memory {
 Scratch ScratchAt(const Problem& p, const SelectPlan& plan, std::byte* base, size_t* bytes) {
   Workspace parts(base);
   const int64_t blocks = DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_k, plan.g.block_size), kPanelBlocks) * kPanelBlocks;
-  const int lists = plan.shared ? 1 : plan.heads_an_item;
+  const int lists = plan.shared ? 1 : plan.heads_per_item;
   Scratch s{};
   s.rows = parts.Take<float>(int64_t{plan.max_rows} * plan.depth);
   s.largest = parts.Take<float>(lists * blocks);
@@ -152,10 +152,10 @@ class Selection {
       if (next.panel + panels > memory_.capacity) break;
       // Neighbouring heads together are longer runs of memory, fewer heads are more units: some six for each thread.
       const int64_t runs = DivUp(plan_.g.Blocks(s), kRun);
-      next.heads_a_unit =
+      next.heads_per_unit =
           static_cast<int>(std::clamp<int64_t>(runs * p_.kv_heads / (6 * memory_.threads), 1, p_.kv_heads));
       memory_.shares[b] = next;
-      if (scored) next.unit += runs * DivUp(p_.kv_heads, next.heads_a_unit);
+      if (scored) next.unit += runs * DivUp(p_.kv_heads, next.heads_per_unit);
       next.item += plan_.g.Tiles(s) * p_.kv_heads * plan_.Splits();
       next.panel += panels;
       if (mask_.fallback) {
@@ -185,9 +185,9 @@ class Selection {
     const Sequence s = SequenceOf(p_, b);
     const int64_t runs = DivUp(plan_.g.Blocks(s), kRun), unit = i - share.unit;
     const int64_t block = unit % runs * kRun;
-    const int head = static_cast<int>(unit / runs) * share.heads_a_unit;
+    const int head = static_cast<int>(unit / runs) * share.heads_per_unit;
     kernels_.describe(p_, plan_, s, block, std::min(block + kRun, plan_.g.Blocks(s)), head,
-                      std::min(head + share.heads_a_unit, p_.kv_heads),
+                      std::min(head + share.heads_per_unit, p_.kv_heads),
                       memory_.metric + int64_t{b} * p_.kv_heads * p_.head_dim, PanelsOf(share),
                       ScratchOf(thread).describe);
   }
@@ -208,9 +208,9 @@ class Selection {
     item.m = tiles - 1 - at % tiles;
     item.tile = plan_.g.TileOf(p_, item.s, item.m);
     item.kv_head = static_cast<int>(at / tiles / plan_.Splits());
-    const int split = static_cast<int>(at / tiles % plan_.Splits()) * plan_.heads_an_item;
+    const int split = static_cast<int>(at / tiles % plan_.Splits()) * plan_.heads_per_item;
     item.heads_begin = item.kv_head * plan_.g.group + split;
-    item.heads_end = std::min(item.heads_begin + plan_.heads_an_item, (item.kv_head + 1) * plan_.g.group);
+    item.heads_end = std::min(item.heads_begin + plan_.heads_per_item, (item.kv_head + 1) * plan_.g.group);
     return item;
   }
 
@@ -246,12 +246,12 @@ class Selection {
   // Sums up the energies of all lists of an item. Returns how many blocks any of its rows sees.
   int64_t Score(const Item& item, const float* panels, int lists, int64_t stride, const Scratch& scratch) const {
     const int64_t tokens = item.tile.end - item.tile.begin;
-    const int rows_a_head = plan_.RowsAHead(tokens);
-    const int rows = rows_a_head * (item.heads_end - item.heads_begin);
-    const int rows_a_list = rows / lists;
+    const int rows_per_head = plan_.RowsPerHead(tokens);
+    const int rows = rows_per_head * (item.heads_end - item.heads_begin);
+    const int rows_per_list = rows / lists;
     int64_t scored = 0;
     for (int r = 0; r < rows; ++r) {
-      const int64_t last = std::min<int64_t>((r % rows_a_head + 1) * int64_t{plan_.query_pool}, tokens) - 1;
+      const int64_t last = std::min<int64_t>((r % rows_per_head + 1) * int64_t{plan_.query_pool}, tokens) - 1;
       const int64_t visible = plan_.Visible(item.s, item.tile, item.tile.begin + last);
       scratch.visible[r] = static_cast<int32_t>(visible);
       scored = std::max(scored, visible);
@@ -269,8 +269,8 @@ class Selection {
         float* sums = scratch.sums + list * stride + block;
         std::fill_n(largest, kPanelBlocks, kNothing);
         std::fill_n(sums, kPanelBlocks, 0.f);
-        const int first = list * rows_a_list;
-        kernels_.score(p_, plan_, panels, scratch.rows + int64_t{first} * plan_.depth, rows_a_list,
+        const int first = list * rows_per_list;
+        kernels_.score(p_, plan_, panels, scratch.rows + int64_t{first} * plan_.depth, rows_per_list,
                        scratch.in_panel + first, largest, sums);
       }
     }

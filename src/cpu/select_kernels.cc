@@ -210,7 +210,7 @@ void Describe(const Problem& p, const SelectPlan& plan, const Sequence& s, int64
 template <int32_t DTYPE>
 void LoadRowsOf(const Problem& p, const SelectPlan& plan, const Sequence& s, int64_t begin, int64_t end, int head_begin,
                 int head_end, float* rows) {
-  const int64_t d = p.head_dim, pool = plan.query_pool, head_rows = plan.RowsAHead(end - begin);
+  const int64_t d = p.head_dim, pool = plan.query_pool, head_rows = plan.RowsPerHead(end - begin);
   const int heads = head_end - head_begin;
   const auto row_of = [&](int head, int64_t r) { return rows + (head * head_rows + r) * plan.depth; };
   const Element<DTYPE>* from =

@@ -41,7 +41,7 @@ struct SelectPlan {
   int terms;            // 1 + outliers
   int depth;            // of the first term and of query rows: head_dim, or twice that for Sketch
   int64_t panel_floats; // of one panel of one KV head
-  int heads_an_item;    // query heads that one work item scores
+  int heads_per_item;   // query heads that one work item scores
   int max_rows;         // rows that it scores at most
   float exponent_scale; // softmax_scale * log2(e): scores become exponents of two
 
@@ -68,17 +68,17 @@ struct SelectPlan {
     plan.exponent_scale = static_cast<float>(p.softmax_scale * 1.4426950408889634);
     // All heads of a group in one item read longer runs of Q and share panels in L1, as long as their rows fit into a
     // part of L2 beside the panels.
-    const int64_t head_rows = plan.RowsAHead(plan.g.tile_tokens);
+    const int64_t head_rows = plan.RowsPerHead(plan.g.tile_tokens);
     const int64_t fitting = (128 << 10) / (head_rows * plan.depth * static_cast<int64_t>(sizeof(float)));
-    plan.heads_an_item = plan.shared ? plan.g.group : static_cast<int>(std::clamp<int64_t>(fitting, 1, plan.g.group));
-    plan.max_rows = static_cast<int>(plan.heads_an_item * head_rows);
+    plan.heads_per_item = plan.shared ? plan.g.group : static_cast<int>(std::clamp<int64_t>(fitting, 1, plan.g.group));
+    plan.max_rows = static_cast<int>(plan.heads_per_item * head_rows);
     return plan;
   }
 
   // Rows that are scored for one head of a tile of so many tokens.
-  int RowsAHead(int64_t tokens) const { return static_cast<int>(DivUp<int64_t>(tokens, query_pool)); }
+  int RowsPerHead(int64_t tokens) const { return static_cast<int>(DivUp<int64_t>(tokens, query_pool)); }
   int64_t Panels(const Sequence& s) const { return DivUp<int64_t>(g.Blocks(s), kPanelBlocks); }
-  int Splits() const { return DivUp(g.group, heads_an_item); } // work items a (KV head, tile)
+  int Splits() const { return DivUp(g.group, heads_per_item); } // work items a (KV head, tile)
 
   // Blocks [0, n) are what a row at this position scores: those it sees whole, or with shared heads those it sees the
   // first token of, if they end at or before the tile's last token.

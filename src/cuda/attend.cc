@@ -20,14 +20,14 @@ namespace {
 // Smallest padded head dimension, of those that there is a kernel for.
 int PaddedHeadDim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-int KeysAStep(int head_dim) {
+int KeysPerStep(int head_dim) {
   return PaddedHeadDim(head_dim) == 256 ? AttendShape<256>::kKeys : AttendShape<128>::kKeys;
 }
 
 // Keys that one bulk copy brings: whole power-of-2 parts of a block and of a page, and no more than a step takes.
 int ChunkKeys(const Problem& p, int block_size) {
   const int common = p.block_table ? block_size | p.page_size : block_size;
-  return std::min(common & -common, KeysAStep(p.head_dim));
+  return std::min(common & -common, KeysPerStep(p.head_dim));
 }
 
 // Pages of which a bulk copy would bring less than 16 rows are read row by row.
@@ -111,27 +111,27 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   if (p.batch == 0 || p.total_q == 0) return cudaSuccess;
   const bool gathers = Gathers(p, mask.block_size);
   const int chunk =
-      gathers ? std::min(mask.block_size & -mask.block_size, KeysAStep(p.head_dim)) : ChunkKeys(p, mask.block_size);
+      gathers ? std::min(mask.block_size & -mask.block_size, KeysPerStep(p.head_dim)) : ChunkKeys(p, mask.block_size);
 
   AttendParams a{};
   a.group = p.q_heads / p.kv_heads;
-  a.heads_a_tile = mask.share_heads ? a.group : 1;
-  a.token_of_row = (65536 + a.heads_a_tile - 1) / a.heads_a_tile;
+  a.heads_per_tile = mask.share_heads ? a.group : 1;
+  a.token_of_row = (65536 + a.heads_per_tile - 1) / a.heads_per_tile;
   a.tile_tokens = mask.tile_tokens;
   {
     const bool packed = p.cu_seqlens_q != nullptr;
     TensorMapShape shape{{p.head_dim, p.q_heads, packed ? p.total_q : p.max_seqlen_q, packed ? 1 : p.batch},
                          {p.q.stride[2], p.q.stride[1], p.q.stride[0]},
-                         a.heads_a_tile,
+                         a.heads_per_tile,
                          a.tile_tokens};
     if (const cudaError_t e = MakeTensorMap(&a.q, p.q.data, p.q.dtype, shape); e != cudaSuccess) return e;
     const fp_tensor& out = output.out;
-    a.bulk_out = 16 % a.heads_a_tile == 0;
+    a.bulk_out = 16 % a.heads_per_tile == 0;
     for (int i = 0; i < 3; ++i) {
       shape.stride[i] = out.stride[2 - i];
       a.bulk_out &= shape.size[i + 1] <= 1 || out.stride[2 - i] > 0;
     }
-    shape.box_tokens = 16 / a.heads_a_tile;
+    shape.box_tokens = 16 / a.heads_per_tile;
     if (a.bulk_out) {
       if (const cudaError_t e = MakeTensorMap(&a.out_map, out.data, out.dtype, shape); e != cudaSuccess) return e;
     }
@@ -148,7 +148,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
     a.mean_stride[1] = p.head_dim;
     a.mean_stride[2] = a.mean_rows * p.head_dim;
     const TensorMapShape shape{
-        {p.head_dim, p.kv_heads, a.mean_rows, 1}, {a.mean_stride[2], a.mean_stride[1], 0}, 1, KeysAStep(p.head_dim)};
+        {p.head_dim, p.kv_heads, a.mean_rows, 1}, {a.mean_stride[2], a.mean_stride[1], 0}, 1, KeysPerStep(p.head_dim)};
     TensorMapShape part = shape;
     part.box_tokens = kMeanPartRows;
     for (const auto& [map, data, s] : {std::tuple{&a.k_mean, args.k_means, &shape},
@@ -191,7 +191,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   a.page_count = static_cast<int>(std::min<int64_t>(p.page_count, std::numeric_limits<int32_t>::max()));
   a.pages_per_seq = p.pages_per_seq;
   a.absent_token = static_cast<int>(p.block_table ? p.page_size : p.cu_seqlens_k ? p.total_k : p.max_seqlen_k);
-  a.mask_heads = a.group / a.heads_a_tile;
+  a.mask_heads = a.group / a.heads_per_tile;
   a.by_tile = Divider::Of(a.tile_tokens);
   a.by_tiles = Divider::Of(std::max<int64_t>(1, DivUp<int64_t>(p.max_seqlen_q, a.tile_tokens)));
   a.by_block = Divider::Of(a.block_size);
@@ -212,7 +212,7 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   const AttendKernelSet kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);
   // One warp needs some 100 ns a bulk copy, and a tile has two a chunk (at d128) of K and of V.
-  const bool four_warps = KeysAStep(p.head_dim) / chunk >= 4;
+  const bool four_warps = KeysPerStep(p.head_dim) / chunk >= 4;
   const void* kernel = gathers ? kernels.rows : four_warps ? kernels.chunks : kernels.tiles;
   int device, processors;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;

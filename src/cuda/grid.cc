@@ -57,16 +57,16 @@ struct Plan {
     GridShape& g = plan.shape;
     g.stride = method.stride;
     g.log2_stride = std::countr_zero(static_cast<unsigned>(g.stride));
-    g.rows_a_unit = kTileRows / g.stride;
-    g.log2_rows = std::countr_zero(static_cast<unsigned>(g.rows_a_unit));
+    g.rows_per_unit = kTileRows / g.stride;
+    g.log2_rows = std::countr_zero(static_cast<unsigned>(g.rows_per_unit));
     g.means = method.means;
     g.columns = g.means ? p.head_dim : g.stride * p.head_dim;
     g.pitch = DivUp(g.columns, 8) * 8;
     g.direct_q = !g.means && QueryTokens(p) >= kTileRows && ReadsCells(p, p.q, p.cu_seqlens_q, p.max_seqlen_q);
     g.box_units = g.direct_q ? std::gcd(geometry.group, g.stride) : g.stride; // in q itself a box lies in one tile
-    g.cells_a_block = policy.block_size / g.stride;
-    g.key_tile_blocks = kKeyTileCells / g.cells_a_block;
-    g.key_tile_cells = g.key_tile_blocks * g.cells_a_block;
+    g.cells_per_block = policy.block_size / g.stride;
+    g.key_tile_blocks = kKeyTileCells / g.cells_per_block;
+    g.key_tile_cells = g.key_tile_blocks * g.cells_per_block;
     g.block_pitch = DivUp(g.key_tile_blocks, 8) * 8;
     g.key_tiles = static_cast<int>(
         std::max<int64_t>(1, DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_k, g.stride), g.key_tile_cells)));
@@ -77,21 +77,21 @@ struct Plan {
                  ReadsCells(p, p.k, p.cu_seqlens_k, p.max_seqlen_k);
     if (g.direct_k) g.cell_rows = int64_t{p.batch} * kKeyTileCells;
     const int64_t row_bytes = int64_t{g.key_tiles} * (g.block_pitch * 2 + 8) + (g.direct_q ? 0 : g.pitch * 2);
-    const int64_t tiles = std::max<int64_t>(1, kChunkBytes / (row_bytes * g.rows_a_unit * p.q_heads));
+    const int64_t tiles = std::max<int64_t>(1, kChunkBytes / (row_bytes * g.rows_per_unit * p.q_heads));
     const int64_t chunks = std::max<int64_t>(1, DivUp<int64_t>(geometry.tile_rows, tiles)); // of even size
     plan.chunk_tiles = static_cast<int>(DivUp(std::max<int64_t>(geometry.tile_rows, 1), chunks));
     g.q_tiles = g.direct_q ? p.batch : plan.chunk_tiles;
     return plan;
   }
 
-  int64_t QueryRows(const Problem& p) const { return shape.q_tiles * p.q_heads * shape.rows_a_unit; }
+  int64_t QueryRows(const Problem& p) const { return shape.q_tiles * p.q_heads * shape.rows_per_unit; }
 };
 
 cudaError_t MakeMaps(const Problem& p, const GridShape& g, const GridScratch& scratch, int64_t q_rows,
                      GridScoreArgs& args) {
   const TensorMapShape keys{{g.columns, p.kv_heads * g.cell_rows, 1, 1}, {g.pitch, 0, 0}, kKeyTileCells, 1};
   if (cudaError_t e = MakeTensorMap(&args.k_map, scratch.k_cells, p.k.dtype, keys)) return e;
-  const TensorMapShape rows{{g.columns, q_rows, 1, 1}, {g.pitch, 0, 0}, g.box_units * g.rows_a_unit, 1};
+  const TensorMapShape rows{{g.columns, q_rows, 1, 1}, {g.pitch, 0, 0}, g.box_units * g.rows_per_unit, 1};
   if (cudaError_t e = MakeTensorMap(&args.q_map, scratch.q_rows, p.q.dtype, rows)) return e;
   auto in_place = [&](CUtensorMap* map, const Tensor& t, int cells, int heads, int64_t tokens, int box_heads) {
     const TensorMapShape shape{{p.head_dim, cells, heads, tokens - (cells - 1) * g.stride},
@@ -101,7 +101,7 @@ cudaError_t MakeMaps(const Problem& p, const GridShape& g, const GridScratch& sc
     return MakeTensorMap(map, t.data, t.dtype, shape);
   };
   if (g.direct_q) {
-    if (cudaError_t e = in_place(&args.q_direct_map, p.q, g.rows_a_unit, p.q_heads, QueryTokens(p), g.box_units)) {
+    if (cudaError_t e = in_place(&args.q_direct_map, p.q, g.rows_per_unit, p.q_heads, QueryTokens(p), g.box_units)) {
       return e;
     }
   }
@@ -113,7 +113,7 @@ cudaError_t MakeMaps(const Problem& p, const GridShape& g, const GridScratch& sc
 GridScratch GridScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy) {
   const Plan plan = Plan::Of(p, policy);
   const GridShape& g = plan.shape;
-  const int64_t parts = int64_t{plan.chunk_tiles} * p.q_heads * g.rows_a_unit * g.key_tiles;
+  const int64_t parts = int64_t{plan.chunk_tiles} * p.q_heads * g.rows_per_unit * g.key_tiles;
   GridScratch scratch{};
   scratch.k_cells = workspace.Take<uint16_t>(p.kv_heads * g.cell_rows * g.pitch);
   scratch.q_rows = workspace.Take<uint16_t>(plan.QueryRows(p) * g.pitch);

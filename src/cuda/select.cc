@@ -29,7 +29,7 @@ struct Scoring {
   float gain = std::numeric_limits<float>::quiet_NaN();
   int query_pool = 1, min_blocks = 0, outliers = 0;
   bool query_metric = false;
-  int rows_a_head = 0, unit_rows = 0;
+  int rows_per_head = 0, unit_rows = 0;
   bool rows_in_q = false;    // the score kernel multiplies rows of q as they lie there
   bool rows_pooled = false;  // the pooling pass makes its rows; else the score kernel makes them itself
   bool rows_aligned = false; // rows of q can be read 16 bytes at a time
@@ -93,8 +93,8 @@ Scoring ScoringOf(const Problem& p, const Policy& policy) {
   }
   const Geometry g = Geometry::Of(p, policy);
   s.query_pool = std::min(s.query_pool, g.tile_tokens);
-  s.rows_a_head = DivUp(g.tile_tokens, s.query_pool);
-  const int rows = s.rows_a_head * g.heads_a_tile;
+  s.rows_per_head = DivUp(g.tile_tokens, s.query_pool);
+  const int rows = s.rows_per_head * g.heads_per_tile;
   s.unit_rows = rows <= 8 ? 8 : rows <= 32 ? 32 : 128;
   int64_t size[4];
   SizesOfQ(p, size);
@@ -134,7 +134,7 @@ cudaError_t LaunchScores(const Problem& p, const TileRules& rules, const Scoring
   a.keep.min_blocks = s.min_blocks;
   a.scale_log2 = p.softmax_scale * 1.44269504f;
   a.query_pool = s.query_pool;
-  a.rows_a_head = s.rows_a_head;
+  a.rows_per_head = s.rows_per_head;
   a.unit_rows = s.unit_rows;
   a.rows_in_q = s.rows_in_q;
   a.rows_aligned = s.rows_aligned;
@@ -142,7 +142,7 @@ cudaError_t LaunchScores(const Problem& p, const TileRules& rules, const Scoring
   a.sketch = s.sketch;
   a.outliers = s.outliers;
   a.mean_rows = MeanRows(p, rules.block_size);
-  a.unit_count = int64_t{p.kv_heads} * rules.units_a_kv * rules.tile_rows;
+  a.unit_count = int64_t{p.kv_heads} * rules.units_per_kv * rules.tile_rows;
   a.bits = mask.bits;
   a.counts = mask.counts;
   a.words = mask.words;
@@ -159,7 +159,7 @@ cudaError_t LaunchScores(const Problem& p, const TileRules& rules, const Scoring
     rows.stride[0] = p.q.stride[2];
     rows.stride[1] = p.q.stride[1];
     rows.stride[2] = p.q.stride[0];
-    rows.box_heads = a.rules.heads_a_tile;
+    rows.box_heads = a.rules.heads_per_tile;
     rows.box_tokens = a.rules.tile_tokens;
   }
   if (s.rows_in_q || s.rows_pooled) {

@@ -67,9 +67,9 @@ LineShape ShapeOf(const Problem& p, const Policy& policy) {
       std::max({int64_t{p.q_heads} * a.parts * keys / kWantedCtas, p.max_seqlen_k / kMostChunks, kLeastChunk});
   a.chunk = static_cast<int>(DivUp(std::min(wanted, std::max(p.max_seqlen_k, kLeastChunk)), kKeyStep) * kKeyStep);
   a.slot_count = static_cast<int>(MeanRows(p, a.chunk));
-  a.slots_a_batch = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, a.chunk));
+  a.slots_per_batch = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, a.chunk));
   a.by_chunk = Divider::Of(a.chunk);
-  a.by_slots = Divider::Of(std::max(1, a.slots_a_batch));
+  a.by_slots = Divider::Of(std::max(1, a.slots_per_batch));
   a.by_page = Divider::Of(std::max(1, p.page_size));
   a.by_kv = Divider::Of(p.kv_heads);
   a.by_units = Divider::Of(p.q_heads / p.kv_heads * a.parts);

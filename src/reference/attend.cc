@@ -87,7 +87,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
     const Lines lines = Lines::Of(mask, s.index, head);
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
-      const uint64_t* bits = mask.bits + g.Row(s, head / g.heads_a_tile, m) * g.words;
+      const uint64_t* bits = mask.bits + g.Row(s, head / g.heads_per_tile, m) * g.words;
       const std::vector<uint8_t> on_line = KeysOnLines(s, tile, lines);
       for (int64_t i = tile.begin; i < tile.end; ++i) {
         ListEntries(p, mask, g, s, tile, bits, on_line, kv, queries[i], s.prefix + i, entries);

@@ -7,9 +7,9 @@
 namespace flashprefill::reference {
 
 std::vector<double> GridMass(const Matrix& cells, const std::vector<GridRow>& rows, double factor,
-                             int64_t cells_a_block, int64_t visible_blocks) {
+                             int64_t cells_per_block, int64_t visible_blocks) {
   std::vector<double> mass(static_cast<size_t>(visible_blocks));
-  const int64_t all = std::min(cells.rows, visible_blocks * cells_a_block);
+  const int64_t all = std::min(cells.rows, visible_blocks * cells_per_block);
   std::vector<double> z(static_cast<size_t>(all));
   for (const GridRow& row : rows) {
     const int64_t seen = std::min(all, row.position + 1);
@@ -22,7 +22,7 @@ std::vector<double> GridMass(const Matrix& cells, const std::vector<GridRow>& ro
       z[j] = std::isfinite(z[j]) ? std::exp(z[j] - largest) : 0;
       sum += z[j];
     }
-    for (int64_t j = 0; j < seen && sum > 0; ++j) mass[j / cells_a_block] += z[j] / sum;
+    for (int64_t j = 0; j < seen && sum > 0; ++j) mass[j / cells_per_block] += z[j] / sum;
   }
   return mass;
 }

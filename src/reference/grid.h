@@ -18,7 +18,7 @@ struct GridRow {
 // The mass of each visible block of a tile: for each row the softmax of factor * q . cell over the cells that it sees,
 // summed by block and over rows. A score that is not finite counts as nothing; so does a row without others.
 std::vector<double> GridMass(const Matrix& cells, const std::vector<GridRow>& rows, double factor,
-                             int64_t cells_a_block, int64_t visible_blocks);
+                             int64_t cells_per_block, int64_t visible_blocks);
 
 } // namespace flashprefill::reference
 

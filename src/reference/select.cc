@@ -38,13 +38,13 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
   const Geometry g = Geometry::Of(p, policy);
 
   auto select_head = [&](const Sequence& s, int64_t mask_head, bool everything) {
-    const int64_t first_head = mask_head * g.heads_a_tile;
+    const int64_t first_head = mask_head * g.heads_per_tile;
     std::vector<Matrix> queries;
     Matrix keys;
     std::unique_ptr<HeadSelector> selector;
     const HeadView view{p, policy, g, s, keys, queries, first_head};
     if (!everything) {
-      for (int64_t h = first_head; h < first_head + g.heads_a_tile; ++h) queries.push_back(LoadQueries(p, s, h));
+      for (int64_t h = first_head; h < first_head + g.heads_per_tile; ++h) queries.push_back(LoadQueries(p, s, h));
       keys = LoadKeys(p, p.k, s, first_head / g.group);
       selector = MakeSelector(view);
     }

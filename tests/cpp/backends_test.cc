@@ -48,27 +48,27 @@ int BlockSize(size_t i) {
   return kSizes[i % std::size(kSizes)];
 }
 
-void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
+void SelectOver(const std::vector<OpCase>& cases, size_t policies_per_case) {
   TieCount ties;
   size_t next = 0;
   for (size_t i = 0; i < cases.size(); ++i) {
     const OpData data(cases[i]);
     const std::vector<AnyPolicy> policies = ScoringPolicies(BlockSize(i));
-    for (size_t j = 0; j < policies_a_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
+    for (size_t j = 0; j < policies_per_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
     CompareSelect(data, Streaming(BlockSize(i), 1, 2, 1), ties);
   }
   ties.Print();
 }
 
 // Policies of heads: rules that go by a number of rows or keys meet all lengths, the pooled ones all dtypes.
-void SelectByHeadOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
+void SelectByHeadOver(const std::vector<OpCase>& cases, size_t policies_per_case) {
   TieCount ties;
   size_t next = 0;
   for (size_t i = 0; i < cases.size(); ++i) {
     const OpData data(cases[i]);
     const int block_size = std::min(BlockSize(i), 128); // larger ones have hardly two blocks here
     const std::vector<AnyPolicy> policies = HeadPolicies(block_size);
-    for (size_t j = 0; j < policies_a_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
+    for (size_t j = 0; j < policies_per_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
     std::vector<fp_minference_head> heads;
     for (int h = 0; h < data.problem().q_heads; ++h) {
       const fp_minference_head kinds[] = {{FP_BLOCK_SPARSE, 2, 0}, {FP_A_SHAPE, 40, 70}, {FP_VERTICAL_SLASH, 40, 60}};

@@ -28,7 +28,7 @@ inline void CompareSelect(const OpData& data, AnyPolicy policy, TieCount& ties) 
 // Each case with the next few of the policies for a block size, which goes round from case to case: over a list all
 // kinds occur. scale: of the cases that don't say one; above head_dim^-1/2 it makes scores peaked.
 template <typename Policies>
-void CompareOver(const std::vector<OpCase>& cases, const Policies& policies_for, size_t policies_a_case,
+void CompareOver(const std::vector<OpCase>& cases, const Policies& policies_for, size_t policies_per_case,
                  float scale = 0) {
   constexpr int kSizes[] = {64, 16, 128, 48, 32, 1024};
   TieCount ties;
@@ -38,7 +38,7 @@ void CompareOver(const std::vector<OpCase>& cases, const Policies& policies_for,
     if (op.softmax_scale == 0) op.softmax_scale = scale;
     const OpData data(op);
     const std::vector<AnyPolicy> policies = policies_for(kSizes[i % std::size(kSizes)]);
-    for (size_t j = 0; j < policies_a_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
+    for (size_t j = 0; j < policies_per_case; ++j) CompareSelect(data, policies[next++ % policies.size()], ties);
   }
   ties.Print();
 }

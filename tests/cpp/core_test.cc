@@ -77,7 +77,7 @@ TEST(Geometry, TilesSeeWhatTheirRowsSee) {
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile t = g.TileOf(p, s, m);
       ASSERT_EQ(t.begin, next);
-      ASSERT_TRUE(t.end > t.begin && (t.end - t.begin) * g.heads_a_tile <= kTileRows);
+      ASSERT_TRUE(t.end > t.begin && (t.end - t.begin) * g.heads_per_tile <= kTileRows);
       next = t.end;
       const int64_t first = s.prefix + t.begin, last = s.prefix + t.end - 1;
       for (int64_t b = 0; b < g.Blocks(s) + 2; ++b) {
@@ -99,7 +99,7 @@ TEST(Geometry, AllForcedMeansThatNothingIsLeftToSelect) {
     for (const auto& [sink, window, tail] :
          {std::tuple{0, 0, 0}, {0, 1, 0}, {2, 4, 2}, {1, 2, 1}, {0, 3, 3}, {5, 0, 0}, {0, 0, 40}}) {
       AnyPolicy policy = Streaming(g.block_size, sink, window, tail);
-      policy.common.share_heads = g.heads_a_tile > 1;
+      policy.common.share_heads = g.heads_per_tile > 1;
       bool left = false;
       for (int64_t m = 0; m < g.Tiles(s); ++m) {
         if (InDenseTail(g, policy.common, s, m)) continue;

@@ -32,8 +32,8 @@ std::vector<AnyPolicy> GridPolicies(int block_size) {
   return policies;
 }
 
-void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
-  CompareOver(cases, GridPolicies, policies_a_case);
+void SelectOver(const std::vector<OpCase>& cases, size_t policies_per_case) {
+  CompareOver(cases, GridPolicies, policies_per_case);
 }
 
 TEST(GridPolicies, Lengths) { SelectOver(Thinned(LengthCases()), 7); }

@@ -26,8 +26,8 @@ std::vector<AnyPolicy> PooledPolicies(int block_size) {
   };
 }
 
-void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
-  CompareOver(cases, PooledPolicies, policies_a_case, 2.0f); // means of random blocks are short
+void SelectOver(const std::vector<OpCase>& cases, size_t policies_per_case) {
+  CompareOver(cases, PooledPolicies, policies_per_case, 2.0f); // means of random blocks are short
 }
 
 TEST(PooledPolicies, Lengths) { SelectOver(Thinned(LengthCases()), 9); }

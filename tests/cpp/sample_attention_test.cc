@@ -23,8 +23,8 @@ std::vector<AnyPolicy> SamplePolicies(int block_size) {
   };
 }
 
-void SelectOver(const std::vector<OpCase>& cases, size_t policies_a_case) {
-  CompareOver(cases, SamplePolicies, policies_a_case, 1.0f); // random keys alone make flat sums
+void SelectOver(const std::vector<OpCase>& cases, size_t policies_per_case) {
+  CompareOver(cases, SamplePolicies, policies_per_case, 1.0f); // random keys alone make flat sums
 }
 
 TEST(SampleAttention, Lengths) { SelectOver(Thinned(LengthCases()), 5); }

@@ -69,11 +69,11 @@ def padded(x, stride):
     return torch.cat([x, x.new_zeros(rest, x.shape[1])]).reshape(-1, stride, x.shape[1])
 
 
-def block_mass(z, sees, cells_a_block, blocks):
+def block_mass(z, sees, cells_per_block, blocks):
     """Softmax of scores [rows, cells] over what rows see, summed by block."""
     shares = z.masked_fill(~sees, -math.inf).softmax(1).sum(0)
-    shares = torch.cat([shares, shares.new_zeros(blocks * cells_a_block)])[: blocks * cells_a_block]
-    return shares.reshape(blocks, cells_a_block).sum(1).numpy()
+    shares = torch.cat([shares, shares.new_zeros(blocks * cells_per_block)])[: blocks * cells_per_block]
+    return shares.reshape(blocks, cells_per_block).sum(1).numpy()
 
 
 def rounded_mean(x, dtype, dim=0):

@@ -50,23 +50,23 @@ struct Divider {
 // What IsForced and InDenseTail read of a policy, and the geometry of its tiles.
 struct TileRules {
   int block_size, tile_tokens;
-  int heads_a_tile;                    // query heads whose rows lie in one tile
-  int units_a_kv;                      // mask heads a KV head
+  int heads_per_tile;                  // query heads whose rows lie in one tile
+  int units_per_kv;                    // mask heads a KV head
   int tile_rows;                       // rows of the mask a head
   int sink_blocks;                     // clamped to what fits an int
   int window_reach;                    // max(0, window_blocks - 1)
   int tail_tiles;                      // tiles of a dense tail
   int short_keys;                      // sequences of at most so many keys keep everything
   bool dense, shared;                  // the policy is Dense; share_heads
-  Divider by_block, by_tile, by_units; // block_size, tile_tokens, units_a_kv
+  Divider by_block, by_tile, by_units; // block_size, tile_tokens, units_per_kv
 
   static TileRules Of(const Problem& p, const Policy& policy) {
     const Geometry g = Geometry::Of(p, policy);
     TileRules r{};
     r.block_size = g.block_size;
     r.tile_tokens = g.tile_tokens;
-    r.heads_a_tile = g.heads_a_tile;
-    r.units_a_kv = g.group / g.heads_a_tile;
+    r.heads_per_tile = g.heads_per_tile;
+    r.units_per_kv = g.group / g.heads_per_tile;
     r.tile_rows = static_cast<int>(g.tile_rows);
     r.sink_blocks = policy.sink_blocks;
     r.window_reach = std::max(0, policy.window_blocks - 1);
@@ -76,7 +76,7 @@ struct TileRules {
     r.shared = policy.share_heads != 0;
     r.by_block = Divider::Of(r.block_size);
     r.by_tile = Divider::Of(r.tile_tokens);
-    r.by_units = Divider::Of(r.units_a_kv);
+    r.by_units = Divider::Of(r.units_per_kv);
     return r;
   }
 };

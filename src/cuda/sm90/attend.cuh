@@ -116,7 +116,7 @@ class AttendMath {
     return (row < rows ? 1 : 0) | (row + 8 < rows ? 2 : 0);
   }
 
-  // row / heads_a_tile, exact for the 128 rows of a tile.
+  // row / heads_per_tile, exact for the 128 rows of a tile.
   __device__ __forceinline__ int TokenOf(int row) const { return row * p_.token_of_row >> 16; }
 
   __device__ __forceinline__ void WaitTurn() { NamedBarrierSync(kTurnBarrier + group_, kMathThreads); }
@@ -383,7 +383,7 @@ class AttendMath {
     const int r = lane % 4, tile_row = first_row + lane / 4 + 8 * r;
     if (p_.lse != nullptr && r < 2 && tile_row < tile.rows) {
       const int token = TokenOf(tile_row);
-      const int head = tile.head + tile_row - token * p_.heads_a_tile;
+      const int head = tile.head + tile_row - token * p_.heads_per_tile;
       const float sum = r == 0 ? sum_[0] : sum_[1], reference = r == 0 ? max_[0] : max_[1];
       constexpr float kLn2 = 0.693147180559945f;
       p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] =
@@ -404,7 +404,7 @@ class AttendMath {
       if (tile_row < tile.rows && column < p_.head_dim) {
         const int token = TokenOf(tile_row);
         T* const to = out + (tile.token + token) * p_.out_stride[1] +
-                      (tile_row - token * p_.heads_a_tile) * p_.out_stride[2] + column;
+                      (tile_row - token * p_.heads_per_tile) * p_.out_stride[2] + column;
         *reinterpret_cast<uint4*>(to) = LoadShared16(at(row, piece));
       }
     }

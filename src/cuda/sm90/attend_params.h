@@ -67,11 +67,11 @@ struct AttendParams {
   int words; // a mask row
   int batch;
   int kv_heads;
-  int section_heads; // KV heads that are worked on together; divides kv_heads
-  int group;         // query heads a KV head
-  int heads_a_tile;  // group or 1
-  int mask_heads;    // of a KV head: group / heads_a_tile
-  int token_of_row;  // ceil(65536 / heads_a_tile)
+  int section_heads;  // KV heads that are worked on together; divides kv_heads
+  int group;          // query heads a KV head
+  int heads_per_tile; // group or 1
+  int mask_heads;     // of a KV head: group / heads_per_tile
+  int token_of_row;   // ceil(65536 / heads_per_tile)
   int tile_tokens;
   int head_dim;
   int block_size;

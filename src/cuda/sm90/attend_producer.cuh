@@ -87,9 +87,9 @@ class AttendProducer {
  private:
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kPanels = SHAPE::kPanels;
-  static constexpr int kPieces = SHAPE::kHeadDim / 8;         // 16-byte pieces of a row
-  static constexpr int kRowsAWarp = kKeys / 2;                // by rows
-  static constexpr int kPlaces = kRows ? kRowsAWarp / 32 : 1; // that a lane looks up: of its chunk, or of its rows
+  static constexpr int kPieces = SHAPE::kHeadDim / 8;           // 16-byte pieces of a row
+  static constexpr int kRowsPerWarp = kKeys / 2;                // by rows
+  static constexpr int kPlaces = kRows ? kRowsPerWarp / 32 : 1; // that a lane looks up: of its chunk, or of its rows
   using Plan = SharedPlan<SHAPE>;
 
   // ---------------------------------------------------------------- tiles of keys
@@ -237,7 +237,7 @@ class AttendProducer {
 
   // The position of row r * 32 + lane of this warp's half of a tile whose chunks lie at `chunk_position`.
   __device__ __forceinline__ int RowPosition(int chunk_position, int r) const {
-    const int row = rank_ * kRowsAWarp + r * 32 + lane_;
+    const int row = rank_ * kRowsPerWarp + r * 32 + lane_;
     return __shfl_sync(~0u, chunk_position, row >> p_.chunk_shift) + (row & ((1 << p_.chunk_shift) - 1));
   }
 
@@ -247,7 +247,7 @@ class AttendProducer {
   // them to those that copy through shared memory, four at once: by shuffles each needs an index of its own.
   __device__ __forceinline__ void SendRows(const int (&token)[kPlaces], const int (&page)[kPlaces]) {
     constexpr uint32_t kNowhere = ~0u;
-    constexpr int kBatches = kRowsAWarp / 16; // of 16 rows, four a lane
+    constexpr int kBatches = kRowsPerWarp / 16; // of 16 rows, four a lane
     const uint32_t* const units = is_v_ ? p_.v_units : p_.k_units;
     uint32_t offset[kPlaces]; // in units of 16 bytes
     bool all = true;
@@ -269,7 +269,7 @@ class AttendProducer {
     const int piece = lane_ % 8, row = lane_ / 8;
     const uint16_t* const from = data_ + walk_.work().kv_head * stride_[2] + piece * 8;
     const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Plan::kKeyBytes) +
-                        (rank_ * kRowsAWarp + row) * Plan::kPanelRowsBytes;
+                        (rank_ * kRowsPerWarp + row) * Plan::kPanelRowsBytes;
     const uint32_t address[2] = {to + ((piece ^ row) << 4), to + ((piece ^ (row + 4)) << 4)};
     const auto copy = [&](auto check) {
       constexpr bool kCheck = decltype(check)::value;
@@ -410,8 +410,8 @@ class AttendProducer {
       const int batch = p_.cu_seqlens_q ? 0 : work.sequence;
       uint64_t* const full = &sm_.q_full[q_.stage];
       sm_.tiles[q_.stage] = TileInfo{
-          steps, work.tokens * p_.heads_a_tile, work.first_position, work.k_len - 1, batch, token, work.head, 0};
-      BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * p_.tile_tokens * p_.heads_a_tile);
+          steps, work.tokens * p_.heads_per_tile, work.first_position, work.k_len - 1, batch, token, work.head, 0};
+      BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * p_.tile_tokens * p_.heads_per_tile);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
         BulkLoad(sm_.q[q_.stage] + i * Plan::kQPanelBytes, &p_.q, full, i * kPanelColumns, work.head, token, batch);

@@ -77,7 +77,7 @@ class KeyWalk {
   // In lane i of the first kKeys / 32: which of the means of columns 32 i on count, of a tile that begins `before`
   // blocks earlier.
   __device__ __forceinline__ uint32_t WantedMeans(int before) const {
-    const uint64_t word = __shfl_sync(~0u, MeanWord(), mean_lane_ + lane_ / 2 % kWordsATile);
+    const uint64_t word = __shfl_sync(~0u, MeanWord(), mean_lane_ + lane_ / 2 % kWordsPerTile);
     const uint32_t half = static_cast<uint32_t>(word >> (lane_ % 2 * 32));
     const int from = lane_ - before / 32;
     const uint32_t high = __shfl_sync(~0u, half, from), low = __shfl_sync(~0u, half, from - 1);
@@ -86,7 +86,7 @@ class KeyWalk {
 
  private:
   static constexpr int kKeys = SHAPE::kKeys;
-  static constexpr int kWordsATile = kKeys / 64; // words of means a tile
+  static constexpr int kWordsPerTile = kKeys / 64; // words of means a tile
 
   __device__ __forceinline__ int TopGroup() const { return max(0, (work_.visible - 1) / kGroupBlocks); }
   __device__ __forceinline__ void LoadGroup(int group) {
@@ -116,10 +116,10 @@ class KeyWalk {
     if (left <= 0) return 0;
     return left >= 64 ? ~word_ : ~word_ & ((uint64_t{1} << left) - 1);
   }
-  // A bit a tile of means (at lane numbers that are multiples of kWordsATile) that has something to count.
+  // A bit a tile of means (at lane numbers that are multiples of kWordsPerTile) that has something to count.
   __device__ __forceinline__ uint32_t MeanTilesOfGroup() const {
     const uint32_t any = __ballot_sync(~0u, MeanWord() != 0);
-    return kWordsATile == 2 ? (any | any >> 1) & 0x55555555u : any;
+    return kWordsPerTile == 2 ? (any | any >> 1) & 0x55555555u : any;
   }
   __device__ __forceinline__ int CountMeanTiles() {
     const int top = group_;

@@ -74,7 +74,7 @@ __device__ __forceinline__ Work DecodeItem(const AttendParams& p, int item, int 
   const int tile = p.by_in_tile(in_section);
   const int mask_head = section * in_tile + in_section - tile * in_tile;
   w.kv_head = p.by_mask_heads(mask_head);
-  w.head = mask_head * p.heads_a_tile;
+  w.head = mask_head * p.heads_per_tile;
   int from_end;
   FindTile(p, tile, &w.sequence, &from_end);
 

@@ -140,15 +140,15 @@ __device__ inline bool FindMassCut(Energy&& energy_of, int count, float least, f
   const int lane = threadIdx.x % 32;
   const float unit = static_cast<float>(__clz(count)); // count < 2^(32 - clz), and no mass is above 2^clz
   auto mass_of = [&](float below) { return __float2uint_rn(Exp2(unit - below)); };
-  // Bin i: energies from (origin + i / bins_an_octave) below the largest on. A power of two, so all of this is exact.
+  // Bin i: energies from (origin + i / bins_per_octave) below the largest on. A power of two, so all of this is exact.
   const float spread = fminf(fmaxf(largest - least, 0x1p-4f), 15.5f);
-  float origin = 0, bins_an_octave = __uint_as_float((127 + 127 + 7 - (__float_as_uint(spread) >> 23)) << 23);
+  float origin = 0, bins_per_octave = __uint_as_float((127 + 127 + 7 - (__float_as_uint(spread) >> 23)) << 23);
   uint32_t before = 0, target = 0; // what larger energies sum to, and what has to be reached
 #pragma unroll 1
   for (int level = 0;; ++level) {
     const bool first = level == 0;
     auto bin_of = [&](float below) {
-      const float bin = (below - origin) * bins_an_octave; // exact, as far as the bins go
+      const float bin = (below - origin) * bins_per_octave; // exact, as far as the bins go
       return first ? fminf(bin, kCutBins - 1) : bin;
     };
     auto* const mine = reinterpret_cast<uint4*>(bins) + 2 * lane;
@@ -234,12 +234,12 @@ __device__ inline bool FindMassCut(Energy&& energy_of, int count, float least, f
       cut = {order, order + 1, __shfl_sync(~0u, ties, at)};
       return true;
     }
-    origin += static_cast<float>(bin) / bins_an_octave;
+    origin += static_cast<float>(bin) / bins_per_octave;
     if (level == 2) { // as good as equal, a millionth of an octave: as many as it takes, by index
       float lowest = INFINITY, most = -INFINITY;
       for (int b = lane; b < count; b += 32) {
         const float energy = energy_of(b), from = largest - energy - origin;
-        if (from >= 0 && from * bins_an_octave < 1) lowest = fminf(lowest, energy), most = fmaxf(most, energy);
+        if (from >= 0 && from * bins_per_octave < 1) lowest = fminf(lowest, energy), most = fmaxf(most, energy);
       }
       lowest = -WarpMax(-lowest);
       most = WarpMax(most);
@@ -247,7 +247,7 @@ __device__ inline bool FindMassCut(Energy&& energy_of, int count, float least, f
       cut = {OrderOf(lowest), OrderOf(most) + 1, static_cast<int>(min(wanted, static_cast<uint32_t>(number)))};
       return true;
     }
-    bins_an_octave *= kCutBins;
+    bins_per_octave *= kCutBins;
     __syncwarp();
   }
 }

@@ -17,7 +17,7 @@ __device__ inline GridShare ShareOf(const GridArgs& a, const DeviceSequence& s) 
   const int base = s.TileBase(a.rules);
   const int begin = max(base, a.first_tile);
   const int end = min(base + s.Tiles(a.rules), a.first_tile + a.tiles);
-  return {begin - base, begin - a.first_tile, max(0, end - begin) * a.rules.units_a_kv};
+  return {begin - base, begin - a.first_tile, max(0, end - begin) * a.rules.units_per_kv};
 }
 
 // Cells that the last row of a tile sees: no row of it sees more.

@@ -27,7 +27,7 @@ constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each:
 //   stats   the same without the last axis: that largest exponent, and the sum over the key tile
 struct GridShape {
   int stride, log2_stride;
-  int rows_a_unit, log2_rows;
+  int rows_per_unit, log2_rows;
   bool means;    // RRAttention: key cells are means and rows single queries, else both are whole cells
   int columns;   // of a cell
   int pitch;     // columns rounded up to 8 elements
@@ -35,7 +35,7 @@ struct GridShape {
   // Rows of whole tiles are read from q itself, and whole key tiles from k. What has copies then is the last one of
   // each sequence, if it is short: q_rows a tile for each sequence, k_cells a key tile for each.
   bool direct_q, direct_k;
-  int cells_a_block, key_tile_blocks, key_tile_cells, block_pitch;
+  int cells_per_block, key_tile_blocks, key_tile_cells, block_pitch;
   int key_tiles;     // of the longest sequence
   int64_t cell_rows; // of a KV head in k_cells; unless direct_k a sequence's begin at MeanBase for blocks of `stride`
   int64_t q_tiles;

@@ -21,10 +21,10 @@ constexpr int kMostRows = 64; // of a CTA
 constexpr int kInFlight = 8;
 
 struct GatherJobs {
-  int rows;         // of a CTA
-  int64_t keys;     // CTAs for keys; the others are for queries
-  int pieces_a_row; // of the matrix
-  int pieces_a_token;
+  int rows;           // of a CTA
+  int64_t keys;       // CTAs for keys; the others are for queries
+  int pieces_per_row; // of the matrix
+  int pieces_per_token;
   Divider by_kv, by_heads, by_group, by_row, by_token, by_page;
 };
 
@@ -67,7 +67,7 @@ __device__ GatherRow QueryRow(const GridArgs& a, const GatherJobs& jobs, int num
   const GridShape& g = a.shape;
   const TileRules& r = a.rules;
   const int in_head = jobs.by_heads(number), head = number - in_head * p.q_heads, kv = jobs.by_group(head);
-  const int q_tile = in_head >> g.log2_rows, i = in_head & (g.rows_a_unit - 1), slot = a.first_tile + q_tile;
+  const int q_tile = in_head >> g.log2_rows, i = in_head & (g.rows_per_unit - 1), slot = a.first_tile + q_tile;
   const int b = g.direct_q ? min(q_tile, p.batch - 1)
                            : SequenceOfSlot(p.batch, slot, [&](int j) { return TileBaseOf(a.d, r, j); });
   GatherRow row;
@@ -80,8 +80,8 @@ __device__ GatherRow QueryRow(const GridArgs& a, const GatherJobs& jobs, int num
   row.begin = tile.begin + (i << g.log2_stride);
   row.end = min(row.begin + g.stride, tile.end);
   row.single = LastQuery(g, tile, i, head);
-  const int64_t unit = (kv * g.q_tiles + q_tile) * r.units_a_kv + head - kv * r.units_a_kv;
-  row.to = unit * g.rows_a_unit + i;
+  const int64_t unit = (kv * g.q_tiles + q_tile) * r.units_per_kv + head - kv * r.units_per_kv;
+  row.to = unit * g.rows_per_unit + i;
   row.wanted = row.begin < row.end && !(g.direct_q && tile.end - tile.begin == r.tile_tokens);
   return row;
 }
@@ -147,11 +147,11 @@ __global__ void __launch_bounds__(kThreads)
   };
   T* const matrix = static_cast<T*>(keys ? a.k_cells : a.q_rows);
 
-  const int pieces = jobs.rows * jobs.pieces_a_row;
+  const int pieces = jobs.rows * jobs.pieces_per_row;
 
   if (keys && g.means) { // a thread adds up its columns of all keys of a cell
     for (int index = threadIdx.x; index < pieces; index += kThreads) {
-      const int r = jobs.by_row(index), column = (index - r * jobs.pieces_a_row) * WIDTH;
+      const int r = jobs.by_row(index), column = (index - r * jobs.pieces_per_row) * WIDTH;
       const GatherRow& row = rows[r];
       if (!row.wanted) continue;
       float sum[WIDTH] = {};
@@ -183,11 +183,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int index = first + k * kThreads;
-      const int r = jobs.by_row(index), in_row = index - r * jobs.pieces_a_row;
+      const int r = jobs.by_row(index), in_row = index - r * jobs.pieces_per_row;
       to[k] = nullptr;
       if (r >= jobs.rows || !rows[r].wanted) continue;
       const GatherRow& row = rows[r];
-      const int t = jobs.by_token(in_row), column = (in_row - t * jobs.pieces_a_token) * WIDTH;
+      const int t = jobs.by_token(in_row), column = (in_row - t * jobs.pieces_per_token) * WIDTH;
       const int token = g.means ? row.single : keys ? row.begin + t : row.begin + g.stride - 1 - t;
       to[k] = reinterpret_cast<P*>(matrix + row.to * g.pitch + in_row * WIDTH);
       piece[k] = P{};
@@ -213,17 +213,17 @@ cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cuda
   const GridShape& g = args.shape;
   const bool vector = p.head_dim % 8 == 0 && Aligned(p.q) && Aligned(p.k);
   GatherJobs jobs{};
-  jobs.pieces_a_token = vector ? p.head_dim / 8 : p.head_dim;
-  jobs.pieces_a_row = g.means ? jobs.pieces_a_token : g.stride * jobs.pieces_a_token;
-  jobs.rows = std::clamp(kThreads * kInFlight / jobs.pieces_a_row, 1, kMostRows);
+  jobs.pieces_per_token = vector ? p.head_dim / 8 : p.head_dim;
+  jobs.pieces_per_row = g.means ? jobs.pieces_per_token : g.stride * jobs.pieces_per_token;
+  jobs.rows = std::clamp(kThreads * kInFlight / jobs.pieces_per_row, 1, kMostRows);
   jobs.by_kv = Divider::Of(p.kv_heads);
   jobs.by_heads = Divider::Of(p.q_heads);
-  jobs.by_group = Divider::Of(args.rules.units_a_kv);
-  jobs.by_row = Divider::Of(jobs.pieces_a_row);
-  jobs.by_token = Divider::Of(jobs.pieces_a_token);
+  jobs.by_group = Divider::Of(args.rules.units_per_kv);
+  jobs.by_row = Divider::Of(jobs.pieces_per_row);
+  jobs.by_token = Divider::Of(jobs.pieces_per_token);
   jobs.by_page = Divider::Of(std::max(1, p.page_size));
   jobs.keys = keys ? DivUp<int64_t>(g.cell_rows * p.kv_heads, jobs.rows) : 0;
-  const int64_t q_rows = g.q_tiles * g.rows_a_unit * p.q_heads;
+  const int64_t q_rows = g.q_tiles * g.rows_per_unit * p.q_heads;
   const int64_t grid = jobs.keys + (queries ? DivUp<int64_t>(q_rows, jobs.rows) : 0);
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kMostWarps = 8; // of a CTA
 constexpr int kSharedBytes = 227 * 1024;
-constexpr int kSumsALoad = 8;
+constexpr int kSumsPerLoad = 8;
 
 struct KeepPlan {
   int warps;       // units of a CTA
@@ -39,17 +39,17 @@ __device__ float LogOfRow(const float2* stats, int key_tiles, int lanes) {
 __device__ void AddUpMasses(const GridArgs& a, int64_t first_row, int key_tiles, int blocks, float* masses) {
   const GridShape& g = a.shape;
   const int lane = threadIdx.x % 32;
-  const int lanes_a_row = 32 >> g.log2_rows;
-  const float log_sum = LogOfRow(a.stats + (first_row + lane / lanes_a_row) * g.key_tiles, key_tiles, lanes_a_row);
+  const int lanes_per_row = 32 >> g.log2_rows;
+  const float log_sum = LogOfRow(a.stats + (first_row + lane / lanes_per_row) * g.key_tiles, key_tiles, lanes_per_row);
   const int places = key_tiles * g.block_pitch;
-  for (int first = 0; first < places; first += 32 * kSumsALoad) {
-    const int place = first + lane * kSumsALoad;
+  for (int first = 0; first < places; first += 32 * kSumsPerLoad) {
+    const int place = first + lane * kSumsPerLoad;
     const int key_tile = min(place / g.block_pitch, key_tiles - 1), in_tile = place - key_tile * g.block_pitch;
-    float mass[kSumsALoad] = {};
+    float mass[kSumsPerLoad] = {};
 #pragma unroll 8
-    for (int r = 0; r < g.rows_a_unit; ++r) {
+    for (int r = 0; r < g.rows_per_unit; ++r) {
       const int64_t at = (first_row + r) * g.key_tiles + key_tile;
-      const float log_of_row = __shfl_sync(~0u, log_sum, r * lanes_a_row);
+      const float log_of_row = __shfl_sync(~0u, log_sum, r * lanes_per_row);
       uint4 raw{};
       float exponent = -INFINITY;
       if (place < places) {
@@ -59,14 +59,14 @@ __device__ void AddUpMasses(const GridArgs& a, int64_t first_row, int key_tiles,
       const float share = log_of_row == -INFINITY ? 0.f : Exp2(exponent - log_of_row);
       const __half2* const sums = reinterpret_cast<const __half2*>(&raw);
 #pragma unroll
-      for (int i = 0; i < kSumsALoad / 2; ++i) {
+      for (int i = 0; i < kSumsPerLoad / 2; ++i) {
         const float2 two = __half22float2(sums[i]);
         mass[2 * i] = fmaf(two.x, share, mass[2 * i]);
         mass[2 * i + 1] = fmaf(two.y, share, mass[2 * i + 1]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kSumsALoad; ++i) {
+    for (int i = 0; i < kSumsPerLoad; ++i) {
       const int block = key_tile * g.key_tile_blocks + in_tile + i;
       if (place < places && in_tile + i < g.key_tile_blocks && block < blocks) masses[block] = mass[i];
     }
@@ -107,9 +107,10 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   if (m >= FirstDenseTile(r, s) || AllForcedAt(p, r, s)) {
     what.sink = tile.visible;
   } else {
-    const int kv = head / r.units_a_kv;
-    const int64_t unit = (int64_t{kv} * a.tiles + tile_row - a.first_tile) * r.units_a_kv + head - kv * r.units_a_kv;
-    AddUpMasses(a, unit * g.rows_a_unit, KeyTilesSeen(g, s, tile), tile.visible, masses);
+    const int kv = head / r.units_per_kv;
+    const int64_t unit =
+        (int64_t{kv} * a.tiles + tile_row - a.first_tile) * r.units_per_kv + head - kv * r.units_per_kv;
+    AddUpMasses(a, unit * g.rows_per_unit, KeyTilesSeen(g, s, tile), tile.visible, masses);
     float forced = 0, rest = 0;
     for (int b = lane; b < tile.visible; b += 32) {
       const float mass = masses[b];

@@ -74,7 +74,7 @@ __device__ inline GridStrip GridStripAt(const GridArgs& a, int kv, int slot) {
   const GridShape& g = a.shape;
   auto base = [&](int b) {
     const int tile = min(max(TileBaseOf(a.d, r, b) - a.first_tile, 0), a.tiles);
-    return ((tile * r.units_a_kv) >> g.log2_stride) + b;
+    return ((tile * r.units_per_kv) >> g.log2_stride) + b;
   };
   const int b = SequenceOfSlot(a.d.p.batch, slot, base);
   GridStrip strip;
@@ -124,7 +124,7 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
     const int cell = static_cast<int>(whole ? (packed ? s.k_begin : s.index * p.max_seqlen_k) + first_key
                                             : strip.kv * g.cell_rows + base);
     const int boxes = (strip.units + g.box_units - 1) / g.box_units;
-    const int box_bytes = g.box_units * g.rows_a_unit * kGridRowBytes;
+    const int box_bytes = g.box_units * g.rows_per_unit * kGridRowBytes;
     // Where the boxes of this lane come from: a tile in q itself, or rows of the copy. 32 lanes take up to 128 boxes.
     constexpr int kBoxes = 4;
     int row[kBoxes], head[kBoxes];
@@ -134,13 +134,14 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
       const int box = lane + 32 * k;
       if (box >= boxes) break;
       const int unit = strip.unit + box * g.box_units, in_share = r.by_units(unit);
-      const int in_tile = unit - in_share * r.units_a_kv;
+      const int in_tile = unit - in_share * r.units_per_kv;
       const DeviceTile tile = TileAt(p, r, s, strip.first_tile + in_share);
       direct[k] = g.direct_q && tile.end - tile.begin == r.tile_tokens;
-      head[k] = strip.kv * r.units_a_kv + in_tile;
+      head[k] = strip.kv * r.units_per_kv + in_tile;
       const int q_tile = g.direct_q ? s.index : strip.local_tile + in_share;
-      row[k] = direct[k] ? s.q_begin + tile.begin + g.stride - 1
-                         : static_cast<int>(((strip.kv * g.q_tiles + q_tile) * r.units_a_kv + in_tile) * g.rows_a_unit);
+      row[k] = direct[k]
+                   ? s.q_begin + tile.begin + g.stride - 1
+                   : static_cast<int>(((strip.kv * g.q_tiles + q_tile) * r.units_per_kv + in_tile) * g.rows_per_unit);
     }
     for (int step = 0; step < plan.steps; ++step) {
       uint64_t* const full = &c.full[ring.stage];

@@ -158,12 +158,12 @@ struct Scorer {
   }
 
   // The same for any multiple of 8 cells a block.
-  __device__ __forceinline__ void BlockSums(const float (&scores)[kKeyTileCells / 2], int groups_a_block) const {
+  __device__ __forceinline__ void BlockSums(const float (&scores)[kKeyTileCells / 2], int groups_per_block) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       __half* const row = reinterpret_cast<__half*>(staging + (lane / 4 + 8 * half) * plan.staging_row);
       float sum = 0;
-      int left = groups_a_block, block = 0;
+      int left = groups_per_block, block = 0;
 #pragma unroll
       for (int k = 0; k < kKeyTileCells / 8; ++k) {
         sum += scores[4 * k + 2 * half] + scores[4 * k + 2 * half + 1];
@@ -171,7 +171,7 @@ struct Scorer {
           sum += __shfl_xor_sync(~0u, sum, 1);
           sum += __shfl_xor_sync(~0u, sum, 2);
           if (lane % 4 == block % 4) row[block] = __float2half_rn(sum);
-          left = groups_a_block;
+          left = groups_per_block;
           sum = 0;
           ++block;
         }
@@ -199,8 +199,8 @@ struct Scorer {
     for (int j = 0; j < 8; ++j) {
       float sum = 0;
       const int block = first_block + j;
-      const __half* const cells = reinterpret_cast<const __half*>(row) + block * g.cells_a_block;
-      for (int i = 0; i < (block < g.key_tile_blocks ? g.cells_a_block : 0); ++i) sum += __half2float(cells[i]);
+      const __half* const cells = reinterpret_cast<const __half*>(row) + block * g.cells_per_block;
+      for (int i = 0; i < (block < g.key_tile_blocks ? g.cells_per_block : 0); ++i) sum += __half2float(cells[i]);
       sums[j] = __float2half_rn(sum);
     }
     return *reinterpret_cast<const uint4*>(sums);
@@ -212,12 +212,12 @@ struct Scorer {
     const TileRules& r = a.rules;
     const GridStrip& strip = item.strip;
     const int first_dense = FirstDenseTile(r, strip.sequence);
-    const int units = r.units_a_kv, first_row = 64 * group + kGridWarpRows * warp;
+    const int units = r.units_per_kv, first_row = 64 * group + kGridWarpRows * warp;
     // Rows of the strip that are scored come first: units in use, and of those the ones before the dense tail.
     const int live_units = min(strip.units, (first_dense - strip.first_tile) * units - strip.unit);
     const int live_rows = (live_units << g.log2_rows) - first_row; // of this warp
     const int64_t row =
-        ((int64_t{strip.kv} * a.tiles + strip.local_tile) * units + strip.unit) * g.rows_a_unit + first_row;
+        ((int64_t{strip.kv} * a.tiles + strip.local_tile) * units + strip.unit) * g.rows_per_unit + first_row;
 
     int seen[2];
 #pragma unroll
@@ -227,7 +227,7 @@ struct Scorer {
       const DeviceTile tile = TileAt(a.d.p, r, strip.sequence, strip.first_tile + in_share);
       const int head = strip.kv * units + unit - in_share * units;
       const int limit =
-          in_warp < live_rows ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_a_unit - 1), head) : 0;
+          in_warp < live_rows ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_per_unit - 1), head) : 0;
       seen[half] = min(limit - item.key_tile * g.key_tile_cells, g.key_tile_cells);
     }
     float2 stats[2];
@@ -241,12 +241,12 @@ struct Scorer {
     __syncwarp(); // the staging memory has been read
     if (!plan.whole_groups) {
       AllPowers(scores);
-    } else if (g.cells_a_block == 8) {
+    } else if (g.cells_per_block == 8) {
       BlockSums<1>(scores);
-    } else if (g.cells_a_block == 16) {
+    } else if (g.cells_per_block == 16) {
       BlockSums<2>(scores);
     } else {
-      BlockSums(scores, g.cells_a_block / 8);
+      BlockSums(scores, g.cells_per_block / 8);
     }
     __syncwarp();
     const int pieces = g.block_pitch / 8; // of 16 bytes a row
@@ -329,11 +329,11 @@ cudaError_t LaunchGridScore(const GridScoreArgs& args, cudaStream_t stream) {
   const Problem& p = a.d.p;
   GridPlan plan{};
   plan.steps = DivUp(g.columns, kGridPanel);
-  plan.whole_groups = g.cells_a_block % 8 == 0;
+  plan.whole_groups = g.cells_per_block % 8 == 0;
   plan.stages = plan.whole_groups ? 4 : 3;
   // 16 bytes more than the row: then eight rows begin on different banks.
   plan.staging_row = (plan.whole_groups ? g.block_pitch : kKeyTileCells) * 2 + 16;
-  plan.slots = static_cast<int>((int64_t{a.tiles} * a.rules.units_a_kv) / g.stride + p.batch);
+  plan.slots = static_cast<int>((int64_t{a.tiles} * a.rules.units_per_kv) / g.stride + p.batch);
   plan.by_groups = Divider::Of(DivUp(plan.slots, kGridGroupStrips));
   plan.by_columns = Divider::Of(p.head_dim);
   int device = 0, processors = 0;

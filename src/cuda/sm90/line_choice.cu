@@ -301,23 +301,23 @@ __device__ bool IsQueryAware(const FlexArgs& args, ChoiceShared& shared, float (
   constexpr int kInFlight = 4;
   int lanes = 4;
   while (lanes * kColumns < p.head_dim) lanes *= 2;
-  const int part_of_row = lane % lanes * kColumns, rows_a_step = kThreads / lanes;
+  const int part_of_row = lane % lanes * kColumns, rows_per_step = kThreads / lanes;
   const bool active = part_of_row < p.head_dim;
   float query[kColumns];
 #pragma unroll
   for (int k = 0; k < kColumns; ++k) query[k] = active ? partial[0][part_of_row + k] : 0.f;
   float largest = -INFINITY;
-  for (int begin = 0; begin < blocks; begin += kInFlight * rows_a_step) {
+  for (int begin = 0; begin < blocks; begin += kInFlight * rows_per_step) {
     uint4 raw[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int c = begin + i * rows_a_step + threadIdx.x / lanes;
+      const int c = begin + i * rows_per_step + threadIdx.x / lanes;
       raw[i] = active && c < blocks ? *reinterpret_cast<const uint4*>(means + int64_t{c} * args.pitch + part_of_row)
                                     : uint4{0, 0, 0, 0};
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int c = begin + i * rows_a_step + threadIdx.x / lanes;
+      const int c = begin + i * rows_per_step + threadIdx.x / lanes;
       const T* const key = reinterpret_cast<const T*>(&raw[i]);
       float z = 0;
 #pragma unroll

@@ -49,11 +49,11 @@ struct LineUnit {
 __device__ inline bool PlaceUnit(const LineSumsArgs& args, LineUnit& unit) {
   const LineShape& a = args.shape;
   const Problem& p = a.d.p;
-  const int units_a_kv = p.q_heads / p.kv_heads * a.parts;
-  const int pair = a.by_units(blockIdx.x), of_kv = blockIdx.x - pair * units_a_kv;
+  const int units_per_kv = p.q_heads / p.kv_heads * a.parts;
+  const int pair = a.by_units(blockIdx.x), of_kv = blockIdx.x - pair * units_per_kv;
   unit.slot = a.by_kv(pair);
   unit.kv = pair - unit.slot * p.kv_heads;
-  unit.index = int64_t{unit.kv} * units_a_kv + of_kv;
+  unit.index = int64_t{unit.kv} * units_per_kv + of_kv;
   unit.head = static_cast<int>(unit.index / a.parts);
   unit.first_row = static_cast<int>(unit.index % a.parts) * a.columns;
   if (TestBit(args.skipped, unit.head % kMaxLineHeads)) return false;

@@ -26,9 +26,9 @@ struct LineShape {
   float scale_log2; // softmax_scale * log2(e)
   int short_keys;   // a sequence of at most so many keys keeps everything
   int rows, columns, parts;
-  int chunk;         // keys: a multiple of 64, and at least `columns`
-  int slot_count;    // of all sequences
-  int slots_a_batch; // of one, where keys are not packed
+  int chunk;           // keys: a multiple of 64, and at least `columns`
+  int slot_count;      // of all sequences
+  int slots_per_batch; // of one, where keys are not packed
   Divider by_chunk, by_slots, by_page, by_kv, by_units;
 
   bool packed_keys() const { return d.p.cu_seqlens_k && !d.p.block_table; }
@@ -151,7 +151,7 @@ __device__ inline bool KeepsAll(const LineShape& a, const DeviceSequence& s) {
 __device__ inline int SlotBase(const LineShape& a, int b) {
   const Problem& p = a.d.p;
   const bool packed = p.cu_seqlens_k && !p.block_table;
-  return packed ? a.by_chunk(Clamp(p.cu_seqlens_k[b], 0, p.total_k)) + b : b * a.slots_a_batch;
+  return packed ? a.by_chunk(Clamp(p.cu_seqlens_k[b], 0, p.total_k)) + b : b * a.slots_per_batch;
 }
 
 __device__ inline bool TestBit(const uint64_t (&set)[kMaxLineHeads / 64], int i) { return set[i / 64] >> (i % 64) & 1; }

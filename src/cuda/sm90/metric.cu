@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) MetricKernel(const __grid_constant__
   const TileRules& r = a.rules;
   const int part = blockIdx.x, kv = blockIdx.y, b = blockIdx.z;
   const DeviceSequence s = SequenceAt(a.d, b);
-  const int group = r.heads_a_tile * r.units_a_kv, rows = s.q_len > 0 ? s.Tiles(r) * group : 0;
+  const int group = r.heads_per_tile * r.units_per_kv, rows = s.q_len > 0 ? s.Tiles(r) * group : 0;
   const int lanes = kThreads / chunks; // rows at a time
   const int mine = threadIdx.x / chunks, column = threadIdx.x % chunks * kColumns;
 

@@ -367,12 +367,12 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
   const T* const rows = static_cast<const T*>(p.q.data) + RowOffsetAt(p, p.q.stride, s, begin, head);
   MeanOfRows<T, VECTOR>(rows, p.q.stride[1], tokens, column, p.head_dim, p.q.stride[3], mean);
 
-  const int group = r.heads_a_tile * r.units_a_kv;
+  const int group = r.heads_per_tile * r.units_per_kv;
   const int kv = jobs.by_group(head), in_group = head - kv * group;
-  const int unit = jobs.by_tile_heads(in_group), in_tile = in_group - unit * r.heads_a_tile;
-  const int64_t units = int64_t{p.kv_heads} * r.tile_rows * r.units_a_kv;
+  const int unit = jobs.by_tile_heads(in_group), in_tile = in_group - unit * r.heads_per_tile;
+  const int64_t units = int64_t{p.kv_heads} * r.tile_rows * r.units_per_kv;
   const int64_t row =
-      ((int64_t{kv} * r.tile_rows + tile_row) * r.units_a_kv + unit) * a.unit_rows + j * r.heads_a_tile + in_tile;
+      ((int64_t{kv} * r.tile_rows + tile_row) * r.units_per_kv + unit) * a.unit_rows + j * r.heads_per_tile + in_tile;
   T* const to = static_cast<T*>(a.q_rows) + row * a.pitch + column;
   *reinterpret_cast<uint4*>(to) = Rounded<T>(mean);
   if (a.squares) {
@@ -436,7 +436,7 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
   jobs.by_chunks = Divider::Of(jobs.chunks);
   jobs.by_heads = Divider::Of(p.q_heads);
   jobs.by_group = Divider::Of(p.q_heads / p.kv_heads);
-  jobs.by_tile_heads = Divider::Of(args.rules.heads_a_tile);
+  jobs.by_tile_heads = Divider::Of(args.rules.heads_per_tile);
   const bool keys = args.k_means || args.sketch;
   const int64_t blocks = args.mean_rows * p.kv_heads;
   const int64_t tiles = args.q_rows ? int64_t{args.rules.tile_rows} * jobs.q_parts : 0;

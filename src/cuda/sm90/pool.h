@@ -17,7 +17,8 @@ constexpr int kMetricParts = 16; // sums that make a metric
 //   the
 //          outliers, the farthest first
 //   metric [batch, kv_heads, kMetricParts, pitch]: added up over parts, what each dimension counts in distances
-//   q rows [kv_heads, tile_rows, units_a_kv, unit_rows, pitch]: the pooled rows of a tile of a mask head lie together,
+//   q rows [kv_heads, tile_rows, units_per_kv, unit_rows, pitch]: the pooled rows of a tile of a mask head lie
+//   together,
 //          heads fastest; rows that stand for no token are not written. Squares follow as a second array of that shape
 struct PoolArgs {
   DeviceProblem d;

@@ -182,7 +182,7 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream) {
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
   // Smaller items where there would not be one for each processor.
-  const int64_t units = int64_t{args.rules.tile_rows} * args.rules.units_a_kv;
+  const int64_t units = int64_t{args.rules.tile_rows} * args.rules.units_per_kv;
   while (plan.units > 1 && units * p.kv_heads < int64_t{processors} * plan.units * plan.sets) plan.units /= 2;
   while (columns == 128 && plan.sets > 1 && units * p.kv_heads < int64_t{processors} * plan.sets) plan.sets /= 2;
   plan.slots = static_cast<int>(units / (plan.units * plan.sets) + p.batch);
@@ -191,7 +191,7 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream) {
   plan.by_item = Divider::Of(plan.units * plan.sets);
   plan.by_chunks = Divider::Of(DivUp(p.head_dim, kColumns));
   plan.by_kv = Divider::Of(p.kv_heads);
-  plan.by_heads = Divider::Of(args.rules.heads_a_tile);
+  plan.by_heads = Divider::Of(args.rules.heads_per_tile);
 
   const Kernel kernel = p.q.dtype == FP_BF16 ? KernelOf<__nv_bfloat16>(plan, args.unit_rows, args.sketch)
                                              : KernelOf<__half>(plan, args.unit_rows, args.sketch);

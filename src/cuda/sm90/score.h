@@ -20,7 +20,7 @@ struct ScoreArgs {
   KeepRule keep;
   float scale_log2; // softmax_scale * log2(e)
   int query_pool;
-  int rows_a_head;   // pooled rows of a head in a whole tile
+  int rows_per_head; // pooled rows of a head in a whole tile
   int unit_rows;     // rows that a unit has room for: 8, 32 or 128
   bool rows_in_q;    // query_pool is 1 and rows come from q itself; else from pooled rows, where unit_rows is 128
   bool rows_aligned; // 16 bytes of a row of q may be loaded at once

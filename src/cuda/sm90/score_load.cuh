@@ -57,16 +57,16 @@ __device__ void ProduceRows(const ScoreArgs& a, const ScorePlan& plan, const Sco
         BarrierArrive(full);
         continue;
       }
-      const int box_rows = a.rows_in_q ? r.tile_tokens * r.heads_a_tile : columns;
+      const int box_rows = a.rows_in_q ? r.tile_tokens * r.heads_per_tile : columns;
       BarrierArriveExpect(full, plan.q_panels * box_rows * kScorePanelBytes);
       char* const to = shared + ring.stage * layout.q_buffer;
       const int tile = r.by_units(unit);
-      const int64_t in_scratch = (int64_t{item.kv} * r.tile_rows + item.sequence.TileBase(r)) * r.units_a_kv + unit;
+      const int64_t in_scratch = (int64_t{item.kv} * r.tile_rows + item.sequence.TileBase(r)) * r.units_per_kv + unit;
       for (int panel = 0; panel < plan.q_panels; ++panel) {
         char* const panel_to = to + panel * columns * kScorePanelBytes;
         if (a.rows_in_q) {
           const int token = tile * r.tile_tokens;
-          const int head = (item.kv * r.units_a_kv + unit - tile * r.units_a_kv) * r.heads_a_tile;
+          const int head = (item.kv * r.units_per_kv + unit - tile * r.units_per_kv) * r.heads_per_tile;
           BulkLoad(panel_to, &a.q_map, full, panel * kScorePanelColumns, head,
                    a.d.p.cu_seqlens_q ? item.sequence.q_begin + token : token,
                    a.d.p.cu_seqlens_q ? 0 : item.sequence.index);
@@ -119,17 +119,17 @@ struct RowPooler {
     const int chunks = (p.head_dim + kColumns - 1) / kColumns;
     // columns fastest, then heads of the tile, units, and rows of a head
     const int by_column = plan.by_chunks(i), chunk = i - by_column * chunks;
-    const int by_head = plan.by_heads(by_column), in_tile = by_column - by_head * r.heads_a_tile;
+    const int by_head = plan.by_heads(by_column), in_tile = by_column - by_head * r.heads_per_tile;
     const int u = by_head & (plan.units - 1), j = by_head >> plan.log2_units;
     const int unit = item.first + set * plan.units + u, tile = r.by_units(unit);
     const int begin = tile * r.tile_tokens + j * a.query_pool;
     const int end = min(min((tile + 1) * r.tile_tokens, item.sequence.q_len), begin + a.query_pool);
     Part part{nullptr, 0, chunk * kColumns, nullptr};
-    if (j < a.rows_a_head && unit < item.units && tile < FirstDenseTile(r, item.sequence) && begin < end) {
-      const int head = (item.kv * r.units_a_kv + unit - tile * r.units_a_kv) * r.heads_a_tile + in_tile;
+    if (j < a.rows_per_head && unit < item.units && tile < FirstDenseTile(r, item.sequence) && begin < end) {
+      const int head = (item.kv * r.units_per_kv + unit - tile * r.units_per_kv) * r.heads_per_tile + in_tile;
       part.from = static_cast<const T*>(p.q.data) + RowOffsetAt(p, p.q.stride, item.sequence, begin, head);
       part.count = end - begin;
-      part.to = At(rows, u * ROWS + j * r.heads_a_tile + in_tile, chunk);
+      part.to = At(rows, u * ROWS + j * r.heads_per_tile + in_tile, chunk);
     }
     return part;
   }
@@ -139,7 +139,7 @@ struct RowPooler {
   template <bool VECTOR>
   __device__ int Fill(const ScoreItem& item, int set, char* rows, int i) const {
     const Problem& p = a.d.p;
-    const int count = a.rows_a_head * plan.units * a.rules.heads_a_tile * ((p.head_dim + kColumns - 1) / kColumns);
+    const int count = a.rows_per_head * plan.units * a.rules.heads_per_tile * ((p.head_dim + kColumns - 1) / kColumns);
     for (; i < count; i += 32 * Shape::kPoolWarps) {
       const Part part = PartAt(item, set, rows, i);
       if (part.count == 0) continue;

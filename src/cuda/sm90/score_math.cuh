@@ -56,7 +56,7 @@ struct Scorer {
       const int tile_index = r.by_units(first + u);
       int limit = 0;
       if (u < plan.units && first + u < item.units && tile_index < first_dense &&
-          row < a.rows_a_head * r.heads_a_tile) {
+          row < a.rows_per_head * r.heads_per_tile) {
         limit = limit_of(TileAt(a.d.p, r, item.sequence, tile_index), plan.by_heads(row));
       }
       c.limit[group][thread] = limit;
@@ -68,9 +68,9 @@ struct Scorer {
       if (thread < plan.units && index < item.units && tile_row < r.tile_rows) {
         const DeviceTile tile = TileAt(a.d.p, r, item.sequence, tile_index);
         const bool dense = tile_index >= first_dense;
-        const bool whole = tile.end - tile.begin == r.tile_tokens && a.rows_a_head * r.heads_a_tile == ROWS;
+        const bool whole = tile.end - tile.begin == r.tile_tokens && a.rows_per_head * r.heads_per_tile == ROWS;
         unit.full = whole && !dense ? limit_of(tile, 0) : 0;
-        unit.row = (item.kv * r.units_a_kv + index - tile_index * r.units_a_kv) * r.tile_rows + tile_row;
+        unit.row = (item.kv * r.units_per_kv + index - tile_index * r.units_per_kv) * r.tile_rows + tile_row;
         unit.bits = {dense ? 0 : tile.scored, tile.visible, dense ? tile.visible : r.sink_blocks, WindowBegin(r, tile)};
       }
       c.unit[group][thread] = unit;

@@ -48,7 +48,7 @@ struct ScorePlan {
   int energy_stride, energy_bytes;             // of a unit; 4, or 2 where floats leave no room (__half)
   int bin_warps;                               // that may look for a mass
   int slots;                                   // items a KV head, at most
-  Divider by_item, by_kv, by_heads, by_chunks; // units an item, kv_heads, heads_a_tile, 16-byte pieces of a row of q
+  Divider by_item, by_kv, by_heads, by_chunks; // units an item, kv_heads, heads_per_tile, 16-byte pieces of a row of q
 };
 
 // One piece of work: consecutive units of one KV head of one sequence.
@@ -114,20 +114,20 @@ struct ScoreRing {
 // earlier tiles, because the last tiles have the most blocks to score.
 __device__ inline bool PlaceScoreItem(const ScoreArgs& a, const ScorePlan& plan, int id, ScoreItem& item) {
   const TileRules& r = a.rules;
-  const int units_an_item = plan.units * plan.sets;
+  const int units_per_item = plan.units * plan.sets;
   const int round = plan.by_kv(id);
   item.kv = id - round * a.d.p.kv_heads;
   const int slot = plan.slots - 1 - round;
-  auto base = [&](int b) { return plan.by_item(TileBaseOf(a.d, r, b) * r.units_a_kv) + b; };
+  auto base = [&](int b) { return plan.by_item(TileBaseOf(a.d, r, b) * r.units_per_kv) + b; };
   const int b = SequenceOfSlot(a.d.p.batch, slot, base);
   item.sequence = SequenceAt(a.d, b);
-  item.units = item.sequence.Tiles(r) * r.units_a_kv;
-  item.first = (slot - base(b)) * units_an_item;
+  item.units = item.sequence.Tiles(r) * r.units_per_kv;
+  item.first = (slot - base(b)) * units_per_item;
   item.end = false;
   if (item.first < 0 || item.first >= item.units) return false;
   const int last_tile =
-      min((min(item.first + units_an_item, item.units) - 1) / r.units_a_kv, FirstDenseTile(r, item.sequence) - 1);
-  const bool scored = last_tile >= item.first / r.units_a_kv && !AllForcedAt(a.d.p, r, item.sequence);
+      min((min(item.first + units_per_item, item.units) - 1) / r.units_per_kv, FirstDenseTile(r, item.sequence) - 1);
+  const bool scored = last_tile >= item.first / r.units_per_kv && !AllForcedAt(a.d.p, r, item.sequence);
   item.steps = scored ? (TileAt(a.d.p, r, item.sequence, last_tile).scored + kStepBlocks - 1) / kStepBlocks : 0;
   return true;
 }

@@ -63,8 +63,8 @@ class BlockMask(c.Structure):
         ("counts", c.c_void_p),
         ("fallback", c.c_void_p),
         ("lines", c.c_void_p),
-        ("columns_room", c.c_int32),
-        ("distances_room", c.c_int32),
+        ("max_verticals", c.c_int32),
+        ("max_slashes", c.c_int32),
     ]
 
 

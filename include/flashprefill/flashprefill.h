@@ -233,7 +233,7 @@ typedef struct fp_minference_head {
 
 typedef enum fp_rounding {
   FP_ROUND_BLOCKS = 0, /* columns and diagonals become the blocks that hold some of them */
-  FP_ROUND_TOKENS = 1  /* they stay tokens: lines of the mask. Without mean_correction; on FP_CPU */
+  FP_ROUND_TOKENS = 1  /* they stay tokens: the mask's verticals and slashes. Without mean_correction; on FP_CPU */
 } fp_rounding;
 
 typedef struct fp_minference {
@@ -337,14 +337,15 @@ typedef struct fp_block_mask {
   uint64_t* bits;    /* [heads, tile_rows, words] */
   int32_t* counts;   /* [heads, tile_rows]: bits set; written by select; may be NULL */
   int32_t* fallback; /* [batch]: fp_fallback; written by select; may be NULL */
-  /* Lines: keys finer than blocks, for causal masks of query heads. Every tile of a (sequence, head) sees, beside its
-   * blocks, the keys in a list of columns, and for each in a list of distances d the keys d before its rows' positions,
-   * from the first row's to the last's. lines is [batch, heads, 2 + columns_room + distances_room]: how many columns,
-   * how many distances, the columns, ascending, and from 2 + columns_room on the distances, ascending. Both rooms 0:
-   * there are none. counts are then kept keys in blocks, rounded up. */
-  int32_t* lines;
-  int32_t columns_room;
-  int32_t distances_room;
+  /* Verticals and slashes: keys finer than blocks, for causal masks of query heads (MInference). Every tile of a
+   * (sequence, head) sees, besides its blocks, the keys in a list of verticals, and for each slash d the keys d before
+   * its rows' positions, from the first row's to the last's. vertical_slash is [batch, heads, 2 + max_verticals +
+   * max_slashes]: the number of verticals, the number of slashes, the verticals, ascending, and from index
+   * 2 + max_verticals on the slashes, ascending. With max_verticals = max_slashes = 0 there are none. With them, counts
+   * are kept keys in blocks, rounded up. */
+  int32_t* vertical_slash;
+  int32_t max_verticals;
+  int32_t max_slashes;
 } fp_block_mask;
 
 /* Fill in the geometry of the mask that this policy makes for this problem. The pointers are left alone. */

@@ -243,8 +243,8 @@ class BlockMask {
     mask.bits_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows * mask.view_.words));
     mask.counts_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows));
     mask.fallback_.resize(static_cast<size_t>(problem.batch));
-    const int64_t room = int64_t{mask.view_.columns_room} + mask.view_.distances_room;
-    if (room > 0) mask.lines_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
+    const int64_t room = int64_t{mask.view_.max_verticals} + mask.view_.max_slashes;
+    if (room > 0) mask.vertical_slash_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
     return mask;
   }
 
@@ -253,7 +253,7 @@ class BlockMask {
     view_.bits = bits_.data();
     view_.counts = counts_.data();
     view_.fallback = fallback_.data();
-    view_.lines = lines_.data();
+    view_.vertical_slash = vertical_slash_.data();
     return &view_;
   }
   const fp_block_mask* view() const { return const_cast<BlockMask*>(this)->view(); }
@@ -293,7 +293,7 @@ class BlockMask {
   std::vector<uint64_t> bits_;
   std::vector<int32_t> counts_;
   std::vector<int32_t> fallback_;
-  std::vector<int32_t> lines_;
+  std::vector<int32_t> vertical_slash_;
 };
 
 // Scratch memory of one call, aligned as the library wants it.

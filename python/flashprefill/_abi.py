@@ -249,9 +249,9 @@ class BlockMask(Structure):
         ("bits", c_void_p),
         ("counts", c_void_p),
         ("fallback", c_void_p),
-        ("lines", c_void_p),
-        ("columns_room", c_int32),
-        ("distances_room", c_int32),
+        ("vertical_slash", c_void_p),
+        ("max_verticals", c_int32),
+        ("max_slashes", c_int32),
     ]
 
 

@@ -276,7 +276,7 @@ def _mask(
 
 
 def _mask_of(
-    problem: _abi.Problem, policy: Any, bits: Any, counts: Any, fallback: Any, lines: Any
+    problem: _abi.Problem, policy: Any, bits: Any, counts: Any, fallback: Any, vertical_slash: Any
 ) -> _abi.BlockMask:
     """Describe the policy's mask; api.py's own arithmetic must have come to the same shape."""
     m = _abi.sized(_abi.BlockMask)
@@ -284,10 +284,14 @@ def _mask_of(
     if tuple(bits.shape) != (m.heads, m.tile_rows, m.words):
         refuse("the shape of the mask", tuple(bits.shape), str((m.heads, m.tile_rows, m.words)))
     m.bits, m.counts, m.fallback = _address(bits), _address(counts), _address(fallback)
-    room = m.columns_room + m.distances_room
-    if (0 if lines is None else lines.shape[2]) != (room and 2 + room):
-        refuse("the shape of the mask's lines", lines if lines is None else tuple(lines.shape), f"for {room}")
-    m.lines = _address(lines)
+    room = m.max_verticals + m.max_slashes
+    if (0 if vertical_slash is None else vertical_slash.shape[2]) != (room and 2 + room):
+        refuse(
+            "the shape of the mask's vertical_slash",
+            vertical_slash if vertical_slash is None else tuple(vertical_slash.shape),
+            f"for {room}",
+        )
+    m.vertical_slash = _address(vertical_slash)
     return m
 
 
@@ -300,7 +304,7 @@ def select(
     bits: Any,
     counts: Any,
     fallback: Any,
-    lines: Any,
+    vertical_slash: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     seqused_k: Any,
@@ -326,7 +330,7 @@ def select(
         final_chunk,
     )
     e, rule, size = _exec(q, threads, backend, target), _policy(policy), ctypes.c_size_t()
-    m = _mask_of(p, rule, bits, counts, fallback, lines)
+    m = _mask_of(p, rule, bits, counts, fallback, vertical_slash)
     _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(rule), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)
     _abi.check(_abi.lib.fp_select(byref(p), byref(rule), byref(e), byref(m), address, size.value))
@@ -344,8 +348,8 @@ def attend(
     block_size: int,
     share_heads: bool,
     mean_correction: bool,
-    lines: Any,
-    columns_room: int,
+    vertical_slash: Any,
+    max_verticals: int,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     seqused_k: Any,
@@ -371,9 +375,9 @@ def attend(
     )
     e, o, size = _exec(q, threads, backend, target), _output(q, out, lse), ctypes.c_size_t()
     m = _mask(bits.shape[0], tile_tokens, block_size, share_heads, mean_correction, bits, None, None)
-    if lines is not None:
-        m.lines, m.columns_room = _address(lines), columns_room
-        m.distances_room = lines.shape[2] - 2 - columns_room
+    if vertical_slash is not None:
+        m.vertical_slash, m.max_verticals = _address(vertical_slash), max_verticals
+        m.max_slashes = vertical_slash.shape[2] - 2 - max_verticals
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)
     _abi.check(_abi.lib.fp_attend(byref(p), byref(m), byref(e), byref(o), address, size.value))
@@ -389,7 +393,7 @@ def prefill(
     bits: Any,
     counts: Any,
     fallback: Any,
-    lines: Any,
+    vertical_slash: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
     seqused_k: Any,
@@ -417,7 +421,7 @@ def prefill(
     )
     e, o, size = _exec(q, threads, backend, target), _output(q, out, lse), ctypes.c_size_t()
     rule = _policy(policy)
-    m = None if bits is None else _mask_of(p, rule, bits, counts, fallback, lines)
+    m = None if bits is None else _mask_of(p, rule, bits, counts, fallback, vertical_slash)
     _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(rule), byref(e), byref(size)))
     _memory, address = _workspace(q, size.value)
     _abi.check(

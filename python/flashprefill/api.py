@@ -70,7 +70,7 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
     tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
     heads = k.shape[-2] if policy.share_heads else q.shape[-2]
     shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
-    room = policy._line_room(layout.max_seqlen_k)
+    room = policy._vertical_slash_room(layout.max_seqlen_k)
     return BlockMask(
         layout.kept(ops),
         ops.zero_words(q, shape),
@@ -178,8 +178,8 @@ def prefill_attention(
     check_bool("return_stats", return_stats)
     out, lse = _results(ops, q, out, return_lse)
     mask = _new_mask(ops, q, k, layout, rule) if return_stats else None
-    bits, counts, fallback, lines = (
-        (None,) * 4 if mask is None else (mask.bits, mask.counts, mask.fallback, mask.lines)
+    bits, counts, fallback, vertical_slash = (
+        (None,) * 4 if mask is None else (mask.bits, mask.counts, mask.fallback, mask.vertical_slash)
     )
     ops.prefill(
         q,
@@ -190,7 +190,7 @@ def prefill_attention(
         bits,
         counts,
         fallback,
-        lines,
+        vertical_slash,
         *layout.arguments(),
         scale,
         layout.causal,
@@ -269,7 +269,7 @@ def select(
         mask.bits,
         mask.counts,
         mask.fallback,
-        mask.lines,
+        mask.vertical_slash,
         *layout.arguments(),
         scale,
         layout.causal,
@@ -353,10 +353,10 @@ def attend(
     for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
         if getattr(layout, name) != getattr(made_for, name):
             refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(layout, name)})")
-    bits, lines = mask.bits, mask.lines
+    bits, vertical_slash = mask.bits, mask.vertical_slash
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
         bits = ops.words_of(mask._ops.to_host(bits))
-        lines = None if lines is None else ops.from_host(mask._ops.to_host(lines))
+        vertical_slash = None if vertical_slash is None else ops.from_host(mask._ops.to_host(vertical_slash))
     if not ops.same_device(bits, q):
         refuse("mask's device", bits.device, f"q's ({q.device})")
     heads = k.shape[-2] if mask.share_heads else q.shape[-2]
@@ -382,8 +382,8 @@ def attend(
         mask.block_size,
         mask.share_heads,
         mask.mean_correction,
-        lines,
-        mask.columns_room,
+        vertical_slash,
+        mask.max_verticals,
         *layout.arguments(),
         scale,
         layout.causal,

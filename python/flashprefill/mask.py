@@ -33,9 +33,9 @@ class BlockMask:
         block_size: keys a block.
         share_heads: whether mask heads are KV heads.
         mean_correction: whether `attend` lets blocks left out count by their means.
-        lines: keys finer than blocks (``MInference(rounding="tokens")``), int32 [batch, mask heads, ...] as
+        vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32 [batch, mask heads, ...] as
             the C header describes them, or None.
-        columns_room: how many columns of single keys they have room for.
+        max_verticals: how many verticals they have room for.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class BlockMask:
         block_size: int,
         share_heads: bool,
         mean_correction: bool,
-        lines: Any = None,
-        columns_room: int = 0,
+        vertical_slash: Any = None,
+        max_verticals: int = 0,
     ) -> None:
         self._layout = layout
         self.bits = bits
@@ -59,8 +59,8 @@ class BlockMask:
         self.block_size = block_size
         self.share_heads = share_heads
         self.mean_correction = mean_correction
-        self.lines = lines
-        self.columns_room = columns_room
+        self.vertical_slash = vertical_slash
+        self.max_verticals = max_verticals
 
     @classmethod
     def from_dense(
@@ -168,29 +168,29 @@ class BlockMask:
     def dense(self, seq: int = 0) -> Any:
         """Return the mask of one sequence as bool [mask heads, tiles, blocks].
 
-        Where the mask has lines, blocks that hold a key of some line are True too, though not all of their
+        Where the mask has verticals or slashes, blocks that hold a key of one are True too, though not all of their
         keys may be kept.
         """
         begin, rows, keys = self._sequence(seq)
         first = begin // self.tile_tokens + seq % self.batch
         bits = self.bits[:, first : first + ceil_div(rows, self.tile_tokens)]
         keep = self._ops.unpack(bits, ceil_div(keys, self.block_size))
-        if self.lines is None:
+        if self.vertical_slash is None:
             return keep
-        return keep | self._ops.from_host(self._on_lines(seq % self.batch, rows, keys))
+        return keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys))
 
-    def _on_lines(self, seq: int, rows: int, keys: int) -> np.ndarray:
-        """Return the visible blocks that hold a key of some line, bool [mask heads, tiles, blocks]."""
+    def _on_vertical_slash(self, seq: int, rows: int, keys: int) -> np.ndarray:
+        """Return the visible blocks that hold a key of some vertical or slash, bool [mask heads, tiles, blocks]."""
         tiles, blocks = ceil_div(rows, self.tile_tokens), ceil_div(keys, self.block_size)
         touched = np.zeros((self.heads, tiles, blocks), np.bool_)
         visible = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
-        for h, lines in enumerate(np.asarray(self._ops.to_host(self.lines))[seq]):
-            columns, distances = lines[2 : 2 + lines[0]], lines[2 + self.columns_room :][: lines[1]]
-            touched[h][:, columns // self.block_size] = True
+        for h, extra in enumerate(np.asarray(self._ops.to_host(self.vertical_slash))[seq]):
+            verticals, slashes = extra[2 : 2 + extra[0]], extra[2 + self.max_verticals :][: extra[1]]
+            touched[h][:, verticals // self.block_size] = True
             for m in range(tiles):
                 begin = m * self.tile_tokens + keys - rows
-                last = min(begin + self.tile_tokens, keys) - 1 - distances
-                blocks_of = (np.maximum(begin - distances, 0)[last >= 0], last[last >= 0])
+                last = min(begin + self.tile_tokens, keys) - 1 - slashes
+                blocks_of = (np.maximum(begin - slashes, 0)[last >= 0], last[last >= 0])
                 crossed = np.zeros(blocks + 1, np.int64)
                 np.add.at(crossed, blocks_of[0] // self.block_size, 1)
                 np.add.at(crossed, blocks_of[1] // self.block_size + 1, -1)
@@ -201,9 +201,10 @@ class BlockMask:
     def to(self, device: Any) -> BlockMask:
         """Return the mask in the memory of another device, such as "cuda". For masks of torch tensors."""
         moved = [
-            None if x is None else x.to(device) for x in (self.bits, self.counts, self.fallback, self.lines)
+            None if x is None else x.to(device)
+            for x in (self.bits, self.counts, self.fallback, self.vertical_slash)
         ]
-        bits, counts, fallback, lines = moved
+        bits, counts, fallback, vertical_slash = moved
         return BlockMask(
             self._layout.to(device),
             bits,
@@ -213,8 +214,8 @@ class BlockMask:
             self.block_size,
             self.share_heads,
             self.mean_correction,
-            lines,
-            self.columns_room,
+            vertical_slash,
+            self.max_verticals,
         )
 
     @property

@@ -33,13 +33,13 @@ _EXEC = "int threads, str? backend, str? target"
 
 _SCHEMAS = {
     "select": "(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, "
-    "Tensor(d!)? lines, "
+    "Tensor(d!)? vertical_slash, "
     f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
     "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor bits, "
-    "SymInt tile_tokens, SymInt block_size, bool share_heads, bool mean_correction, Tensor? lines, "
-    f"SymInt columns_room, {_LAYOUT}, {_EXEC}) -> ()",
+    "SymInt tile_tokens, SymInt block_size, bool share_heads, bool mean_correction, Tensor? vertical_slash, "
+    f"SymInt max_verticals, {_LAYOUT}, {_EXEC}) -> ()",
     "prefill": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, "
-    "Tensor(d!)? counts, Tensor(e!)? fallback, Tensor(f!)? lines, "
+    "Tensor(d!)? counts, Tensor(e!)? fallback, Tensor(f!)? vertical_slash, "
     f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
 }
 _make: Any = torch.library.Library

@@ -7,11 +7,11 @@
 
 #include "core/backend.h"
 #include "core/error.h"
-#include "core/lines.h"
 #include "core/policies.h"
 #include "core/threads.h"
 #include "core/types.h"
 #include "core/validate.h"
+#include "core/vertical_slash.h"
 #include "flashprefill/flashprefill.h"
 
 namespace flashprefill {
@@ -112,9 +112,9 @@ BlockMask DescribeMask(const Problem& p, const Policy& policy) {
   m.mean_correction = policy.mean_correction;
   m.tile_rows = g.tile_rows;
   m.words = g.words;
-  const LineRoom room = LineRoom::Of(p, policy);
-  m.columns_room = static_cast<int32_t>(room.columns);
-  m.distances_room = static_cast<int32_t>(room.distances);
+  const VerticalSlashRoom room = VerticalSlashRoom::Of(p, policy);
+  m.max_verticals = static_cast<int32_t>(room.verticals);
+  m.max_slashes = static_cast<int32_t>(room.slashes);
   return m;
 }
 
@@ -124,7 +124,7 @@ BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
   m.bits = workspace.Take<uint64_t>(m.heads * m.tile_rows * m.words);
   m.counts = workspace.Take<int32_t>(m.heads * m.tile_rows);
   m.fallback = workspace.Take<int32_t>(p.batch);
-  m.lines = workspace.Take<int32_t>(int64_t{p.batch} * m.heads * LineStride(m));
+  m.vertical_slash = workspace.Take<int32_t>(int64_t{p.batch} * m.heads * VerticalSlashStride(m));
   return m;
 }
 
@@ -227,7 +227,7 @@ fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, f
     described.bits = mask->bits;
     described.counts = mask->counts;
     described.fallback = mask->fallback;
-    described.lines = mask->lines;
+    described.vertical_slash = mask->vertical_slash;
     *mask = described;
   });
 }
@@ -236,7 +236,7 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
   return Guard([&] {
     ValidateProblem(problem);
     ValidateMask(mask, *problem);
-    ValidateLines(*mask, *problem);
+    ValidateVerticalSlash(*mask, *problem);
     CheckPointer("stats", stats);
     const Problem& p = *problem;
     if (p.device != FP_CPU) Refuse("device", p.device, "FP_CPU (0): copy the mask to the host first");
@@ -253,7 +253,8 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
           const uint64_t* row = mask->bits + g.Row(s, h, m) * g.words;
           const Tile tile = g.TileOf(p, s, m);
           for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, tile.visible));
-          if (HasLines(*mask)) kept += DivUp<int64_t>(LineKeys(g, s, tile, Lines::Of(*mask, b, h), row), g.block_size);
+          if (HasVerticalSlash(*mask))
+            kept += DivUp<int64_t>(VerticalSlashKeys(g, s, tile, VerticalSlash::Of(*mask, b, h), row), g.block_size);
         }
         stats->kept[int64_t{b} * g.mask_heads + h] = kept;
       }
@@ -322,7 +323,7 @@ fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const 
   return Guard([&] {
     ValidateProblem(problem);
     ValidateMask(mask, *problem);
-    ValidateLines(*mask, *problem);
+    ValidateVerticalSlash(*mask, *problem);
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "core/error.h"
-#include "core/lines.h"
 #include "core/policies.h"
+#include "core/vertical_slash.h"
 
 namespace flashprefill {
 namespace {
@@ -352,27 +352,28 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
   check("mask.tile_tokens", m.tile_tokens, g.tile_tokens, "as fp_mask_describe says for this problem");
   check("mask.tile_rows", m.tile_rows, g.tile_rows, "as fp_mask_describe says for this problem");
   check("mask.words", m.words, g.words, "as fp_mask_describe says for this problem");
-  CheckRange("mask.columns_room", m.columns_room, 0, kMaxTokens);
-  CheckRange("mask.distances_room", m.distances_room, 0, kMaxTokens);
-  if (HasLines(m)) {
-    if (m.share_heads) Refuse("mask.share_heads", 1, "0 where the mask has lines");
-    if (m.mean_correction) Refuse("mask.mean_correction", 1, "0 where the mask has lines");
-    if (!p.causal) Refuse("causal", 0, "1 where the mask has lines");
-    if (needs_bits && !m.lines && p.batch > 0) Refuse("mask.lines", "NULL", "the address of the mask's lines");
+  CheckRange("mask.max_verticals", m.max_verticals, 0, kMaxTokens);
+  CheckRange("mask.max_slashes", m.max_slashes, 0, kMaxTokens);
+  if (HasVerticalSlash(m)) {
+    if (m.share_heads) Refuse("mask.share_heads", 1, "0 where the mask has verticals or slashes");
+    if (m.mean_correction) Refuse("mask.mean_correction", 1, "0 where the mask has verticals or slashes");
+    if (!p.causal) Refuse("causal", 0, "1 where the mask has verticals or slashes");
+    if (needs_bits && !m.vertical_slash && p.batch > 0)
+      Refuse("mask.vertical_slash", "NULL", "the address of the mask's verticals and slashes");
   }
   if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0)
     Refuse("mask.bits", "NULL", "the address of the mask's words");
   if (reinterpret_cast<uintptr_t>(m.bits) % alignof(uint64_t) != 0) Refuse("mask.bits", m.bits, "aligned to 8 bytes");
 }
 
-void ValidateLines(const BlockMask& m, const Problem& p) {
-  if (!HasLines(m) || p.device != FP_CPU) return;
+void ValidateVerticalSlash(const BlockMask& m, const Problem& p) {
+  if (!HasVerticalSlash(m) || p.device != FP_CPU) return;
   for (int b = 0; b < p.batch; ++b) {
     for (int h = 0; h < m.heads; ++h) {
-      const int32_t* at = LinesAt(m, b, h);
-      const std::string name = "mask.lines[" + std::to_string(b) + "][" + std::to_string(h) + "]";
-      CheckRange(name + "[0]", at[0], 0, m.columns_room);
-      CheckRange(name + "[1]", at[1], 0, m.distances_room);
+      const int32_t* at = VerticalSlashAt(m, b, h);
+      const std::string name = "mask.vertical_slash[" + std::to_string(b) + "][" + std::to_string(h) + "]";
+      CheckRange(name + "[0]", at[0], 0, m.max_verticals);
+      CheckRange(name + "[1]", at[1], 0, m.max_slashes);
       const auto check_list = [&](const char* what, const int32_t* list, int32_t count) {
         for (int32_t i = 0; i < count; ++i) {
           if (list[i] < 0 || (i > 0 && list[i] <= list[i - 1])) {
@@ -380,8 +381,8 @@ void ValidateLines(const BlockMask& m, const Problem& p) {
           }
         }
       };
-      check_list("column", at + 2, at[0]);
-      check_list("distance", at + 2 + m.columns_room, at[1]);
+      check_list("vertical", at + 2, at[0]);
+      check_list("slash", at + 2 + m.max_verticals, at[1]);
     }
   }
 }
@@ -393,9 +394,9 @@ void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& 
   check("mask.block_size", mask.block_size, policy.block_size);
   check("mask.share_heads", mask.share_heads, policy.share_heads);
   check("mask.mean_correction", mask.mean_correction, policy.mean_correction);
-  const LineRoom room = LineRoom::Of(p, policy);
-  check("mask.columns_room", mask.columns_room, static_cast<int32_t>(room.columns));
-  check("mask.distances_room", mask.distances_room, static_cast<int32_t>(room.distances));
+  const VerticalSlashRoom room = VerticalSlashRoom::Of(p, policy);
+  check("mask.max_verticals", mask.max_verticals, static_cast<int32_t>(room.verticals));
+  check("mask.max_slashes", mask.max_slashes, static_cast<int32_t>(room.slashes));
 }
 
 void ValidateOutput(const Output* output, const Problem& p) {

@@ -10,7 +10,8 @@ namespace flashprefill {
 void ValidateProblem(const Problem* problem);
 void ValidatePolicy(const Policy* policy, const Problem& problem);
 void ValidateMask(const BlockMask* mask, const Problem& problem, bool needs_bits = true);
-void ValidateLines(const BlockMask& mask, const Problem& problem); // what a mask to be attended to has written there
+void ValidateVerticalSlash(const BlockMask& mask,
+                           const Problem& problem); // what a mask to be attended to has written there
 void ValidateMaskOf(const BlockMask& mask, const Policy& policy,
                     const Problem& problem); // that it is a mask that this policy makes
 void ValidateOutput(const Output* output, const Problem& problem);

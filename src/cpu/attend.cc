@@ -11,8 +11,8 @@
 #include <numeric>
 
 #include "core/half.h"
-#include "core/lines.h"
 #include "core/threads.h"
+#include "core/vertical_slash.h"
 #include "cpu/attend_tile.h"
 
 namespace flashprefill::cpu {
@@ -47,7 +47,7 @@ bool Heavier(const Item& a, const Item& b) {
 
 // Whether keys that `q_len` queries see are worth packing: reading them once for each row must not cost more.
 bool WorthPacking(const AttendCall& call, int64_t q_len) {
-  return q_len * call.g.group > kFewRows || call.mask.mean_correction || HasLines(call.mask);
+  return q_len * call.g.group > kFewRows || call.mask.mean_correction || HasVerticalSlash(call.mask);
 }
 
 // Cuts the memory of one pair: what a wave's capacity is spent on.
@@ -70,7 +70,7 @@ size_t PairBytes(const AttendCall& call, int64_t q_len, int64_t k_len) {
 }
 
 TileScratch TakeScratch(Workspace& memory, const AttendCall& call) {
-  return TileScratch::Take(memory, call.kernels, call.p.head_dim, HasLines(call.mask));
+  return TileScratch::Take(memory, call.kernels, call.p.head_dim, HasVerticalSlash(call.mask));
 }
 
 // The parts of the caller's workspace.
@@ -197,8 +197,8 @@ int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item*
         items[0].kept += kept;
         continue;
       }
-      if (HasLines(call.mask)) {
-        kept += LineKeys(g, pair.s, tile, Lines::Of(call.mask, pair.s.index, h), bits) / g.block_size;
+      if (HasVerticalSlash(call.mask)) {
+        kept += VerticalSlashKeys(g, pair.s, tile, VerticalSlash::Of(call.mask, pair.s.index, h), bits) / g.block_size;
       }
       items[count++] = {kept, index, static_cast<int32_t>(h), static_cast<int32_t>(m)};
     }

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/lines.h"
+#include "core/vertical_slash.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -126,8 +126,8 @@ void AddKeptBlocks(const AttendCall& call, const TileRows& rows, const uint64_t*
 
 // Keys on lines, gathered and packed as they come: neighbours in a chunk may lie anywhere. Chunks are ascending, so a
 // row sees the first keys of one.
-void AddLines(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Lines& lines, int64_t kv_head,
-              TileScratch& scratch) {
+void AddVerticalSlash(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const VerticalSlash& extra,
+                      int64_t kv_head, TileScratch& scratch) {
   const Problem& p = call.p;
   const Sequence& s = rows.s;
   int32_t count = 0;
@@ -139,9 +139,9 @@ void AddLines(const AttendCall& call, const TileRows& rows, const uint64_t* bits
       }
       return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], scratch.line_offset};
     };
-    call.kernels.pack_keys(rows_of(p.k), p.head_dim, 0, scratch.lines.k);
-    call.kernels.pack_values(rows_of(p.v), p.head_dim, 0, scratch.lines.v);
-    Chunk chunk = {scratch.lines.k, scratch.lines.v, count, 1, {}, nullptr, -1, nullptr};
+    call.kernels.pack_keys(rows_of(p.k), p.head_dim, 0, scratch.vertical_slash.k);
+    call.kernels.pack_values(rows_of(p.v), p.head_dim, 0, scratch.vertical_slash.v);
+    Chunk chunk = {scratch.vertical_slash.k, scratch.vertical_slash.v, count, 1, {}, nullptr, -1, nullptr};
     chunk.run[0] = {0, 0, count};
     if (scratch.line_key[count - 1] > s.prefix + rows.tile.begin) {
       for (int32_t r = 0; r < rows.count(); ++r) {
@@ -153,7 +153,7 @@ void AddLines(const AttendCall& call, const TileRows& rows, const uint64_t* bits
     call.kernels.attend(scratch.state, chunk);
     count = 0;
   };
-  ForLineRuns(call.g, s, rows.tile, lines, bits, [&](int64_t begin, int64_t end) {
+  ForVerticalSlashRuns(call.g, s, rows.tile, extra, bits, [&](int64_t begin, int64_t end) {
     for (int64_t key = begin; key < end; ++key) {
       scratch.line_key[count++] = key;
       if (count == kChunk) flush();
@@ -222,7 +222,7 @@ TileScratch TileScratch::Take(Workspace& memory, const AttendKernels& kernels, i
   if (has_lines) {
     t.line_key = memory.Take<int64_t>(kChunk);
     t.line_offset = memory.Take<int64_t>(kChunk);
-    t.lines = Packed::Take(memory, kernels, head_dim, kGroup);
+    t.vertical_slash = Packed::Take(memory, kernels, head_dim, kGroup);
   }
   return t;
 }
@@ -254,8 +254,8 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   Clear(state);
   AddKeptBlocks(call, rows, bits, keys, next_key, scratch);
   if (call.mask.mean_correction) AddMeans(call, rows, bits, means, scratch);
-  if (HasLines(call.mask)) {
-    AddLines(call, rows, bits, Lines::Of(call.mask, s.index, mask_head), mask_head / g.group, scratch);
+  if (HasVerticalSlash(call.mask)) {
+    AddVerticalSlash(call, rows, bits, VerticalSlash::Of(call.mask, s.index, mask_head), mask_head / g.group, scratch);
   }
   Finish(call, call.kernels, rows, state, scratch);
 }

@@ -4,7 +4,7 @@ target_include_directories(flashprefill_objects SYSTEM PRIVATE ${HIGHWAY_INCLUDE
 flashprefill_add_backend(Cpu SOURCES backend.cc targets.cc
                          attend.cc attend_tile.cc attend_kernels.cc
                          select.cc select_keep.cc select_kernels.cc
-                         select_lines.cc lines.cc lines_kernels.cc flexprefill.cc minference.cc
+                         select_vertical_slash.cc vertical_slash.cc vertical_slash_kernels.cc flexprefill.cc minference.cc
                          grid_select.cc grid_kernels.cc xattention.cc rrattention.cc sample_attention.cc
                          alike_kernels.cc sparge_attn.cc prism.cc)
 

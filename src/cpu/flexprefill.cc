@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "cpu/crossing.h"
-#include "cpu/lines.h"
+#include "cpu/vertical_slash.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -15,7 +15,7 @@ class FlexPrefill {
       : call_(call), policy_(reinterpret_cast<const fp_flexprefill&>(call.policy)), t_(call.scratch) {}
 
   void Choose() {
-    SumLines(call_, Size(), true);
+    SumVerticalSlash(call_, Size(), true);
     int64_t columns = Budget(t_.column), diagonals = Budget(t_.diagonal);
     SumToBlocks();
     const bool query_aware = JensenShannonDistance() < policy_.tau;
@@ -160,7 +160,7 @@ class FlexPrefill {
 
   const HeadCall& call_;
   const fp_flexprefill& policy_;
-  const LineScratch& t_;
+  const VerticalSlashScratch& t_;
 };
 
 } // namespace

@@ -1,16 +1,16 @@
 // MInference's choice for one head: see reference/minference.cc for the rules, docs/methods/minference.md for why.
 #include "core/minference.h"
 
-#include "core/lines.h"
-#include "cpu/lines.h"
+#include "core/vertical_slash.h"
+#include "cpu/vertical_slash.h"
 
 namespace flashprefill::cpu {
 namespace {
 
 // The columns or distances in ranks become a list of the mask.
 void WriteLine(const HeadCall& call, int list, int64_t count) {
-  int32_t* lines = LinesAt(call.mask, call.s.index, call.head);
-  int32_t* to = lines + 2 + (list == 0 ? 0 : call.mask.columns_room);
+  int32_t* lines = VerticalSlashAt(call.mask, call.s.index, call.head);
+  int32_t* to = lines + 2 + (list == 0 ? 0 : call.mask.max_verticals);
   std::sort(call.scratch.ranks, call.scratch.ranks + count);
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int32_t>(call.scratch.ranks[i]);
   lines[list] = static_cast<int32_t>(count);
@@ -19,9 +19,9 @@ void WriteLine(const HeadCall& call, int list, int64_t count) {
 // Columns as blocks, for all tiles alike; distances as a running count, so that whether some distance crosses a block
 // on its way through a tile is one subtraction.
 void VerticalSlash(const HeadCall& call, int64_t a, int64_t b) {
-  const LineScratch& t = call.scratch;
+  const VerticalSlashScratch& t = call.scratch;
   const int64_t keys = call.s.k_len, size = call.block_size();
-  SumLines(call, kMInferenceRows, false);
+  SumVerticalSlash(call, kMInferenceRows, false);
   std::reverse(t.diagonal, t.diagonal + keys); // now by distance
 
   std::fill_n(t.columns, DivUp<int64_t>(call.blocks(), 64), uint64_t{0});
@@ -67,7 +67,7 @@ void AShape(const HeadCall& call, int64_t first, int64_t nearest) {
 }
 
 void BlockSparse(const HeadCall& call, int64_t count) {
-  const LineScratch& t = call.scratch;
+  const VerticalSlashScratch& t = call.scratch;
   const int64_t size = call.block_size(), n = call.query_blocks();
   MeanKeys(call);
   PoolQueries(call);

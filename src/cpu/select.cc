@@ -16,8 +16,8 @@
 #include "cpu/policies.h"
 #include "cpu/select_keep.h"
 #include "cpu/select_kernels.h"
-#include "cpu/select_lines.h"
 #include "cpu/select_plan.h"
+#include "cpu/select_vertical_slash.h"
 #include "cpu/work.h"
 
 namespace flashprefill::cpu {
@@ -288,7 +288,7 @@ class Selection {
 } // namespace
 
 size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
-  if (ChoosesByHead(policy)) return SelectLinesWorkspace(p, policy, exec);
+  if (ChoosesByHead(policy)) return SelectVerticalSlashWorkspace(p, policy, exec);
   if (policy.kind == FP_XATTENTION) return XAttentionWorkspace(p, policy, exec);
   if (policy.kind == FP_RRATTENTION) return RRAttentionWorkspace(p, policy, exec);
   if (policy.kind == FP_SPARGE_ATTN) return SpargeAttnWorkspace(p, policy, exec);
@@ -298,7 +298,7 @@ size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec)
 }
 
 void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
-  if (ChoosesByHead(policy)) return SelectLines(p, policy, exec, mask, workspace);
+  if (ChoosesByHead(policy)) return SelectVerticalSlash(p, policy, exec, mask, workspace);
   if (policy.kind == FP_XATTENTION) return SelectXAttention(p, policy, exec, mask, workspace);
   if (policy.kind == FP_RRATTENTION) return SelectRRAttention(p, policy, exec, mask, workspace);
   if (policy.kind == FP_SPARGE_ATTN) return SelectSpargeAttn(p, policy, exec, mask, workspace);

@@ -85,7 +85,7 @@ const char* AttendUnsupported(const Problem& p, const BlockMask& mask, const Out
   if (p.q.dtype != FP_BF16 && p.q.dtype != FP_F16) return "q must be bf16 or fp16 on CUDA";
   if (p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype) return "q, k and v must have one dtype on CUDA";
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
-  if (mask.columns_room > 0 || mask.distances_room > 0) return "masks with lines are for the CPU";
+  if (mask.max_verticals > 0 || mask.max_slashes > 0) return "masks with verticals or slashes are for the CPU";
   if (mask.tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
   if (p.total_q > kMost || p.total_k > kMost || p.max_seqlen_k > kMost) return "fewer than 2^30 tokens on CUDA";

@@ -179,7 +179,7 @@ void* TakeMeans(Workspace& workspace, const Problem& p, int block_size, int plan
 SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction) {
   const Scoring s = ScoringOf(p, policy);
   SelectScratch scratch{};
-  const bool for_lines = ChoosesByHead(policy) && LinesNeedMeans(policy);
+  const bool for_lines = ChoosesByHead(policy) && VerticalSlashNeedsMeans(policy);
   if (correction || for_lines || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
   if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
   if (ScoresGrid(p, policy)) scratch.grid = GridScratch::Take(workspace, p, policy);
@@ -190,7 +190,7 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
   if (s.rows_pooled) {
     scratch.q_rows = workspace.Take<uint16_t>((s.sketch ? 2 : 1) * UnitCount(p, policy) * s.unit_rows * Pitch(p));
   }
-  scratch.lines = LineScratch::Take(workspace, p, policy);
+  scratch.vertical_slash = VerticalSlashScratch::Take(workspace, p, policy);
   return scratch;
 }
 
@@ -200,7 +200,7 @@ const char* SelectUnsupported(const Problem& p, const Policy& policy) {
   const Scoring s = ScoringOf(p, policy);
   if (p.final_chunks && p.batch > kMaxFinalChunks) return "final_chunks is given for more than 4096 sequences";
   if (ScoresGrid(p, policy)) return GridUnsupported(p, policy);
-  if (ChoosesByHead(policy)) return SelectLinesUnsupported(p, policy);
+  if (ChoosesByHead(policy)) return SelectVerticalSlashUnsupported(p, policy);
   if (!s.scored && !policy.mean_correction) return nullptr;
   if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
   if (!s.scored) return nullptr;
@@ -224,7 +224,7 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   if (ChoosesByHead(policy)) {
     const bool wants_means = pool.k_means || pool.v_means;
     if (cudaError_t error = wants_means ? LaunchPool(pool, stream) : cudaSuccess) return error;
-    return LaunchSelectLines(p, policy, mask, scratch.k_means, scratch.lines, zeroed, stream);
+    return LaunchSelectVerticalSlash(p, policy, mask, scratch.k_means, scratch.vertical_slash, zeroed, stream);
   }
   const bool all_short = p.max_seqlen_k <= rules.short_keys;
   if (!s.scored || all_short) {

@@ -7,7 +7,7 @@
 #include "core/backend.h"
 #include "core/types.h"
 #include "cuda/grid.h"
-#include "cuda/select_lines.h"
+#include "cuda/select_vertical_slash.h"
 
 namespace flashprefill::cuda {
 
@@ -19,7 +19,7 @@ struct SelectScratch {
   float* metric;
   void* q_rows;
   GridScratch grid;
-  LineScratch lines;
+  VerticalSlashScratch lines;
 
   // What select needs for this policy, and with `correction` the means of K and V too, for attend.
   static SelectScratch Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction);

@@ -2,7 +2,7 @@
 // correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens.
 #include <cmath>
 
-#include "core/lines.h"
+#include "core/vertical_slash.h"
 #include "reference/reference.h"
 
 namespace flashprefill::reference {
@@ -20,23 +20,23 @@ struct KeyValues {
 };
 
 // Which keys lie on a line of the tile: columns, and those at one of the distances behind some of its rows.
-std::vector<uint8_t> KeysOnLines(const Sequence& s, const Tile& tile, const Lines& lines) {
-  std::vector<uint8_t> on_line(static_cast<size_t>(s.k_len));
-  for (int64_t i = 0; i < lines.column_count; ++i) {
-    if (lines.columns[i] < s.k_len) on_line[lines.columns[i]] = 1;
+std::vector<uint8_t> KeysOnVerticalSlash(const Sequence& s, const Tile& tile, const VerticalSlash& extra) {
+  std::vector<uint8_t> on_extra(static_cast<size_t>(s.k_len));
+  for (int64_t i = 0; i < extra.vertical_count; ++i) {
+    if (extra.verticals[i] < s.k_len) on_extra[extra.verticals[i]] = 1;
   }
-  for (int64_t i = 0; i < lines.distance_count; ++i) {
+  for (int64_t i = 0; i < extra.slash_count; ++i) {
     for (int64_t row = tile.begin; row < tile.end; ++row) {
-      const int64_t key = s.prefix + row - lines.distances[i];
-      if (key >= 0) on_line[key] = 1;
+      const int64_t key = s.prefix + row - extra.slashes[i];
+      if (key >= 0) on_extra[key] = 1;
     }
   }
-  return on_line;
+  return on_extra;
 }
 
 // What row `q` at `position` attends to.
 void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, const Sequence& s, const Tile& tile,
-                 const uint64_t* bits, const std::vector<uint8_t>& on_line, const KeyValues& kv, const double* q,
+                 const uint64_t* bits, const std::vector<uint8_t>& on_extra, const KeyValues& kv, const double* q,
                  int64_t position, std::vector<Entry>& entries) {
   entries.clear();
   const double scale = p.softmax_scale;
@@ -51,10 +51,10 @@ void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, con
     } else if (mask.mean_correction && b < tile.full) {
       entries.push_back(
           {scale * Dot(q, kv.key_means[b], p.head_dim), static_cast<double>(g.BlockKeys(s, b)), kv.value_means[b]});
-    } else if (HasLines(mask)) {
+    } else if (HasVerticalSlash(mask)) {
       const int64_t end = std::min(begin + g.BlockKeys(s, b), position + 1);
       for (int64_t t = begin; t < end; ++t) {
-        if (on_line[t]) entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t]});
+        if (on_extra[t]) entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t]});
       }
     }
   }
@@ -84,13 +84,13 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
 
   auto attend_head = [&](const Sequence& s, int64_t head, const KeyValues& kv) {
     const Matrix queries = LoadQueries(p, s, head);
-    const Lines lines = Lines::Of(mask, s.index, head);
+    const VerticalSlash extra = VerticalSlash::Of(mask, s.index, head);
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
       const uint64_t* bits = mask.bits + g.Row(s, head / g.heads_per_tile, m) * g.words;
-      const std::vector<uint8_t> on_line = KeysOnLines(s, tile, lines);
+      const std::vector<uint8_t> on_extra = KeysOnVerticalSlash(s, tile, extra);
       for (int64_t i = tile.begin; i < tile.end; ++i) {
-        ListEntries(p, mask, g, s, tile, bits, on_line, kv, queries[i], s.prefix + i, entries);
+        ListEntries(p, mask, g, s, tile, bits, on_extra, kv, queries[i], s.prefix + i, entries);
         const double lse = Softmax(entries, out);
         const int64_t row = RowOffset(p, output.out.stride, s, i, head);
         for (int64_t d = 0; d < p.head_dim; ++d) {

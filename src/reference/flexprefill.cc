@@ -14,7 +14,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "reference/lines.h"
+#include "reference/vertical_slash.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -57,7 +57,7 @@ class FlexSelector : public HeadSelector {
         policy_(reinterpret_cast<const fp_flexprefill&>(head.policy)),
         blocks_(head.geometry.Blocks(head.sequence)),
         key_means_(BlockMeans(head.geometry, head.sequence, head.keys, head.problem.k.dtype)) {
-    const LineSums sums = SumLines(head, Size());
+    const VerticalSlashSums sums = SumVerticalSlash(head, Size());
     by_column_.resize(static_cast<size_t>(blocks_));
     std::vector<double> by_distance(static_cast<size_t>(blocks_));
     for (int64_t t = 0; t < K(); ++t) {
@@ -71,17 +71,17 @@ class FlexSelector : public HeadSelector {
     const int64_t least = std::max<int64_t>(1, DivUp<int64_t>(policy_.min_budget, Size()));
     const auto lines_of = [&](std::vector<double> blocks, const Count& count) {
       blocks[0] = kInfinity;
-      return Largest(blocks, count, kLineTolerance);
+      return Largest(blocks, count, kTokenTolerance);
     };
     if (!query_aware_ || pattern_open_) {
-      lines_.push_back({lines_of(by_column_, Budget(sums.column, least)),
-                        lines_of(by_distance, Budget(sums.diagonal, least)), Chosen(0)});
+      patterns_.push_back({lines_of(by_column_, Budget(sums.column, least)),
+                           lines_of(by_distance, Budget(sums.diagonal, least)), Chosen(0)});
     }
     if (query_aware_ || pattern_open_) {
       const Count fixed{least, least, least};
-      lines_.push_back({lines_of(by_column_, fixed), lines_of(by_distance, fixed), QueryAware(tolerance)});
+      patterns_.push_back({lines_of(by_column_, fixed), lines_of(by_distance, fixed), QueryAware(tolerance)});
     }
-    if (query_aware_ && pattern_open_) std::swap(lines_[0], lines_[1]); // what is kept comes first
+    if (query_aware_ && pattern_open_) std::swap(patterns_[0], patterns_[1]); // what is kept comes first
   }
 
   TileChoice Choose(const Tile& tile) const override {
@@ -91,11 +91,11 @@ class FlexSelector : public HeadSelector {
     choice.kept.resize(static_cast<size_t>(tile.visible));
     choice.open.resize(static_cast<size_t>(tile.visible));
     for (int64_t b = 0; b < tile.visible; ++b) {
-      choice.kept[b] = Keeps(lines_[0], &Chosen::kept, tile, b);
+      choice.kept[b] = Keeps(patterns_[0], &Chosen::kept, tile, b);
       bool least = true, most = false;
-      for (const Lines& lines : lines_) {
-        least &= Keeps(lines, &Chosen::least, tile, b);
-        most |= Keeps(lines, &Chosen::most, tile, b);
+      for (const Pattern& pattern : patterns_) {
+        least &= Keeps(pattern, &Chosen::least, tile, b);
+        most |= Keeps(pattern, &Chosen::most, tile, b);
       }
       choice.open[b] = most && !least;
     }
@@ -104,7 +104,7 @@ class FlexSelector : public HeadSelector {
 
  private:
   // What a pattern chooses. The map has an entry for each (block of queries, block of keys), or none.
-  struct Lines {
+  struct Pattern {
     Chosen columns, diagonals, map;
   };
 
@@ -126,7 +126,7 @@ class FlexSelector : public HeadSelector {
       const int64_t tokens = gamma >= 1 ? K() : CountTo(sums, gamma); // all of it is all of it
       return std::min(std::max(tokens / kBudgetTokens + 1, least), most);
     };
-    return {blocks(policy_.gamma), blocks(policy_.gamma - kLineTolerance), blocks(policy_.gamma + kLineTolerance)};
+    return {blocks(policy_.gamma), blocks(policy_.gamma - kTokenTolerance), blocks(policy_.gamma + kTokenTolerance)};
   }
 
   // The columns that pooled keys foretell: softmax of the mean row against the mean key of each block.
@@ -169,20 +169,20 @@ class FlexSelector : public HeadSelector {
     return chosen;
   }
 
-  bool Keeps(const Lines& lines, std::vector<uint8_t> Chosen::*level, const Tile& tile, int64_t block) const {
-    if ((lines.columns.*level)[block]) return true;
+  bool Keeps(const Pattern& pattern, std::vector<uint8_t> Chosen::*level, const Tile& tile, int64_t block) const {
+    if ((pattern.columns.*level)[block]) return true;
     const int64_t first = (head_.sequence.prefix + tile.begin) / Size();
     const int64_t last = (head_.sequence.prefix + tile.end - 1) / Size();
-    const std::vector<uint8_t>& diagonals = lines.diagonals.*level;
+    const std::vector<uint8_t>& diagonals = pattern.diagonals.*level;
     for (int64_t position = std::max(first, block); position <= last; ++position) {
       const int64_t distance = position - block;
       if (diagonals[distance]) return true;
       if (policy_.cover == FP_COVER_BOTH && distance > 0 && diagonals[distance - 1]) return true;
     }
-    if (lines.map.kept.empty()) return false;
+    if (pattern.map.kept.empty()) return false;
     const QueryBlocks rows(head_.geometry, tile);
     for (int64_t r = rows.first; r <= rows.last; ++r) {
-      if ((lines.map.*level)[r * blocks_ + block]) return true;
+      if ((pattern.map.*level)[r * blocks_ + block]) return true;
     }
     return false;
   }
@@ -193,7 +193,7 @@ class FlexSelector : public HeadSelector {
   Matrix key_means_;
   std::vector<double> by_column_;
   bool query_aware_ = false, pattern_open_ = false;
-  std::vector<Lines> lines_; // of the pattern; and of the other one where the test is too close to call
+  std::vector<Pattern> patterns_; // of the pattern; and of the other one where the test is too close to call
 };
 
 } // namespace

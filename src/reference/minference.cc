@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "reference/lines.h"
+#include "reference/vertical_slash.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -26,7 +26,7 @@ Count Exactly(int64_t count) { return {count, count, count}; }
 class VerticalSlash : public HeadSelector {
  public:
   VerticalSlash(const HeadView& head, int64_t a, int64_t b)
-      : VerticalSlash(head, a, b, SumLines(head, kMInferenceRows)) {}
+      : VerticalSlash(head, a, b, SumVerticalSlash(head, kMInferenceRows)) {}
 
   TileChoice Choose(const Tile& tile) const override {
     TileChoice choice;
@@ -42,7 +42,7 @@ class VerticalSlash : public HeadSelector {
     return choice;
   }
 
-  void ChooseLines(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const override {
+  void ChooseVerticalSlash(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const override {
     for (size_t t = 0; t < columns_.kept.size(); ++t) {
       if (columns_.kept[t]) columns.push_back(static_cast<int32_t>(t));
       if (distances_.kept[t]) distances.push_back(static_cast<int32_t>(t));
@@ -50,14 +50,14 @@ class VerticalSlash : public HeadSelector {
   }
 
  private:
-  VerticalSlash(const HeadView& head, int64_t a, int64_t b, LineSums sums)
+  VerticalSlash(const HeadView& head, int64_t a, int64_t b, VerticalSlashSums sums)
       : head_(head),
         columns_(Best(sums.column, kMInferenceColumns, std::max(a, kMInferenceColumns))),
         distances_(Best(sums.diagonal, kMInferenceDistances, std::max(b, kMInferenceLeastDistances))) {}
 
   static Chosen Best(std::vector<double>& sums, int64_t forced, int64_t count) {
     std::fill_n(sums.begin(), std::min(forced, static_cast<int64_t>(sums.size())), kInfinity);
-    return Largest(sums, Exactly(count), kLineTolerance);
+    return Largest(sums, Exactly(count), kTokenTolerance);
   }
 
   // Whether a column lies in the block, or a diagonal crosses it on its way through the tile.

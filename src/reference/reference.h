@@ -78,7 +78,7 @@ class HeadSelector {
   virtual ~HeadSelector() = default;
   virtual TileChoice Choose(const Tile& tile) const = 0;
   // Keys finer than blocks, for all tiles: columns and distances, ascending.
-  virtual void ChooseLines(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const {}
+  virtual void ChooseVerticalSlash(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const {}
 };
 
 std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head);

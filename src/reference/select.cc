@@ -1,6 +1,6 @@
 // Select: the policy's own choice for each tile, joined with the forced blocks (Rule 3), as bits.
 #include "core/fallback.h"
-#include "core/lines.h"
+#include "core/vertical_slash.h"
 #include "reference/reference.h"
 
 namespace flashprefill::reference {
@@ -48,14 +48,14 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
       keys = LoadKeys(p, p.k, s, first_head / g.group);
       selector = MakeSelector(view);
     }
-    if (HasLines(mask)) {
+    if (HasVerticalSlash(mask)) {
       std::vector<int32_t> columns, distances;
-      if (selector) selector->ChooseLines(columns, distances);
-      int32_t* lines = LinesAt(mask, s.index, mask_head);
-      lines[0] = static_cast<int32_t>(columns.size());
-      lines[1] = static_cast<int32_t>(distances.size());
-      std::copy(columns.begin(), columns.end(), lines + 2);
-      std::copy(distances.begin(), distances.end(), lines + 2 + mask.columns_room);
+      if (selector) selector->ChooseVerticalSlash(columns, distances);
+      int32_t* vertical_slash = VerticalSlashAt(mask, s.index, mask_head);
+      vertical_slash[0] = static_cast<int32_t>(columns.size());
+      vertical_slash[1] = static_cast<int32_t>(distances.size());
+      std::copy(columns.begin(), columns.end(), vertical_slash + 2);
+      std::copy(distances.begin(), distances.end(), vertical_slash + 2 + mask.max_verticals);
     }
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
@@ -77,7 +77,7 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
       if (mask.counts) {
         mask.counts[row] = 0;
         for (int64_t b = 0; b < tile.visible; ++b) mask.counts[row] += TestBit(bits, b);
-        const int64_t keys = LineKeys(g, s, tile, Lines::Of(mask, s.index, mask_head), bits);
+        const int64_t keys = VerticalSlashKeys(g, s, tile, VerticalSlash::Of(mask, s.index, mask_head), bits);
         mask.counts[row] += static_cast<int32_t>(DivUp<int64_t>(keys, g.block_size));
       }
     }

@@ -260,10 +260,10 @@ const std::vector<Refusal>& Refusals() {
       {"mask_lines_room",
        [](Call& c) {
          static int32_t lines[7];
-         c.use_mask = true, c.mask.columns_room = 5, c.mask.lines = lines;
+         c.use_mask = true, c.mask.max_verticals = 5, c.mask.vertical_slash = lines;
        },
-       {"mask.columns_room is 5", "policy's (0)"}},
-      {"mask_lines_null", [](Call& c) { c.use_mask = true, c.mask.distances_room = 5; }, {"mask.lines is NULL"}},
+       {"mask.max_verticals is 5", "policy's (0)"}},
+      {"mask_lines_null", [](Call& c) { c.use_mask = true, c.mask.max_slashes = 5; }, {"mask.vertical_slash is NULL"}},
       {"minference_shared",
        [](Call& c) { c.MakeMInference(), c.policy.common.share_heads = 1; },
        {"share_heads is 1", "list of its own"}},

@@ -9,7 +9,7 @@
 
 #include "cases.h"
 #include "compare.h"
-#include "core/lines.h"
+#include "core/vertical_slash.h"
 #include "engine.h"
 
 namespace flashprefill::test {
@@ -124,19 +124,19 @@ TEST_F(Backends, Lines) {
       const Mask actual = Select(engine, p, policy);
       EXPECT_EQ(actual.bits, expected.bits) << engine.Name();
       EXPECT_EQ(actual.fallback, expected.fallback) << engine.Name();
-      const int64_t stride = LineStride(expected.view);
+      const int64_t stride = VerticalSlashStride(expected.view);
       for (int b = 0; stride > 0 && b < p.batch; ++b) {
         for (int h = 0; h < p.q_heads; ++h) {
-          const int32_t* want = LinesAt(expected.view, b, h);
-          const int32_t* have = LinesAt(actual.view, b, h);
+          const int32_t* want = VerticalSlashAt(expected.view, b, h);
+          const int32_t* have = VerticalSlashAt(actual.view, b, h);
           ASSERT_EQ(want[0], have[0]) << engine.Name();
           ASSERT_EQ(want[1], have[1]) << engine.Name();
           const std::set<int32_t> columns(want + 2, want + 2 + want[0]);
-          const std::set<int32_t> distances(want + 2 + expected.view.columns_room,
-                                            want + 2 + expected.view.columns_room + want[1]);
+          const std::set<int32_t> distances(want + 2 + expected.view.max_verticals,
+                                            want + 2 + expected.view.max_verticals + want[1]);
           int missing = 0;
           for (int64_t j = 0; j < have[0]; ++j) missing += !columns.count(have[2 + j]);
-          for (int64_t j = 0; j < have[1]; ++j) missing += !distances.count(have[2 + expected.view.columns_room + j]);
+          for (int64_t j = 0; j < have[1]; ++j) missing += !distances.count(have[2 + expected.view.max_verticals + j]);
           EXPECT_LE(missing, 1 + stride / 100) << engine.Name();
         }
       }

@@ -7,7 +7,7 @@
 #include <sstream>
 
 #include "core/backend.h"
-#include "core/lines.h"
+#include "core/vertical_slash.h"
 
 namespace flashprefill::test {
 namespace {
@@ -129,7 +129,7 @@ Mask::Mask(const fp_problem& problem, const fp_policy* policy) {
   bits.assign(static_cast<size_t>(view.heads * view.tile_rows * view.words), ~uint64_t{0});
   counts.assign(static_cast<size_t>(view.heads * view.tile_rows), -99);
   fallback.assign(static_cast<size_t>(problem.batch), -99);
-  lines.assign(static_cast<size_t>(problem.batch * view.heads * LineStride(view)), -99);
+  vertical_slash.assign(static_cast<size_t>(problem.batch * view.heads * VerticalSlashStride(view)), -99);
   PointAtOwn();
 }
 
@@ -138,7 +138,7 @@ Mask& Mask::operator=(const Mask& other) {
   bits = other.bits;
   counts = other.counts;
   fallback = other.fallback;
-  lines = other.lines;
+  vertical_slash = other.vertical_slash;
   PointAtOwn();
   return *this;
 }
@@ -147,7 +147,7 @@ void Mask::PointAtOwn() {
   view.bits = bits.data();
   view.counts = counts.data();
   view.fallback = fallback.data();
-  view.lines = lines.empty() ? nullptr : lines.data();
+  view.vertical_slash = vertical_slash.empty() ? nullptr : vertical_slash.data();
 }
 
 Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,

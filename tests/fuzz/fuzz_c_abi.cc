@@ -265,9 +265,9 @@ void Run(Bytes in) {
   if (refused(fp_mask_describe(&p, &policy.common, &mask))) return;
   const Buffer bits(mask.heads * mask.tile_rows * mask.words * 8);
   mask.bits = reinterpret_cast<uint64_t*>(bits.data);
-  const int64_t room = int64_t{mask.columns_room} + mask.distances_room;
-  const Buffer lines(room > 0 ? p.batch * mask.heads * (2 + room) * 4 : 0);
-  mask.lines = reinterpret_cast<int32_t*>(lines.data);
+  const int64_t room = int64_t{mask.max_verticals} + mask.max_slashes;
+  const Buffer vertical_slash(room > 0 ? p.batch * mask.heads * (2 + room) * 4 : 0);
+  mask.vertical_slash = reinterpret_cast<int32_t*>(vertical_slash.data);
   const size_t short_by = in.OneIn(16) && bytes > 0 ? 1 : 0;
   if (refused(fp_prefill(&p, &policy.common, &exec, &mask, &output, workspace.data, bytes - short_by))) return;
 

@@ -126,7 +126,7 @@ def test_masks_move():
     assert torch.equal(moved.dense(), mask.dense()) and moved.density == mask.density
     assert repr(moved) == repr(mask)
     meta = mask.to("meta")
-    assert meta.bits.device.type == meta.counts.device.type == "meta" and meta.lines is None
+    assert meta.bits.device.type == meta.counts.device.type == "meta" and meta.vertical_slash is None
 
 
 def test_a_model_under_another_rotary_base(tmp_path):

@@ -310,9 +310,9 @@ def test_lines_of_tokens(library, dtype):
     kept = 0
     for h in range(2):
         columns, distances = published_vertical_slash(q[:, h], k[:, 0], vertical, slash)
-        lines = mask.lines[0, h].tolist()
+        lines = mask.vertical_slash[0, h].tolist()
         assert lines[2 : 2 + vertical] == sorted(columns.tolist())
-        assert lines[2 + mask.columns_room :][:slash] == sorted(distances.tolist())
+        assert lines[2 + mask.max_verticals :][:slash] == sorted(distances.tolist())
         for m in range(-(-n // 128)):
             begin, end = m * 128, min(m * 128 + 128, n)
             keys = torch.zeros(n + 128, dtype=torch.bool)
@@ -339,13 +339,16 @@ def test_lines_go_from_torch_to_numpy_and_are_checked():
     mask = fp.select(q, k, fp.MInference(vertical=30, slash=60, rounding="tokens"))
     arrays = [x.numpy() for x in (q, k, v)]
     assert np.allclose(fp.attend(*arrays, mask), fp.attend(q, k, v, mask).numpy())
-    mask.lines[0, 1, 3] = mask.lines[0, 1, 2]
+    mask.vertical_slash[0, 1, 3] = mask.vertical_slash[0, 1, 2]
     with pytest.raises(
-        ValueError, match=r"mask\.lines\[0\]\[1\]'s column 1 is 0; it must be at least 0, and above"
+        ValueError,
+        match=r"mask\.vertical_slash\[0\]\[1\]'s vertical 1 is 0; it must be at least 0, and above",
     ):
         fp.attend(q, k, v, mask)
-    mask.lines[0, 1, 0] = 31
-    with pytest.raises(ValueError, match=r"mask\.lines\[0\]\[1\]\[0\] is 31; it must be from 0 to 30"):
+    mask.vertical_slash[0, 1, 0] = 31
+    with pytest.raises(
+        ValueError, match=r"mask\.vertical_slash\[0\]\[1\]\[0\] is 31; it must be from 0 to 30"
+    ):
         fp.attend(q, k, v, mask)
 
 

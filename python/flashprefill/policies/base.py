@@ -56,7 +56,7 @@ class Policy:
         """Make a policy of a mapping of options, which may name fields as the method's own code does."""
         return cls(**options)
 
-    def _line_room(self, keys: int) -> tuple[int, int]:
+    def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
         """Return how many columns and distances of single tokens a mask head needs room for."""
         return 0, 0
 

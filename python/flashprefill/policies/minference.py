@@ -144,7 +144,7 @@ class MInference(Policy):
             refuse("name", repr(name), "one of " + ", ".join(sorted(_PAIRS)))
         return cls(**{"vertical": pair[0], "slash": pair[1], **changes})
 
-    def _line_room(self, keys: int) -> tuple[int, int]:
+    def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
         if self.rounding != "tokens":
             return 0, 0
         heads = self.heads or ((_PATTERNS[0], self.vertical, self.slash),)

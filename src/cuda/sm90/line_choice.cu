@@ -26,12 +26,12 @@ __device__ inline float ToFloat(__half x) { return __half2float(x); }
 
 // A head's sums. Diagonals by their index from the far end.
 struct LineReader {
-  const LineShape& a;
+  const VerticalSlashShape& a;
   const float *column, *diagonal; // of the sequence's first slot and the head's first part
   int64_t part_slots;
 
-  __device__ LineReader(const LineShape& shape, const float* columns, const float* diagonals, const DeviceSequence& s,
-                        int head)
+  __device__ LineReader(const VerticalSlashShape& shape, const float* columns, const float* diagonals,
+                        const DeviceSequence& s, int head)
       : a(shape), part_slots(shape.slot_count) {
     const int64_t slot = int64_t{head} * a.parts * part_slots + SlotBase(a, s.index);
     column = columns + slot * a.chunk;
@@ -225,7 +225,7 @@ __device__ double SumOfAll(ChoiceShared& shared, double x) {
   return sum;
 }
 
-__device__ inline bool Place(const LineShape& a, DeviceSequence& s) {
+__device__ inline bool Place(const VerticalSlashShape& a, DeviceSequence& s) {
   s = SequenceAt(a.d, blockIdx.y);
   return !KeepsAll(a, s);
 }
@@ -235,7 +235,7 @@ template <int RANKS>
 __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
     BudgetKernel(const __grid_constant__ FlexArgs args) {
   __shared__ ChoiceShared shared;
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   DeviceSequence s;
   if (!Place(a, s)) return;
   const int line = blockIdx.x / RANKS, rank = blockIdx.x % RANKS;
@@ -275,7 +275,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
 template <typename T>
 __device__ bool IsQueryAware(const FlexArgs& args, ChoiceShared& shared, float (&partial)[kThreads / 256][256],
                              const DeviceSequence& s, int head, const float* by_column, float* logits) {
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
   const int rows = min(a.rules.block_size, s.q_len), blocks = s.Blocks(a.rules);
   const int kv = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
@@ -353,7 +353,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) LinesOfBlocksKernel(const __grid_constant__ FlexArgs args) {
   __shared__ ChoiceShared shared;
   __shared__ float partial[kThreads / 256][256];
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   DeviceSequence s;
   if (!Place(a, s)) return;
   const int head = blockIdx.x, blocks = s.Blocks(a.rules);
@@ -376,7 +376,7 @@ template <int RANKS>
 __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
     LinesOfTokensKernel(const __grid_constant__ TokenArgs args) {
   __shared__ ChoiceShared shared;
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   DeviceSequence s;
   if (!Place(a, s)) return;
   const int line = blockIdx.x / RANKS, rank = blockIdx.x % RANKS;

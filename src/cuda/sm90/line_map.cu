@@ -32,11 +32,11 @@ enum MapLook { kStart, kSearch, kEqual, kBits };
 __device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float ToFloat(__half x) { return __half2float(x); }
 
-__device__ inline int QueryBlocks(const LineShape& a, const DeviceSequence& s) {
+__device__ inline int QueryBlocks(const VerticalSlashShape& a, const DeviceSequence& s) {
   return a.rules.by_block(s.q_len + a.rules.block_size - 1);
 }
 
-__device__ inline int RowBase(const LineShape& a, int b) { // of the map
+__device__ inline int RowBase(const VerticalSlashShape& a, int b) { // of the map
   const Problem& p = a.d.p;
   const int64_t q_begin = p.cu_seqlens_q ? Clamp(p.cu_seqlens_q[b], 0, p.total_q) : b * p.max_seqlen_q;
   return a.rules.by_block(static_cast<int>(q_begin)) + b;
@@ -45,7 +45,7 @@ __device__ inline int RowBase(const LineShape& a, int b) { // of the map
 // A warp: the mean of one block of query rows, rounded once. The first of a head also clears what is added up later.
 template <typename T>
 __global__ void __launch_bounds__(kPanelThreads) PoolRowsKernel(const __grid_constant__ MapArgs args) {
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
   const int slot = blockIdx.x * kWarps + threadIdx.x / 32, head = blockIdx.y, lane = threadIdx.x % 32;
   if (slot >= args.row_room) return;
@@ -89,7 +89,7 @@ struct MapPanel {
   static constexpr int kBytes = 3 * kStageBytes;
 
   const MapArgs& args;
-  const LineShape& a;
+  const VerticalSlashShape& a;
   DeviceSequence s;
   int head, first, rows; // of the map
   int64_t index;         // (sequence, head)
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
   __shared__ MapShared shared;
   MapPanel<T, PANELS> panel(args);
   if (!panel.Place(AlignedShared(raw))) return;
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   MapState& state = args.state[panel.index];
   if ((LOOK == kSearch && !state.crosses) || (LOOK == kEqual && (!state.crosses || state.equal == 0))) return;
   const bool all = LOOK == kStart ? args.gamma >= 1 : !state.crosses;

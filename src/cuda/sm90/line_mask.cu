@@ -20,7 +20,7 @@ __device__ inline uint32_t Backwards(const uint32_t* bits, int last) {
 
 __global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant__ LineMaskArgs args) {
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
   const TileRules& rules = a.rules;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;

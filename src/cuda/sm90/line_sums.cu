@@ -47,7 +47,7 @@ struct LineUnit {
 };
 
 __device__ inline bool PlaceUnit(const LineSumsArgs& args, LineUnit& unit) {
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
   const int units_per_kv = p.q_heads / p.kv_heads * a.parts;
   const int pair = a.by_units(blockIdx.x), of_kv = blockIdx.x - pair * units_per_kv;
@@ -78,7 +78,7 @@ struct LineProduct {
   static constexpr int kBytes = kRowBytes + kRingStages * kStageBytes;
   static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
 
-  const LineShape& a;
+  const VerticalSlashShape& a;
   const LineUnit& unit;
   char* shared;
   int chunk, key;       // of 16 bytes; the next key to be copied
@@ -88,7 +88,8 @@ struct LineProduct {
   uint32_t ring, place; // of shared memory; of the first key's chunk in a stage, but for the swizzle
   int swizzle;
 
-  __device__ LineProduct(const LineShape& shape, const LineUnit& u, char* memory) : a(shape), unit(u), shared(memory) {
+  __device__ LineProduct(const VerticalSlashShape& shape, const LineUnit& u, char* memory)
+      : a(shape), unit(u), shared(memory) {
     const Problem& p = a.d.p;
     const int first = threadIdx.x / kChunks;
     chunk = threadIdx.x % kChunks;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
     RowSumsKernel(const __grid_constant__ LineSumsArgs args) {
   extern __shared__ char raw[];
   __shared__ float reference[kWarps][COLUMNS], partial[kWarps][COLUMNS];
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   LineUnit unit;
   if (!PlaceUnit(args, unit)) return;
   LineProduct<T, PANELS, COLUMNS> product(a, unit, AlignedShared(raw));
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
 // Where the softmax of row j is measured from, so that its shares sum to 1 / rows: of all chunks together. A row that
 // is not there, or has no finite score, gets +inf: its shares are 0.
 __device__ inline float Denominator(const LineSumsArgs& args, const LineUnit& unit, int j) {
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   const int rows = min(a.rows, unit.sequence.q_len);
   if (unit.first_row + j >= rows) return INFINITY;
   const int chunks = a.by_chunk(unit.sequence.k_len + a.chunk - 1);
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
     LineSumsKernel(const __grid_constant__ LineSumsArgs args) {
   extern __shared__ char raw[];
   __shared__ float denominator[COLUMNS];
-  const LineShape& a = args.shape;
+  const VerticalSlashShape& a = args.shape;
   LineUnit unit;
   if (!PlaceUnit(args, unit)) return;
   char* const memory = AlignedShared(raw);

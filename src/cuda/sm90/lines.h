@@ -20,7 +20,7 @@ constexpr int kMaxLineHeads = 256; // query heads whose patterns travel as a ker
 constexpr int kRadixBins = 1024;   // of a radix select (radix.cuh)
 
 // What all launches know.
-struct LineShape {
+struct VerticalSlashShape {
   DeviceProblem d;
   TileRules rules;
   float scale_log2; // softmax_scale * log2(e)
@@ -36,7 +36,7 @@ struct LineShape {
 
 // Sums of shares by key and by distance, [q_heads, parts, slots, ..] each.
 struct LineSumsArgs {
-  LineShape shape;
+  VerticalSlashShape shape;
   uint64_t skipped[kMaxLineHeads / 64]; // bit h: nobody asks for head h's sums
   float* lse;                           // [.., columns]: log2 of a chunk's sum of exponentials, by row
   float* column;                        // [.., chunk]
@@ -54,7 +54,7 @@ struct LineChoice {
 
 // FlexPrefill's budgets, pattern and lines.
 struct FlexArgs {
-  LineShape shape;
+  VerticalSlashShape shape;
   const float *column, *diagonal;
   float gamma, tau;
   int least_blocks, most_blocks; // of a budget; most_blocks 0: no limit
@@ -75,7 +75,7 @@ cudaError_t LaunchFlexChoice(const FlexArgs& args, cudaStream_t stream);
 // out once, for x / B - block + kCrossingsBefore, and each `phase` of x % B: there are B / phase_step of them.
 constexpr int kCrossingsBefore = 8; // blocks that begin inside a tile, at most
 struct TokenArgs {
-  LineShape shape;
+  VerticalSlashShape shape;
   const float *column, *diagonal;
   uint64_t skipped[kMaxLineHeads / 64];
   int columns[kMaxLineHeads], distances[kMaxLineHeads]; // how many; of head 0 for all heads without a table
@@ -98,7 +98,7 @@ struct MapState {
   uint32_t arrived;
 };
 struct MapArgs {
-  LineShape shape;
+  VerticalSlashShape shape;
   float gamma;
   const int* aware;
   const void* k_means;
@@ -121,7 +121,7 @@ cudaError_t LaunchMap(const MapArgs& args, cudaStream_t stream);
 // From choices to the mask.
 enum LinePattern : uint8_t { kLines, kNearAndFirst };
 struct LineMaskArgs {
-  LineShape shape;
+  VerticalSlashShape shape;
   LineChoice choice;
   const uint32_t* distance_tokens; // MInference's; null: distances are of blocks
   int64_t token_words;
@@ -143,12 +143,12 @@ cudaError_t LaunchLineMask(const LineMaskArgs& args, cudaStream_t stream);
 #ifdef __CUDACC__
 
 // Whether everything is kept without a look.
-__device__ inline bool KeepsAll(const LineShape& a, const DeviceSequence& s) {
+__device__ inline bool KeepsAll(const VerticalSlashShape& a, const DeviceSequence& s) {
   return s.q_len <= 1 || s.k_len <= a.short_keys || AllForcedAt(a.d.p, a.rules, s);
 }
 
 // First slot of a sequence.
-__device__ inline int SlotBase(const LineShape& a, int b) {
+__device__ inline int SlotBase(const VerticalSlashShape& a, int b) {
   const Problem& p = a.d.p;
   const bool packed = p.cu_seqlens_k && !p.block_table;
   return packed ? a.by_chunk(Clamp(p.cu_seqlens_k[b], 0, p.total_k)) + b : b * a.slots_per_batch;

@@ -160,13 +160,13 @@ TEST(MInferenceByHand, LinesOfTokens) {
   const AnyPolicy policy = InTokens(MInference(64, 31, 50));
   for (const Engine& engine : AllEngines()) {
     const Mask mask = Select(engine, data.problem(), policy);
-    EXPECT_EQ(mask.view.columns_room, 31);
-    EXPECT_EQ(mask.view.distances_room, 50);
+    EXPECT_EQ(mask.view.max_verticals, 31);
+    EXPECT_EQ(mask.view.max_slashes, 50);
     std::vector<int32_t> lines = {31, 50};
     for (int t = 0; t < 30; ++t) lines.push_back(t);
     lines.push_back(200);
     for (int d = 0; d < 50; ++d) lines.push_back(d);
-    EXPECT_EQ(mask.lines, lines) << engine.Name();
+    EXPECT_EQ(mask.vertical_slash, lines) << engine.Name();
     EXPECT_EQ(Kept(mask, 3), (Blocks{6, 7})) << engine.Name();
     EXPECT_EQ(mask.counts[3], 4) << engine.Name();
     // Row 400 attends to 335..400, 0..29 with value 1 and 200 with value 100 and weight e^8.

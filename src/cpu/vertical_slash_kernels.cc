@@ -5,14 +5,14 @@
 // foreach_target.h reads all that follows it again for each target, so it comes before everything per-target.
 // clang-format off
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/lines_kernels.cc"
+#define HWY_TARGET_INCLUDE "cpu/vertical_slash_kernels.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 // clang-format on
 #include "core/half.h"
 #include "cpu/exp2.h"
-#include "cpu/lines_kernels.h"
 #include "cpu/rows.h"
+#include "cpu/vertical_slash_kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace flashprefill::cpu::HWY_NAMESPACE {
@@ -106,7 +106,7 @@ void Share(const ScoreChunk& c, const float* HWY_RESTRICT reference) {
 
 // All lanes of a key before the next key: a diagonal's next vector overlaps this key's by all but one lane, and has to
 // wait until it is stored.
-void AddLines(const ScoreChunk& c, float* HWY_RESTRICT column, float* HWY_RESTRICT diagonal) {
+void AddVerticalSlash(const ScoreChunk& c, float* HWY_RESTRICT column, float* HWY_RESTRICT diagonal) {
   for (int64_t t = 0; t < c.count; ++t) {
     const float* HWY_RESTRICT z = c.scores + t * c.lanes;
     float* HWY_RESTRICT line = diagonal + t;
@@ -122,7 +122,8 @@ void AddLines(const ScoreChunk& c, float* HWY_RESTRICT column, float* HWY_RESTRI
 
 } // namespace
 
-constexpr LineKernels kLineKernels = {LoadQueries, LoadKeys, AddRows, Score, AddToSums, Share, AddLines};
+constexpr VerticalSlashKernels kVerticalSlashKernels = {LoadQueries, LoadKeys, AddRows,         Score,
+                                                        AddToSums,   Share,    AddVerticalSlash};
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -130,9 +131,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace flashprefill::cpu {
 
-const LineKernels& LineKernelsFor(const Exec& exec) {
+const VerticalSlashKernels& VerticalSlashKernelsFor(const Exec& exec) {
   const Isa isa = IsaOf(exec);
-  return *FLASHPREFILL_KERNELS_FOR(isa, kLineKernels);
+  return *FLASHPREFILL_KERNELS_FOR(isa, kVerticalSlashKernels);
 }
 
 } // namespace flashprefill::cpu

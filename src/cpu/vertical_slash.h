@@ -1,18 +1,18 @@
 // What policies that choose by head have at hand: sums of the last rows' softmax by column and diagonal, and scores of
 // pooled blocks. A head is one thread's from beginning to end. K passes by twice for the sums (first for each row's
 // softmax denominator, then for its shares), and no score is kept: memory is that of some vectors over keys.
-#ifndef FLASHPREFILL_CPU_LINES_H_
-#define FLASHPREFILL_CPU_LINES_H_
+#ifndef FLASHPREFILL_CPU_VERTICAL_SLASH_H_
+#define FLASHPREFILL_CPU_VERTICAL_SLASH_H_
 
 #include "core/backend.h"
 #include "core/half.h"
 #include "core/types.h"
-#include "cpu/lines_kernels.h"
+#include "cpu/vertical_slash_kernels.h"
 
 namespace flashprefill::cpu {
 
 // A thread's own memory, for the longest sequence.
-struct LineScratch {
+struct VerticalSlashScratch {
   float* column;          // [keys]
   float* diagonal;        // [keys + lanes]: of key t and the row r before the last one: at t + r
   float* key_means;       // [blocks][head_dim]
@@ -31,7 +31,7 @@ struct LineScratch {
   int32_t* counts;        // [keys + 1]
   uint64_t* columns;      // [words]
 
-  static LineScratch Take(Workspace& memory, const Problem& p, const Policy& policy);
+  static VerticalSlashScratch Take(Workspace& memory, const Problem& p, const Policy& policy);
 };
 
 // One head of one sequence, and its rows of the mask.
@@ -39,11 +39,11 @@ struct HeadCall {
   const Problem& p;
   const Policy& policy;
   const Geometry& g;
-  const LineKernels& kernels;
+  const VerticalSlashKernels& kernels;
   const Sequence& s;
   int64_t head;
   BlockMask& mask;
-  LineScratch scratch;
+  VerticalSlashScratch scratch;
 
   int64_t kv_head() const { return head / g.group; }
   int64_t block_size() const { return g.block_size; }
@@ -54,7 +54,7 @@ struct HeadCall {
 };
 
 // Fills column and diagonal from the last `rows` query rows: means over the rows. key_means too, where asked for.
-void SumLines(const HeadCall& call, int64_t rows, bool with_means);
+void SumVerticalSlash(const HeadCall& call, int64_t rows, bool with_means);
 
 // Fills key_means alone.
 void MeanKeys(const HeadCall& call);
@@ -69,7 +69,7 @@ void PoolQueries(const HeadCall& call);
 // PoolQueries and key_means.
 template <typename Body>
 void ForPooledScores(const HeadCall& call, int64_t panel, const Body& body) {
-  const LineScratch& t = call.scratch;
+  const VerticalSlashScratch& t = call.scratch;
   const int64_t depth = call.p.head_dim, last = std::min((panel + 1) * kPanelRows, call.query_blocks()) - 1;
   const int64_t most = t.query_seen[last];
   for (int64_t first = 0; first < most; first += kChunkKeys) {
@@ -95,4 +95,4 @@ void ChooseMInference(const HeadCall& call);
 
 } // namespace flashprefill::cpu
 
-#endif // FLASHPREFILL_CPU_LINES_H_
+#endif // FLASHPREFILL_CPU_VERTICAL_SLASH_H_

@@ -1,6 +1,6 @@
 // Select for FlexPrefill and MInference, host side: what a policy asks of each launch, and where its scratch memory
 // lies. docs/hopper-select.md says what the launches do; nothing is read back between them.
-#include "cuda/select_lines.h"
+#include "cuda/select_vertical_slash.h"
 
 #include <limits>
 #include <numeric>
@@ -53,8 +53,8 @@ bool NothingToChoose(const Problem& p, const Policy& policy) {
   return p.total_q == 0 || p.max_seqlen_q <= 1 || p.max_seqlen_k <= ShortKeys(p, policy);
 }
 
-LineShape ShapeOf(const Problem& p, const Policy& policy) {
-  LineShape a{};
+VerticalSlashShape ShapeOf(const Problem& p, const Policy& policy) {
+  VerticalSlashShape a{};
   a.d = DeviceProblem::Of(p);
   a.rules = TileRules::Of(p, policy);
   a.scale_log2 = p.softmax_scale * 1.44269504f;
@@ -81,7 +81,7 @@ int64_t BlockRoom(const Problem& p, const Policy& policy) { return DivUp<int64_t
 // MInference: block sizes that are no divisors of a tile's meet it in several ways.
 int PhaseStep(const Policy& policy) { return std::gcd(kTileRows, policy.block_size); }
 
-LineChoice ChoiceOf(const Problem& p, const Policy& policy, const LineScratch& scratch) {
+LineChoice ChoiceOf(const Problem& p, const Policy& policy, const VerticalSlashScratch& scratch) {
   const int64_t distances = BlockRoom(p, policy) + (FlexOf(policy) ? 0 : kCrossingsBefore);
   return {scratch.columns, scratch.distances, Geometry::Of(p, policy).words, DivUp<int64_t>(distances, 32)};
 }
@@ -90,8 +90,9 @@ int64_t TokenWords(const Problem& p) { return DivUp<int64_t>(p.max_seqlen_k, 32)
 
 int64_t MapRowRoom(const Problem& p, const Policy& policy) { return p.total_q / policy.block_size + p.batch; }
 
-cudaError_t ChooseFlex(const Problem& p, const fp_flexprefill& f, const LineShape& shape, const BlockMask& mask,
-                       const void* k_means, const LineScratch& scratch, cudaStream_t stream) {
+cudaError_t ChooseFlex(const Problem& p, const fp_flexprefill& f, const VerticalSlashShape& shape,
+                       const BlockMask& mask, const void* k_means, const VerticalSlashScratch& scratch,
+                       cudaStream_t stream) {
   const Policy& policy = f.common;
   const int64_t mean_rows = MeanRows(p, policy.block_size);
   FlexArgs flex{};
@@ -135,8 +136,8 @@ cudaError_t ChooseFlex(const Problem& p, const fp_flexprefill& f, const LineShap
   return LaunchMap(map, stream);
 }
 
-cudaError_t ChooseTokens(const Problem& p, const fp_minference& m, const LineSumsArgs& sums, const LineScratch& scratch,
-                         cudaStream_t stream) {
+cudaError_t ChooseTokens(const Problem& p, const fp_minference& m, const LineSumsArgs& sums,
+                         const VerticalSlashScratch& scratch, cudaStream_t stream) {
   TokenArgs tokens{};
   tokens.shape = sums.shape;
   tokens.column = sums.column;
@@ -160,9 +161,9 @@ cudaError_t ChooseTokens(const Problem& p, const fp_minference& m, const LineSum
 
 bool ChoosesByHead(const Policy& policy) { return policy.kind == FP_FLEXPREFILL || policy.kind == FP_MINFERENCE; }
 
-bool LinesNeedMeans(const Policy& policy) { return HasMap(policy); }
+bool VerticalSlashNeedsMeans(const Policy& policy) { return HasMap(policy); }
 
-const char* SelectLinesUnsupported(const Problem& p, const Policy& policy) {
+const char* SelectVerticalSlashUnsupported(const Problem& p, const Policy& policy) {
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
   if (p.total_q > kMost || p.total_k > kMost || p.max_seqlen_k > kMost) return "fewer than 2^30 tokens on CUDA";
@@ -189,10 +190,10 @@ const char* SelectLinesUnsupported(const Problem& p, const Policy& policy) {
   return nullptr;
 }
 
-LineScratch LineScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy) {
-  LineScratch s{};
+VerticalSlashScratch VerticalSlashScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy) {
+  VerticalSlashScratch s{};
   if (!ChoosesByHead(policy) || NothingToChoose(p, policy)) return s;
-  const LineShape a = ShapeOf(p, policy);
+  const VerticalSlashShape a = ShapeOf(p, policy);
   const int64_t units = int64_t{p.q_heads} * a.parts * a.slot_count, heads = int64_t{p.batch} * p.q_heads;
   const LineChoice choice = ChoiceOf(p, policy, s);
   s.lse = workspace.Take<float>(units * a.columns);
@@ -221,8 +222,9 @@ LineScratch LineScratch::Take(Workspace& workspace, const Problem& p, const Poli
   return s;
 }
 
-cudaError_t LaunchSelectLines(const Problem& p, const Policy& policy, const BlockMask& mask, const void* k_means,
-                              const LineScratch& scratch, int* zeroed, cudaStream_t stream) {
+cudaError_t LaunchSelectVerticalSlash(const Problem& p, const Policy& policy, const BlockMask& mask,
+                                      const void* k_means, const VerticalSlashScratch& scratch, int* zeroed,
+                                      cudaStream_t stream) {
   const fp_flexprefill* const flex = FlexOf(policy);
   LineMaskArgs bits{};
   bits.shape = ShapeOf(p, policy);

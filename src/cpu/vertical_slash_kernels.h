@@ -1,11 +1,11 @@
-// The arithmetic of policies that choose for a whole head by a few rows of scores (select_lines.h), one table of
-// functions for each instruction set.
+// The arithmetic of policies that choose for a whole head by a few rows of scores (select_vertical_slash.h), one table
+// of functions for each instruction set.
 //
 // Scores have query rows as lanes: *panels* hold 32 rows each, as [head_dim][32], and keys pass by as plain fp32 rows
 // whose elements are broadcast. So keys are loaded once and never transposed, and what a row needs for its softmax, its
 // largest score and its sum of powers, is kept lane by lane. Rows may be tokens, last row first, or means of blocks.
-#ifndef FLASHPREFILL_CPU_LINES_KERNELS_H_
-#define FLASHPREFILL_CPU_LINES_KERNELS_H_
+#ifndef FLASHPREFILL_CPU_VERTICAL_SLASH_KERNELS_H_
+#define FLASHPREFILL_CPU_VERTICAL_SLASH_KERNELS_H_
 
 #include "core/types.h"
 
@@ -24,7 +24,7 @@ struct ScoreChunk {
   float* scores; // [count][lanes]; -inf where the lane does not see the key or the product is not finite
 };
 
-struct LineKernels {
+struct VerticalSlashKernels {
   // Query rows or keys [begin, end) of one head as fp32 rows.
   void (*load_queries)(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t head, float* rows);
   void (*load_keys)(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows);
@@ -36,11 +36,11 @@ struct LineKernels {
   // Scores become shares of their row: 2^(score - reference[lane]).
   void (*share)(const ScoreChunk& chunk, const float* reference);
   // column[key] = the sum of the key's shares, diagonal[key + lane] += each share.
-  void (*add_lines)(const ScoreChunk& chunk, float* column, float* diagonal);
+  void (*add_vertical_slash)(const ScoreChunk& chunk, float* column, float* diagonal);
 };
 
-const LineKernels& LineKernelsFor(const Exec& exec);
+const VerticalSlashKernels& VerticalSlashKernelsFor(const Exec& exec);
 
 } // namespace flashprefill::cpu
 
-#endif // FLASHPREFILL_CPU_LINES_KERNELS_H_
+#endif // FLASHPREFILL_CPU_VERTICAL_SLASH_KERNELS_H_

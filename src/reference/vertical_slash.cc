@@ -1,5 +1,5 @@
 // Sums of a head's last rows by column and diagonal, pooled logits, and the choice of the largest.
-#include "reference/lines.h"
+#include "reference/vertical_slash.h"
 
 #include <algorithm>
 #include <cmath>
@@ -16,10 +16,11 @@ bool PerhapsBefore(double a, double b, double tolerance) { return a >= b - std::
 
 } // namespace
 
-LineSums SumLines(const HeadView& head, int64_t rows) {
+VerticalSlashSums SumVerticalSlash(const HeadView& head, int64_t rows) {
   const Sequence& s = head.sequence;
   const Matrix& queries = head.queries.front();
-  LineSums sums{std::vector<double>(static_cast<size_t>(s.k_len)), std::vector<double>(static_cast<size_t>(s.k_len))};
+  VerticalSlashSums sums{std::vector<double>(static_cast<size_t>(s.k_len)),
+                         std::vector<double>(static_cast<size_t>(s.k_len))};
   rows = std::min(rows, s.q_len);
   std::vector<double> z(static_cast<size_t>(s.k_len));
   for (int64_t i = s.q_len - rows; i < s.q_len; ++i) {

@@ -1,5 +1,5 @@
-// Sums by line, means and ranks: see lines.h.
-#include "cpu/lines.h"
+// Sums by line, means and ranks: see vertical_slash.h.
+#include "cpu/vertical_slash.h"
 
 #include <cmath>
 #include <functional>
@@ -47,14 +47,14 @@ float Reference(float largest, float sum, float total) {
 
 } // namespace
 
-LineScratch LineScratch::Take(Workspace& memory, const Problem& p, const Policy& policy) {
+VerticalSlashScratch VerticalSlashScratch::Take(Workspace& memory, const Problem& p, const Policy& policy) {
   const int64_t keys = p.max_seqlen_k, depth = p.head_dim, size = policy.block_size;
   const int64_t blocks = DivUp<int64_t>(keys, size);
   const int64_t query_lanes = DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_q, size), kPanelRows) * kPanelRows;
   const int64_t rows = policy.kind == FP_FLEXPREFILL ? size : kMInferenceRows;
   const int64_t lanes = DivUp<int64_t>(rows, kPanelRows) * kPanelRows;
   const bool tokens = policy.kind == FP_MINFERENCE; // chooses among tokens
-  LineScratch t{};
+  VerticalSlashScratch t{};
   t.column = memory.Take<float>(keys);
   t.diagonal = memory.Take<float>(keys + lanes);
   t.key_means = memory.Take<float>(blocks * depth);
@@ -75,8 +75,8 @@ LineScratch LineScratch::Take(Workspace& memory, const Problem& p, const Policy&
   return t;
 }
 
-void SumLines(const HeadCall& call, int64_t rows, bool with_means) {
-  const LineScratch& t = call.scratch;
+void SumVerticalSlash(const HeadCall& call, int64_t rows, bool with_means) {
+  const VerticalSlashScratch& t = call.scratch;
   const int64_t depth = call.p.head_dim, keys = call.s.k_len;
   rows = std::min(rows, call.s.q_len);
   const int64_t lanes = DivUp<int64_t>(rows, kPanelRows) * kPanelRows;
@@ -108,7 +108,7 @@ void SumLines(const HeadCall& call, int64_t rows, bool with_means) {
   }
   for_chunks([&](const ScoreChunk& chunk) {
     call.kernels.share(chunk, t.largest);
-    call.kernels.add_lines(chunk, t.column + chunk.first, t.diagonal + chunk.first);
+    call.kernels.add_vertical_slash(chunk, t.column + chunk.first, t.diagonal + chunk.first);
   });
 }
 
@@ -129,7 +129,7 @@ void MeanQueries(const HeadCall& call, int64_t begin, int64_t end, float* mean) 
 }
 
 void PoolQueries(const HeadCall& call) {
-  const LineScratch& t = call.scratch;
+  const VerticalSlashScratch& t = call.scratch;
   const int64_t depth = call.p.head_dim, size = call.block_size(), n = call.query_blocks();
   const int64_t lanes = DivUp<int64_t>(n, kPanelRows) * kPanelRows;
   std::fill_n(t.query_panels + (lanes - kPanelRows) * depth, kPanelRows * depth, 0.f);

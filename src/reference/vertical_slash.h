@@ -1,8 +1,8 @@
 // Policies that look at a few of a head's last query rows, or at pooled blocks of all of them, and choose for the whole
 // head at once: FlexPrefill and MInference. What a tile keeps follows from what its head chose, so a choice here is a
 // set over columns, diagonals or (block of queries, block of keys), not over a tile's blocks.
-#ifndef FLASHPREFILL_REFERENCE_LINES_H_
-#define FLASHPREFILL_REFERENCE_LINES_H_
+#ifndef FLASHPREFILL_REFERENCE_VERTICAL_SLASH_H_
+#define FLASHPREFILL_REFERENCE_VERTICAL_SLASH_H_
 
 #include <vector>
 
@@ -12,10 +12,10 @@ namespace flashprefill::reference {
 
 // The softmax of the last `rows` query rows over all keys that they see, averaged over the rows: by key, and by how far
 // the key lies behind the row. Both sum to 1 where every row has a finite score.
-struct LineSums {
+struct VerticalSlashSums {
   std::vector<double> column, diagonal; // [k_len]: by key; by distance
 };
-LineSums SumLines(const HeadView& head, int64_t rows);
+VerticalSlashSums SumVerticalSlash(const HeadView& head, int64_t rows);
 
 // Softmax logits of pooled blocks: element (r, c) is softmax_scale times the mean of query rows [r B, (r + 1) B) times
 // the mean of key block c, both means of as many tokens as there are. -inf where no row of r sees a token of c, and
@@ -45,8 +45,8 @@ struct Count {
 Chosen Largest(const std::vector<double>& values, const Count& count, double tolerance);
 
 // Scores of tokens themselves, no means among them: what fp32 arithmetic can be off by.
-constexpr double kLineTolerance = 2e-4;
+constexpr double kTokenTolerance = 2e-4;
 
 } // namespace flashprefill::reference
 
-#endif // FLASHPREFILL_REFERENCE_LINES_H_
+#endif // FLASHPREFILL_REFERENCE_VERTICAL_SLASH_H_

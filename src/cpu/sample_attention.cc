@@ -1,15 +1,15 @@
 // SampleAttention (arXiv 2406.15486) on the CPU. Its sampled rows are rows of a grid whose cells are single keys (see
-// grid_kernels.h), 32 of a segment at a time. Masses go to one of eight pairs of sums (by key block, by distance) for
-// each head, panel i to pair i mod 8, and the pairs are added up in order, so that the same bits come out whatever the
-// threads. The columns and diagonals of a head then make all of its tiles' rows without another look at a key.
+// strided_kernels.h), 32 of a segment at a time. Masses go to one of eight pairs of sums (by key block, by distance)
+// for each head, panel i to pair i mod 8, and the pairs are added up in order, so that the same bits come out whatever
+// the threads. The columns and diagonals of a head then make all of its tiles' rows without another look at a key.
 #include <algorithm>
 
 #include "core/backend.h"
 #include "core/row_sample.h"
-#include "cpu/grid_kernels.h"
 #include "cpu/policies.h"
 #include "cpu/select_keep.h"
 #include "cpu/select_kernels.h"
+#include "cpu/strided_kernels.h"
 #include "cpu/work.h"
 
 namespace flashprefill::cpu {
@@ -35,9 +35,9 @@ class SampleSelection {
   SampleSelection(const Problem& p, const Policy& policy, const Exec& exec, void* workspace)
       : p_(p),
         policy_(reinterpret_cast<const fp_sample_attention&>(policy)),
-        kernels_(GridKernelsFor(exec)),
+        kernels_(StridedKernelsFor(exec)),
         g_(Geometry::Of(p, policy)),
-        panels_a_segment_(DivUp(policy_.sample_rows, kGridLanes)) {
+        panels_a_segment_(DivUp(policy_.sample_rows, kStridedLanes)) {
     Share total{};
     for (int b = 1; b <= p.batch; ++b) total = ShareOf(b, total);
     threads_ = static_cast<int>(
@@ -76,12 +76,12 @@ class SampleSelection {
     const int64_t blocks = DivUp<int64_t>(p_.max_seqlen_k, g_.block_size);
     Workspace parts(base);
     Scratch s{};
-    s.panel = parts.Take<float>(int64_t{p_.head_dim} * kGridLanes);
+    s.panel = parts.Take<float>(int64_t{p_.head_dim} * kStridedLanes);
     s.row = parts.Take<float>(p_.head_dim);
     s.keys = parts.Take<float>(kKeysAtOnce * p_.head_dim);
-    s.largest = parts.Take<float>(blocks * kGridLanes);
-    s.sums = parts.Take<float>(blocks * kGridLanes);
-    s.visible = parts.Take<float>(kGridLanes);
+    s.largest = parts.Take<float>(blocks * kStridedLanes);
+    s.sums = parts.Take<float>(blocks * kStridedLanes);
+    s.visible = parts.Take<float>(kStridedLanes);
     s.ranks = parts.Take<uint64_t>(blocks);
     s.columns = parts.Take<uint64_t>(g_.words);
     s.diagonals = parts.Take<uint64_t>(g_.words);
@@ -109,8 +109,8 @@ class SampleSelection {
     const RowSample sample = RowSample::Of(policy_, s);
     for (int64_t panel = pair; panel < sample.segments * panels_a_segment_; panel += kPairs) {
       const int64_t segment = panel / panels_a_segment_;
-      const int64_t begin = sample.Begin(segment) + panel % panels_a_segment_ * kGridLanes;
-      const int64_t end = std::min(begin + kGridLanes, sample.End(segment));
+      const int64_t begin = sample.Begin(segment) + panel % panels_a_segment_ * kStridedLanes;
+      const int64_t end = std::min(begin + kStridedLanes, sample.End(segment));
       if (begin < end) SamplePanel(s, head, begin, end, scratch, columns, columns + blocks);
     }
   }
@@ -119,19 +119,19 @@ class SampleSelection {
                    float* diagonals) const {
     const int64_t d = p_.head_dim, size = g_.block_size, seen = s.prefix + end;
     const float factor = static_cast<float>(p_.softmax_scale * 1.4426950408889634);
-    std::fill_n(scratch.panel, d * kGridLanes, 0.f);
-    std::fill_n(scratch.visible, kGridLanes, 0.f);
+    std::fill_n(scratch.panel, d * kStridedLanes, 0.f);
+    std::fill_n(scratch.visible, kStridedLanes, 0.f);
     for (int64_t i = begin; i < end; ++i) {
       kernels_.load_query(p_, s, i, head, factor, scratch.row);
-      for (int64_t e = 0; e < d; ++e) scratch.panel[e * kGridLanes + i - begin] = scratch.row[e];
+      for (int64_t e = 0; e < d; ++e) scratch.panel[e * kStridedLanes + i - begin] = scratch.row[e];
       scratch.visible[i - begin] = static_cast<float>(s.prefix + i + 1);
     }
     const int64_t blocks = DivUp(seen, size);
     for (int64_t block = 0; block < blocks; ++block) {
-      float* largest = scratch.largest + block * kGridLanes;
-      float* sums = scratch.sums + block * kGridLanes;
-      std::fill_n(largest, kGridLanes, kNothing);
-      std::fill_n(sums, kGridLanes, 0.f);
+      float* largest = scratch.largest + block * kStridedLanes;
+      float* sums = scratch.sums + block * kStridedLanes;
+      std::fill_n(largest, kStridedLanes, kNothing);
+      std::fill_n(sums, kStridedLanes, 0.f);
       const int64_t last = std::min((block + 1) * size, seen);
       for (int64_t key = block * size; key < last; key += kKeysAtOnce) {
         const int64_t n = std::min(kKeysAtOnce, last - key);
@@ -143,7 +143,7 @@ class SampleSelection {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t own = (s.prefix + i) / size;
       for (int64_t block = 0; block <= own; ++block) {
-        const float share = scratch.sums[block * kGridLanes + i - begin];
+        const float share = scratch.sums[block * kStridedLanes + i - begin];
         columns[block] += share;
         diagonals[own - block] += share;
       }
@@ -193,7 +193,7 @@ class SampleSelection {
 
   const Problem& p_;
   const fp_sample_attention& policy_;
-  const GridKernels& kernels_;
+  const StridedKernels& kernels_;
   const Geometry g_;
   const int panels_a_segment_;
   Share* shares_;

@@ -3,9 +3,9 @@
 // mean: it would add the same to all scores of a row.
 #include "core/policies.h"
 #include "cpu/alike_kernels.h"
-#include "cpu/grid_kernels.h"
 #include "cpu/policies.h"
 #include "cpu/pooled.h"
+#include "cpu/strided_kernels.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -15,7 +15,7 @@ class SpargeSelection {
   SpargeSelection(const Problem& p, const Policy& policy, const Exec& exec, void* workspace)
       : p_(p),
         policy_(reinterpret_cast<const fp_sparge_attn&>(policy)),
-        rows_(GridKernelsFor(exec)),
+        rows_(StridedKernelsFor(exec)),
         kernels_(AlikeKernelsFor(exec)),
         parts_(workspace),
         pooled_(p, policy, exec, int64_t{std::max(policy.block_size, kTileRows) + 2} * p.head_dim, parts_),
@@ -95,7 +95,7 @@ class SpargeSelection {
 
   const Problem& p_;
   const fp_sparge_attn& policy_;
-  const GridKernels& rows_;
+  const StridedKernels& rows_;
   const AlikeKernels& kernels_;
   Workspace parts_;
   Pooled pooled_;

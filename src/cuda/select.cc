@@ -6,10 +6,10 @@
 
 #include "cuda/attend.h"
 #include "cuda/common/tensor_map.h"
-#include "cuda/grid.h"
 #include "cuda/sm90/mask.h"
 #include "cuda/sm90/pool.h"
 #include "cuda/sm90/score.h"
+#include "cuda/strided.h"
 
 namespace flashprefill::cuda {
 namespace {
@@ -66,7 +66,7 @@ bool NothingToScore(const Problem& p, const Policy& policy) {
          policy.sink_blocks >= begin / policy.block_size - std::max(0, policy.window_blocks - 1);
 }
 
-bool ScoresGrid(const Problem& p, const Policy& policy) { return IsGrid(policy) && !NothingToScore(p, policy); }
+bool ScoresStrided(const Problem& p, const Policy& policy) { return IsStrided(policy) && !NothingToScore(p, policy); }
 
 Scoring ScoringOf(const Problem& p, const Policy& policy) {
   Scoring s;
@@ -182,7 +182,7 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
   const bool for_lines = ChoosesByHead(policy) && VerticalSlashNeedsMeans(policy);
   if (correction || for_lines || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
   if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
-  if (ScoresGrid(p, policy)) scratch.grid = GridScratch::Take(workspace, p, policy);
+  if (ScoresStrided(p, policy)) scratch.grid = StridedScratch::Take(workspace, p, policy);
   if (s.scored && s.sketch) scratch.sketch = TakeMeans(workspace, p, policy.block_size, 2 + s.outliers);
   if (s.scored && s.query_metric) {
     scratch.metric = workspace.Take<float>(int64_t{p.batch} * p.kv_heads * kMetricParts * Pitch(p));
@@ -195,11 +195,11 @@ SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const 
 }
 
 const char* SelectUnsupported(const Problem& p, const Policy& policy) {
-  if (policy.kind > FP_SKETCH && !IsGrid(policy) && !ChoosesByHead(policy))
+  if (policy.kind > FP_SKETCH && !IsStrided(policy) && !ChoosesByHead(policy))
     return "this policy selects on the CPU only";
   const Scoring s = ScoringOf(p, policy);
   if (p.final_chunks && p.batch > kMaxFinalChunks) return "final_chunks is given for more than 4096 sequences";
-  if (ScoresGrid(p, policy)) return GridUnsupported(p, policy);
+  if (ScoresStrided(p, policy)) return StridedUnsupported(p, policy);
   if (ChoosesByHead(policy)) return SelectVerticalSlashUnsupported(p, policy);
   if (!s.scored && !policy.mean_correction) return nullptr;
   if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
@@ -217,9 +217,9 @@ cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask
   pool.k_means = scratch.k_means;
   pool.v_means = correction ? scratch.v_means : nullptr;
   pool.skip_forced = true; // in such a sequence no bit is zero, so attend does not correct either
-  if (ScoresGrid(p, policy)) {
+  if (ScoresStrided(p, policy)) {
     if (cudaError_t error = correction ? LaunchPool(pool, stream) : cudaSuccess) return error;
-    return LaunchGrid(p, policy, mask, scratch.grid, zeroed, stream);
+    return LaunchStrided(p, policy, mask, scratch.grid, zeroed, stream);
   }
   if (ChoosesByHead(policy)) {
     const bool wants_means = pool.k_means || pool.v_means;

@@ -6,8 +6,8 @@
 
 #include "core/backend.h"
 #include "core/types.h"
-#include "cuda/grid.h"
 #include "cuda/select_vertical_slash.h"
+#include "cuda/strided.h"
 
 namespace flashprefill::cuda {
 
@@ -18,7 +18,7 @@ struct SelectScratch {
   void* sketch;
   float* metric;
   void* q_rows;
-  GridScratch grid;
+  StridedScratch grid;
   VerticalSlashScratch lines;
 
   // What select needs for this policy, and with `correction` the means of K and V too, for attend.

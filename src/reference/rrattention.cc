@@ -1,7 +1,7 @@
 // RRAttention (arXiv 2602.05853): one query of each cell against the means of cells of keys. Which one moves on from
 // head to head, so that together the heads look at all of them.
-#include "reference/grid.h"
 #include "reference/shares.h"
+#include "reference/strided.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -16,7 +16,7 @@ class RRAttention : public HeadSelector {
     const int64_t stride = policy_.stride;
     const Matrix& queries = head_.queries.front();
     const int64_t place = stride - 1 - head_.first_head % stride;
-    std::vector<GridRow> rows;
+    std::vector<StridedRow> rows;
     for (int64_t begin = tile.begin; begin < tile.end; begin += stride) {
       const int64_t i = std::min(begin + place, tile.end - 1);
       rows.push_back(
@@ -24,7 +24,7 @@ class RRAttention : public HeadSelector {
     }
     TileChoice choice;
     choice.energy =
-        GridMass(cells_, rows, head_.problem.softmax_scale, head_.geometry.block_size / stride, tile.visible);
+        StridedMass(cells_, rows, head_.problem.softmax_scale, head_.geometry.block_size / stride, tile.visible);
     choice.scored.assign(choice.energy.size(), 1);
     Verdict verdict = KeepUntil(choice.energy, policy_.threshold, {}, ScoreTolerance(head_.problem));
     choice.kept = std::move(verdict.kept);

@@ -1,8 +1,8 @@
 // SampleAttention (arXiv 2406.15486): sampled rows attend to all their keys; their mass by key block and by distance in
 // blocks says which columns and which diagonals the head needs.
 #include "core/row_sample.h"
-#include "reference/grid.h"
 #include "reference/shares.h"
+#include "reference/strided.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -19,8 +19,9 @@ class SampleAttention : public HeadSelector {
     for (int64_t segment = 0; segment < sample.segments; ++segment) {
       for (int64_t i = sample.Begin(segment); i < sample.End(segment); ++i) {
         const int64_t own = (s.prefix + i) / size;
-        const std::vector<GridRow> row{{s.prefix + i, std::vector<double>(queries[i], queries[i] + queries.columns)}};
-        const std::vector<double> mass = GridMass(head.keys, row, head.problem.softmax_scale, size, own + 1);
+        const std::vector<StridedRow> row{
+            {s.prefix + i, std::vector<double>(queries[i], queries[i] + queries.columns)}};
+        const std::vector<double> mass = StridedMass(head.keys, row, head.problem.softmax_scale, size, own + 1);
         for (int64_t b = 0; b <= own; ++b) {
           columns[b] += mass[b];
           diagonals[own - b] += mass[b];

@@ -1,7 +1,7 @@
 // XAttention (arXiv 2503.16428): a pair of cells is scored by its anti-diagonal, so that every query and every key of
 // the two is looked at once, and every line through them, vertical or slash, is crossed.
-#include "reference/grid.h"
 #include "reference/shares.h"
+#include "reference/strided.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -16,10 +16,10 @@ class XAttention : public HeadSelector {
   TileChoice Choose(const Tile& tile) const override {
     const int64_t d = head_.keys.columns, stride = policy_.stride;
     const Matrix& queries = head_.queries.front();
-    std::vector<GridRow> rows;
+    std::vector<StridedRow> rows;
     for (int64_t begin = tile.begin; begin < tile.end; begin += stride) {
       const int64_t end = std::min(begin + stride, tile.end);
-      GridRow row{(head_.sequence.prefix + end - 1) / stride, std::vector<double>(static_cast<size_t>(stride * d))};
+      StridedRow row{(head_.sequence.prefix + end - 1) / stride, std::vector<double>(static_cast<size_t>(stride * d))};
       for (int64_t t = 0; t < stride; ++t) { // key t meets query stride - 1 - t
         const int64_t i = begin + stride - 1 - t;
         if (i < end) std::copy_n(queries[i], d, row.q.data() + t * d);
@@ -28,7 +28,7 @@ class XAttention : public HeadSelector {
     }
     const double factor = head_.problem.softmax_scale / (static_cast<double>(stride) * policy_.norm);
     TileChoice choice;
-    choice.energy = GridMass(cells_, rows, factor, head_.geometry.block_size / stride, tile.visible);
+    choice.energy = StridedMass(cells_, rows, factor, head_.geometry.block_size / stride, tile.visible);
     choice.scored.assign(choice.energy.size(), 1);
     std::vector<uint8_t> forced;
     for (int64_t b = 0; b < tile.visible; ++b) forced.push_back(IsForced(head_.policy, tile, b));

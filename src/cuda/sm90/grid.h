@@ -12,7 +12,7 @@
 namespace flashprefill::cuda {
 
 constexpr int kStripRows = 128;         // rows of the grid that a CTA scores at once
-constexpr int kGridPanel = 64;          // columns of a bulk copy: 128 bytes a row
+constexpr int kStridedPanel = 64;       // columns of a bulk copy: 128 bytes a row
 constexpr int kKeyTileCells = 256;      // key cells that it scores them against: the box of k_map has so many rows
 constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each: they travel as a kernel argument
 
@@ -25,7 +25,7 @@ constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each:
 //   sums    [kv_heads, tiles, heads of a KV head, rows a unit, key_tiles, block_pitch]: of a row's powers of two, by
 //           block, relative to the largest of the row in that key tile
 //   stats   the same without the last axis: that largest exponent, and the sum over the key tile
-struct GridShape {
+struct StridedShape {
   int stride, log2_stride;
   int rows_per_unit, log2_rows;
   bool means;    // RRAttention: key cells are means and rows single queries, else both are whole cells
@@ -41,10 +41,10 @@ struct GridShape {
   int64_t q_tiles;
 };
 
-struct GridArgs {
+struct StridedArgs {
   DeviceProblem d;
   TileRules rules;
-  GridShape shape;
+  StridedShape shape;
   int first_tile, tiles; // rows of the mask that this chunk covers, of each head
   void *k_cells, *q_rows;
   __half* sums;
@@ -53,10 +53,10 @@ struct GridArgs {
 
 // Copies cells of keys and rows of queries to where the score kernel can read them as two matrices: in the first chunk
 // keys, and queries where they must be copied.
-cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cudaStream_t stream);
+cudaError_t LaunchStridedGather(const StridedArgs& args, bool keys, bool queries, cudaStream_t stream);
 
-struct GridScoreArgs {
-  GridArgs grid;
+struct StridedScoreArgs {
+  StridedArgs grid;
   CUtensorMap k_map; // of k_cells, boxes of 64 columns and kKeyTileCells rows
   CUtensorMap q_map; // of q_rows, boxes of 64 columns and box_units units
   // Of q and k themselves: column, cell, head, token of the first cell. Boxes are one tile's cells of box_units heads,
@@ -65,10 +65,10 @@ struct GridScoreArgs {
   float scale_log2; // what turns a product into an exponent of two
 };
 
-cudaError_t LaunchGridScore(const GridScoreArgs& args, cudaStream_t stream);
+cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream);
 
-struct GridKeepArgs {
-  GridArgs grid;
+struct StridedKeepArgs {
+  StridedArgs grid;
   bool forced_first; // forced blocks count towards the share
   uint64_t* bits;
   int32_t *counts, *fallback; // or null
@@ -80,9 +80,9 @@ struct GridKeepArgs {
 };
 
 // Whether the masses of a tile of so many blocks fit in shared memory.
-bool GridKeeps(int64_t max_blocks);
+bool StridedKeeps(int64_t max_blocks);
 
-cudaError_t LaunchGridKeep(const GridKeepArgs& args, cudaStream_t stream);
+cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, cudaStream_t stream);
 
 } // namespace flashprefill::cuda
 

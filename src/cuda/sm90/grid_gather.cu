@@ -39,9 +39,9 @@ struct GatherRow {
 };
 
 // Rows are numbered head by head, then cell by cell.
-__device__ GatherRow KeyRow(const GridArgs& a, const GatherJobs& jobs, int number) {
+__device__ GatherRow KeyRow(const StridedArgs& a, const GatherJobs& jobs, int number) {
   const Problem& p = a.d.p;
-  const GridShape& g = a.shape;
+  const StridedShape& g = a.shape;
   const bool packed = p.cu_seqlens_k && !p.block_table;
   auto base = [&](int b) {
     if (g.direct_k) return b * kKeyTileCells;
@@ -62,9 +62,9 @@ __device__ GatherRow KeyRow(const GridArgs& a, const GatherJobs& jobs, int numbe
   return row;
 }
 
-__device__ GatherRow QueryRow(const GridArgs& a, const GatherJobs& jobs, int number) {
+__device__ GatherRow QueryRow(const StridedArgs& a, const GatherJobs& jobs, int number) {
   const Problem& p = a.d.p;
-  const GridShape& g = a.shape;
+  const StridedShape& g = a.shape;
   const TileRules& r = a.rules;
   const int in_head = jobs.by_heads(number), head = number - in_head * p.q_heads, kv = jobs.by_group(head);
   const int q_tile = in_head >> g.log2_rows, i = in_head & (g.rows_per_unit - 1), slot = a.first_tile + q_tile;
@@ -115,13 +115,13 @@ struct alignas(WIDTH * sizeof(T)) Piece {
 
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kThreads)
-    GatherKernel(const __grid_constant__ GridArgs a, const __grid_constant__ GatherJobs jobs) {
+    GatherKernel(const __grid_constant__ StridedArgs a, const __grid_constant__ GatherJobs jobs) {
   using P = Piece<T, WIDTH>;
   __shared__ GatherRow rows[kMostRows];
   cudaTriggerProgrammaticLaunchCompletion(); // the score kernel may take its place as soon as there is room
   cudaGridDependencySynchronize();           // and the last chunk's must be done with the rows
   const Problem& p = a.d.p;
-  const GridShape& g = a.shape;
+  const StridedShape& g = a.shape;
   const bool keys = blockIdx.x < jobs.keys;
   if (threadIdx.x < jobs.rows) {
     const int number = static_cast<int>(keys ? blockIdx.x : blockIdx.x - jobs.keys) * jobs.rows + threadIdx.x;
@@ -208,9 +208,9 @@ bool Aligned(const Tensor& t) {
 
 } // namespace
 
-cudaError_t LaunchGridGather(const GridArgs& args, bool keys, bool queries, cudaStream_t stream) {
+cudaError_t LaunchStridedGather(const StridedArgs& args, bool keys, bool queries, cudaStream_t stream) {
   const Problem& p = args.d.p;
-  const GridShape& g = args.shape;
+  const StridedShape& g = args.shape;
   const bool vector = p.head_dim % 8 == 0 && Aligned(p.q) && Aligned(p.k);
   GatherJobs jobs{};
   jobs.pieces_per_token = vector ? p.head_dim / 8 : p.head_dim;

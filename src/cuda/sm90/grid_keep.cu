@@ -36,8 +36,8 @@ __device__ float LogOfRow(const float2* stats, int key_tiles, int lanes) {
 }
 
 // masses[b] = the shares of all rows in block b, for blocks [0, blocks).
-__device__ void AddUpMasses(const GridArgs& a, int64_t first_row, int key_tiles, int blocks, float* masses) {
-  const GridShape& g = a.shape;
+__device__ void AddUpMasses(const StridedArgs& a, int64_t first_row, int key_tiles, int blocks, float* masses) {
+  const StridedShape& g = a.shape;
   const int lane = threadIdx.x % 32;
   const int lanes_per_row = 32 >> g.log2_rows;
   const float log_sum = LogOfRow(a.stats + (first_row + lane / lanes_per_row) * g.key_tiles, key_tiles, lanes_per_row);
@@ -75,12 +75,12 @@ __device__ void AddUpMasses(const GridArgs& a, int64_t first_row, int key_tiles,
 }
 
 __global__ void __launch_bounds__(32 * kMostWarps)
-    KeepKernel(const __grid_constant__ GridKeepArgs args, const __grid_constant__ KeepPlan plan) {
+    KeepKernel(const __grid_constant__ StridedKeepArgs args, const __grid_constant__ KeepPlan plan) {
   extern __shared__ float shared[];
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
   cudaGridDependencySynchronize();
-  const GridArgs& a = args.grid;
-  const GridShape& g = a.shape;
+  const StridedArgs& a = args.grid;
+  const StridedShape& g = a.shape;
   const TileRules& r = a.rules;
   const Problem& p = a.d.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(32 * kMostWarps)
 
 } // namespace
 
-bool GridKeeps(int64_t max_blocks) { return max_blocks < kSharedBytes / 4 - 32; }
+bool StridedKeeps(int64_t max_blocks) { return max_blocks < kSharedBytes / 4 - 32; }
 
-cudaError_t LaunchGridKeep(const GridKeepArgs& args, cudaStream_t stream) {
-  const GridArgs& a = args.grid;
+cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, cudaStream_t stream) {
+  const StridedArgs& a = args.grid;
   KeepPlan plan{};
   plan.mass_stride = MassStride(DivUp<int64_t>(a.d.p.max_seqlen_k, a.rules.block_size));
   plan.warps = std::clamp(kSharedBytes / 4 / plan.mass_stride, 1, kMostWarps);

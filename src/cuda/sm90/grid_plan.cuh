@@ -8,18 +8,18 @@
 
 namespace flashprefill::cuda {
 
-constexpr int kGridGroups = 2; // math warpgroups, of 64 rows each
-constexpr int kGridThreads = 128 * kGridGroups + 128;
-constexpr int kGridRowBytes = 128;
-constexpr int kGridRowsStage = kStripRows * kGridRowBytes;
-constexpr int kGridStage = kGridRowsStage + kKeyTileCells * kGridRowBytes;
-constexpr int kGridMostStages = 4;
-constexpr int kGridItems = 2; // work that the producer is ahead
-constexpr int kGridWarpRows = 16;
-constexpr int kGridGroupStrips = 32; // a lane of the producer warp each
+constexpr int kStridedGroups = 2; // math warpgroups, of 64 rows each
+constexpr int kStridedThreads = 128 * kStridedGroups + 128;
+constexpr int kStridedRowBytes = 128;
+constexpr int kStridedRowsStage = kStripRows * kStridedRowBytes;
+constexpr int kStridedStage = kStridedRowsStage + kKeyTileCells * kStridedRowBytes;
+constexpr int kStridedMostStages = 4;
+constexpr int kStridedItems = 2; // work that the producer is ahead
+constexpr int kStridedWarpRows = 16;
+constexpr int kStridedGroupStrips = 32; // a lane of the producer warp each
 
 // One strip. key_tiles is 0 where nothing is to be scored.
-struct GridStrip {
+struct StridedStrip {
   DeviceSequence sequence;
   int kv;
   int first_tile; // of the sequence, in the chunk
@@ -29,19 +29,19 @@ struct GridStrip {
   int key_tiles;
 };
 
-struct GridItem {
-  GridStrip strip;
+struct StridedItem {
+  StridedStrip strip;
   int key_tile;
   bool end; // no more work
 };
 
-struct GridControl {
-  uint64_t full[kGridMostStages], empty[kGridMostStages], item_full[kGridItems], item_empty[kGridItems];
-  GridItem item[kGridItems];
-  GridStrip strips[kGridGroupStrips];
+struct StridedControl {
+  uint64_t full[kStridedMostStages], empty[kStridedMostStages], item_full[kStridedItems], item_empty[kStridedItems];
+  StridedItem item[kStridedItems];
+  StridedStrip strips[kStridedGroupStrips];
 };
 
-struct GridPlan {
+struct StridedPlan {
   int steps, stages;
   int slots;          // strips of a KV head, at most
   int staging_row;    // bytes a row
@@ -50,12 +50,12 @@ struct GridPlan {
   Divider by_columns; // head_dim
 };
 
-__host__ __device__ inline int GridStagingBytes(const GridPlan& plan) {
-  return 4 * kGridGroups * kGridWarpRows * plan.staging_row;
+__host__ __device__ inline int StridedStagingBytes(const StridedPlan& plan) {
+  return 4 * kStridedGroups * kStridedWarpRows * plan.staging_row;
 }
 
 // Where a ring of stages stands: the next stage, and how often (mod 2) it has been round.
-struct GridRing {
+struct StridedRing {
   int stage = 0;
   uint32_t round = 0;
 
@@ -69,17 +69,17 @@ struct GridRing {
 
 // Strips of a sequence begin at (its first unit in the chunk) / units a strip + b, which leaves room for all of them
 // without prefix sums.
-__device__ inline GridStrip GridStripAt(const GridArgs& a, int kv, int slot) {
+__device__ inline StridedStrip StridedStripAt(const StridedArgs& a, int kv, int slot) {
   const TileRules& r = a.rules;
-  const GridShape& g = a.shape;
+  const StridedShape& g = a.shape;
   auto base = [&](int b) {
     const int tile = min(max(TileBaseOf(a.d, r, b) - a.first_tile, 0), a.tiles);
     return ((tile * r.units_per_kv) >> g.log2_stride) + b;
   };
   const int b = SequenceOfSlot(a.d.p.batch, slot, base);
-  GridStrip strip;
+  StridedStrip strip;
   strip.sequence = SequenceAt(a.d, b);
-  const GridShare share = ShareOf(a, strip.sequence);
+  const StridedShare share = ShareOf(a, strip.sequence);
   strip.kv = kv;
   strip.first_tile = share.first_tile;
   strip.local_tile = share.local_tile;
@@ -95,25 +95,26 @@ __device__ inline GridStrip GridStripAt(const GridArgs& a, int kv, int slot) {
 }
 
 // The producer warp.
-__device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& plan, char* shared, GridControl& c) {
-  const GridArgs& a = args.grid;
-  const GridShape& g = a.shape;
+__device__ inline void ProduceStrided(const StridedScoreArgs& args, const StridedPlan& plan, char* shared,
+                                      StridedControl& c) {
+  const StridedArgs& a = args.grid;
+  const StridedShape& g = a.shape;
   const TileRules& r = a.rules;
   const Problem& p = a.d.p;
   const int lane = threadIdx.x % 32;
-  GridRing ring, items;
+  StridedRing ring, items;
 
-  auto hand_over = [&](const GridStrip& strip, int key_tile, bool end) {
+  auto hand_over = [&](const StridedStrip& strip, int key_tile, bool end) {
     BarrierWait(&c.item_empty[items.stage], items.round ^ 1);
     if (lane == 0) {
-      c.item[items.stage] = GridItem{strip, key_tile, end};
+      c.item[items.stage] = StridedItem{strip, key_tile, end};
       BarrierArrive(&c.item_full[items.stage]);
     }
-    items.Advance(kGridItems);
+    items.Advance(kStridedItems);
     __syncwarp();
   };
 
-  auto load = [&](const GridStrip& strip, int key_tile) {
+  auto load = [&](const StridedStrip& strip, int key_tile) {
     const DeviceSequence& s = strip.sequence;
     const bool packed = p.cu_seqlens_k && !p.block_table;
     const int64_t first_key = (int64_t{key_tile} * g.key_tile_cells) << g.log2_stride;
@@ -124,7 +125,7 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
     const int cell = static_cast<int>(whole ? (packed ? s.k_begin : s.index * p.max_seqlen_k) + first_key
                                             : strip.kv * g.cell_rows + base);
     const int boxes = (strip.units + g.box_units - 1) / g.box_units;
-    const int box_bytes = g.box_units * g.rows_per_unit * kGridRowBytes;
+    const int box_bytes = g.box_units * g.rows_per_unit * kStridedRowBytes;
     // Where the boxes of this lane come from: a tile in q itself, or rows of the copy. 32 lanes take up to 128 boxes.
     constexpr int kBoxes = 4;
     int row[kBoxes], head[kBoxes];
@@ -145,11 +146,11 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
     }
     for (int step = 0; step < plan.steps; ++step) {
       uint64_t* const full = &c.full[ring.stage];
-      char* const stage = shared + ring.stage * kGridStage;
+      char* const stage = shared + ring.stage * kStridedStage;
       BarrierWait(&c.empty[ring.stage], ring.round ^ 1);
-      if (lane == 0) BarrierArriveExpect(full, boxes * box_bytes + kKeyTileCells * kGridRowBytes);
+      if (lane == 0) BarrierArriveExpect(full, boxes * box_bytes + kKeyTileCells * kStridedRowBytes);
       __syncwarp();
-      const int column = step * kGridPanel;
+      const int column = step * kStridedPanel;
       const int t = plan.by_columns(column);
 #pragma unroll
       for (int k = 0; k < kBoxes; ++k) {
@@ -163,7 +164,7 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
         }
       }
       if (lane == 31) {
-        char* const to = stage + kGridRowsStage;
+        char* const to = stage + kStridedRowsStage;
         if (whole) {
           BulkLoad(to, &args.k_direct_map, full, column - t * p.head_dim, 0, strip.kv, cell + t);
         } else {
@@ -175,14 +176,14 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
     __syncwarp();
   };
 
-  const int groups = (plan.slots + kGridGroupStrips - 1) / kGridGroupStrips;
+  const int groups = (plan.slots + kStridedGroupStrips - 1) / kStridedGroupStrips;
   int mine = blockIdx.x; // the next piece of this CTA
   int count = 0;         // pieces of the groups and key tiles so far
   for (int group = 0; group < groups * p.kv_heads; ++group) {
     const int kv = plan.by_groups(group);
-    const int slot = (group - kv * groups) * kGridGroupStrips + lane;
-    GridStrip strip{};
-    if (slot < plan.slots) strip = GridStripAt(a, kv, slot);
+    const int slot = (group - kv * groups) * kStridedGroupStrips + lane;
+    StridedStrip strip{};
+    if (slot < plan.slots) strip = StridedStripAt(a, kv, slot);
     __syncwarp();
     c.strips[lane] = strip;
     __syncwarp();
@@ -191,14 +192,14 @@ __device__ inline void ProduceGrid(const GridScoreArgs& args, const GridPlan& pl
       const uint32_t who = __ballot_sync(~0u, strip.key_tiles > key_tile);
       const int pieces = __popc(who);
       for (; mine < count + pieces; mine += gridDim.x) {
-        const GridStrip& one = c.strips[__fns(who, 0, mine - count + 1)];
+        const StridedStrip& one = c.strips[__fns(who, 0, mine - count + 1)];
         hand_over(one, key_tile, false);
         load(one, key_tile);
       }
       count += pieces;
     }
   }
-  hand_over(GridStrip{}, 0, true);
+  hand_over(StridedStrip{}, 0, true);
 }
 
 } // namespace flashprefill::cuda

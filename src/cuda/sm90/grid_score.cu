@@ -27,13 +27,13 @@ __device__ __forceinline__ float MaxOrNan(float a, float b) {
 // A math warpgroup's 64 rows.
 template <typename T>
 struct Scorer {
-  const GridScoreArgs& args;
-  const GridPlan& plan;
+  const StridedScoreArgs& args;
+  const StridedPlan& plan;
   char* shared;
-  GridControl& c;
+  StridedControl& c;
   char* staging; // of this warp
   int group, warp, lane;
-  GridRing ring;
+  StridedRing ring;
 
   __device__ __forceinline__ void Release(int stage) const {
     if (lane == 0) BarrierArrive(&c.empty[stage]);
@@ -43,9 +43,9 @@ struct Scorer {
   __device__ __forceinline__ void Multiply(float (&scores)[kKeyTileCells / 2]) {
     int before = 0;
     for (int step = 0; step < plan.steps; ++step) {
-      const uint32_t stage = SharedAddress(shared + ring.stage * kGridStage);
-      const uint64_t rows = DescribeKMajor(stage + group * 64 * kGridRowBytes),
-                     cells = DescribeKMajor(stage + kGridRowsStage);
+      const uint32_t stage = SharedAddress(shared + ring.stage * kStridedStage);
+      const uint64_t rows = DescribeKMajor(stage + group * 64 * kStridedRowBytes),
+                     cells = DescribeKMajor(stage + kStridedRowsStage);
       BarrierWait(&c.full[ring.stage], ring.round);
       WgmmaFence();
 #pragma unroll
@@ -193,7 +193,7 @@ struct Scorer {
 
   // Sums of eight blocks of a row of powers.
   __device__ __forceinline__ uint4 EightSums(const char* row, int first_block) const {
-    const GridShape& g = args.grid.shape;
+    const StridedShape& g = args.grid.shape;
     alignas(16) __half sums[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -206,13 +206,13 @@ struct Scorer {
     return *reinterpret_cast<const uint4*>(sums);
   }
 
-  __device__ __forceinline__ void Finish(float (&scores)[kKeyTileCells / 2], const GridItem& item) const {
-    const GridArgs& a = args.grid;
-    const GridShape& g = a.shape;
+  __device__ __forceinline__ void Finish(float (&scores)[kKeyTileCells / 2], const StridedItem& item) const {
+    const StridedArgs& a = args.grid;
+    const StridedShape& g = a.shape;
     const TileRules& r = a.rules;
-    const GridStrip& strip = item.strip;
+    const StridedStrip& strip = item.strip;
     const int first_dense = FirstDenseTile(r, strip.sequence);
-    const int units = r.units_per_kv, first_row = 64 * group + kGridWarpRows * warp;
+    const int units = r.units_per_kv, first_row = 64 * group + kStridedWarpRows * warp;
     // Rows of the strip that are scored come first: units in use, and of those the ones before the dense tail.
     const int live_units = min(strip.units, (first_dense - strip.first_tile) * units - strip.unit);
     const int live_rows = (live_units << g.log2_rows) - first_row; // of this warp
@@ -250,7 +250,7 @@ struct Scorer {
     }
     __syncwarp();
     const int pieces = g.block_pitch / 8; // of 16 bytes a row
-    for (int i = lane; i < min(live_rows, kGridWarpRows) * pieces; i += 32) {
+    for (int i = lane; i < min(live_rows, kStridedWarpRows) * pieces; i += 32) {
       const int in_warp = i / pieces, piece = i - in_warp * pieces;
       const char* const from = staging + in_warp * plan.staging_row;
       const uint4 sums =
@@ -261,38 +261,38 @@ struct Scorer {
   }
 
   __device__ void Run() {
-    GridRing items;
+    StridedRing items;
     float scores[kKeyTileCells / 2];
     for (;;) {
       BarrierWait(&c.item_full[items.stage], items.round);
-      const GridItem& item = c.item[items.stage];
+      const StridedItem& item = c.item[items.stage];
       if (item.end) return;
       Multiply(scores);
       Finish(scores, item);
       __syncwarp();
       if (lane == 0) BarrierArrive(&c.item_empty[items.stage]);
-      items.Advance(kGridItems);
+      items.Advance(kStridedItems);
     }
   }
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kGridThreads, 1)
-    ScoreKernel(const __grid_constant__ GridScoreArgs args, const __grid_constant__ GridPlan plan) {
+__global__ void __launch_bounds__(kStridedThreads, 1)
+    ScoreKernel(const __grid_constant__ StridedScoreArgs args, const __grid_constant__ StridedPlan plan) {
   extern __shared__ char raw[];
   char* const shared = raw + (1024 - SharedAddress(raw) % 1024) % 1024;
-  char* const staging = shared + plan.stages * kGridStage;
-  GridControl& c = *reinterpret_cast<GridControl*>(staging + GridStagingBytes(plan));
+  char* const staging = shared + plan.stages * kStridedStage;
+  StridedControl& c = *reinterpret_cast<StridedControl*>(staging + StridedStagingBytes(plan));
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0); // the compiler sees that a warp agrees
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.stages; ++i) {
       BarrierInit(&c.full[i], 1);
-      BarrierInit(&c.empty[i], 4 * kGridGroups); // an arrival a warp
+      BarrierInit(&c.empty[i], 4 * kStridedGroups); // an arrival a warp
     }
-    for (int i = 0; i < kGridItems; ++i) {
+    for (int i = 0; i < kStridedItems; ++i) {
       BarrierInit(&c.item_full[i], 1);
-      BarrierInit(&c.item_empty[i], 4 * kGridGroups);
+      BarrierInit(&c.item_empty[i], 4 * kStridedGroups);
     }
     FenceBarrierInit();
     PrefetchTensorMap(&args.k_map);
@@ -303,16 +303,16 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize(); // rows and cells are there, and the last chunk's sums have been read
-  if (warp >= 4 * kGridGroups) {
+  if (warp >= 4 * kStridedGroups) {
     ShrinkRegisters<40>();
-    if (warp == 4 * kGridGroups) ProduceGrid(args, plan, shared, c);
+    if (warp == 4 * kStridedGroups) ProduceStrided(args, plan, shared, c);
   } else {
     GrowRegisters<232>();
     Scorer<T> scorer{args,
                      plan,
                      shared,
                      c,
-                     staging + warp * kGridWarpRows * plan.staging_row,
+                     staging + warp * kStridedWarpRows * plan.staging_row,
                      warp / 4,
                      warp % 4,
                      static_cast<int>(threadIdx.x % 32),
@@ -323,27 +323,29 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
 } // namespace
 
-cudaError_t LaunchGridScore(const GridScoreArgs& args, cudaStream_t stream) {
-  const GridArgs& a = args.grid;
-  const GridShape& g = a.shape;
+cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream) {
+  const StridedArgs& a = args.grid;
+  const StridedShape& g = a.shape;
   const Problem& p = a.d.p;
-  GridPlan plan{};
-  plan.steps = DivUp(g.columns, kGridPanel);
+  StridedPlan plan{};
+  plan.steps = DivUp(g.columns, kStridedPanel);
   plan.whole_groups = g.cells_per_block % 8 == 0;
   plan.stages = plan.whole_groups ? 4 : 3;
   // 16 bytes more than the row: then eight rows begin on different banks.
   plan.staging_row = (plan.whole_groups ? g.block_pitch : kKeyTileCells) * 2 + 16;
   plan.slots = static_cast<int>((int64_t{a.tiles} * a.rules.units_per_kv) / g.stride + p.batch);
-  plan.by_groups = Divider::Of(DivUp(plan.slots, kGridGroupStrips));
+  plan.by_groups = Divider::Of(DivUp(plan.slots, kStridedGroupStrips));
   plan.by_columns = Divider::Of(p.head_dim);
   int device = 0, processors = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
   const auto kernel = p.q.dtype == FP_BF16 ? ScoreKernel<__nv_bfloat16> : ScoreKernel<__half>;
-  const int bytes = plan.stages * kGridStage + GridStagingBytes(plan) + static_cast<int>(sizeof(GridControl)) + 1024;
+  const int bytes =
+      plan.stages * kStridedStage + StridedStagingBytes(plan) + static_cast<int>(sizeof(StridedControl)) + 1024;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
   const int64_t most = int64_t{plan.slots} * g.key_tiles * p.kv_heads;
-  return LaunchOverlapped(kernel, true, std::min<int64_t>(processors, most), kGridThreads, bytes, stream, args, plan);
+  return LaunchOverlapped(kernel, true, std::min<int64_t>(processors, most), kStridedThreads, bytes, stream, args,
+                          plan);
 }
 
 } // namespace flashprefill::cuda

@@ -1,4 +1,4 @@
-// Scoring cells of keys, compiled once for each instruction set: see grid_kernels.h.
+// Scoring cells of keys, compiled once for each instruction set: see strided_kernels.h.
 //
 // The product keeps R cells x 2 vectors of rows in registers. Of its R + 2 loads for 2 R multiply-adds R are broadcasts
 // from cells, which stay in L1 or L2, and the panel is read front to back: at a stride of 16 and 128 dimensions it is
@@ -7,14 +7,14 @@
 // foreach_target.h reads all that follows it again for each target, so it comes before everything per-target.
 // clang-format off
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/grid_kernels.cc"
+#define HWY_TARGET_INCLUDE "cpu/strided_kernels.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 // clang-format on
 #include "cpu/exp2.h"
-#include "cpu/grid_kernels.h"
 #include "cpu/select_kernels.h"
 #include "cpu/select_rows.h"
+#include "cpu/strided_kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace flashprefill::cpu::HWY_NAMESPACE {
@@ -71,7 +71,7 @@ HWY_INLINE void ScoreCells(const float* HWY_RESTRICT panel, const float* HWY_RES
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) z[c][r] = hn::Zero(f);
   }
-  for (int64_t i = 0; i < depth; ++i, panel += kGridLanes) {
+  for (int64_t i = 0; i < depth; ++i, panel += kStridedLanes) {
     VF q[C];
     for (int c = 0; c < C; ++c) q[c] = hn::Load(f, panel + c * kLanes);
     HWY_UNROLL(8)
@@ -105,7 +105,7 @@ void Score(const float* panel, const float* cells, int64_t pitch, int64_t depth,
   int r = 0;
   const auto run = [&]<int R>(std::integral_constant<int, R>) {
     for (; r + R <= n; r += R) {
-      for (int lane = 0; lane < kGridLanes; lane += 2 * kLanes) {
+      for (int lane = 0; lane < kStridedLanes; lane += 2 * kLanes) {
         ScoreCells<R, 2>(panel + lane, cells + r * pitch, pitch, depth, first + r, visible + lane, largest + lane,
                          sums + lane);
       }
@@ -118,18 +118,18 @@ void Score(const float* panel, const float* cells, int64_t pitch, int64_t depth,
 }
 
 void Normalise(int64_t blocks, const float* largest, float* sums) {
-  for (int lane = 0; lane < kGridLanes; lane += kLanes) {
+  for (int lane = 0; lane < kStridedLanes; lane += kLanes) {
     VF top = hn::Set(f, kNothing), total = hn::Zero(f);
-    for (int64_t b = 0; b < blocks; ++b) top = hn::Max(top, hn::Load(f, largest + b * kGridLanes + lane));
+    for (int64_t b = 0; b < blocks; ++b) top = hn::Max(top, hn::Load(f, largest + b * kStridedLanes + lane));
     for (int64_t b = 0; b < blocks; ++b) {
-      float* sum = sums + b * kGridLanes + lane;
-      const VF scaled = hn::Mul(hn::Load(f, sum), Exp2(hn::Sub(hn::Load(f, largest + b * kGridLanes + lane), top)));
+      float* sum = sums + b * kStridedLanes + lane;
+      const VF scaled = hn::Mul(hn::Load(f, sum), Exp2(hn::Sub(hn::Load(f, largest + b * kStridedLanes + lane), top)));
       hn::Store(scaled, f, sum);
       total = hn::Add(total, scaled);
     }
     const VF share = hn::IfThenElseZero(hn::Gt(total, hn::Zero(f)), hn::Div(hn::Set(f, 1.f), total));
     for (int64_t b = 0; b < blocks; ++b) {
-      float* sum = sums + b * kGridLanes + lane;
+      float* sum = sums + b * kStridedLanes + lane;
       hn::Store(hn::Mul(hn::Load(f, sum), share), f, sum);
     }
   }
@@ -137,7 +137,7 @@ void Normalise(int64_t blocks, const float* largest, float* sums) {
 
 } // namespace
 
-constexpr GridKernels kGridKernels = {LoadKeyRows, MeanKeys, LoadQuery, Score, Normalise};
+constexpr StridedKernels kStridedKernels = {LoadKeyRows, MeanKeys, LoadQuery, Score, Normalise};
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -145,9 +145,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace flashprefill::cpu {
 
-const GridKernels& GridKernelsFor(const Exec& exec) {
+const StridedKernels& StridedKernelsFor(const Exec& exec) {
   const Isa isa = IsaOf(exec);
-  return *FLASHPREFILL_KERNELS_FOR(isa, kGridKernels);
+  return *FLASHPREFILL_KERNELS_FOR(isa, kStridedKernels);
 }
 
 } // namespace flashprefill::cpu

@@ -13,7 +13,7 @@ namespace {
 
 // ---------------------------------------------------------------- against the reference
 
-std::vector<AnyPolicy> GridPolicies(int block_size) {
+std::vector<AnyPolicy> StridedPolicies(int block_size) {
   static const float thresholds[128] = {0.9f, 0.2f, 0, 1, 0.5f, 0.7f, 0.3f}; // heads past the seventh: 0
   std::vector<AnyPolicy> policies = {
       XAttention(block_size, 0.9f),
@@ -33,20 +33,20 @@ std::vector<AnyPolicy> GridPolicies(int block_size) {
 }
 
 void SelectOver(const std::vector<OpCase>& cases, size_t policies_per_case) {
-  CompareOver(cases, GridPolicies, policies_per_case);
+  CompareOver(cases, StridedPolicies, policies_per_case);
 }
 
-TEST(GridPolicies, Lengths) { SelectOver(Thinned(LengthCases()), 7); }
-TEST(GridPolicies, Heads) { SelectOver(Thinned(HeadCases()), 3); }
-TEST(GridPolicies, Dtypes) { SelectOver(Thinned(DtypeCases()), 7); }
-TEST(GridPolicies, Layouts) { SelectOver(Thinned(LayoutCases()), 3); }
-TEST(GridPolicies, Strides) { SelectOver(Thinned(StrideCases()), 3); }
-TEST(GridPolicies, Far) { SelectOver(FarCases(), 3); }
-TEST(GridPolicies, Peaked) { SelectOver(Thinned(PeakedCases()), 7); }
-TEST(GridPolicies, Long) { SelectOver(Thinned(LongCases(), 2), 3); }
+TEST(StridedPolicies, Lengths) { SelectOver(Thinned(LengthCases()), 7); }
+TEST(StridedPolicies, Heads) { SelectOver(Thinned(HeadCases()), 3); }
+TEST(StridedPolicies, Dtypes) { SelectOver(Thinned(DtypeCases()), 7); }
+TEST(StridedPolicies, Layouts) { SelectOver(Thinned(LayoutCases()), 3); }
+TEST(StridedPolicies, Strides) { SelectOver(Thinned(StrideCases()), 3); }
+TEST(StridedPolicies, Far) { SelectOver(FarCases(), 3); }
+TEST(StridedPolicies, Peaked) { SelectOver(Thinned(PeakedCases()), 7); }
+TEST(StridedPolicies, Long) { SelectOver(Thinned(LongCases(), 2), 3); }
 
-TEST(GridPolicies, NanAndInf) { CompareWithNanAndInf(GridPolicies(64)); }
-TEST(GridPolicies, SameBitsWhateverTheThreads) { CompareThreads(GridPolicies(64)); }
+TEST(StridedPolicies, NanAndInf) { CompareWithNanAndInf(StridedPolicies(64)); }
+TEST(StridedPolicies, SameBitsWhateverTheThreads) { CompareThreads(StridedPolicies(64)); }
 
 // ---------------------------------------------------------------- by hand
 // Blocks of 16 and cells of 4: four cells a block. 16 rows behind a prefix of 64: four rows of the grid, which stand in

@@ -1,5 +1,5 @@
 // The host side of XAttention and RRAttention: shapes, scratch memory and launches.
-#include "cuda/grid.h"
+#include "cuda/strided.h"
 
 #include <numeric>
 
@@ -34,7 +34,7 @@ struct Method {
 // Whether the copy engine can read runs of cells from q or k itself: the cells are then an axis of it, `stride` tokens
 // from one to the next, and the token where they begin is another. A panel of columns must not straddle two tokens.
 bool ReadsCells(const Problem& p, const Tensor& t, bool one_sequence, int64_t max_tokens) {
-  bool can = p.head_dim % kGridPanel == 0 && t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  bool can = p.head_dim % kStridedPanel == 0 && t.stride[3] == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
   can &= one_sequence || p.batch == 1 || t.stride[0] == max_tokens * t.stride[1]; // one axis of tokens
   for (int axis = 1; axis < 3; ++axis) {
     can &= t.stride[axis] > 0 && t.stride[axis] % 8 == 0 && t.stride[axis] < int64_t{1} << 30;
@@ -47,14 +47,14 @@ int64_t QueryTokens(const Problem& p) { return p.cu_seqlens_q ? p.total_q : p.ba
 int64_t KeyTokens(const Problem& p) { return p.cu_seqlens_k ? p.total_k : p.batch * p.max_seqlen_k; }
 
 struct Plan {
-  GridShape shape;
+  StridedShape shape;
   int chunk_tiles;
 
   static Plan Of(const Problem& p, const Policy& policy) {
     const Method method = Method::Of(p, policy);
     const Geometry geometry = Geometry::Of(p, policy);
     Plan plan{};
-    GridShape& g = plan.shape;
+    StridedShape& g = plan.shape;
     g.stride = method.stride;
     g.log2_stride = std::countr_zero(static_cast<unsigned>(g.stride));
     g.rows_per_unit = kTileRows / g.stride;
@@ -87,8 +87,8 @@ struct Plan {
   int64_t QueryRows(const Problem& p) const { return shape.q_tiles * p.q_heads * shape.rows_per_unit; }
 };
 
-cudaError_t MakeMaps(const Problem& p, const GridShape& g, const GridScratch& scratch, int64_t q_rows,
-                     GridScoreArgs& args) {
+cudaError_t MakeMaps(const Problem& p, const StridedShape& g, const StridedScratch& scratch, int64_t q_rows,
+                     StridedScoreArgs& args) {
   const TensorMapShape keys{{g.columns, p.kv_heads * g.cell_rows, 1, 1}, {g.pitch, 0, 0}, kKeyTileCells, 1};
   if (cudaError_t e = MakeTensorMap(&args.k_map, scratch.k_cells, p.k.dtype, keys)) return e;
   const TensorMapShape rows{{g.columns, q_rows, 1, 1}, {g.pitch, 0, 0}, g.box_units * g.rows_per_unit, 1};
@@ -110,11 +110,11 @@ cudaError_t MakeMaps(const Problem& p, const GridShape& g, const GridScratch& sc
 
 } // namespace
 
-GridScratch GridScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy) {
+StridedScratch StridedScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy) {
   const Plan plan = Plan::Of(p, policy);
-  const GridShape& g = plan.shape;
+  const StridedShape& g = plan.shape;
   const int64_t parts = int64_t{plan.chunk_tiles} * p.q_heads * g.rows_per_unit * g.key_tiles;
-  GridScratch scratch{};
+  StridedScratch scratch{};
   scratch.k_cells = workspace.Take<uint16_t>(p.kv_heads * g.cell_rows * g.pitch);
   scratch.q_rows = workspace.Take<uint16_t>(plan.QueryRows(p) * g.pitch);
   scratch.sums = workspace.Take<uint16_t>(parts * g.block_pitch);
@@ -122,22 +122,22 @@ GridScratch GridScratch::Take(Workspace& workspace, const Problem& p, const Poli
   return scratch;
 }
 
-const char* GridUnsupported(const Problem& p, const Policy& policy) {
+const char* StridedUnsupported(const Problem& p, const Policy& policy) {
   if (p.head_dim > 256) return "head_dim is above 256, the most that the CUDA kernels do";
   if (Method::Of(p, policy).head_thresholds && p.q_heads > kMaxGridThresholds) {
     return "head_thresholds is given for more than 512 query heads";
   }
-  if (!GridKeeps(DivUp<int64_t>(p.max_seqlen_k, policy.block_size))) {
+  if (!StridedKeeps(DivUp<int64_t>(p.max_seqlen_k, policy.block_size))) {
     return "max_seqlen_k / block_size is too large for the masses of a tile to stay in shared memory: at most 58000";
   }
   return nullptr;
 }
 
-cudaError_t LaunchGrid(const Problem& p, const Policy& policy, const BlockMask& mask, const GridScratch& scratch,
-                       int* zeroed, cudaStream_t stream) {
+cudaError_t LaunchStrided(const Problem& p, const Policy& policy, const BlockMask& mask, const StridedScratch& scratch,
+                          int* zeroed, cudaStream_t stream) {
   const Method method = Method::Of(p, policy);
   const Plan plan = Plan::Of(p, policy);
-  GridArgs grid{};
+  StridedArgs grid{};
   grid.d = DeviceProblem::Of(p);
   grid.rules = TileRules::Of(p, policy);
   grid.shape = plan.shape;
@@ -146,10 +146,10 @@ cudaError_t LaunchGrid(const Problem& p, const Policy& policy, const BlockMask& 
   grid.sums = static_cast<__half*>(scratch.sums);
   grid.stats = static_cast<float2*>(scratch.stats);
 
-  GridScoreArgs score{};
+  StridedScoreArgs score{};
   score.scale_log2 = method.factor * 1.44269504f;
   if (cudaError_t e = MakeMaps(p, plan.shape, scratch, plan.QueryRows(p), score)) return e;
-  GridKeepArgs keep{};
+  StridedKeepArgs keep{};
   keep.forced_first = method.forced_first;
   keep.bits = mask.bits;
   keep.counts = mask.counts;
@@ -162,12 +162,12 @@ cudaError_t LaunchGrid(const Problem& p, const Policy& policy, const BlockMask& 
     grid.first_tile = first;
     grid.tiles = std::min(plan.chunk_tiles, grid.rules.tile_rows - first);
     const bool last = first + grid.tiles == grid.rules.tile_rows;
-    if (cudaError_t e = LaunchGridGather(grid, first == 0, first == 0 || !plan.shape.direct_q, stream)) return e;
+    if (cudaError_t e = LaunchStridedGather(grid, first == 0, first == 0 || !plan.shape.direct_q, stream)) return e;
     score.grid = keep.grid = grid;
-    if (cudaError_t e = LaunchGridScore(score, stream)) return e;
+    if (cudaError_t e = LaunchStridedScore(score, stream)) return e;
     keep.fallback = last ? mask.fallback : nullptr;
     keep.zeroed = last ? zeroed : nullptr;
-    if (cudaError_t e = LaunchGridKeep(keep, stream)) return e;
+    if (cudaError_t e = LaunchStridedKeep(keep, stream)) return e;
   }
   return cudaSuccess;
 }

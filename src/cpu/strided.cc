@@ -1,8 +1,8 @@
-// See grid_select.h. A unit of work is as many lists (a tile of a query head) of one KV head as fill the lanes of a
+// See strided.h. A unit of work is as many lists (a tile of a query head) of one KV head as fill the lanes of a
 // panel: the heads of the group and then neighbouring tiles, which see nearly the same keys. All keys that any of them
 // sees pass by once. What outlives a block of keys is a maximum and a sum for each lane: blocks x 32 x 8 bytes a
 // thread.
-#include "cpu/grid_select.h"
+#include "cpu/strided.h"
 
 #include <algorithm>
 #include <numeric>
@@ -39,17 +39,18 @@ struct Memory {
   size_t bytes;
 };
 
-class GridSelection {
+class StridedSelection {
  public:
-  GridSelection(const GridMethod& method, const Problem& p, const Policy& policy, const Exec& exec, void* workspace)
+  StridedSelection(const StridedMethod& method, const Problem& p, const Policy& policy, const Exec& exec,
+                   void* workspace)
       : method_(method),
         p_(p),
         policy_(policy),
-        kernels_(GridKernelsFor(exec)),
+        kernels_(StridedKernelsFor(exec)),
         g_(Geometry::Of(p, policy)),
         cells_a_tile_(kTileRows / method.stride),
         cells_a_block_(g_.block_size / method.stride),
-        lists_a_unit_(kGridLanes / cells_a_tile_) {
+        lists_a_unit_(kStridedLanes / cells_a_tile_) {
     Plan(exec, workspace);
   }
 
@@ -106,13 +107,13 @@ class GridSelection {
     const int64_t blocks = DivUp<int64_t>(p_.max_seqlen_k, g_.block_size);
     Workspace parts(base);
     Scratch s{};
-    s.panel = parts.Take<float>(method_.depth * kGridLanes);
+    s.panel = parts.Take<float>(method_.depth * kStridedLanes);
     s.row = parts.Take<float>(p_.head_dim);
     s.cells = parts.Take<float>(method_.cell_means ? 0 : kCellsAtOnce * Pitch());
-    s.largest = parts.Take<float>(blocks * kGridLanes);
-    s.sums = parts.Take<float>(blocks * kGridLanes);
+    s.largest = parts.Take<float>(blocks * kStridedLanes);
+    s.sums = parts.Take<float>(blocks * kStridedLanes);
     s.mass = parts.Take<float>(blocks);
-    s.visible = parts.Take<float>(kGridLanes);
+    s.visible = parts.Take<float>(kStridedLanes);
     s.keys = parts.Take<uint64_t>(blocks);
     if (bytes) *bytes = parts.used();
     return s;
@@ -170,7 +171,7 @@ class GridSelection {
       FillRow(row, g_.words, l.all ? l.tile.visible : 0);
       if (!l.all) {
         const float* lanes = scratch.sums + (list - begin) * cells_a_tile_;
-        for (int64_t block = 0; block < l.tile.visible; ++block, lanes += kGridLanes) {
+        for (int64_t block = 0; block < l.tile.visible; ++block, lanes += kStridedLanes) {
           scratch.mass[block] = block < blocks ? std::accumulate(lanes, lanes + cells_a_tile_, 0.f) : 0.f;
         }
         method_.keep(policy_, l.tile, l.head, scratch.mass, scratch.keys, row);
@@ -182,8 +183,8 @@ class GridSelection {
 
   // Leaves the share of each block in each lane in scratch.sums, and returns how many blocks any lane sees.
   int64_t Score(int b, const Sequence& s, int kv_head, int64_t begin, int64_t end, const Scratch& scratch) const {
-    std::fill_n(scratch.panel, method_.depth * kGridLanes, 0.f);
-    std::fill_n(scratch.visible, kGridLanes, 0.f);
+    std::fill_n(scratch.panel, method_.depth * kStridedLanes, 0.f);
+    std::fill_n(scratch.visible, kStridedLanes, 0.f);
     int64_t most = 0;
     for (int64_t list = begin; list < end; ++list) {
       const List l = ListOf(s, kv_head, list);
@@ -197,10 +198,10 @@ class GridSelection {
     }
     const int64_t blocks = DivUp(most, int64_t{cells_a_block_});
     for (int64_t block = 0; block < blocks; ++block) {
-      float* largest = scratch.largest + block * kGridLanes;
-      float* sums = scratch.sums + block * kGridLanes;
-      std::fill_n(largest, kGridLanes, kNothing);
-      std::fill_n(sums, kGridLanes, 0.f);
+      float* largest = scratch.largest + block * kStridedLanes;
+      float* sums = scratch.sums + block * kStridedLanes;
+      std::fill_n(largest, kStridedLanes, kNothing);
+      std::fill_n(sums, kStridedLanes, 0.f);
       const int64_t first = block * cells_a_block_, last = std::min(first + cells_a_block_, most);
       if (method_.cell_means) {
         kernels_.score(scratch.panel, MeansOf(b, kv_head) + first * method_.depth, method_.depth, method_.depth, first,
@@ -222,10 +223,10 @@ class GridSelection {
     return blocks;
   }
 
-  const GridMethod& method_;
+  const StridedMethod& method_;
   const Problem& p_;
   const Policy& policy_;
-  const GridKernels& kernels_;
+  const StridedKernels& kernels_;
   const Geometry g_;
   const int cells_a_tile_, cells_a_block_, lists_a_unit_;
   Memory memory_{};
@@ -233,13 +234,13 @@ class GridSelection {
 
 } // namespace
 
-size_t GridWorkspace(const GridMethod& method, const Problem& p, const Policy& policy, const Exec& exec) {
-  return GridSelection(method, p, policy, exec, nullptr).bytes();
+size_t StridedWorkspace(const StridedMethod& method, const Problem& p, const Policy& policy, const Exec& exec) {
+  return StridedSelection(method, p, policy, exec, nullptr).bytes();
 }
 
-void GridSelect(const GridMethod& method, const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask,
-                void* workspace) {
-  GridSelection(method, p, policy, exec, workspace).Run(mask);
+void StridedSelect(const StridedMethod& method, const Problem& p, const Policy& policy, const Exec& exec,
+                   BlockMask& mask, void* workspace) {
+  StridedSelection(method, p, policy, exec, workspace).Run(mask);
 }
 
 } // namespace flashprefill::cpu

@@ -111,10 +111,10 @@ struct RRAttention : fp_rrattention {
   RRAttention() { Check(fp_policy_init(FP_RRATTENTION, this, sizeof(fp_rrattention))); }
 };
 
-// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, .98) or, after KeepTop, by topk.
+// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, .98) or, after TopK, by topk.
 struct SpargeAttn : fp_sparge_attn {
   SpargeAttn() { Check(fp_policy_init(FP_SPARGE_ATTN, this, sizeof(fp_sparge_attn))); }
-  SpargeAttn& KeepTop(float share_of_blocks) {
+  SpargeAttn& TopK(float share_of_blocks) {
     topk = share_of_blocks;
     cdf = std::numeric_limits<float>::quiet_NaN();
     return *this;

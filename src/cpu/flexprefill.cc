@@ -1,7 +1,7 @@
 // FlexPrefill's choice for one head: see reference/flexprefill.cc for the rules, docs/methods/flexprefill.md for why.
 #include <cmath>
 
-#include "cpu/crossing.h"
+#include "cpu/radix_threshold.h"
 #include "cpu/vertical_slash.h"
 
 namespace flashprefill::cpu {
@@ -44,7 +44,7 @@ class FlexPrefill {
     const int64_t n = call_.s.k_len, blocks = call_.blocks();
     int64_t tokens = n;
     if (policy_.gamma < 1) {
-      const Crossing crossing = FindCrossing(policy_.gamma, [&](const auto& visit) {
+      const RadixThreshold crossing = FindRadixThreshold(policy_.gamma, [&](const auto& visit) {
         for (int64_t i = 0; i < n; ++i) visit(sums[i]);
       });
       tokens = (crossing.crosses ? crossing.count() : n) + 1;
@@ -133,10 +133,10 @@ class FlexPrefill {
         });
       }
     };
-    Crossing crossing{false, 0, 0, 0};
+    RadixThreshold crossing{false, 0, 0, 0};
     if (policy_.gamma < 1) {
-      crossing = FindCrossing(double{policy_.gamma} * static_cast<double>(n),
-                              [&](const auto& visit) { for_map([&](int64_t, int64_t, float x) { visit(x); }); });
+      crossing = FindRadixThreshold(double{policy_.gamma} * static_cast<double>(n),
+                                    [&](const auto& visit) { for_map([&](int64_t, int64_t, float x) { visit(x); }); });
     }
     // Equal ones go by row, then by block. They are rare, and a row's own come by block.
     int32_t* left = t_.query_left;

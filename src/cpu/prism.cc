@@ -79,7 +79,7 @@ class PrismSelection {
     pooled_.Score(item, scratch.row, scratch, [](int64_t) { return true; });
     const int64_t words = pooled_.plan().g.words;
     FillRow(scratch.picked, words, 0);
-    KeepUntil(scratch.energies, item.tile.visible, policy_.mass, scratch.keys, scratch.picked);
+    TopP(scratch.energies, item.tile.visible, policy_.mass, scratch.keys, scratch.picked);
     for (int64_t w = 0; w < words; ++w) row[w] |= scratch.picked[w];
   }
 

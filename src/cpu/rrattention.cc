@@ -17,7 +17,7 @@ int64_t FillLane(const Problem& p, const Policy& policy, const StridedKernels& k
 }
 
 void Keep(const Policy& policy, const Tile& tile, int head, const float* mass, uint64_t* keys, uint64_t* row) {
-  KeepUntil(mass, tile.visible, reinterpret_cast<const fp_rrattention&>(policy).threshold, keys, row);
+  TopP(mass, tile.visible, reinterpret_cast<const fp_rrattention&>(policy).threshold, keys, row);
 }
 
 StridedMethod MethodOf(const Problem& p, const Policy& policy) {

@@ -158,7 +158,7 @@ class SampleSelection {
       for (int64_t i = 0; i < blocks; ++i) scratch.total[i] += sums[i];
     }
     FillRow(bits, g_.words, 0);
-    KeepUntil(scratch.total, blocks, policy_.coverage, scratch.ranks, bits);
+    TopP(scratch.total, blocks, policy_.coverage, scratch.ranks, bits);
   }
 
   void SelectHead(int b, int head, const Scratch& scratch, BlockMask& mask) const {

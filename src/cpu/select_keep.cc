@@ -73,7 +73,7 @@ void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored,
   }
 }
 
-void KeepUntil(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* row) {
+void TopP(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* row) {
   double sum = 0;
   int64_t ranked = 0;
   for (int64_t b = 0; b < n; ++b) {
@@ -93,7 +93,7 @@ void KeepUntil(const float* mass, int64_t n, float share, uint64_t* keys, uint64
   }
 }
 
-void KeepWithin(const float* energies, int64_t n, float share, uint64_t* keys, uint64_t* row) {
+void TopPExclusive(const float* energies, int64_t n, float share, uint64_t* keys, uint64_t* row) {
   const int64_t ranked = Rank(energies, n, keys);
   double total = 0, sum = 0;
   for (int64_t i = 0; i < ranked; ++i) total += EnergyOf(keys[i]);
@@ -104,7 +104,7 @@ void KeepWithin(const float* energies, int64_t n, float share, uint64_t* keys, u
   }
 }
 
-void KeepTop(const float* energies, int64_t n, int64_t count, uint64_t* keys, uint64_t* row) {
+void TopK(const float* energies, int64_t n, int64_t count, uint64_t* keys, uint64_t* row) {
   const int64_t ranked = Rank(energies, n, keys);
   for (int64_t i = 0; i < std::min(ranked, count); ++i) SetBit(row, BlockOf(keys[i]));
 }

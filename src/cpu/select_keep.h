@@ -14,16 +14,16 @@ void KeepByEnergy(const SelectPlan& plan, const float* energies, int64_t scored,
 
 // Sets the bits of more blocks among [0, n), by descending mass, until those that are set hold this share of all mass:
 // the block that crosses it is set too. keys: scratch memory of n words.
-void KeepUntil(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* row);
+void TopP(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* row);
 
 // An energy of a block that the next two leave out of their ranking.
 constexpr float kUnranked = -1;
 
 // Sets the bits of the top blocks whose energies sum up to at most this share of all, and of the first one anyway.
-void KeepWithin(const float* energies, int64_t n, float share, uint64_t* keys, uint64_t* row);
+void TopPExclusive(const float* energies, int64_t n, float share, uint64_t* keys, uint64_t* row);
 
 // Sets the bits of the top `count` blocks.
-void KeepTop(const float* energies, int64_t n, int64_t count, uint64_t* keys, uint64_t* row);
+void TopK(const float* energies, int64_t n, int64_t count, uint64_t* keys, uint64_t* row);
 
 // Sets the bits of forced blocks.
 void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row);

@@ -87,9 +87,9 @@ class SpargeSelection {
       if (!similar[block]) scratch.energies[block] = kUnranked, SetBit(row, block);
     }
     if (std::isnan(policy_.cdf)) {
-      KeepTop(scratch.energies, visible, TopBlocks(policy_, pooled_.plan().g.Blocks(item.s)), scratch.keys, row);
+      TopK(scratch.energies, visible, TopBlocks(policy_, pooled_.plan().g.Blocks(item.s)), scratch.keys, row);
     } else {
-      KeepWithin(scratch.energies, visible, policy_.cdf, scratch.keys, row);
+      TopPExclusive(scratch.energies, visible, policy_.cdf, scratch.keys, row);
     }
   }
 

@@ -24,7 +24,7 @@ int64_t FillLane(const Problem& p, const Policy& policy, const StridedKernels& k
 void Keep(const Policy& policy, const Tile& tile, int head, const float* mass, uint64_t* keys, uint64_t* row) {
   const auto& x = reinterpret_cast<const fp_xattention&>(policy);
   KeepForced(policy, tile, row);
-  KeepUntil(mass, tile.visible, x.head_count > 0 ? x.head_thresholds[head] : x.threshold, keys, row);
+  TopP(mass, tile.visible, x.head_count > 0 ? x.head_thresholds[head] : x.threshold, keys, row);
 }
 
 StridedMethod MethodOf(const Problem& p, const Policy& policy) {

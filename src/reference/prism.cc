@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "core/rotary_bands.h"
-#include "reference/shares.h"
+#include "reference/top_p.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -29,7 +29,7 @@ class Prism : public HeadSelector {
       for (int d = 0; d < head_.problem.head_dim; ++d) in[d] = high ? bands_.InHigh(d) : bands_.InLow(d);
       const std::vector<double> mass = BandMass(tile, q, in);
       if (mass.empty()) continue;
-      verdict = Union(verdict, KeepUntil(mass, policy_.mass, {}, ScoreTolerance(head_.problem)));
+      verdict = Union(verdict, TopP(mass, policy_.mass, {}, ScoreTolerance(head_.problem)));
       for (size_t b = 0; b < mass.size(); ++b) choice.energy[b] += mass[b];
     }
     choice.kept = std::move(verdict.kept);

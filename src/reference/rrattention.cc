@@ -1,7 +1,7 @@
 // RRAttention (arXiv 2602.05853): one query of each cell against the means of cells of keys. Which one moves on from
 // head to head, so that together the heads look at all of them.
-#include "reference/shares.h"
 #include "reference/strided.h"
+#include "reference/top_p.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -26,7 +26,7 @@ class RRAttention : public HeadSelector {
     choice.energy =
         StridedMass(cells_, rows, head_.problem.softmax_scale, head_.geometry.block_size / stride, tile.visible);
     choice.scored.assign(choice.energy.size(), 1);
-    Verdict verdict = KeepUntil(choice.energy, policy_.threshold, {}, ScoreTolerance(head_.problem));
+    Verdict verdict = TopP(choice.energy, policy_.threshold, {}, ScoreTolerance(head_.problem));
     choice.kept = std::move(verdict.kept);
     choice.open = std::move(verdict.open);
     return choice;

@@ -1,8 +1,8 @@
 // SampleAttention (arXiv 2406.15486): sampled rows attend to all their keys; their mass by key block and by distance in
 // blocks says which columns and which diagonals the head needs.
 #include "core/row_sample.h"
-#include "reference/shares.h"
 #include "reference/strided.h"
+#include "reference/top_p.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -28,8 +28,8 @@ class SampleAttention : public HeadSelector {
         }
       }
     }
-    columns_ = KeepUntil(columns, policy_.coverage, {}, ScoreTolerance(head.problem));
-    diagonals_ = KeepUntil(diagonals, policy_.coverage, {}, ScoreTolerance(head.problem));
+    columns_ = TopP(columns, policy_.coverage, {}, ScoreTolerance(head.problem));
+    diagonals_ = TopP(diagonals, policy_.coverage, {}, ScoreTolerance(head.problem));
     mass_ = std::move(columns);
   }
 

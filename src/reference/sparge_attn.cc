@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "core/policies.h"
-#include "reference/shares.h"
+#include "reference/top_p.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -75,8 +75,8 @@ class SpargeAttn : public HeadSelector {
       if (choice.scored[b]) ranked.push_back(b), mass.push_back(choice.energy[b]);
     }
     const int64_t blocks = head_.geometry.Blocks(head_.sequence);
-    const Verdict verdict = std::isnan(policy_.cdf) ? KeepTop(mass, TopBlocks(policy_, blocks), tolerance)
-                                                    : KeepWithin(mass, policy_.cdf, tolerance);
+    const Verdict verdict = std::isnan(policy_.cdf) ? TopK(mass, TopBlocks(policy_, blocks), tolerance)
+                                                    : TopPExclusive(mass, policy_.cdf, tolerance);
     for (size_t i = 0; i < ranked.size(); ++i) {
       choice.kept[ranked[i]] = verdict.kept[i];
       choice.open[ranked[i]] = verdict.open[i];

@@ -1,7 +1,7 @@
 // XAttention (arXiv 2503.16428): a pair of cells is scored by its anti-diagonal, so that every query and every key of
 // the two is looked at once, and every line through them, vertical or slash, is crossed.
-#include "reference/shares.h"
 #include "reference/strided.h"
+#include "reference/top_p.h"
 
 namespace flashprefill::reference {
 namespace {
@@ -33,7 +33,7 @@ class XAttention : public HeadSelector {
     std::vector<uint8_t> forced;
     for (int64_t b = 0; b < tile.visible; ++b) forced.push_back(IsForced(head_.policy, tile, b));
     const double share = policy_.head_count > 0 ? policy_.head_thresholds[head_.first_head] : policy_.threshold;
-    Verdict verdict = KeepUntil(choice.energy, share, forced, ScoreTolerance(head_.problem));
+    Verdict verdict = TopP(choice.energy, share, forced, ScoreTolerance(head_.problem));
     choice.kept = std::move(verdict.kept);
     choice.open = std::move(verdict.open);
     return choice;

@@ -48,7 +48,7 @@ TEST(CppApi, PublishedDefaults) {
   EXPECT_EQ(fp::XAttention().stride, 16);
   EXPECT_FLOAT_EQ(fp::RRAttention().threshold, 0.95f);
   EXPECT_FLOAT_EQ(fp::SpargeAttn().cdf, 0.98f);
-  EXPECT_TRUE(std::isnan(fp::SpargeAttn().KeepTop(0.5f).cdf));
+  EXPECT_TRUE(std::isnan(fp::SpargeAttn().TopK(0.5f).cdf));
   EXPECT_EQ(fp::Prism().common.window_blocks, 2);
   EXPECT_FLOAT_EQ(fp::SampleAttention().sample_ratio, 0.05f);
 }

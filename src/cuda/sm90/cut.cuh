@@ -7,7 +7,7 @@
 
 namespace flashprefill::cuda {
 
-constexpr int kCutBins = 256; // words of shared memory that FindMassCut wants
+constexpr int kCutBins = 256; // words of shared memory that FindMassThreshold wants
 
 __device__ inline float WarpSum(float x) {
 #pragma unroll
@@ -42,7 +42,8 @@ struct Cut {
 // what v and the smaller ones sum to. The interval in which the set's smallest member lies is cut in four at each pass
 // over the values, first where masses lie. value_of(b) is block b's.
 template <typename Value>
-__device__ inline Cut FindCut(Value&& value_of, int count, float largest, bool by_mass, float target, float gain = 0) {
+__device__ inline Cut FindThreshold(Value&& value_of, int count, float largest, bool by_mass, float target,
+                                    float gain = 0) {
   const int lane = threadIdx.x % 32;
   float sum[3];
   int number[3];
@@ -135,8 +136,8 @@ __device__ inline Cut FindCut(Value&& value_of, int count, float largest, bool b
 // again, 256 times finer. `bins` are this warp's. False if the target lies 16 octaves below the largest energy, where
 // masses are too small for that.
 template <typename Energy>
-__device__ inline bool FindMassCut(Energy&& energy_of, int count, float least, float largest, float mass,
-                                   uint32_t* bins, Cut& cut) {
+__device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float least, float largest, float mass,
+                                         uint32_t* bins, Cut& cut) {
   const int lane = threadIdx.x % 32;
   const float unit = static_cast<float>(__clz(count)); // count < 2^(32 - clz), and no mass is above 2^clz
   auto mass_of = [&](float below) { return __float2uint_rn(Exp2(unit - below)); };

@@ -24,7 +24,8 @@ struct MaskRow {
   int window_begin; // and blocks [window_begin, visible)
 };
 
-// Up to this share of the mass FindMassCut's units are fine enough: 4096 blocks lose a thousandth of the largest mass.
+// Up to this share of the mass FindMassThreshold's units are fine enough: 4096 blocks lose a thousandth of the largest
+// mass.
 constexpr float kBinnedMass = 0.99f;
 
 // Writes a row of `half_words` 32-bit words and returns the number of bits set. energies: base-2 logarithms in shared
@@ -61,7 +62,7 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
   // What is compared: energies, or masses.
   bool masses = to_mass && scored > 0;
   if (masses && bins && !by_gain && rule.mass <= kBinnedMass && largest > -INFINITY) {
-    masses = !FindMassCut(energy_of, scored, -WarpMax(-smallest), largest, rule.mass, bins, cuts[0]);
+    masses = !FindMassThreshold(energy_of, scored, -WarpMax(-smallest), largest, rule.mass, bins, cuts[0]);
   }
   // A tile whose scores are all -inf has no mass: then its first block is the crossing one.
   const float base = largest == -INFINITY ? 0.f : largest;
@@ -79,8 +80,8 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
   for (int which = 0; which < 2 && scored > 0; ++which) {
     if (which == 0 ? masses : rule.min_blocks > 0) {
       const float least_number = static_cast<float>(min(rule.min_blocks, scored));
-      cuts[which] = FindCut(value_of, scored, largest, which == 0, which == 0 ? rule.mass : least_number,
-                            which == 0 ? rule.gain : 0.f);
+      cuts[which] = FindThreshold(value_of, scored, largest, which == 0, which == 0 ? rule.mass : least_number,
+                                  which == 0 ? rule.gain : 0.f);
     }
   }
 

@@ -113,7 +113,7 @@ __device__ void AddUpSlice(ChoiceShared& shared) {
 // Of values [first, n), those that sum to at most `limit`, or number as many, largest first. This CTA looks at those in
 // [begin, end).
 template <int RANKS, typename Value>
-__device__ void FindCut(ChoiceShared& shared, int begin, int end, bool by_number, double limit, Value&& value) {
+__device__ void FindThreshold(ChoiceShared& shared, int begin, int end, bool by_number, double limit, Value&& value) {
   if (threadIdx.x == 0) shared.cut = RadixCut::Start();
   for (int level = 0; level < kRadixLevels; ++level) {
     for (int i = threadIdx.x; i < kRadixBins; i += kThreads) {
@@ -173,7 +173,7 @@ template <int RANKS, typename Value>
 __device__ void WriteLargest(ChoiceShared& shared, int n, int forced, int count, uint32_t* bits, Value&& value) {
   const int others = max(0, count - forced), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Part part(n, Ranks<RANKS>::Own(), RANKS);
-  FindCut<RANKS>(shared, max(part.begin, forced), part.end, true, others, value);
+  FindThreshold<RANKS>(shared, max(part.begin, forced), part.end, true, others, value);
   const RadixCut cut = shared.cut;
   auto is_tie = [&](int i) { return i >= forced && RadixOrder(value(i)) == cut.prefix; };
   int ties = cut.crosses ? static_cast<int>(cut.Equal(others, true)) : 0;
@@ -261,7 +261,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
   int tokens = n;
   if (args.gamma < 1) {
     const Part part(n, rank, RANKS);
-    FindCut<RANKS>(shared, part.begin, part.end, false, args.gamma, value);
+    FindThreshold<RANKS>(shared, part.begin, part.end, false, args.gamma, value);
     const RadixCut& cut = shared.cut;
     tokens = (cut.crosses ? static_cast<int>(cut.above + cut.Equal(args.gamma, false)) : n) + 1;
   }

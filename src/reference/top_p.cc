@@ -1,6 +1,6 @@
-// See shares.h. An answer is open unless it holds whichever of the items that are nearly alike come first, and with
+// See top_p.h. An answer is open unless it holds whichever of the items that are nearly alike come first, and with
 // sums a little larger or smaller.
-#include "reference/shares.h"
+#include "reference/top_p.h"
 
 #include <algorithm>
 #include <functional>
@@ -42,7 +42,7 @@ Verdict Nothing(size_t n) { return {std::vector<uint8_t>(n), std::vector<uint8_t
 
 } // namespace
 
-Verdict KeepUntil(const std::vector<double>& mass, double share, const std::vector<uint8_t>& first, double tolerance) {
+Verdict TopP(const std::vector<double>& mass, double share, const std::vector<uint8_t>& first, double tolerance) {
   Verdict verdict = Nothing(mass.size());
   double first_sum = 0;
   for (size_t i = 0; i < first.size(); ++i) {
@@ -64,7 +64,7 @@ Verdict KeepUntil(const std::vector<double>& mass, double share, const std::vect
   return verdict;
 }
 
-Verdict KeepWithin(const std::vector<double>& mass, double share, double tolerance) {
+Verdict TopPExclusive(const std::vector<double>& mass, double share, double tolerance) {
   Verdict verdict = Nothing(mass.size());
   const std::vector<size_t> order = ByMass(mass, {});
   double total = 0, sum = 0;
@@ -84,7 +84,7 @@ Verdict KeepWithin(const std::vector<double>& mass, double share, double toleran
   return verdict;
 }
 
-Verdict KeepTop(const std::vector<double>& mass, int64_t count, double tolerance) {
+Verdict TopK(const std::vector<double>& mass, int64_t count, double tolerance) {
   Verdict verdict = Nothing(mass.size());
   const std::vector<size_t> order = ByMass(mass, {});
   for (size_t i = 0; i < order.size() && static_cast<int64_t>(i) < count; ++i) verdict.kept[order[i]] = 1;

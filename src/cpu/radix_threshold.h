@@ -1,8 +1,8 @@
 // The largest values of a set whose sum stays at or below a limit, found without sorting them: a radix select that
 // weighs digits by what they sum to. Values are not negative, so their bits order as they do. Three passes look at 11,
 // 11 and 10 bits; a pass may compute the values afresh, so that nothing of the set's size is ever stored.
-#ifndef FLASHPREFILL_CPU_CROSSING_H_
-#define FLASHPREFILL_CPU_CROSSING_H_
+#ifndef FLASHPREFILL_CPU_RADIX_THRESHOLD_H_
+#define FLASHPREFILL_CPU_RADIX_THRESHOLD_H_
 
 #include <bit>
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace flashprefill::cpu {
 
 // In falling order, the values above `value` are in, and the first `equal` of those that equal it: the next one would
 // pass the limit. Without a crossing all are in.
-struct Crossing {
+struct RadixThreshold {
   bool crosses;
   float value;
   int64_t above; // how many values are above it
@@ -22,7 +22,7 @@ struct Crossing {
 
 // each(visit) calls visit(x) for every value, in whatever order, but the same in each pass.
 template <typename Each>
-Crossing FindCrossing(double limit, const Each& each) {
+RadixThreshold FindRadixThreshold(double limit, const Each& each) {
   constexpr int kShift[3] = {21, 10, 0};
   constexpr int kBits[3] = {11, 11, 10};
   uint32_t prefix = 0; // of the crossing value: its higher digits
@@ -63,4 +63,4 @@ Crossing FindCrossing(double limit, const Each& each) {
 
 } // namespace flashprefill::cpu
 
-#endif // FLASHPREFILL_CPU_CROSSING_H_
+#endif // FLASHPREFILL_CPU_RADIX_THRESHOLD_H_

@@ -6,7 +6,7 @@ flashprefill_add_backend(Cpu SOURCES backend.cc targets.cc
                          select.cc select_keep.cc select_kernels.cc
                          select_vertical_slash.cc vertical_slash.cc vertical_slash_kernels.cc flexprefill.cc minference.cc
                          strided.cc strided_kernels.cc xattention.cc rrattention.cc sample_attention.cc
-                         alike_kernels.cc sparge_attn.cc prism.cc)
+                         similarity_kernels.cc sparge_attn.cc prism.cc)
 
 # Files of intrinsics with flags of their own, called behind CPUID: see the head of attend_bf16.cc.
 include(CheckCXXCompilerFlag)

@@ -2,9 +2,9 @@
 // mean over the sequence, and once for how much the keys of a block, less that mean, are alike. Scores need no such
 // mean: it would add the same to all scores of a row.
 #include "core/policies.h"
-#include "cpu/alike_kernels.h"
 #include "cpu/policies.h"
 #include "cpu/pooled.h"
+#include "cpu/similarity_kernels.h"
 #include "cpu/strided_kernels.h"
 
 namespace flashprefill::cpu {
@@ -16,7 +16,7 @@ class SpargeSelection {
       : p_(p),
         policy_(reinterpret_cast<const fp_sparge_attn&>(policy)),
         rows_(StridedKernelsFor(exec)),
-        kernels_(AlikeKernelsFor(exec)),
+        kernels_(SimilarityKernelsFor(exec)),
         parts_(workspace),
         pooled_(p, policy, exec, int64_t{std::max(policy.block_size, kTileRows) + 2} * p.head_dim, parts_),
         sums_(parts_.Take<float>(pooled_.blocks() * p.kv_heads * p.head_dim)),
@@ -96,7 +96,7 @@ class SpargeSelection {
   const Problem& p_;
   const fp_sparge_attn& policy_;
   const StridedKernels& rows_;
-  const AlikeKernels& kernels_;
+  const SimilarityKernels& kernels_;
   Workspace parts_;
   Pooled pooled_;
   float* sums_;      // [blocks of all sequences][kv_heads][head_dim]

@@ -1,12 +1,12 @@
 // SpargeAttn's question whether the tokens of a block are alike, one table of functions for each instruction set.
-#ifndef FLASHPREFILL_CPU_ALIKE_KERNELS_H_
-#define FLASHPREFILL_CPU_ALIKE_KERNELS_H_
+#ifndef FLASHPREFILL_CPU_SIMILARITY_KERNELS_H_
+#define FLASHPREFILL_CPU_SIMILARITY_KERNELS_H_
 
 #include "core/types.h"
 
 namespace flashprefill::cpu {
 
-struct AlikeKernels {
+struct SimilarityKernels {
   // sum [d] += the rows [n][d].
   void (*add_rows)(const float* rows, int64_t n, int64_t d, float* sum);
   // The mean cosine of all pairs of the n rows less `center` [d], which is the squared length of the mean of their unit
@@ -14,8 +14,8 @@ struct AlikeKernels {
   float (*similarity)(const float* rows, int64_t n, int64_t d, const float* center, float* sum);
 };
 
-const AlikeKernels& AlikeKernelsFor(const Exec& exec);
+const SimilarityKernels& SimilarityKernelsFor(const Exec& exec);
 
 } // namespace flashprefill::cpu
 
-#endif // FLASHPREFILL_CPU_ALIKE_KERNELS_H_
+#endif // FLASHPREFILL_CPU_SIMILARITY_KERNELS_H_

@@ -4,12 +4,12 @@
 // foreach_target.h reads all that follows it again for each target, so it comes before everything per-target.
 // clang-format off
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/alike_kernels.cc"
+#define HWY_TARGET_INCLUDE "cpu/similarity_kernels.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 // clang-format on
-#include "cpu/alike_kernels.h"
 #include "cpu/select_rows.h"
+#include "cpu/similarity_kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace flashprefill::cpu::HWY_NAMESPACE {
@@ -52,7 +52,7 @@ float Similarity(const float* rows, int64_t n, int64_t d, const float* center, f
 
 } // namespace
 
-constexpr AlikeKernels kAlikeKernels = {AddRows, Similarity};
+constexpr SimilarityKernels kSimilarityKernels = {AddRows, Similarity};
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -60,9 +60,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace flashprefill::cpu {
 
-const AlikeKernels& AlikeKernelsFor(const Exec& exec) {
+const SimilarityKernels& SimilarityKernelsFor(const Exec& exec) {
   const Isa isa = IsaOf(exec);
-  return *FLASHPREFILL_KERNELS_FOR(isa, kAlikeKernels);
+  return *FLASHPREFILL_KERNELS_FOR(isa, kSimilarityKernels);
 }
 
 } // namespace flashprefill::cpu

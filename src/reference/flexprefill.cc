@@ -66,22 +66,22 @@ class FlexSelector : public HeadSelector {
     }
     const double distance = JensenShannonDistance(Foretold(), by_column_), tolerance = ScoreTolerance(head.problem);
     query_aware_ = distance < policy_.tau;
-    pattern_open_ = std::abs(distance - policy_.tau) <= tolerance && policy_.tau > 0;
+    pattern_near_tie_ = std::abs(distance - policy_.tau) <= tolerance && policy_.tau > 0;
 
     const int64_t least = std::max<int64_t>(1, DivUp<int64_t>(policy_.min_budget, Size()));
     const auto lines_of = [&](std::vector<double> blocks, const Count& count) {
       blocks[0] = kInfinity;
       return Largest(blocks, count, kTokenTolerance);
     };
-    if (!query_aware_ || pattern_open_) {
+    if (!query_aware_ || pattern_near_tie_) {
       patterns_.push_back({lines_of(by_column_, Budget(sums.column, least)),
                            lines_of(by_distance, Budget(sums.diagonal, least)), Chosen(0)});
     }
-    if (query_aware_ || pattern_open_) {
+    if (query_aware_ || pattern_near_tie_) {
       const Count fixed{least, least, least};
       patterns_.push_back({lines_of(by_column_, fixed), lines_of(by_distance, fixed), QueryAware(tolerance)});
     }
-    if (query_aware_ && pattern_open_) std::swap(patterns_[0], patterns_[1]); // what is kept comes first
+    if (query_aware_ && pattern_near_tie_) std::swap(patterns_[0], patterns_[1]); // what is kept comes first
   }
 
   TileChoice Choose(const Tile& tile) const override {
@@ -89,7 +89,7 @@ class FlexSelector : public HeadSelector {
     choice.energy.assign(by_column_.begin(), by_column_.begin() + tile.visible);
     choice.scored.assign(static_cast<size_t>(tile.visible), 1);
     choice.kept.resize(static_cast<size_t>(tile.visible));
-    choice.open.resize(static_cast<size_t>(tile.visible));
+    choice.near_tie.resize(static_cast<size_t>(tile.visible));
     for (int64_t b = 0; b < tile.visible; ++b) {
       choice.kept[b] = Keeps(patterns_[0], &Chosen::kept, tile, b);
       bool least = true, most = false;
@@ -97,7 +97,7 @@ class FlexSelector : public HeadSelector {
         least &= Keeps(pattern, &Chosen::least, tile, b);
         most |= Keeps(pattern, &Chosen::most, tile, b);
       }
-      choice.open[b] = most && !least;
+      choice.near_tie[b] = most && !least;
     }
     return choice;
   }
@@ -192,7 +192,7 @@ class FlexSelector : public HeadSelector {
   int64_t blocks_;
   Matrix key_means_;
   std::vector<double> by_column_;
-  bool query_aware_ = false, pattern_open_ = false;
+  bool query_aware_ = false, pattern_near_tie_ = false;
   std::vector<Pattern> patterns_; // of the pattern; and of the other one where the test is too close to call
 };
 

@@ -34,10 +34,10 @@ class VerticalSlash : public HeadSelector {
     choice.scored.assign(static_cast<size_t>(tile.visible), 1);
     const bool in_blocks = reinterpret_cast<const fp_minference&>(head_.policy).rounding == FP_ROUND_BLOCKS;
     choice.kept.resize(in_blocks ? 0 : static_cast<size_t>(tile.visible));
-    choice.open.resize(choice.kept.size());
+    choice.near_tie.resize(choice.kept.size());
     for (int64_t b = 0; in_blocks && b < tile.visible; ++b) {
       choice.kept.push_back(Keeps(&Chosen::kept, tile, b));
-      choice.open.push_back(Keeps(&Chosen::most, tile, b) && !Keeps(&Chosen::least, tile, b));
+      choice.near_tie.push_back(Keeps(&Chosen::most, tile, b) && !Keeps(&Chosen::least, tile, b));
     }
     return choice;
   }
@@ -86,7 +86,7 @@ class AShape : public HeadSelector {
     TileChoice choice;
     choice.energy.resize(static_cast<size_t>(tile.visible));
     choice.scored.assign(static_cast<size_t>(tile.visible), 1);
-    choice.open.resize(static_cast<size_t>(tile.visible));
+    choice.near_tie.resize(static_cast<size_t>(tile.visible));
     const int64_t size = head_.geometry.block_size, position = head_.sequence.prefix + tile.begin;
     for (int64_t b = 0; b < tile.visible; ++b) {
       choice.kept.push_back(b * size < first_ || (b + 1) * size > position - nearest_ + 1);
@@ -119,7 +119,7 @@ class BlockSparse : public HeadSelector {
     choice.energy.resize(static_cast<size_t>(tile.visible));
     choice.scored.assign(static_cast<size_t>(tile.visible), 1);
     choice.kept.resize(static_cast<size_t>(tile.visible));
-    choice.open.resize(static_cast<size_t>(tile.visible));
+    choice.near_tie.resize(static_cast<size_t>(tile.visible));
     const QueryBlocks rows(head_.geometry, tile);
     for (int64_t b = 0; b < tile.visible; ++b) {
       bool least = false, most = false;
@@ -128,7 +128,7 @@ class BlockSparse : public HeadSelector {
         least |= rows_[r].least[b];
         most |= rows_[r].most[b];
       }
-      choice.open[b] = most && !least;
+      choice.near_tie[b] = most && !least;
     }
     return choice;
   }

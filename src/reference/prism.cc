@@ -33,7 +33,7 @@ class Prism : public HeadSelector {
       for (size_t b = 0; b < mass.size(); ++b) choice.energy[b] += mass[b];
     }
     choice.kept = std::move(verdict.kept);
-    choice.open = std::move(verdict.open);
+    choice.near_tie = std::move(verdict.near_tie);
     return choice;
   }
 

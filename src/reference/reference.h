@@ -59,7 +59,7 @@ struct TileChoice {
   std::vector<uint8_t> scored; // some row of the tile sees the block, as far as scoring goes
   std::vector<uint8_t> kept;
   KeepRule rule;
-  std::vector<uint8_t> open; // of policies that don't decide by the tile's energies: whether `kept` is near a tie
+  std::vector<uint8_t> near_tie; // of policies that don't decide by the tile's energies: whether `kept` is near a tie
 };
 
 // All that a policy may look at when it selects for one mask head of one sequence. V is not there.
@@ -97,9 +97,9 @@ std::vector<int64_t> Ranking(const TileChoice& choice);
 // Sets choice.kept from energy, scored and rule.
 void ApplyRule(TileChoice& choice);
 
-// Select, with a look inside for tests: `look` is called for each tile that was scored.
-using Look = std::function<void(const Sequence& s, int64_t mask_head, int64_t m, const TileChoice& choice)>;
-void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look& look = nullptr);
+// Select, with a look inside for tests: `observer` is called for each tile that was scored.
+using Observer = std::function<void(const Sequence& s, int64_t mask_head, int64_t m, const TileChoice& choice)>;
+void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer = nullptr);
 
 void Attend(const Problem& p, const BlockMask& mask, const Output& output);
 

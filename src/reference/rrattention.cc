@@ -28,7 +28,7 @@ class RRAttention : public HeadSelector {
     choice.scored.assign(choice.energy.size(), 1);
     Verdict verdict = TopP(choice.energy, policy_.threshold, {}, ScoreTolerance(head_.problem));
     choice.kept = std::move(verdict.kept);
-    choice.open = std::move(verdict.open);
+    choice.near_tie = std::move(verdict.near_tie);
     return choice;
   }
 

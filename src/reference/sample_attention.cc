@@ -41,16 +41,16 @@ class SampleAttention : public HeadSelector {
     for (int64_t b = 0; b < tile.visible; ++b) {
       bool sure = b >= window, maybe = false;
       const auto ask = [&](const Verdict& verdict, int64_t item) {
-        sure |= verdict.kept[item] && !verdict.open[item];
+        sure |= verdict.kept[item] && !verdict.near_tie[item];
         maybe |= verdict.kept[item];
-        return verdict.open[item] != 0;
+        return verdict.near_tie[item] != 0;
       };
       bool open = ask(columns_, b);
       for (int64_t own = tile.diagonal; own < tile.visible; ++own) { // of the blocks that the tile's rows lie in
         if (own >= b) open |= ask(diagonals_, own - b);
       }
       choice.kept.push_back(sure || maybe);
-      choice.open.push_back(!sure && open);
+      choice.near_tie.push_back(!sure && open);
     }
     return choice;
   }

@@ -34,7 +34,7 @@ std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
 
 } // namespace
 
-void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look& look) {
+void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer) {
   const Geometry g = Geometry::Of(p, policy);
 
   auto select_head = [&](const Sequence& s, int64_t mask_head, bool everything) {
@@ -68,7 +68,7 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Look&
         choice.kept.resize(tile.visible);
         if (selector) {
           choice = selector->Choose(tile);
-          if (look) look(s, mask_head, m, choice);
+          if (observer) observer(s, mask_head, m, choice);
         }
         for (int64_t b = 0; b < tile.visible; ++b) {
           if (choice.kept[b] || IsForced(policy, tile, b)) SetBit(bits, b);

@@ -47,7 +47,7 @@ class SpargeAttn : public HeadSelector {
     choice.energy.resize(static_cast<size_t>(tile.visible));
     choice.scored.assign(choice.energy.size(), 1);
     choice.kept.assign(choice.energy.size(), 0);
-    choice.open = choice.kept;
+    choice.near_tie = choice.kept;
 
     bool doubtful = false; // whether a block is alike: then every score of the tile is in doubt
     const auto alike = [&](double similarity) {
@@ -79,11 +79,11 @@ class SpargeAttn : public HeadSelector {
                                                     : TopPExclusive(mass, policy_.cdf, tolerance);
     for (size_t i = 0; i < ranked.size(); ++i) {
       choice.kept[ranked[i]] = verdict.kept[i];
-      choice.open[ranked[i]] = verdict.open[i];
+      choice.near_tie[ranked[i]] = verdict.near_tie[i];
     }
     for (int64_t b = 0; b < tile.visible; ++b) {
-      if (dense || !choice.scored[b]) choice.kept[b] = 1, choice.open[b] = 0;
-      if (doubtful) choice.open[b] = 1;
+      if (dense || !choice.scored[b]) choice.kept[b] = 1, choice.near_tie[b] = 0;
+      if (doubtful) choice.near_tie[b] = 1;
     }
     return choice;
   }

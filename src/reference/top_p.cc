@@ -24,9 +24,9 @@ struct Before {
 };
 
 // open[i] unless surely_in or surely_out of what comes before it.
-void MarkOpen(const std::vector<double>& mass, const std::vector<size_t>& order, double tolerance,
-              const std::function<bool(size_t, const Before&)>& surely_in,
-              const std::function<bool(size_t, const Before&)>& surely_out, Verdict& verdict) {
+void MarkNearTies(const std::vector<double>& mass, const std::vector<size_t>& order, double tolerance,
+                  const std::function<bool(size_t, const Before&)>& surely_in,
+                  const std::function<bool(size_t, const Before&)>& surely_out, Verdict& verdict) {
   for (const size_t i : order) {
     Before before;
     for (const size_t other : order) {
@@ -34,7 +34,7 @@ void MarkOpen(const std::vector<double>& mass, const std::vector<size_t>& order,
       if (mass[other] > mass[i] * (1 + tolerance)) before.surely_sum += mass[other], ++before.surely;
       if (mass[other] >= mass[i] * (1 - tolerance)) before.perhaps_sum += mass[other], ++before.perhaps;
     }
-    verdict.open[i] = !surely_in(i, before) && !surely_out(i, before);
+    verdict.near_tie[i] = !surely_in(i, before) && !surely_out(i, before);
   }
 }
 
@@ -57,7 +57,7 @@ Verdict TopP(const std::vector<double>& mass, double share, const std::vector<ui
     verdict.kept[i] = 1;
     sum += mass[i];
   }
-  MarkOpen(
+  MarkNearTies(
       mass, order, tolerance,
       [&](size_t, const Before& b) { return first_sum + b.perhaps_sum < (share - tolerance) * total; },
       [&](size_t, const Before& b) { return first_sum + b.surely_sum >= (share + tolerance) * total; }, verdict);
@@ -74,7 +74,7 @@ Verdict TopPExclusive(const std::vector<double>& mass, double share, double tole
     if (sum > share * total && i != order.front()) break;
     verdict.kept[i] = 1;
   }
-  MarkOpen(
+  MarkNearTies(
       mass, order, tolerance,
       [&](size_t i, const Before& b) {
         return b.perhaps == 0 || b.perhaps_sum + mass[i] <= (share - tolerance) * total;
@@ -88,7 +88,7 @@ Verdict TopK(const std::vector<double>& mass, int64_t count, double tolerance) {
   Verdict verdict = Nothing(mass.size());
   const std::vector<size_t> order = ByMass(mass, {});
   for (size_t i = 0; i < order.size() && static_cast<int64_t>(i) < count; ++i) verdict.kept[order[i]] = 1;
-  MarkOpen(
+  MarkNearTies(
       mass, order, tolerance, [&](size_t, const Before& b) { return b.perhaps < count; },
       [&](size_t, const Before& b) { return b.surely >= count; }, verdict);
   return verdict;
@@ -97,9 +97,9 @@ Verdict TopK(const std::vector<double>& mass, int64_t count, double tolerance) {
 Verdict Union(const Verdict& a, const Verdict& b) {
   Verdict both = Nothing(a.kept.size());
   for (size_t i = 0; i < a.kept.size(); ++i) {
-    const bool sure = (a.kept[i] && !a.open[i]) || (b.kept[i] && !b.open[i]);
+    const bool sure = (a.kept[i] && !a.near_tie[i]) || (b.kept[i] && !b.near_tie[i]);
     both.kept[i] = a.kept[i] || b.kept[i];
-    both.open[i] = !sure && (a.open[i] || b.open[i]);
+    both.near_tie[i] = !sure && (a.near_tie[i] || b.near_tie[i]);
   }
   return both;
 }

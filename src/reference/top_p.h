@@ -9,9 +9,9 @@
 
 namespace flashprefill::reference {
 
-// By item. open: near a tie.
+// By item.
 struct Verdict {
-  std::vector<uint8_t> kept, open;
+  std::vector<uint8_t> kept, near_tie;
 };
 
 // The items of `first` (empty: none) are kept and counted first, then the others by descending mass, equal ones by

@@ -35,7 +35,7 @@ class XAttention : public HeadSelector {
     const double share = policy_.head_count > 0 ? policy_.head_thresholds[head_.first_head] : policy_.threshold;
     Verdict verdict = TopP(choice.energy, share, forced, ScoreTolerance(head_.problem));
     choice.kept = std::move(verdict.kept);
-    choice.open = std::move(verdict.open);
+    choice.near_tie = std::move(verdict.near_tie);
     return choice;
   }
 

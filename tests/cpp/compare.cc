@@ -71,7 +71,7 @@ testing::AssertionResult SameBits(const fp_problem& p, const Attended& expected,
 // A block is in for sure if one of the rules takes it even where all that may rank before it does, and out for sure if
 // each rule leaves it even where only those rank before it that must.
 std::vector<uint8_t> Undecided(const reference::TileChoice& choice, double tolerance) {
-  if (!choice.open.empty()) return choice.open;
+  if (!choice.near_tie.empty()) return choice.near_tie;
   const reference::KeepRule& rule = choice.rule;
   const size_t blocks = choice.energy.size();
   double total = 0, largest = 0;

@@ -191,6 +191,7 @@ std::vector<OpCase> LongCases() {
   whole.values = Values::kStructured;
   OpCase chunk = One({512, 4095});
   chunk.group = 2;
+  chunk.values = Values::kStructured;
   chunk.AllDtypes(FP_BF16);
   return Seeded({whole, chunk}, 700);
 }

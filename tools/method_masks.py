@@ -1,12 +1,14 @@
-"""Draws the pictures of docs/methods/: masks of real heads, beside where their attention is.
+"""Draws the pictures of docs/methods/ and the README: masks of real heads next to their true attention.
 
     .venv/bin/python tools/method_masks.py docs/images/methods "flexprefill=flexprefill;flexprefill(tau=1.0)"
+    .venv/bin/python tools/method_masks.py docs/images "masks:local,hardest=flashprefill;sketch"
 
 Each argument after the folder is a picture's name and its policies, as `flashprefill inspect` spells them,
 separated by semicolons. The model is SmolLM2-135M-Instruct over 7600 tokens of text that is on the machine,
-in the demo's six layers; of their 54 heads the same three are shown whatever the policy, one that returns to
-a few places, one that picks here and there and one that looks nearly everywhere. Figures of all 54 are
-printed: mean density, and the mean share of the true attention that the mask holds, over 512 rows a head.
+in the demo's six layers. Of their 54 heads the same three are shown whatever the policy: one that returns to
+a few places, one that picks here and there and one that looks nearly everywhere. Kinds after a colon (the
+keys of apps/heads.py's KINDS) show others. Figures of all 54 heads are printed: mean density, and the mean
+share of the true attention that the mask holds, over 512 rows per head.
 """
 
 from __future__ import annotations
@@ -26,20 +28,19 @@ TOKENS, LAYERS, SHOWN = 7600, 6, ("columns", "scattered", "broad")
 
 def main() -> None:
     """Run the model once and draw every picture that was asked for."""
-    import torch
-
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     loaded = models.load(None, "auto")
-    ids = torch.tensor([prompt.build(loaded.tokenizer, TOKENS, None).ids])
+    text = prompt.build(loaded.tokenizer, TOKENS, None)
     last = loaded.model.config.num_hidden_layers - 1
     layers = frozenset(int(layer) for layer in np.linspace(1, last, LAYERS).round())
-    captured = measure.run(loaded.model, ids, 1, layers)[1].captured
+    captured = measure.run(loaded, text.ids, 1, layers)[1].captured
     found = kinds.choose(*pictures.candidates_of(captured, FlashPrefill()))
-    shown = [(layer, head, kind) for layer, head, kind in found if kind in SHOWN]
-
+    print(f"{loaded.name}, {loaded.dtype}, {len(text.ids)} tokens of {text.source}; layers {sorted(layers)}")
     for argument in sys.argv[2:]:
         name, _, specs = argument.partition("=")
+        name, _, wanted = name.partition(":")
+        shown = [one for one in found if one[2] in (wanted.split(",") if wanted else SHOWN)]
         policies = [parse_policy(spec) for spec in specs.split(";")]
         for policy in policies:
             heads, _, visible = pictures.candidates_of(captured, policy)
@@ -51,11 +52,11 @@ def main() -> None:
             )
         rows = []
         for layer, head, kind in shown:
-            query, key, scale = captured[layer]
+            query, key, _, scale = captured[layer]
             group = query.shape[1] // key.shape[1]
 
             def mass(tile: int, block: int, q: object = query[:, head], k: object = key[:, head // group]):  # type: ignore[no-untyped-def]
-                return kinds.attention_mass(q, k, scale, tile, block)  # type: ignore[arg-type]  # noqa: B023
+                return pictures.host(kinds.attention_mass(q, k, scale, tile, block).double())  # type: ignore[arg-type]  # noqa: B023
 
             named = [(spell(policy), policy) for policy in policies]
             panels = pictures.mask_panels(query, key, scale, head, group, named, mass)

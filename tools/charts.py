@@ -9,7 +9,6 @@ tools/method_masks.py's, which needs the model.
 from __future__ import annotations
 
 import io
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from performance import SHOWN, factors, read
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 INK, FAINT, GRID = "#1d2433", "#667085", "#e4e7ec"
 GREY, BLUE, ORANGE, GREEN = "#8a93a3", "#3b6fb6", "#f08a24", "#2f9e6e"
 DPI = 130
@@ -43,12 +43,6 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
-def read(name: str) -> dict[str, Any]:
-    """One file of results."""
-    results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return results
 
 
 def save(figure: Any, name: str) -> None:
@@ -129,35 +123,14 @@ def prompt_length() -> None:
         save(figure, "prompt-length")
 
 
-# A row of the chart: its name, the file, and the shape in it.
-MACHINES = (
-    ("Zen 3 (AVX2), fp32, 8K", "cpu-zen3-fp32-8K-2threads", "9/3x64x8192"),
-    ("Zen 4 (AVX-512), fp32, 8K", "cpu-zen4-fp32-2threads", "9/3x64x8192"),
-    ("Zen 4 (AVX512_BF16), bf16, 8K", "cpu-zen4-bf16-2threads", "9/3x64x8192"),
-    ("Xeon (AMX), fp32, 8K", "cpu-amx-fp32-2threads", "9/3x64x8192"),
-    ("Xeon (AMX), bf16, 8K", "cpu-amx-bf16-2threads", "9/3x64x8192"),
-    ("Zen 3 (AVX2), fp32, 32K", "cpu-zen3-fp32-32K-2threads", "9/3x64x32768"),
-    ("Zen 4 (AVX512_BF16), bf16, 32K", "cpu-zen4-bf16-2threads-32K", "9/3x64x32768"),
-    ("Xeon (AMX), bf16, 32K, 32/8 x 128", "cpu-amx-bf16-2threads", "32/8x128x32768"),
-)
-POOLED = "FlashPrefill(alpha=0.12, query_pool=16)"
-
-
-def factors(name: str, shape: str) -> tuple[float, float, float]:
-    """Our dense kernel over SDPA, the policy over our dense kernel, and the density."""
-    rows = {row["name"]: row for row in read(name)["rows"] if row["shape"] == shape}
-    dense, sparse = rows["Dense()"], rows[POOLED]
-    return dense["speedup"], sparse["speedup"] / dense["speedup"], sparse["density"]
-
-
 def performance() -> None:
     """docs/performance.md: speed-ups as products, and what a density is worth."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(11.2, 4.2), width_ratios=(1.5, 1), layout="constrained"
         )
-        for place, (_, name, shape) in enumerate(MACHINES):
-            kernel, sparsity, density = factors(name, shape)
+        for place, (_, name, shape) in enumerate(SHOWN):
+            kernel, sparsity, density = factors(read(name), shape)
             left.barh(place, kernel - 1, left=1, color=BLUE, height=0.62)
             left.barh(place, kernel * sparsity - kernel, left=kernel, color=ORANGE, height=0.62)
             text = f"{kernel * sparsity:.1f}x = {kernel:.1f} x {sparsity:.1f}   ({density:.0%} kept)"
@@ -167,7 +140,8 @@ def performance() -> None:
         left.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20]))
         left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         left.xaxis.set_minor_locator(NullLocator())
-        left.set_yticks(range(len(MACHINES)), [label for label, _, _ in MACHINES])
+        names = [f"{label}, {shape.replace('x', ' x ')}" for label, _, shape in SHOWN]
+        left.set_yticks(range(len(SHOWN)), names)
         left.tick_params(axis="y", length=0, labelcolor=INK)
         left.grid(axis="y", visible=False)
         left.invert_yaxis()

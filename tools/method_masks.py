@@ -4,11 +4,12 @@
     .venv/bin/python tools/method_masks.py docs/images "masks:local,hardest=flashprefill;sketch"
 
 Each argument after the folder is a picture's name and its policies, as `flashprefill inspect` spells them,
-separated by semicolons; `LABEL:=policy` gives a panel a shorter title. The model is SmolLM2-135M-Instruct over 7600 tokens of text that is on the machine,
-in the lab's six layers. Of their 54 heads the same three are shown whatever the policy: one that returns to
-a few places, one that picks here and there and one that looks nearly everywhere. Kinds after a colon (the
-keys of apps/heads.py's KINDS) show others. Figures of all 54 heads are printed: mean density, and the mean
-share of the true attention that the mask holds, over 512 rows per head.
+separated by semicolons; `LABEL:=policy` gives a panel a shorter title. The model is SmolLM2-135M-Instruct
+over 7600 tokens of text that is on the machine, in the lab's six layers. Of their 54 heads the same three are
+shown whatever the policy: one that returns to a few places, one that picks here and there and one that looks
+nearly everywhere. Kinds after a colon (the keys of apps/heads.py's KINDS) show others. Figures of all 54
+heads are printed: mean density, and the mean share of the true attention that the mask holds, over 512 rows
+per head.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def performance() -> None:
             text = f"{kernel * sparsity:.1f}x = {kernel:.1f} x {sparsity:.1f}   ({density:.0%} kept)"
             left.text(kernel * sparsity * 1.04, place, text, va="center", fontsize=8)
         left.set_xscale("log")
-        left.set_xlim(1, 90)
+        left.set_xlim(1, 110)
         left.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20]))
         left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         left.xaxis.set_minor_locator(NullLocator())

@@ -1,5 +1,5 @@
-// The C++ API: select once, read the mask's density, attend; then both verbs in one call, which must give the same bits.
-// The density is nearly 1, since noise has no structure and no block matters more than another.
+// The C++ API: select once, read the mask's density, attend; then both verbs in one call, which must give the same
+// bits. The density is nearly 1, since noise has no structure and no block matters more than another.
 #include <cstdio>
 #include <flashprefill/flashprefill.hpp>
 #include <random>

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/python.md")
-BLOCK = re.compile(r"^(?P<needs><!-- needs: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+ALL_PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+BLOCK = re.compile(
+    r"^(?P<needs><!-- needs: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 PRINTS = re.compile(r"^print\(.*\)  # (?P<printed>.+)$", re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -62,7 +65,7 @@ def test_blocks_run_and_print_what_they_say(page):
     assert ran
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Files exist, and headings of the pages that links name."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -1,9 +1,9 @@
-// A process often holds two OpenMP runtimes: torch's wheel brings its own libgomp under a name of its own, a C++
-// program has the system's, LLVM users have libomp. Two pools of threads that both spin after their parallel regions
-// fight for the cores: the next region of one runtime waits for the other's spinning threads. So this library is linked
-// with none. It looks for the runtime that the process has already loaded, prefers torch's, and enters it through
-// GOMP_parallel, the entry that GCC's compiled regions call and that libgomp, libomp and libiomp5 all export. Without
-// any it starts threads of its own, which costs some 20 us a call each.
+// Threads from whichever OpenMP runtime the process already has. A process often holds two: torch's wheel brings its
+// own libgomp under another name, a C++ program has the system's, LLVM users have libomp. Two pools of threads that
+// both spin after their parallel regions fight for the cores: the next region of one runtime waits for the other's
+// spinning threads. So this library is linked with none. It looks for the runtime that the process has already loaded,
+// prefers torch's, and enters it through GOMP_parallel, the entry that GCC's compiled regions call and that libgomp,
+// libomp and libiomp5 all export. Without any it starts threads of its own, at some 20 us per thread and call.
 #include "core/threads.h"
 
 #include <dlfcn.h>
@@ -25,7 +25,7 @@ struct Runtime {
   std::string name = "none: threads of our own";
 };
 
-// How much we want the runtime in this file: 0 for files that are none.
+// The preference for the runtime in this file; 0 if it is none.
 int Preference(const char* path) {
   const char* slash = std::strrchr(path, '/');
   const char* file = slash ? slash + 1 : path;
@@ -74,7 +74,7 @@ Runtime Find() {
   return runtime;
 }
 
-// Looked up anew only after the process has loaded further libraries: torch may come after us.
+// Looked up again only after the process has loaded further libraries: torch may come after us.
 const Runtime& Current() {
   static std::mutex mutex;
   static unsigned long long seen = ~0ull;

@@ -36,7 +36,7 @@ clock: runs of one thread on a machine that others use too. Its cores were not e
 PyTorch's product by AMX ran at 280 GFLOP/s during some shapes and at 700 during others. Compare shapes by
 their shares, not times.
 
-Rows named by machine, dtype and threads; shapes are query heads / KV heads x head_dim x tokens.
+Shapes are query heads / KV heads x head_dim x tokens.
 """
 # A line of the summary: what it is called, its file, and the shape in it.
 SHOWN = (
@@ -80,17 +80,31 @@ def read(name: str) -> dict[str, Any]:
     return results
 
 
-def table(results: dict[str, Any]) -> list[str]:
+# Names of processors that give only numbers of themselves.
+KNOWN = {
+    "family 25, model 1)": "Zen 3",
+    "family 25, model 17)": "Zen 4",
+    "family 6, model 207)": "Emerald Rapids",
+}
+
+
+def table(name: str) -> list[str]:
     """One run as Markdown."""
+    results = read(name)
     machine, settings = results["machine"], results["settings"]
     threads, target = settings["threads"], settings["target"] or "best target"
     notes = ["CPU time"] if settings.get("clock") == "cpu" else []
     notes += [settings["busy"]] if settings["busy"] else []
     if settings["target"] and "torch_target" in settings:
         notes.append(f"PyTorch's kernels: {settings['torch_target']}")
+    known = next((known for end, known in KNOWN.items() if machine["cpu"].endswith(end)), "")
+    cpu = f"{known}, {machine['cpu']}" if known else machine["cpu"]
     lines = [
-        f"\n## {machine['cpu']}, {settings['dtype']}, {threads} thread{'s' * (threads != 1)}, {target}\n",
-        f"{results['date']}, `{results['command']}`" + (f" ({'; '.join(notes)})" if notes else "") + "\n",
+        f"\n## {cpu}, {settings['dtype']}, {threads} thread{'s' * (threads != 1)}, {target}\n",
+        f"[{name}.json](../bench/results/{name}.json), {results['date']}, `{results['command']}`"
+        + (f" ({'; '.join(notes)})" if notes else "")
+        + "\n",
+        +(f" ({'; '.join(notes)})" if notes else "") + "\n",
         "| shape | | density | ms | selection, ms | GFLOP/s | of product | speed-up over SDPA |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -113,7 +127,7 @@ def main() -> None:
     """Read all results, write the page."""
     lines = [HEAD.format(summary=summary())]
     for file in sorted((ROOT / "bench" / "results").glob("cpu-*.json")):
-        lines += table(read(file.stem))
+        lines += table(file.stem)
     (ROOT / "docs" / "performance.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

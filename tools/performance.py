@@ -104,7 +104,6 @@ def table(name: str) -> list[str]:
         f"[{name}.json](../bench/results/{name}.json), {results['date']}, `{results['command']}`"
         + (f" ({'; '.join(notes)})" if notes else "")
         + "\n",
-        +(f" ({'; '.join(notes)})" if notes else "") + "\n",
         "| shape | | density | ms | selection, ms | GFLOP/s | of product | speed-up over SDPA |",
         "|---|---|---|---|---|---|---|---|",
     ]

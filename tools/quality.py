@@ -61,9 +61,9 @@ finds the GPU busy and its cache empty.
 """
 SUMMARY = """At a density of 0.15, on 24,355 tokens of licences read by SmolLM2-135M (the chart):
 
-- **Sketch** is nearest to the best possible. With `gain` and `query_metric` it holds {gain} of the true
+- **Sketch** comes nearest to the oracle. With `gain` and `query_metric` it holds {gain} of the true
   attention on average, {gain_p5} in the 5th percentile of tiles; its default {mass} and {mass_p5}. Blocks
-  chosen by their true masses (*oracle*) hold {oracle} and {oracle_p5}.
+  chosen by their true masses (the *oracle*) hold {oracle} and {oracle_p5}.
 - **FlashPrefill** holds {v1} and {v1_p5}, with queries pooled by 16 {pooled} and {pooled_p5}: pooling queries
   costs nothing, pooling keys costs the worst tiles.
 - **RRAttention** ({rr}, {rr_p5}) and **XAttention** ({x}, {x_p5}) are between the two in the worst tiles.

@@ -16,25 +16,25 @@ HEAD = """# Performance
 
 ![Speed over PyTorch on CPUs, and over our dense kernel by density](images/performance.png)
 
-A speed-up over a slow dense kernel says little about sparsity, so figures are products: our dense kernel
-over PyTorch's, times sparse over our dense kernel. In short:
+A speed-up over a slow dense kernel says little about sparsity, so figures are products: our dense
+kernel over PyTorch's, times sparse over our dense kernel. In short:
 
 {summary}
 
-GPU figures are on the pages of the kernels: [attend](hopper-attend.md), [select](hopper-select.md), and in
-the [README](../README.md); engines: [vLLM](vllm.md#speed), [llama.cpp](llama.cpp.md#speed).
+GPU figures are on the pages of the kernels: [attend](hopper-attend.md), [select](hopper-select.md),
+and in the [README](../README.md); engines: [vLLM](vllm.md#speed), [llama.cpp](llama.cpp.md#speed).
 
 ## How it is measured
 
-Made by `tools/performance.py` from the files in `bench/results/`; each holds the machine, versions, command
-and date of its run. The chart is made by `tools/charts.py`. Attention alone on made-up inputs, by turns with
-PyTorch's `scaled_dot_product_attention` in the same run, medians; the time of a policy includes its
-selection. GFLOP/s count the kept part of the causal triangle and leave selection out; *of product* is their
-share of PyTorch's own product of two 2048 x 2048 matrices, measured in the same turns (in fp32 where the
-processor has no bf16 product). Density is kept over causal blocks. Where CPU time is named, that was the
-clock: runs of one thread on a machine that others use too. Its cores were not equally fast at all times:
-PyTorch's product by AMX ran at 280 GFLOP/s during some shapes and at 700 during others. Compare shapes by
-their shares, not times.
+Made by `tools/performance.py` from the files in `bench/results/`; each holds the machine, versions,
+command and date of its run. The chart is made by `tools/charts.py`. Attention alone on made-up
+inputs, by turns with PyTorch's `scaled_dot_product_attention` in the same run, medians; the time of
+a policy includes its selection. GFLOP/s count the kept part of the causal triangle and leave
+selection out; *of product* is their share of PyTorch's own product of two 2048 x 2048 matrices,
+measured in the same turns (in fp32 where the processor has no bf16 product). Density is kept over
+causal blocks. Where CPU time is named, that was the clock: runs of one thread on a machine that
+others use too. Its cores were not equally fast at all times: PyTorch's product by AMX ran at 280
+GFLOP/s during some shapes and at 700 during others. Compare shapes by their shares, not times.
 
 Shapes are query heads / KV heads x head_dim x tokens.
 """

@@ -26,8 +26,9 @@ HEAD = """# How good the selections are
 
 ## How it is measured
 
-Made by `tools/quality.py` from `bench/results/lab-*.json` and the files named below; each file holds the
-machine, versions, command and date of its run. The chart is made by `tools/charts.py` from `lab-long.json`.
+Made by `tools/quality.py` from `bench/results/lab-*.json` and the files named below; each file
+holds the machine, versions, command and date of its run. The chart is made by `tools/charts.py`
+from `lab-long.json`.
 
     flashprefill lab                               # all of it, on a GPU if there is one
     flashprefill lab --text long --device cuda     # the tables at 24K tokens: a minute on an H200
@@ -35,11 +36,11 @@ machine, versions, command and date of its run. The chart is made by `tools/char
     flashprefill lab --text long --device cpu      # 30 minutes there
     flashprefill lab --quick                       # does it run?
 
-out/lab/report.html has curves, density maps and the mask viewer. `tools/quality.py out/lab/results.json long`
-takes a run into this page.
+out/lab/report.html has curves, density maps and the mask viewer. `tools/quality.py
+out/lab/results.json long` takes a run into this page.
 
-A model reads real texts. For the queries, keys and values of six of its layers (all heads), every method
-is asked which blocks it would keep, over a sweep of its main parameter:
+A model reads real texts. For the queries, keys and values of six of its layers (all heads), every
+method is asked which blocks it would keep, over a sweep of its main parameter:
 
 | | |
 |---|---|
@@ -47,35 +48,39 @@ is asked which blocks it would keep, over a sweep of its main parameter:
 | recall | share of the true softmax mass on the kept blocks, by tile of 128 queries: mean (5th percentile) |
 | error | norm of out - dense over that of dense, by tile, mean: without (with) `mean_correction` |
 
-Figures at one density lie between the two points of the sweep around it, linear in the logarithm of the
-density: within 0.0007 of the recall of masks made for exactly that density (root mean square over 18).
-"-" is a density that the sweep does not reach. Forced blocks are the same for all: 1 sink, 2 window, no
-dense tail. FlashPrefill's defaults (2, 4 and a tail of 2) keep a quarter of the causal blocks at 7.6K
-tokens whatever the scores say, and would hide the differences between selectors. *Oracle* knows the true
-masses. *Bounds* is a scorer of the lab's own, a box around a block's keys in the manner of Quest.
+Figures at one density lie between the two points of the sweep around it, linear in the logarithm of
+the density: within 0.0007 of the recall of masks made for exactly that density (root mean square
+over 18). "-" is a density that the sweep does not reach. Forced blocks are the same for all: 1
+sink, 2 window, no dense tail. FlashPrefill's defaults (2, 4 and a tail of 2) keep a quarter of the
+causal blocks at 7.6K tokens whatever the scores say, and would hide the differences between
+selectors. *Oracle* knows the true masses. *Bounds* is a scorer of the lab's own, a box around a
+block's keys in the manner of Quest.
 
-Each section names the machine that made it. On a GPU the model and its attention are bf16 and the masks are
-the CUDA kernels', except for the methods that select on the CPU only: their masks are made there, from the
-same queries and keys, and judged on the GPU like the others. Times on a GPU are events around a call that
-finds the GPU busy and its cache empty.
+Each section names the machine that made it. On a GPU the model and its attention are bf16 and the
+masks are the CUDA kernels', except for the methods that select on the CPU only: their masks are
+made there, from the same queries and keys, and judged on the GPU like the others. Times on a GPU
+are events around a call that finds the GPU busy and its cache empty.
 """
 SUMMARY = """At a density of 0.15, on 24,355 tokens of licences read by SmolLM2-135M (the chart):
 
 - **Sketch** comes nearest to the oracle. With `gain` and `query_metric` it holds {gain} of the true
-  attention on average, {gain_p5} in the 5th percentile of tiles; its default {mass} and {mass_p5}. Blocks
-  chosen by their true masses (the *oracle*) hold {oracle} and {oracle_p5}.
-- **FlashPrefill** holds {v1} and {v1_p5}, with queries pooled by 16 {pooled} and {pooled_p5}: pooling queries
-  costs nothing, pooling keys costs the worst tiles.
-- **RRAttention** ({rr}, {rr_p5}) and **XAttention** ({x}, {x_p5}) are between the two in the worst tiles.
-- **FlexPrefill** ({flex}, {flex_p5}) and **MInference** ({mi}, {mi_p5}) decide for a head as a whole, and
-  need more blocks for the same recall. **Streaming** ({streaming}, {streaming_p5}) is the floor.
-- **The mean correction** lowers the output error: FlashPrefill's from {v1_error} to {v1_corrected}, Sketch's
-  from {mass_error} to {mass_corrected}.
+  attention on average, {gain_p5} in the 5th percentile of tiles; its default {mass} and {mass_p5}.
+  Blocks chosen by their true masses (the *oracle*) hold {oracle} and {oracle_p5}.
+- **FlashPrefill** holds {v1} and {v1_p5}, with queries pooled by 16 {pooled} and {pooled_p5}:
+  pooling queries costs nothing, pooling keys costs the worst tiles.
+- **RRAttention** ({rr}, {rr_p5}) and **XAttention** ({x}, {x_p5}) are between the two in the worst
+  tiles.
+- **FlexPrefill** ({flex}, {flex_p5}) and **MInference** ({mi}, {mi_p5}) decide for a head as a
+  whole, and need more blocks for the same recall. **Streaming** ({streaming}, {streaming_p5}) is
+  the floor.
+- **The mean correction** lowers the output error: FlashPrefill's from {v1_error} to {v1_corrected},
+  Sketch's from {mass_error} to {mass_corrected}.
 - **Predictions** at 7,600 tokens, defaults, bf16: the same most likely token as dense attention at
   {flash_top1} of 512 positions with FlashPrefill, {sketch_top1} with Sketch
   ([below](#predictions-and-a-models-time-on-a-gpu)).
-- **Hidden facts**: of the {dense_found} that dense attention finds between 4K and 24K tokens, FlashPrefill's
-  defaults find {flash_found}, Sketch's {sketch_found} ([below](#needles-and-a-models-time-on-a-gpu)).
+- **Hidden facts**: of the {dense_found} that dense attention finds between 4K and 24K tokens,
+  FlashPrefill's defaults find {flash_found}, Sketch's {sketch_found}
+  ([below](#needles-and-a-models-time-on-a-gpu)).
 
 This is one small model. Take the order as a lead, and run the lab on yours."""
 SHORT = ("0.15", "0.2", "0.25", "0.3")
@@ -221,10 +226,10 @@ VERDICT = {
 ORDER = """
 ## The order of the methods
 
-Recall at equal density on the long text (SmolLM2-135M, {tokens} tokens of licences, rotary base scaled four
-times), each method at exactly that density by prototypes in fp32; and the lab's figures at density 0.15 from
-its run above. The study that Sketch came from found the same order: oracle, Sketch, pooled V1 equal to V1,
-bounds.
+Recall at equal density on the long text (SmolLM2-135M, {tokens} tokens of licences, rotary base
+scaled four times), each method at exactly that density by prototypes in fp32; and the lab's figures
+at density 0.15 from its run above. The study that Sketch came from found the same order: oracle,
+Sketch, pooled V1 equal to V1, bounds.
 """
 COMPARED = {
     "oracle, alpha": "Oracle, alpha",
@@ -237,45 +242,48 @@ COMPARED = {
 NEEDLES = """
 ## Needles, and a model's time on a GPU
 
-Prompts of real text with a sentence hidden 10 %, 50 % or 90 % into them, by `flashprefill try`. Times are
-medians over the three; the policies have their defaults. The model was made for 8K tokens. Past that its
-rotary base is scaled by the next power of two: it finds sentences near the end up to 24K, and nothing from
-32K on, with dense attention or without, so from there on only the times mean something.
+Prompts of real text with a sentence hidden 10 %, 50 % or 90 % into them, by `flashprefill try`.
+Times are medians over the three; the policies have their defaults. The model was made for 8K
+tokens. Past that its rotary base is scaled by the next power of two: it finds sentences near the
+end up to 24K, and nothing from 32K on, with dense attention or without, so from there on only the
+times mean something.
 """
 DEMOS = """
 ## Predictions, and a model's time on a GPU
 
-The last 512 positions of one prompt, by `flashprefill demo`, medians of three turns. Attention is the time
-between two events around each layer's call; selection was also timed alone. 135M parameters and 7,600 tokens
-are too little for an H200: its queue is empty and it waits for the host, so the times there compare how many
-lines of Python a layer takes (the host was busy launching for 100 % of the time to the first token in a later
-run, and `flashprefill demo` says so). At 24,000 tokens dense attention keeps the GPU busy.
+The last 512 positions of one prompt, by `flashprefill demo`, medians of three turns. Attention is
+the time between two events around each layer's call; selection was also timed alone. 135M
+parameters and 7,600 tokens are too little for an H200: its queue is empty and it waits for the
+host, so the times there compare how many lines of Python a layer takes (the host was busy launching
+for 100 % of the time to the first token in a later run, and `flashprefill demo` says so). At 24,000
+tokens dense attention keeps the GPU busy.
 """
 SKETCH = """
 ## Making Sketch better
 
-One change at a time, by prototypes in torch (`bench/lab/sketch_prototypes.py`, which takes a folder of
-`flashprefill lab --dump`). Each keeps exactly the blocks of highest worth up to the density. *Units* are
-products of a pooled query row with a vector, per tile and block: V1 takes 128. Rows with a ring come from
-the scripts that this bench was made of, over the same Q, K and V and with the same kernel; where both ran
-they agree to 0.001 (5th percentile: 0.003), and the bench measures all rows again. *The policy itself* is
-the library's own select and attend on the CPU, at densities of 0.1499 to 0.1502, forced blocks as above.
+One change at a time, by prototypes in torch (`bench/lab/sketch_prototypes.py`, which takes a folder
+of `flashprefill lab --dump`). Each keeps exactly the blocks of highest worth up to the density.
+*Units* are products of a pooled query row with a vector, per tile and block: V1 takes 128. Rows
+with a ring come from the scripts that this bench was made of, over the same Q, K and V and with the
+same kernel; where both ran they agree to 0.001 (5th percentile: 0.003), and the bench measures all
+rows again. *The policy itself* is the library's own select and attend on the CPU, at densities of
+0.1499 to 0.1502, forced blocks as above.
 """
 SKETCH_END = """
 Conclusions:
-- **The metric** is most of it. A key far from its block's mean matters if a query can tell; distances weighed
-  by the squares of the queries find those keys, and one row of queries per tile is sample enough. Built as
-  `query_metric`. The queries' whole covariance is hardly better; the block's own principal direction or
-  variance, or the distance from zero, are much worse.
-- **Rows can be pooled by 64 or 128**, not only 16: with all keys given exactly, one or two mean rows per tile
-  select as well as eight. So the arithmetic is better spent on keys, and an eighth of V1's is enough; more
-  than six to ten outliers add little.
-- **How to keep.** A threshold on shares keeps the most mass on average, mass serves the worst tiles best.
-  share * rest^g goes from one to the other; g = 1/2 is built as `gain`. Normalising rows first, or estimating
-  the diagonal block so that local heads get less, is not worth its cost: recall hardly moves, or output error
-  rises.
-- **Descriptions.** Consecutive means, centroids and principal directions do not beat outliers; leaving the
-  variance out is worse.
+- **The metric** is most of it. A key far from its block's mean matters if a query can tell;
+  distances weighed by the squares of the queries find those keys, and one row of queries per tile
+  is sample enough. Built as `query_metric`. The queries' whole covariance is hardly better; the
+  block's own principal direction or variance, or the distance from zero, are much worse.
+- **Rows can be pooled by 64 or 128**, not only 16: with all keys given exactly, one or two mean
+  rows per tile select as well as eight. So the arithmetic is better spent on keys, and an eighth of
+  V1's is enough; more than six to ten outliers add little.
+- **How to keep.** A threshold on shares keeps the most mass on average, mass serves the worst tiles
+  best. share * rest^g goes from one to the other; g = 1/2 is built as `gain`. Normalising rows
+  first, or estimating the diagonal block so that local heads get less, is not worth its cost:
+  recall hardly moves, or output error rises.
+- **Descriptions.** Consecutive means, centroids and principal directions do not beat outliers;
+  leaving the variance out is worse.
 """
 
 

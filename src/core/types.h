@@ -21,6 +21,7 @@ using Stats = fp_stats;
 using Output = fp_output;
 
 constexpr int kTileRows = 128;         // rows of a query tile: what Hopper's matrix units want, and the papers tune for
+constexpr double kLog2E = 1.4426950408889634;
 constexpr size_t kWorkspaceAlign = 64; // a cache line; every part of a workspace starts on one
 
 template <typename T>
@@ -53,6 +54,9 @@ inline Sequence SequenceOf(const Problem& p, int b) {
   s.final_chunk = p.final_chunks ? p.final_chunks[b] != 0 : p.final_chunk != 0;
   return s;
 }
+
+// What a product of q and k is multiplied by to become an exponent of two.
+inline float ExponentScale(const Problem& p) { return static_cast<float>(p.softmax_scale * kLog2E); }
 
 // Element offset of (row i of sequence s, head h) in q or out.
 inline int64_t RowOffset(const Problem& p, const int64_t* stride, const Sequence& s, int64_t i, int64_t h) {

@@ -16,6 +16,7 @@ SelectFrame::SelectFrame(const SelectCall& call, const ItemShape& shape, BlockMa
     if (mask) ranges_[b].fallback = fallback;
     if (mask && mask->fallback) mask->fallback[b] = fallback;
     items += Items(s);
+    max_rows_ = std::max(max_rows_, std::min(shape.rows, Run(s)));
     if (fallback != FP_SELECTED) continue;
     longest = std::max(longest, call.Panels(s));
     all += call.Panels(s);
@@ -29,8 +30,10 @@ SelectFrame::SelectFrame(const SelectCall& call, const ItemShape& shape, BlockMa
 }
 
 void SelectFrame::TakeScratch(Workspace& memory, size_t bytes) {
-  scratch_bytes_ = bytes;
-  scratch_ = memory.Take<std::byte>(static_cast<int64_t>(bytes) * threads_);
+  Workspace one(nullptr);
+  one.Take<MaskRow>(max_rows_);
+  scratch_bytes_ = one.used() + bytes;
+  scratch_ = memory.Take<std::byte>(static_cast<int64_t>(scratch_bytes_) * threads_);
 }
 
 bool SelectFrame::NextWave() {
@@ -56,23 +59,36 @@ int64_t SelectFrame::Items(const Sequence& s) const {
   return rows == 0 ? 0 : rows / run * DivUp(run, std::min(shape_.rows, run));
 }
 
-Item SelectFrame::ItemAt(const Sequence& s, int64_t i) const {
-  const int64_t run = Run(s), rows = std::min(shape_.rows, run), items = DivUp(run, rows);
-  const int64_t first = i / items * run, begin = first + i % items * rows;
-  const int64_t head = first / (call_.g.Tiles(s) * shape_.heads) * shape_.heads;
-  return {*this, s, static_cast<int>(head * call_.g.heads_per_tile / call_.g.group), begin,
-          std::min(begin + rows, first + run)};
+Item SelectFrame::ItemAt(const Sequence& s, int64_t i, MaskRow* rows) const {
+  const Geometry& g = call_.g;
+  const int64_t run = Run(s), most = std::min(shape_.rows, run), items = DivUp(run, most);
+  const int64_t first = i / items * run, begin = first + i % items * most;
+  const int64_t count = std::min(most, first + run - begin);
+  for (int64_t r = 0; r < count; ++r) {
+    if (r == 0 || (begin + r) % shape_.heads == 0) {
+      rows[r] = RowAt(s, begin + r);
+      continue;
+    }
+    rows[r] = rows[r - 1]; // of the same tile
+    rows[r].head += 1;
+    rows[r].index += g.tile_rows;
+    rows[r].bits += g.tile_rows * g.words;
+  }
+  const int kv_head = static_cast<int>(rows[0].head * g.heads_per_tile / g.group);
+  return {*this, s, kv_head, {rows, static_cast<size_t>(count)}};
 }
 
+// Row i of a sequence's list.
 MaskRow SelectFrame::RowAt(const Sequence& s, int64_t i) const {
   const Geometry& g = call_.g;
-  const int64_t tiles = g.Tiles(s), heads = shape_.heads;
+  const int64_t tiles = g.Tiles(s), tile = i / shape_.heads;
   MaskRow row{};
-  row.head = i / (tiles * heads) * heads + i % heads;
-  row.m = tiles - 1 - i / heads % tiles;
+  row.head = tile / tiles * shape_.heads + i % shape_.heads;
+  row.m = tiles - 1 - tile % tiles;
   row.tile = g.TileOf(call_.p, s, row.m);
   const int64_t window = row.tile.diagonal - std::max(0, call_.policy.window_blocks - 1);
-  row.keeps_everything = !IsSelected(s) || InDenseTail(g, call_.policy, s, row.m) || call_.policy.sink_blocks >= window;
+  row.keeps_everything =
+      !IsSelected(s) || call_.policy.sink_blocks >= window || InDenseTail(g, call_.policy, s, row.m);
   row.index = g.Row(s, row.head, row.m);
   row.bits = mask_->bits + row.index * g.words;
   return row;
@@ -80,18 +96,16 @@ MaskRow SelectFrame::RowAt(const Sequence& s, int64_t i) const {
 
 bool SelectFrame::ClearRows(const Item& item) const {
   bool any = false;
-  for (int64_t i = item.begin; i < item.end; ++i) {
-    const MaskRow row = item.Row(i);
-    FillRow(row.bits, call_.g.words, 0);
-    any |= !row.keeps_everything;
+  for (const MaskRow& row : item.rows) any |= !row.keeps_everything;
+  for (const MaskRow& row : item.rows) {
+    if (any) FillRow(row.bits, call_.g.words, 0);
   }
   return any;
 }
 
 void SelectFrame::FinishRows(const Item& item) const {
   const Geometry& g = call_.g;
-  for (int64_t i = item.begin; i < item.end; ++i) {
-    const MaskRow row = item.Row(i);
+  for (const MaskRow& row : item.rows) {
     if (row.keeps_everything) {
       FillRow(row.bits, g.words, row.tile.visible);
     } else {
@@ -101,8 +115,10 @@ void SelectFrame::FinishRows(const Item& item) const {
     if (!mask_->counts) continue;
     int64_t count = 0;
     for (int64_t w = 0; w < g.words; ++w) count += std::popcount(row.bits[w]);
-    const VerticalSlash extra = VerticalSlash::Of(*mask_, item.s.index, row.head);
-    count += DivUp<int64_t>(VerticalSlashKeys(g, item.s, row.tile, extra, row.bits), g.block_size);
+    if (HasVerticalSlash(*mask_)) {
+      const VerticalSlash extra = VerticalSlash::Of(*mask_, item.s.index, row.head);
+      count += DivUp<int64_t>(VerticalSlashKeys(g, item.s, row.tile, extra, row.bits), g.block_size);
+    }
     mask_->counts[row.index] = static_cast<int32_t>(count);
   }
 }

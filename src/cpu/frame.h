@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 
 #include "core/backend.h"
 #include "core/types.h"
@@ -74,14 +75,12 @@ struct BlockRun {
 
 class SelectFrame;
 
-// Rows [begin, end) of a sequence's list. They are of one KV head.
+// A run of a sequence's list of rows. They are of one KV head.
 struct Item {
   const SelectFrame& frame;
   const Sequence s;
   const int kv_head;
-  const int64_t begin, end;
-
-  MaskRow Row(int64_t i) const;
+  const std::span<const MaskRow> rows;
 };
 
 class SelectFrame {
@@ -94,6 +93,7 @@ class SelectFrame {
   int threads() const { return threads_; }
   // Panels of the sequences that go through together, at most. 0: no sequence is selected for.
   int64_t capacity() const { return capacity_; }
+  // Memory of each thread: so many bytes for the method, besides the frame's own.
   void TakeScratch(Workspace& memory, size_t bytes);
 
   // Goes on to the next wave. False: there is none.
@@ -128,15 +128,13 @@ class SelectFrame {
   void ForItems(const Work& work) const {
     ForWave([&](const Sequence& s) { return Items(s); },
             [&](const Sequence& s, int64_t i, Workspace scratch) {
-              const Item item = ItemAt(s, i);
+              const Item item = ItemAt(s, i, scratch.Take<MaskRow>(max_rows_));
               if (ClearRows(item)) work(item, scratch);
               FinishRows(item);
             });
   }
 
  private:
-  friend struct Item;
-
   // Where a sequence's part of the wave begins, in its list of units and in its panels.
   struct WorkRange {
     int64_t unit, panel;
@@ -146,7 +144,7 @@ class SelectFrame {
   bool IsSelected(const Sequence& s) const { return ranges_[s.index].fallback == FP_SELECTED; }
   int64_t Run(const Sequence& s) const { return shape_.one_tile ? shape_.heads : call_.g.Tiles(s) * shape_.heads; }
   int64_t Items(const Sequence& s) const;
-  Item ItemAt(const Sequence& s, int64_t i) const;
+  Item ItemAt(const Sequence& s, int64_t i, MaskRow* rows) const;
   MaskRow RowAt(const Sequence& s, int64_t i) const;
   bool ClearRows(const Item& item) const; // whether some row is to be chosen for
   void FinishRows(const Item& item) const;
@@ -170,13 +168,12 @@ class SelectFrame {
   BlockMask* const mask_;
   int threads_ = 1;
   int64_t capacity_ = 0;
+  int64_t max_rows_ = 0; // of an item
   WorkRange* ranges_; // [batch]
   std::byte* scratch_ = nullptr;
   size_t scratch_bytes_ = 0; // of one thread
   int wave_begin_ = 0, wave_end_ = 0;
 };
-
-inline MaskRow Item::Row(int64_t i) const { return frame.RowAt(s, i); }
 
 // Sets the bits of forced blocks.
 void KeepForced(const Policy& policy, const Tile& tile, uint64_t* row);
@@ -191,8 +188,8 @@ size_t RunSelect(const Problem& p, const Policy& policy, const Exec& exec, Block
   if (frame.capacity() > 0) {
     method.Take(memory, frame.capacity());
     method.TakeScratch(counted);
-    frame.TakeScratch(memory, counted.used());
   }
+  frame.TakeScratch(memory, counted.used());
   while (mask && frame.NextWave()) {
     if (frame.capacity() > 0) method.Describe(frame);
     frame.ForItems([&](const Item& item, Workspace scratch) { method.Choose(item, method.TakeScratch(scratch)); });

@@ -83,16 +83,14 @@ TEST(Frame, EveryRowOfTheMaskIsInOneItem) {
       while (f.frame.NextWave()) {
         f.frame.ForItems([&](const Item& item, Workspace) {
           ++chosen;
-          const MaskRow first = item.Row(item.begin);
-          for (int64_t i = item.begin; i < item.end; ++i) {
-            const MaskRow row = item.Row(i);
+          for (const MaskRow& row : item.rows) {
             ++seen[row.index];
             EXPECT_EQ(row.index, f.call.g.Row(item.s, row.head, row.m));
             EXPECT_EQ(row.head / group, item.kv_head);
-            if (shape.one_tile) EXPECT_EQ(row.m, first.m);
+            if (shape.one_tile) EXPECT_EQ(row.m, item.rows[0].m);
             EXPECT_EQ(std::popcount(row.bits[0]), 0) << "rows begin empty";
           }
-          EXPECT_LE(item.end - item.begin, shape.rows);
+          EXPECT_LE(static_cast<int64_t>(item.rows.size()), shape.rows);
         });
       }
       EXPECT_GT(chosen, 0);

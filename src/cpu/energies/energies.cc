@@ -58,23 +58,25 @@ void EnergySelection::MetricOf(const Sequence& s, int kv_head, float* metric) co
 void EnergySelection::Choose(const Item& item, const Scratch& scratch) const {
   const int64_t stride = call_.Panels(item.s) * kPanelBlocks;
   const int64_t scored = Score(item, stride, scratch);
-  for (int64_t i = item.begin; scored > 0 && i < item.end; ++i) {
-    const int64_t at = (i - item.begin) * stride;
+  if (scored == 0) return;
+  int64_t at = 0;
+  for (const MaskRow& row : item.rows) {
     const float largest = panels_.kernels.energies(scored, scratch.largest + at, scratch.sums + at);
-    KeepByEnergy(rule_, scratch.sums + at, scored, largest, scratch.keys, item.Row(i).bits);
+    KeepByEnergy(rule_, scratch.sums + at, scored, largest, scratch.keys, row.bits);
+    at += stride;
   }
 }
 
 // Sums up the energies of all mask rows of an item. Returns how many blocks any of its query rows sees.
 int64_t EnergySelection::Score(const Item& item, int64_t stride, const Scratch& scratch) const {
-  const MaskRow first_row = item.Row(item.begin);
-  const Tile& tile = first_row.tile;
-  const int64_t tokens = tile.end - tile.begin, lists = item.end - item.begin;
-  const int head_begin = static_cast<int>(first_row.head) * plan().g.heads_per_tile;
-  const int head_end = head_begin + static_cast<int>(lists) * plan().g.heads_per_tile;
+  const Tile& tile = item.rows[0].tile;
+  const int64_t tokens = tile.end - tile.begin;
+  const int lists = static_cast<int>(item.rows.size());
+  const int head_begin = static_cast<int>(item.rows[0].head) * plan().g.heads_per_tile;
+  const int head_end = head_begin + lists * plan().g.heads_per_tile;
   const int rows_per_head = plan().RowsPerHead(tokens);
   const int rows = rows_per_head * (head_end - head_begin);
-  const int rows_per_list = rows / static_cast<int>(lists);
+  const int rows_per_list = rows / lists;
   int64_t scored = 0;
   for (int r = 0; r < rows; ++r) {
     const int64_t last = std::min<int64_t>((r % rows_per_head + 1) * int64_t{plan().query_pool}, tokens) - 1;

@@ -37,12 +37,14 @@ class PooledSelection {
   // work(row of the mask, mean query) for the mask rows of an item that are chosen for.
   template <typename Work>
   void ForRows(const Item& item, const Scratch& scratch, const Work& work) const {
-    const MaskRow first = item.Row(item.begin);
-    const int head = static_cast<int>(first.head);
-    panels_.kernels.load_rows(call_.p, panels_.plan, item.s, first.tile.begin, first.tile.end, head,
-                              head + static_cast<int>(item.end - item.begin), scratch.means);
-    for (int64_t i = item.begin; i < item.end; ++i) {
-      work(item.Row(i), scratch.means + (i - item.begin) * call_.p.head_dim);
+    const Tile& tile = item.rows[0].tile;
+    const int head = static_cast<int>(item.rows[0].head);
+    panels_.kernels.load_rows(call_.p, panels_.plan, item.s, tile.begin, tile.end, head,
+                              head + static_cast<int>(item.rows.size()), scratch.means);
+    const float* mean = scratch.means;
+    for (const MaskRow& row : item.rows) {
+      work(row, mean);
+      mean += call_.p.head_dim;
     }
   }
 

@@ -50,10 +50,10 @@ void StridedSelection::Choose(const Item& item, const Scratch& scratch) const {
   const int64_t cells = FillLanes(item, scratch), blocks = DivUp(cells, int64_t{cells_per_block_});
   for (int64_t block = 0; block < blocks; ++block) ScoreBlock(item, block, cells, scratch);
   kernels_.normalise(blocks, scratch.largest, scratch.sums);
-  for (int64_t i = item.begin; i < item.end; ++i) {
-    const MaskRow row = item.Row(i);
+  for (size_t i = 0; i < item.rows.size(); ++i) {
+    const MaskRow& row = item.rows[i];
     if (row.keeps_everything) continue;
-    const float* lanes = scratch.sums + (i - item.begin) * cells_per_tile_;
+    const float* lanes = scratch.sums + static_cast<int64_t>(i) * cells_per_tile_;
     for (int64_t block = 0; block < row.tile.visible; ++block, lanes += kStridedLanes) {
       scratch.mass[block] = block < blocks ? std::accumulate(lanes, lanes + cells_per_tile_, 0.f) : 0.f;
     }
@@ -66,9 +66,9 @@ int64_t StridedSelection::FillLanes(const Item& item, const Scratch& scratch) co
   std::fill_n(scratch.panel, method_.depth * kStridedLanes, 0.f);
   std::fill_n(scratch.visible, kStridedLanes, 0.f);
   int64_t most = 0;
-  for (int64_t i = item.begin; i < item.end; ++i) {
-    const MaskRow row = item.Row(i);
-    int64_t lane = (i - item.begin) * cells_per_tile_;
+  for (size_t i = 0; i < item.rows.size(); ++i) {
+    const MaskRow& row = item.rows[i];
+    int64_t lane = static_cast<int64_t>(i) * cells_per_tile_;
     for (int64_t q = row.tile.begin; !row.keeps_everything && q < row.tile.end; q += method_.stride, ++lane) {
       const int64_t seen = method_.fill_lane(call_.p, call_.policy, kernels_, item.s, row.tile, q,
                                              static_cast<int>(row.head), scratch.row, scratch.panel + lane);

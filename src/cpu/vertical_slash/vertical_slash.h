@@ -75,7 +75,7 @@ class HeadSelection {
   Scratch TakeScratch(Workspace& memory) const { return Scratch::Take(memory, call_, needs_); }
   void Describe(const SelectFrame&) const {}
   void Choose(const Item& item, const Scratch& scratch) const {
-    choose_({call_.p, call_.policy, call_.g, kernels_, item.s, item.Row(item.begin).head, item.frame.mask(), scratch});
+    choose_({call_.p, call_.policy, call_.g, kernels_, item.s, item.rows[0].head, item.frame.mask(), scratch});
   }
 
  private:

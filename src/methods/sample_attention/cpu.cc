@@ -58,11 +58,10 @@ class Selection {
   }
 
   void Choose(const cpu::Item& item, const Scratch& scratch) const {
-    const int64_t head = item.Row(item.begin).head;
+    const int64_t head = item.rows[0].head;
     Keep(item, head, 0, scratch, scratch.verticals);
     Keep(item, head, call_.g.Blocks(item.s), scratch, scratch.slashes);
-    for (int64_t i = item.begin; i < item.end; ++i) {
-      const cpu::MaskRow row = item.Row(i);
+    for (const cpu::MaskRow& row : item.rows) {
       std::copy_n(scratch.verticals, call_.g.words, row.bits);
       for (int64_t own = row.tile.diagonal; own < row.tile.visible; ++own) {
         for (int64_t distance = 0; distance <= own; ++distance) {

@@ -1,13 +1,12 @@
 # Highway's headers are all we use of it: targets are chosen by our own table, so nothing of it is linked.
 find_path(HIGHWAY_INCLUDE_DIR hwy/highway.h REQUIRED)
 target_include_directories(flashprefill_objects SYSTEM PRIVATE ${HIGHWAY_INCLUDE_DIR})
-flashprefill_add_backend(Cpu SOURCES backend.cc frame.cc selector.cc top_p.cc simd/targets.cc
+flashprefill_add_backend(Cpu SOURCES backend.cc frame.cc top_p.cc simd/targets.cc
                          attend/attend.cc attend/kernels.cc attend/tile.cc
                          energies/energies.cc energies/kernels.cc energies/panels.cc energies/similarity_kernels.cc
                          strided/kernels.cc strided/strided.cc
                          vertical_slash/kernels.cc vertical_slash/pooled_map.cc vertical_slash/vertical_slash.cc)
-file(GLOB method_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/methods/*/cpu.cc)
-target_sources(flashprefill_objects PRIVATE ${method_sources})
+flashprefill_add_selectors(cpu Cpu)
 
 # Files of intrinsics with flags of their own, called behind CPUID: see the head of attend/bf16.cc.
 include(CheckCXXCompilerFlag)

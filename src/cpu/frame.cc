@@ -1,7 +1,7 @@
 // See frame.h.
 #include "cpu/frame.h"
 
-#include "core/fallback.h"
+#include "core/method.h"
 #include "core/threads.h"
 #include "core/vertical_slash.h"
 
@@ -87,8 +87,7 @@ MaskRow SelectFrame::RowAt(const Sequence& s, int64_t i) const {
   row.m = tiles - 1 - tile % tiles;
   row.tile = g.TileOf(call_.p, s, row.m);
   const int64_t window = row.tile.diagonal - std::max(0, call_.policy.window_blocks - 1);
-  row.keeps_everything =
-      !IsSelected(s) || call_.policy.sink_blocks >= window || InDenseTail(g, call_.policy, s, row.m);
+  row.keeps_everything = !IsSelected(s) || call_.policy.sink_blocks >= window || InDenseTail(g, call_.policy, s, row.m);
   row.index = g.Row(s, row.head, row.m);
   row.bits = mask_->bits + row.index * g.words;
   return row;

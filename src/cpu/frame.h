@@ -169,7 +169,7 @@ class SelectFrame {
   int threads_ = 1;
   int64_t capacity_ = 0;
   int64_t max_rows_ = 0; // of an item
-  WorkRange* ranges_; // [batch]
+  WorkRange* ranges_;    // [batch]
   std::byte* scratch_ = nullptr;
   size_t scratch_bytes_ = 0; // of one thread
   int wave_begin_ = 0, wave_end_ = 0;

@@ -51,18 +51,22 @@ std::vector<int64_t> KeptByEnergy(const KeepRule& rule, const std::vector<float>
 
 using Blocks = std::vector<int64_t>;
 
+// Masses that sum to 8, so that shares in eighths are exact.
+const std::vector<float> kMass = {0.5f, 4, 1.5f, 2};
+
 TEST(TopP, TheBlockThatCrossesIsKept) {
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0.4f), Blocks({1}));
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0.41f), Blocks({1, 3}));
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0.71f), Blocks({1, 2, 3}));
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 1), Blocks({0, 1, 2, 3}));
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0), Blocks());
+  EXPECT_EQ(KeptTopP(kMass, 0.5f), Blocks({1}));
+  EXPECT_EQ(KeptTopP(kMass, 0.51f), Blocks({1, 3}));
+  EXPECT_EQ(KeptTopP(kMass, 0.75f), Blocks({1, 3}));
+  EXPECT_EQ(KeptTopP(kMass, 0.76f), Blocks({1, 2, 3}));
+  EXPECT_EQ(KeptTopP(kMass, 1), Blocks({0, 1, 2, 3}));
+  EXPECT_EQ(KeptTopP(kMass, 0), Blocks());
 }
 
 TEST(TopP, BlocksThatAreSetCountFirst) {
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0.3f, {3}), Blocks({3}));
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0.31f, {3}), Blocks({1, 3}));
-  EXPECT_EQ(KeptTopP({1, 4, 2, 3}, 0.5f, {0, 2}), Blocks({0, 1, 2}));
+  EXPECT_EQ(KeptTopP(kMass, 0.25f, {3}), Blocks({3}));
+  EXPECT_EQ(KeptTopP(kMass, 0.26f, {3}), Blocks({1, 3}));
+  EXPECT_EQ(KeptTopP(kMass, 0.5f, {0, 2}), Blocks({0, 1, 2}));
 }
 
 TEST(TopP, EqualOnesGoByIndexAndZerosAddNothing) {
@@ -87,9 +91,9 @@ TEST(TopK, UnrankedOnesAndNanAreLeftOut) {
 }
 
 TEST(TopPExclusive, TheBlockThatCrossesIsLeftOutUnlessItIsTheFirst) {
-  EXPECT_EQ(KeptTopPExclusive({1, 4, 2, 3}, 0.1f), Blocks({1}));
-  EXPECT_EQ(KeptTopPExclusive({1, 4, 2, 3}, 0.69f), Blocks({1}));
-  EXPECT_EQ(KeptTopPExclusive({1, 4, 2, 3}, 0.7f), Blocks({1, 3}));
+  EXPECT_EQ(KeptTopPExclusive(kMass, 0.1f), Blocks({1}));
+  EXPECT_EQ(KeptTopPExclusive(kMass, 0.74f), Blocks({1}));
+  EXPECT_EQ(KeptTopPExclusive(kMass, 0.75f), Blocks({1, 3}));
   EXPECT_EQ(KeptTopPExclusive({2, 2, 2, 2}, 0.5f), Blocks({0, 1}));
   EXPECT_EQ(KeptTopPExclusive({0, 0, 0}, 0.5f), Blocks({0, 1, 2})); // no sum passes a share of nothing
 }
@@ -111,9 +115,9 @@ TEST(KeepByEnergy, AlphaWorksInEveryWordOfARow) {
 }
 
 TEST(KeepByEnergy, MassAndGainTakeTheLargestFirst) {
-  EXPECT_EQ(KeptByEnergy({.mass = 0.4f}, {1, 4, 2, 3}), Blocks({1}));
-  EXPECT_EQ(KeptByEnergy({.mass = 0.71f}, {1, 4, 2, 3}), Blocks({1, 2, 3}));
-  EXPECT_EQ(KeptByEnergy({.mass = 0.1f, .min_blocks = 2}, {1, 4, 2, 3}), Blocks({1, 3}));
+  EXPECT_EQ(KeptByEnergy({.mass = 0.5f}, kMass), Blocks({1}));
+  EXPECT_EQ(KeptByEnergy({.mass = 0.76f}, kMass), Blocks({1, 2, 3}));
+  EXPECT_EQ(KeptByEnergy({.mass = 0.1f, .min_blocks = 2}, kMass), Blocks({1, 3}));
   EXPECT_EQ(KeptByEnergy({.mass = 1}, {0, 1, 0}), Blocks({1}));
   // 0.4 sqrt(1) and 0.3 sqrt(0.6) = 0.23 are worth it, 0.2 sqrt(0.3) = 0.11 is not.
   EXPECT_EQ(KeptByEnergy({.gain = 0.2f}, {1, 4, 2, 3}), Blocks({1, 3}));

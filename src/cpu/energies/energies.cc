@@ -15,15 +15,13 @@ void EnergySelection::Take(Workspace& memory, int64_t panels) {
 
 EnergySelection::Scratch EnergySelection::TakeScratch(Workspace& memory) const {
   const int64_t blocks = call_.MaxBlocks();
-  Scratch s{};
-  s.describe = panels_.TakeScratch(memory);
-  s.rows = memory.Take<float>(int64_t{plan().max_rows} * plan().depth);
-  s.largest = memory.Take<float>(RowsPerItem() * blocks);
-  s.sums = memory.Take<float>(RowsPerItem() * blocks);
-  s.keys = memory.Take<uint64_t>(blocks);
-  s.visible = memory.Take<int32_t>(plan().max_rows);
-  s.in_panel = memory.Take<int32_t>(plan().max_rows);
-  return s;
+  return {.describe = panels_.TakeScratch(memory),
+          .rows = memory.Take<float>(int64_t{plan().max_rows} * plan().depth),
+          .largest = memory.Take<float>(RowsPerItem() * blocks),
+          .sums = memory.Take<float>(RowsPerItem() * blocks),
+          .keys = memory.Take<uint64_t>(blocks),
+          .visible = memory.Take<int32_t>(plan().max_rows),
+          .in_panel = memory.Take<int32_t>(plan().max_rows)};
 }
 
 void EnergySelection::Describe(const SelectFrame& frame) const {

@@ -20,16 +20,14 @@ void StridedSelection::Take(Workspace& memory, int64_t panels) {
 
 StridedSelection::Scratch StridedSelection::TakeScratch(Workspace& memory) const {
   const int64_t blocks = DivUp<int64_t>(call_.p.max_seqlen_k, call_.g.block_size);
-  Scratch s{};
-  s.panel = memory.Take<float>(method_.depth * kStridedLanes);
-  s.row = memory.Take<float>(call_.p.head_dim);
-  s.cells = memory.Take<float>(method_.cell_means ? 0 : kCellsAtOnce * Pitch());
-  s.largest = memory.Take<float>(blocks * kStridedLanes);
-  s.sums = memory.Take<float>(blocks * kStridedLanes);
-  s.mass = memory.Take<float>(blocks);
-  s.visible = memory.Take<float>(kStridedLanes);
-  s.keys = memory.Take<uint64_t>(blocks);
-  return s;
+  return {.panel = memory.Take<float>(method_.depth * kStridedLanes),
+          .row = memory.Take<float>(call_.p.head_dim),
+          .cells = memory.Take<float>(method_.cell_means ? 0 : kCellsAtOnce * Pitch()),
+          .largest = memory.Take<float>(blocks * kStridedLanes),
+          .sums = memory.Take<float>(blocks * kStridedLanes),
+          .mass = memory.Take<float>(blocks),
+          .visible = memory.Take<float>(kStridedLanes),
+          .keys = memory.Take<uint64_t>(blocks)};
 }
 
 float* StridedSelection::MeansOf(const SelectFrame& frame, const Sequence& s, int kv_head) const {

@@ -1,8 +1,8 @@
 // MInference (arXiv 2407.02490) on the CPU, head by head: see reference.cc for the rules, docs/methods/minference.md
 // for why.
-#include "core/minference.h"
 #include "core/vertical_slash.h"
 #include "cpu/vertical_slash/vertical_slash.h"
+#include "methods/minference/patterns.h"
 
 namespace flashprefill::methods::minference {
 namespace {
@@ -18,22 +18,20 @@ void WriteList(const cpu::HeadCall& call, int list, int64_t count) {
 
 // Verticals as blocks, the same for all tiles; slashes as a running count, so that whether some slash crosses a block
 // on its way through a tile is one subtraction.
-void VerticalSlash(const cpu::HeadCall& call, int64_t a, int64_t b) {
+void VerticalSlash(const cpu::HeadCall& call, const fp_minference_head& own) {
   const cpu::VerticalSlashScratch& t = call.scratch;
   const int64_t keys = call.s.k_len, size = call.block_size();
-  cpu::SumVerticalSlash(call, kMInferenceRows, false);
+  cpu::SumVerticalSlash(call, kRows, false);
   std::reverse(t.slashes, t.slashes + keys); // now by distance
 
   std::fill_n(t.vertical_blocks, DivUp<int64_t>(call.blocks(), 64), uint64_t{0});
   const bool in_blocks = reinterpret_cast<const fp_minference&>(call.policy).rounding == FP_ROUND_BLOCKS;
-  const int64_t verticals =
-      cpu::Best(t.verticals, 1, keys, kMInferenceColumns, std::max(a, kMInferenceColumns), t.ranks);
+  const int64_t verticals = cpu::Best(t.verticals, 1, keys, kFirstVerticals, VerticalsOf(own), t.ranks);
   if (!in_blocks) WriteList(call, 0, verticals);
   for (int64_t i = 0; in_blocks && i < verticals; ++i)
     SetBit(t.vertical_blocks, static_cast<int64_t>(t.ranks[i]) / size);
 
-  const int64_t slashes =
-      cpu::Best(t.slashes, 1, keys, kMInferenceDistances, std::max(b, kMInferenceLeastDistances), t.ranks);
+  const int64_t slashes = cpu::Best(t.slashes, 1, keys, kNearSlashes, SlashesOf(own), t.ranks);
   if (!in_blocks) {
     WriteList(call, 1, slashes);
     return;
@@ -87,21 +85,21 @@ void BlockSparse(const cpu::HeadCall& call, int64_t count) {
 }
 
 void ChooseHead(const cpu::HeadCall& call) {
-  const fp_minference_head own = MInferenceHead(reinterpret_cast<const fp_minference&>(call.policy), call.head);
+  const fp_minference_head own = PatternOf(reinterpret_cast<const fp_minference&>(call.policy), call.head);
   switch (own.pattern) {
     case FP_A_SHAPE:
       return AShape(call, own.a, own.b);
     case FP_BLOCK_SPARSE:
       return BlockSparse(call, own.a);
     default:
-      return VerticalSlash(call, own.a, own.b);
+      return VerticalSlash(call, own);
   }
 }
 
 class Selection : public cpu::HeadSelection {
  public:
   explicit Selection(const cpu::SelectCall& call)
-      : HeadSelection(call, {.last_rows = kMInferenceRows, .tokens = true, .pooled_logits = true}, ChooseHead) {}
+      : HeadSelection(call, {.last_rows = kRows, .tokens = true, .pooled_logits = true}, ChooseHead) {}
 };
 
 } // namespace

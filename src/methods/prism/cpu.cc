@@ -2,9 +2,9 @@
 // are zero, so both bands read the same panels of mean keys; two rows per tile are too few for that to matter.
 #include <cmath>
 
-#include "core/rotary_bands.h"
 #include "cpu/energies/pooled.h"
 #include "cpu/top_p.h"
+#include "methods/prism/rotary_bands.h"
 
 namespace flashprefill::methods::prism {
 namespace {

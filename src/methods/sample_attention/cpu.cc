@@ -5,11 +5,11 @@
 // key.
 #include <algorithm>
 
-#include "core/row_sample.h"
 #include "cpu/energies/kernels.h"
 #include "cpu/frame.h"
 #include "cpu/strided/kernels.h"
 #include "cpu/top_p.h"
+#include "methods/sample_attention/row_sample.h"
 
 namespace flashprefill::methods::sample_attention {
 namespace {

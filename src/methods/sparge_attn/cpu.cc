@@ -3,11 +3,11 @@
 // it would add the same to all scores of a row.
 #include <cmath>
 
-#include "core/policies.h"
 #include "cpu/energies/pooled.h"
 #include "cpu/energies/similarity_kernels.h"
 #include "cpu/strided/kernels.h"
 #include "cpu/top_p.h"
+#include "methods/sparge_attn/top_blocks.h"
 
 namespace flashprefill::methods::sparge_attn {
 namespace {

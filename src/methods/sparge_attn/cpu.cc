@@ -35,11 +35,8 @@ class Selection : public cpu::PooledSelection {
 
   Scratch TakeScratch(Workspace& memory) const {
     const int64_t d = call_.p.head_dim;
-    Scratch s{PooledSelection::TakeScratch(memory)};
-    s.rows = memory.Take<float>(std::max(call_.g.block_size, kTileRows) * d);
-    s.center = memory.Take<float>(d);
-    s.sum = memory.Take<float>(d);
-    return s;
+    return {PooledSelection::TakeScratch(memory), memory.Take<float>(std::max(call_.g.block_size, kTileRows) * d),
+            memory.Take<float>(d), memory.Take<float>(d)};
   }
 
   void Describe(const cpu::SelectFrame& frame) const {

@@ -207,16 +207,19 @@ constexpr Selector SelectorBy() {
           }};
 }
 
-// A method that keeps its forced blocks and looks at no key.
+// A method that keeps its forced blocks and looks at no key: Dense and Streaming.
 class ForcedBlocks {
  public:
   struct Scratch {};
-  explicit ForcedBlocks(const SelectCall&) {}
-  ItemShape Shape() const { return {}; }
+  explicit ForcedBlocks(const SelectCall& call) : heads_(call.g.group / call.g.heads_per_tile) {}
+  ItemShape Shape() const { return {.heads = heads_}; }
   void Take(Workspace&, int64_t) {}
   Scratch TakeScratch(Workspace&) const { return {}; }
   void Describe(const SelectFrame&) const {}
   void Choose(const Item&, const Scratch&) const {}
+
+ private:
+  const int heads_; // mask heads of a KV head
 };
 
 } // namespace flashprefill::cpu

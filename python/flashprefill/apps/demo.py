@@ -13,15 +13,16 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..policies import FlashPrefill, Policy, Sketch
+from ..policies import FlashPrefill, Sketch
 from . import device, machine, models, prompt, report, table
 from .errors import UsageError
+from .method import Method
 from .spec import parse_policy, spell
 
 TOKENS = 7600
@@ -50,23 +51,6 @@ class Options:
     positions: int = 512
     continuation: int = 24
     out: Path = Path("out/demo")
-
-
-@dataclass
-class Method:
-    """One contender and all that was seen of it."""
-
-    label: str
-    policy: Policy | None
-    ttft: list[float] = field(default_factory=list)
-    attention: list[float] = field(default_factory=list)
-    select: list[float] = field(default_factory=list)
-    host_share: list[float] = field(default_factory=list)  # on a GPU: of ttft, until all was asked of it
-    density: Any = None  # [layers, heads]
-    fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
-    kl: float | None = None
-    top1: float | None = None
-    needles: list[dict[str, Any]] = field(default_factory=list)
 
 
 def methods_for(texts: Sequence[str]) -> list[Method]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,7 @@ from ..api import select
 from ..policies import Policy, Streaming
 from . import heads as kinds
 from . import plots
-
-if TYPE_CHECKING:
-    from .demo import Method
+from .method import Method
 
 SHOWN_POLICIES = 2  # masks side by side: more would be too small to see
 SAMPLED_ROWS = 512  # rows of each head that the choice of heads looks at

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _transformers_hook
-from ._engine import Timings, collect_timings
+from ._timings import Timings, collect_timings
 from .api import attend, prefill_attention, select
 from .errors import (
     ArgumentTypeError,
@@ -32,6 +32,7 @@ from .policies import (
     Dense,
     FlashPrefill,
     FlexPrefill,
+    MaskPolicy,
     MInference,
     Policy,
     Prism,
@@ -64,6 +65,7 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "MInference",
+    "MaskPolicy",
     "OutOfMemoryError",
     "Policy",
     "Prism",

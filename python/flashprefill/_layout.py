@@ -49,16 +49,17 @@ class Layout:
         words = ceil_div(ceil_div(self.max_seqlen_k, block_size), 64)
         return heads, self.total_q // tile_tokens + self.batch, words
 
-    def arguments(self) -> tuple[Any, Any, Any, Any, int, int]:
-        """Return what the engine's functions take of it, in their order."""
-        return (
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            self.seqused_k,
-            self.block_table,
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-        )
+    def arguments(self) -> dict[str, Any]:
+        """Return what the library's verbs take of it, by their names in _calls.py."""
+        return {
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_k,
+            "seqused_k": self.seqused_k,
+            "block_table": self.block_table,
+            "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k,
+            "causal": self.causal,
+        }
 
     def kept(self, ops: Any) -> Layout:
         """Return the layout for a mask to keep: its lengths are copies, and pages don't matter."""

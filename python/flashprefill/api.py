@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ._calls import ATTEND, PREFILL, SELECT
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
+from ._prototype import join_function
 from .errors import refuse, refuse_type
 from .mask import BlockMask
-from .policies import FlashPrefill, Policy
-from .stats import Stats
+from .policies import FlashPrefill, MaskPolicy, Policy
 
 __all__ = ["attend", "prefill_attention", "select"]
 
@@ -66,7 +67,21 @@ def _policy(policy: Any) -> Policy:
     return policy
 
 
+def _shared(
+    q: Any, layout: Layout, softmax_scale: Any, threads: Any, backend: Any, target: Any
+) -> dict[str, Any]:
+    """Return the arguments that all verbs take, checked, by their names in _calls.py."""
+    return {
+        **layout.arguments(),
+        "softmax_scale": _scale(softmax_scale, q),
+        "threads": _threads(threads),
+        "backend": _name("backend", backend),
+        "target": _name("target", target),
+    }
+
+
 def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
+    """Return an empty mask for the policy to fill."""
     tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
     heads = k.shape[-2] if policy.share_heads else q.shape[-2]
     shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
@@ -83,6 +98,25 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
         ops.zero_counts(q, (layout.batch, heads, 2 + sum(room))) if sum(room) else None,
         room[0],
     )
+
+
+def _select(
+    ops: Any,
+    q: Any,
+    k: Any,
+    layout: Layout,
+    policy: Policy,
+    final_chunk: list[bool],
+    shared: dict[str, Any],
+) -> BlockMask:
+    """Return the policy's mask; all arguments are checked."""
+    if isinstance(policy, MaskPolicy):
+        mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
+        ops.in_python(join_function, mask, policy, q, k, layout)
+        return mask
+    mask = _new_mask(ops, q, k, layout, policy)
+    ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy._spec, **shared))
+    return mask
 
 
 def _results(ops: Any, q: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
@@ -172,39 +206,37 @@ def prefill_attention(
         seqused_k,
         block_table,
     )
-    rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
-    scale, most = _scale(softmax_scale, q), _threads(threads)
-    backend, target = _name("backend", backend), _name("target", target)
+    policy, final_chunk = _policy(policy), _final_chunk(final_chunk, layout.batch)
+    shared = _shared(q, layout, softmax_scale, threads, backend, target)
     check_bool("return_stats", return_stats)
     out, lse = _results(ops, q, out, return_lse)
-    mask = _new_mask(ops, q, k, layout, rule) if return_stats else None
-    bits, counts, fallback, vertical_slash = (
-        (None,) * 4 if mask is None else (mask.bits, mask.counts, mask.fallback, mask.vertical_slash)
-    )
-    ops.prefill(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bits,
-        counts,
-        fallback,
-        vertical_slash,
-        *layout.arguments(),
-        scale,
-        layout.causal,
-        chunks,
-        rule._spec,
-        most,
-        backend,
-        target,
-    )
+    mask = None
+    if isinstance(policy, MaskPolicy):
+        mask = _select(ops, q, k, layout, policy, final_chunk, shared)
+        ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
+    else:
+        lists = BlockMask._no_lists
+        if return_stats:
+            mask = _new_mask(ops, q, k, layout, policy)
+            lists = mask._lists
+        ops.prefill(
+            *PREFILL.pack(
+                q=q,
+                k=k,
+                v=v,
+                out=out,
+                lse=lse,
+                **lists,
+                final_chunk=final_chunk,
+                policy=policy._spec,
+                **shared,
+            )
+        )
     results = [out]
     if lse is not None:
         results.append(lse)
-    if mask is not None:
-        results.append(Stats(mask._layout, counts, fallback, mask.tile_tokens, mask.block_size))
+    if return_stats and mask is not None:
+        results.append(mask.stats)
     return out if len(results) == 1 else tuple(results)
 
 
@@ -259,27 +291,9 @@ def select(
         seqused_k,
         block_table,
     )
-    rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
-    scale, most = _scale(softmax_scale, q), _threads(threads)
-    backend, target = _name("backend", backend), _name("target", target)
-    mask = _new_mask(ops, q, k, layout, rule)
-    ops.select(
-        q,
-        k,
-        mask.bits,
-        mask.counts,
-        mask.fallback,
-        mask.vertical_slash,
-        *layout.arguments(),
-        scale,
-        layout.causal,
-        chunks,
-        rule._spec,
-        most,
-        backend,
-        target,
-    )
-    return mask
+    policy, final_chunk = _policy(policy), _final_chunk(final_chunk, layout.batch)
+    shared = _shared(q, layout, softmax_scale, threads, backend, target)
+    return _select(ops, q, k, layout, policy, final_chunk, shared)
 
 
 def attend(
@@ -353,6 +367,15 @@ def attend(
     for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
         if getattr(layout, name) != getattr(made_for, name):
             refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(layout, name)})")
+    given = _fitting(ops, mask, q, k)
+    shared = _shared(q, layout, softmax_scale, threads, backend, target)
+    out, lse = _results(ops, q, out, return_lse)
+    ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
+    return out if lse is None else (out, lse)
+
+
+def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
+    """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
     bits, vertical_slash = mask.bits, mask.vertical_slash
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
         bits = ops.words_of(mask._ops.to_host(bits))
@@ -363,32 +386,6 @@ def attend(
     if bits.shape[0] == 1 and heads > 1:
         bits = ops.expand_heads(bits, heads)
     if bits.shape[0] != heads:
-        refuse(
-            "mask's number of heads",
-            bits.shape[0],
-            f"1, or {'kv_heads' if mask.share_heads else 'q_heads'} ({heads})",
-        )
-    scale, most = _scale(softmax_scale, q), _threads(threads)
-    backend, target = _name("backend", backend), _name("target", target)
-    out, lse = _results(ops, q, out, return_lse)
-    ops.attend(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bits,
-        mask.tile_tokens,
-        mask.block_size,
-        mask.share_heads,
-        mask.mean_correction,
-        vertical_slash,
-        mask.max_verticals,
-        *layout.arguments(),
-        scale,
-        layout.causal,
-        most,
-        backend,
-        target,
-    )
-    return out if lse is None else (out, lse)
+        what = "kv_heads" if mask.share_heads else "q_heads"
+        refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
+    return {**mask._given, "bits": bits, "vertical_slash": vertical_slash}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,8 +33,8 @@ class BlockMask:
         block_size: keys a block.
         share_heads: whether mask heads are KV heads.
         mean_correction: whether `attend` lets blocks left out count by their means.
-        vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32 [batch, mask heads, ...] as
-            the C header describes them, or None.
+        vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32
+            [batch, mask heads, ...] as the C header describes them, or None.
         max_verticals: how many verticals they have room for.
     """
 
@@ -114,10 +114,19 @@ class BlockMask:
 
         shape = layout.mask_shape(heads, tile_tokens, block_size)
         like = parts[0] if parts else None
-        bits, counts = ops.zero_words(like, shape), ops.zero_counts(like, shape[:2])
-        fallback = ops.zero_counts(like, (layout.batch,))
-        for b, ((begin, rows, keys), part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
+        mask = cls(
+            layout,
+            ops.zero_words(like, shape),
+            ops.zero_counts(like, shape[:2]),
+            ops.zero_counts(like, (layout.batch,)),
+            tile_tokens,
+            int(block_size),
+            bool(share_heads),
+            bool(mean_correction),
+        )
+        for b, (place, part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
             name = f"keep[{b}].shape" if len(parts) > 1 else "keep.shape"
+            _, rows, keys = place
             wanted = (heads, ceil_div(rows, tile_tokens), ceil_div(keys, block_size))
             if tuple(part.shape) != wanted:
                 refuse(
@@ -125,25 +134,52 @@ class BlockMask:
                     tuple(part.shape),
                     f"{wanted}: heads, tiles of {tile_tokens} tokens, blocks of {block_size} keys",
                 )
-            limits = layout.visible(rows, keys, tile_tokens, block_size)
-            part = part & ops.visible_before(limits, wanted[2], part)
-            first = begin // tile_tokens + b
-            bits[:, first : first + wanted[1]] = ops.pack(part, shape[2])
-            counts[:, first : first + wanted[1]] = part.sum(-1)
-        return cls(
-            layout,
-            bits,
-            counts,
-            fallback,
-            tile_tokens,
-            int(block_size),
-            bool(share_heads),
-            bool(mean_correction),
-        )
+            mask._write(b, place, part)
+        return mask
 
     @property
     def _ops(self) -> Any:
         return ops_of("bits", self.bits)
+
+    @property
+    def _lists(self) -> dict[str, Any]:
+        """What a selection writes, by the names in _calls.py."""
+        return {
+            "bits": self.bits,
+            "counts": self.counts,
+            "fallback": self.fallback,
+            "vertical_slash": self.vertical_slash,
+        }
+
+    _no_lists: ClassVar[dict[str, Any]] = dict.fromkeys(("bits", "counts", "fallback", "vertical_slash"))
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """What attention reads, by the names in _calls.py."""
+        return {
+            "bits": self.bits,
+            "tile_tokens": self.tile_tokens,
+            "block_size": self.block_size,
+            "share_heads": self.share_heads,
+            "mean_correction": self.mean_correction,
+            "vertical_slash": self.vertical_slash,
+            "max_verticals": self.max_verticals,
+        }
+
+    def _write(self, seq: int, place: tuple[int, int, int], keep: Any) -> None:
+        """Write the bits and counts of one sequence, without bits in the future.
+
+        Args:
+            seq: the sequence.
+            place: its first query token, its query tokens and its keys.
+            keep: bool [mask heads, tiles, blocks], of the mask's array library and device.
+        """
+        ops, (begin, rows, keys) = self._ops, place
+        limits = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
+        keep = keep & ops.visible_before(limits, keep.shape[2], keep)
+        first = begin // self.tile_tokens + seq
+        self.bits[:, first : first + keep.shape[1]] = ops.pack(keep, self.bits.shape[2])
+        self.counts[:, first : first + keep.shape[1]] = keep.sum(-1)
 
     @property
     def heads(self) -> int:
@@ -168,8 +204,8 @@ class BlockMask:
     def dense(self, seq: int = 0) -> Any:
         """Return the mask of one sequence as bool [mask heads, tiles, blocks].
 
-        Where the mask has verticals or slashes, blocks that hold a key of one are True too, though not all of their
-        keys may be kept.
+        Where the mask has verticals or slashes, blocks that hold a key of one are True too, though not all of
+        their keys may be kept.
         """
         begin, rows, keys = self._sequence(seq)
         first = begin // self.tile_tokens + seq % self.batch
@@ -180,7 +216,7 @@ class BlockMask:
         return keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys))
 
     def _on_vertical_slash(self, seq: int, rows: int, keys: int) -> np.ndarray:
-        """Return the visible blocks that hold a key of some vertical or slash, bool [mask heads, tiles, blocks]."""
+        """Return the visible blocks that hold a key of a vertical or slash, bool [heads, tiles, blocks]."""
         tiles, blocks = ceil_div(rows, self.tile_tokens), ceil_div(keys, self.block_size)
         touched = np.zeros((self.heads, tiles, blocks), np.bool_)
         visible = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
@@ -200,21 +236,17 @@ class BlockMask:
 
     def to(self, device: Any) -> BlockMask:
         """Return the mask in the memory of another device, such as "cuda". For masks of torch tensors."""
-        moved = [
-            None if x is None else x.to(device)
-            for x in (self.bits, self.counts, self.fallback, self.vertical_slash)
-        ]
-        bits, counts, fallback, vertical_slash = moved
+        moved = {name: None if x is None else x.to(device) for name, x in self._lists.items()}
         return BlockMask(
             self._layout.to(device),
-            bits,
-            counts,
-            fallback,
+            moved["bits"],
+            moved["counts"],
+            moved["fallback"],
             self.tile_tokens,
             self.block_size,
             self.share_heads,
             self.mean_correction,
-            vertical_slash,
+            moved["vertical_slash"],
             self.max_verticals,
         )
 

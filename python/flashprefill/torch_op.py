@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import _engine
+from ._calls import ATTEND, PREFILL, SELECT
 from ._memory import in_large_pages
 from .errors import refuse, refuse_type
 
@@ -25,34 +26,23 @@ NAME = "a torch tensor"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
-_LAYOUT = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal"
-)
-_EXEC = "int threads, str? backend, str? target"
-
-_SCHEMAS = {
-    "select": "(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, "
-    "Tensor(d!)? vertical_slash, "
-    f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
-    "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor bits, "
-    "SymInt tile_tokens, SymInt block_size, bool share_heads, bool mean_correction, Tensor? vertical_slash, "
-    f"SymInt max_verticals, {_LAYOUT}, {_EXEC}) -> ()",
-    "prefill": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, "
-    "Tensor(d!)? counts, Tensor(e!)? fallback, Tensor(f!)? vertical_slash, "
-    f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
-}
 _make: Any = torch.library.Library
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _verb in (SELECT, ATTEND, PREFILL):
+    _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, getattr(_engine, _name), _key)
-    torch.library.register_fake(f"flashprefill::{_name}", lambda *_, **__: None, lib=_library)
+        _library.impl(_verb.name, getattr(_engine, _verb.name), _key)
+    torch.library.register_fake(f"flashprefill::{_verb.name}", lambda *_, **__: None, lib=_library)
 
 select = torch.ops.flashprefill.select
 attend = torch.ops.flashprefill.attend
 prefill = torch.ops.flashprefill.prefill
+
+
+@torch.compiler.disable
+def in_python(function: Any, *arguments: Any) -> Any:
+    """Call a function that no graph can hold."""
+    return function(*arguments)
 
 
 def check(name: str, x: Any, like: Any) -> None:

@@ -23,6 +23,7 @@ from .base import Policy
 from .dense import Dense
 from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
+from .mask_policy import MaskPolicy
 from .minference import MInference
 from .prism import Prism
 from .rrattention import RRAttention
@@ -37,6 +38,7 @@ __all__ = [
     "FlashPrefill",
     "FlexPrefill",
     "MInference",
+    "MaskPolicy",
     "Policy",
     "Prism",
     "RRAttention",

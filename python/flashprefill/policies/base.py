@@ -56,6 +56,10 @@ class Policy:
         """Make a policy of a mapping of options, which may name fields as the method's own code does."""
         return cls(**options)
 
+    def at_layer(self, layer: int) -> Policy:
+        """Return the policy for one layer of a model: itself, unless it depends on the layer."""
+        return self
+
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
         """Return how many columns and distances of single tokens a mask head needs room for."""
         return 0, 0

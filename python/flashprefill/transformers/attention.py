@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .. import _engine
+from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
 from ..policies import FlashPrefill, Policy
@@ -213,7 +213,7 @@ def _sparse(
             sequences = slice(span.batch_begin, span.batch_end)
             here, there = slice(span.row_begin, span.row_end), slice(span.key_begin, span.key_end)
             parts = [x[sequences, where] for x, where in zip(parts, (here, there, there, here), strict=True)]
-        with _engine.collect_timings() if measure else contextlib.nullcontext(_engine.Timings()) as timings:
+        with _timings.collect_timings() if measure else contextlib.nullcontext(_timings.Timings()) as timings:
             result = prefill_attention(
                 parts[0],
                 parts[1],

@@ -18,7 +18,7 @@ import numpy as np
 
 from flashprefill.apps import heads as kinds
 from flashprefill.apps import measure, models, pictures, plots, prompt
-from flashprefill.apps.spec import parse_policy, spell
+from flashprefill.apps.spec import parse_policy
 from flashprefill.policies import FlashPrefill
 
 TOKENS, LAYERS, SHOWN = 7600, 6, ("columns", "scattered", "broad")
@@ -46,7 +46,7 @@ def main() -> None:
             density = np.mean([(one.kept & visible).sum() / visible.sum() for one in heads])
             recall = [one.recall for one in heads]
             print(
-                f"{spell(policy)}: density {density:.3f}, attention held {np.mean(recall):.3f}, "
+                f"{policy}: density {density:.3f}, attention held {np.mean(recall):.3f}, "
                 f"5th percentile of heads {np.percentile(recall, 5):.3f}"
             )
         rows = []
@@ -57,7 +57,7 @@ def main() -> None:
             def mass(tile: int, block: int, q: object = query[:, head], k: object = key[:, head // group]):  # type: ignore[no-untyped-def]
                 return kinds.attention_mass(q, k, scale, tile, block)  # type: ignore[arg-type]  # noqa: B023
 
-            named = [(spell(policy), policy) for policy in policies]
+            named = [(policy.text, policy) for policy in policies]
             panels = pictures.mask_panels(query, key, scale, head, group, named, mass)
             rows.append(
                 plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels)

@@ -18,6 +18,7 @@ from ._prototype import join_function
 from .errors import refuse, refuse_type
 from .mask import BlockMask
 from .policies import FlashPrefill, MaskPolicy, Policy
+from .policies.text import policy_of
 
 __all__ = ["attend", "prefill_attention", "select"]
 
@@ -57,14 +58,6 @@ def _name(argument: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         refuse_type(argument, repr(value), "a string or None")
     return value
-
-
-def _policy(policy: Any) -> Policy:
-    if policy is None:
-        return FlashPrefill()
-    if not isinstance(policy, Policy):
-        refuse_type("policy", repr(policy), "a policy, such as flashprefill.FlashPrefill()")
-    return policy
 
 
 def _shared(
@@ -142,7 +135,7 @@ def prefill_attention(
     q: Any,
     k: Any,
     v: Any,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -172,7 +165,8 @@ def prefill_attention(
             head_dim] with ``cu_seqlens_k``; or pages [pages, page_size, kv_heads, head_dim] with
             ``block_table``.
         v: values, of k's shape.
-        policy: what to keep; the default is ``FlashPrefill()``.
+        policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
+            ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False, with :class:`Dense` only: every query sees every key.
         cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
@@ -206,7 +200,8 @@ def prefill_attention(
         seqused_k,
         block_table,
     )
-    policy, final_chunk = _policy(policy), _final_chunk(final_chunk, layout.batch)
+    policy = FlashPrefill() if policy is None else policy_of(policy)
+    final_chunk = _final_chunk(final_chunk, layout.batch)
     shared = _shared(q, layout, softmax_scale, threads, backend, target)
     check_bool("return_stats", return_stats)
     out, lse = _results(ops, q, out, return_lse)
@@ -243,7 +238,7 @@ def prefill_attention(
 def select(
     q: Any,
     k: Any,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -263,7 +258,8 @@ def select(
     Args:
         q: queries.
         k: keys.
-        policy: what to keep; the default is ``FlashPrefill()``.
+        policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
+            ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False, with :class:`Dense` only: every query sees every key.
         cu_seqlens_q: as in :func:`prefill_attention`.
@@ -291,7 +287,8 @@ def select(
         seqused_k,
         block_table,
     )
-    policy, final_chunk = _policy(policy), _final_chunk(final_chunk, layout.batch)
+    policy = FlashPrefill() if policy is None else policy_of(policy)
+    final_chunk = _final_chunk(final_chunk, layout.batch)
     shared = _shared(q, layout, softmax_scale, threads, backend, target)
     return _select(ops, q, k, layout, policy, final_chunk, shared)
 

@@ -30,8 +30,8 @@ _make: Any = torch.library.Library
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
 for _verb in (SELECT, ATTEND, PREFILL):
     _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_verb.name, getattr(_engine, _verb.name), _key)
+    for _key in ("CPU", "CUDA"):  # disabled: outside of graphs torch.compile would trace the call into C
+        _library.impl(_verb.name, torch.compiler.disable(getattr(_engine, _verb.name)), _key)
     torch.library.register_fake(f"flashprefill::{_verb.name}", lambda *_, **__: None, lib=_library)
 
 select = torch.ops.flashprefill.select
@@ -39,10 +39,11 @@ attend = torch.ops.flashprefill.attend
 prefill = torch.ops.flashprefill.prefill
 
 
-@torch.compiler.disable
-def in_python(function: Any, *arguments: Any) -> Any:
-    """Call a function that no graph can hold."""
+def _in_python(function: Any, *arguments: Any) -> Any:
     return function(*arguments)
+
+
+in_python: Any = torch.compiler.disable(_in_python)  # calls a function that no graph can hold
 
 
 def check(name: str, x: Any, like: Any) -> None:

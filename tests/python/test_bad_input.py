@@ -62,7 +62,7 @@ ROWS = [
     ("backend 7", {"backend": 7}, TypeError, r"backend is 7; it must be a string or None"),
     ("target", {"target": "mmx"}, ValueError, r"exec\.target is mmx; it must be one that backend"),
     # policies
-    ("policy text", {"policy": "dense"}, TypeError, r"policy is 'dense'; it must be a policy, such as"),
+    ("policy number", {"policy": 3}, TypeError, r"policy is 3; it must be a policy, such as"),
     ("policy class", {"policy": fp.Dense}, TypeError, r"policy is <class .*>; it must be a policy"),
     ("final_chunk text", {"final_chunk": "yes"}, TypeError, r"final_chunk is 'yes'; it must be"),
     ("final_chunk long", {"final_chunk": [True, False]}, ValueError, r"final_chunk is a list of 2; it must be one bool"),

@@ -32,7 +32,7 @@ from . import device as devices
 from . import inputs, machine, models, table
 from .device import CPU, Device
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 SCHEMA = "flashprefill-bench/1"
 DEFAULT_SHAPES = {"cpu": ("9/3x64x8K",), "cuda": ("32/8x128x16K", "32/8x128x64K")}
@@ -102,7 +102,7 @@ def contenders(
         call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
         alone = lambda policy=policy: select(q, k, policy, **where)  # noqa: E731
         density = stats.mean_density
-        found.append(Contender(spell(policy), call, density, work * density, alone))
+        found.append(Contender(policy.text, call, density, work * density, alone))
     for density in options.densities:
         keep = inputs.random_mask(shape, density).to(device.kind)
         mask = BlockMask.from_dense(keep, q_len=shape.tokens, k_len=shape.tokens)

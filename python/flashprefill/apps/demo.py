@@ -23,7 +23,7 @@ from ..policies import FlashPrefill, Sketch
 from . import device, machine, models, prompt, report, table
 from .errors import UsageError
 from .method import Method
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 TOKENS = 7600
 LONG_TOKENS = 24000
@@ -57,7 +57,7 @@ def methods_for(texts: Sequence[str]) -> list[Method]:
     """Dense first, then what was asked for, or the four that the project stands for."""
     dense = Method("Dense (PyTorch SDPA)", None)
     if texts:
-        return [dense, *(Method(spell(policy), policy) for policy in map(parse_policy, texts))]
+        return [dense, *(Method(policy.text, policy) for policy in map(parse_policy, texts))]
     return [
         dense,
         Method("FlashPrefill, published", FlashPrefill(alpha=0.12)),
@@ -148,9 +148,8 @@ class Runner:
 
         if method.policy is None or not self.captured:
             return 0.0
-        layers = list(self.captured.values())
-        some = measure.select_seconds(self.loaded.device, method.policy, layers)
-        return float(some / len(layers) * self.layers)
+        some = measure.select_seconds(self.loaded.device, method.policy, self.captured)
+        return float(some / len(self.captured) * self.layers)
 
     def _compare(self, method: Method, logs: Any) -> None:
         from . import measure
@@ -172,7 +171,7 @@ def summarise(method: Method, dense: Method) -> dict[str, Any]:
     ttft, attention = statistics.median(method.ttft), statistics.median(method.attention)
     return {
         "label": method.label,
-        "policy": None if method.policy is None else spell(method.policy),
+        "policy": None if method.policy is None else method.policy.text,
         "ttft_seconds": _spread(method.ttft),
         "attention_seconds": _spread(method.attention),
         "select_seconds": _spread(method.select),

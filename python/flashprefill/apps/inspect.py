@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..api import select
 from . import dump, table
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 SHADES = " .:-=+*#%@"
 
@@ -65,7 +65,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         share = np.asarray(mask.stats.density, dtype=float)[0]
         results.append(
             {
-                "policy": spell(policy),
+                "policy": policy.text,
                 "tokens": [int(q.shape[0]), int(k.shape[0])],
                 "heads": [int(q.shape[1]), int(k.shape[1])],
                 "density": float(mask.density),
@@ -124,7 +124,7 @@ def _picture(options: Options, policies: list[Any], q: Any, k: Any, heads: list[
     query, key = tensor(q), tensor(k)
     scale = options.scale or float(query.shape[-1]) ** -0.5
     group = query.shape[1] // key.shape[1]
-    named = [(spell(policy), policy) for policy in policies]
+    named = [(policy.text, policy) for policy in policies]
     rows = []
     for head in heads:
         own = (query[:, head], key[:, head // group])

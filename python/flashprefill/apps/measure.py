@@ -10,7 +10,7 @@ part of the time to first token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,9 +140,12 @@ def run(
     return Pass(ttft, clock.seconds, selecting, logits, hidden[0], stats, cache, host_share), clock
 
 
-def select_seconds(device: Device, policy: Policy, layers: Sequence[Captured]) -> float:
-    """Seconds of selections alone, over layers that were captured."""
-    calls = [partial(select, one.query, one.key, policy, softmax_scale=one.scale) for one in layers]
+def select_seconds(device: Device, policy: Policy, layers: Mapping[int, Captured]) -> float:
+    """Seconds of selections alone, over captured layers by number."""
+    calls = [
+        partial(select, one.query, one.key, policy.at_layer(number), softmax_scale=one.scale)
+        for number, one in layers.items()
+    ]
     return sum(device.timed(call)[1] for call in calls)
 
 

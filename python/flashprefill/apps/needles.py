@@ -20,7 +20,7 @@ import numpy as np
 from ..policies import FlashPrefill, Policy, Sketch
 from . import device, machine, models, prompt, table
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 SCHEMA = "flashprefill-try/1"
 LEAST_TOKENS, MOST_TOKENS = 256, 1 << 20
@@ -68,7 +68,7 @@ def check(options: Options) -> None:
 def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
     """Dense first, then what was asked for."""
     policies = [parse_policy(text) for text in texts] or [FlashPrefill(), Sketch()]
-    return [(DENSE, None), *((spell(policy), policy) for policy in policies)]
+    return [(DENSE, None), *((policy.text, policy) for policy in policies)]
 
 
 def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def candidates_of(
     found: list[kinds.Candidate] = []
     forced = visible = np.zeros((0, 0), bool)
     for layer, (query, key, _, scale) in captured.items():
-        mask = select(query, key, policy, softmax_scale=scale)
+        mask = select(query, key, policy.at_layer(layer), softmax_scale=scale)
         kept = host(mask.dense())
         forced = host(select(query, key, forced_by(policy), softmax_scale=scale).dense())[0]
         visible = kinds.visible_blocks(mask, len(query), len(key))
@@ -140,7 +140,8 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
         ) -> Any:
             return host(kinds.attention_mass(q, k, scale, tile_tokens, block_size).double())  # noqa: B023
 
-        panels = mask_panels(query, key, scale, head, group, shown, mass)
+        here = [(label, policy.at_layer(layer)) for label, policy in shown]
+        panels = mask_panels(query, key, scale, head, group, here, mass)
         rows.append(plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels))
         seen = {panel.title: {"density": panel.density, "recall": panel.recall} for panel in panels}
         figures.append({"layer": layer, "head": head, "kind": kinds.KINDS[kind], "masks": seen})

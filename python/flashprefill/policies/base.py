@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from ..errors import refuse, refuse_type
 from .checks import MAX_BLOCKS, check_integer
+
+# The parameters that decide what is kept: always shown in a text.
+_DECIDES = ("alpha", "mass", "gain", "gamma", "threshold", "cdf", "topk", "coverage")
 
 
 class Policy:
@@ -43,7 +45,7 @@ class Policy:
         for name, value in {**shared, **checked}.items():
             object.__setattr__(self, name, value)
         spec = self.kind
-        for name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+        for name in self._names():
             spec += self._spell(name, getattr(self, name))
         object.__setattr__(self, "_spec", spec)
 
@@ -52,13 +54,38 @@ class Policy:
         return f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Policy:
-        """Make a policy of a mapping of options, which may name fields as the method's own code does."""
-        return cls(**options)
+    def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return options by the names of our fields, where the method's own code has others."""
+        return options
 
     def at_layer(self, layer: int) -> Policy:
         """Return the policy for one layer of a model: itself, unless it depends on the layer."""
         return self
+
+    @property
+    def text(self) -> str:
+        """The policy as text, which is read wherever a policy is taken: what differs from the defaults.
+
+        The parameter that decides (alpha, mass, ...) is always shown: "FlashPrefill(alpha=0.12)".
+        """
+        default, shown = type(self)(), {}
+        for name in self._names():
+            value = getattr(self, name)
+            if value != getattr(default, name) or (name in _DECIDES and value is not None):
+                shown[name] = value
+        if any(shown.get(name) is not None for name in ("alpha", "gain")):
+            shown.pop("mass", None)  # one of them decides; the others are None by themselves
+        if shown.get("topk") is not None:
+            shown.pop("cdf", None)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Return the names of the fields."""
+        return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
 
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
         """Return how many columns and distances of single tokens a mask head needs room for."""
@@ -70,7 +97,7 @@ class Policy:
         return bool(getattr(self, "mean_correction", False))
 
     def __reduce__(self) -> Any:
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self), tuple(getattr(self, name) for name in self._names())
 
 
 def numbers_of(spec: str) -> tuple[str, dict[str, float | list[list[float]]]]:

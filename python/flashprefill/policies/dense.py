@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .base import Policy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dense(Policy):
     """Everything is kept: exact attention.
 

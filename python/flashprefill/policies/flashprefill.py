@@ -21,7 +21,7 @@ _ALPHAS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlashPrefill(Policy):
     """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
 

@@ -14,7 +14,7 @@ _GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  #
 _COVERS = ("first", "both")  # by fp_flex_cover
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlexPrefill(Policy):
     """FlexPrefill (arXiv 2502.20766): each head finds by itself what it keeps, from its last query rows.
 
@@ -70,9 +70,9 @@ class FlexPrefill(Policy):
         self._seal(gamma=gamma, tau=tau, min_budget=least, max_budget=most)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> FlexPrefill:
-        """Make a policy of FlexPrefill's own options, "flex_prefill_gamma" and so on, or of fields."""
-        return cls(**{name.removeprefix("flex_prefill_"): value for name, value in options.items()})
+    def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return options by the names of our fields: FlexPrefill calls gamma "flex_prefill_gamma"."""
+        return {name.removeprefix("flex_prefill_"): value for name, value in options.items()}
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> FlexPrefill:

@@ -23,7 +23,7 @@ _FORCED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskPolicy(Policy):
     """A selection by a Python function: the way to try out a method before it is written in C++.
 
@@ -108,14 +108,13 @@ class MaskPolicy(Policy):
         """Return the policy for one layer of a model."""
         return dataclasses.replace(self, layer=layer)
 
-    def __repr__(self) -> str:
-        module = getattr(self.function, "__module__", None)
-        shown = [repr(f"{module}:{self.name}")]
-        for field in dataclasses.fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                shown.append(f"{field.name}={value!r}")
-        return f"MaskPolicy({', '.join(shown)})"
+    @property
+    def text(self) -> str:
+        """The policy as text: "module:function(block_size=64)"."""
+        fields = dataclasses.fields(self)[1:-1]
+        shown = [f"{f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
+        module = getattr(self.function, "__module__", "?")
+        return f"{module}:{self.name}" + (f"({', '.join(shown)})" if shown else "")
 
 
 def function_named(text: str) -> Any:

@@ -31,7 +31,7 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MInference(Policy):
     """MInference (arXiv 2407.02490): a pattern for each head, found once for a model.
 

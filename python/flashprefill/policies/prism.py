@@ -9,7 +9,7 @@ from .base import Policy
 from .checks import check_integer, check_share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prism(Policy):
     """Prism (arXiv 2602.08426): pooled scores in two bands of rotary frequencies.
 

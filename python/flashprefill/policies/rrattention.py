@@ -8,7 +8,7 @@ from .base import Policy
 from .checks import check_share, check_stride
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RRAttention(Policy):
     """RRAttention (arXiv 2602.05853): a strided grid of single queries, another one of a cell in each head.
 

@@ -8,7 +8,7 @@ from .base import Policy
 from .checks import check_integer, check_share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SampleAttention(Policy):
     """SampleAttention (arXiv 2406.15486): columns and diagonals of blocks by the softmax of sampled rows.
 

@@ -9,7 +9,7 @@ from .base import Policy
 from .checks import check_alpha, check_integer, check_number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sketch(Policy):
     """Our own: FlashPrefill whose blocks are described by their outliers beside the rest's mean and variance.
 

@@ -9,7 +9,7 @@ from .base import Policy
 from .checks import check_number, check_share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpargeAttn(Policy):
     """SpargeAttn's first stage (arXiv 2502.18137): means stand for blocks whose tokens are alike.
 

@@ -9,7 +9,7 @@ from .base import Policy
 from .checks import MAX_TOKENS, check_integer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Streaming(Policy):
     """Sink and window blocks only, nothing is scored.
 

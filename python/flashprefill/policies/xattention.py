@@ -13,7 +13,7 @@ from .base import Policy
 from .checks import MAX_FLOAT32, check_number, check_share, check_stride
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class XAttention(Policy):
     """XAttention (arXiv 2503.16428): blocks by the sums of the anti-diagonals of a strided grid.
 

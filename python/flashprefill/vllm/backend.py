@@ -85,6 +85,7 @@ class ImplMixin:
     head_size: int
     scale: float
     _is_sparse: bool | None = None  # not yet known
+    _number = 0  # the layer's
 
     def pages_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a cache as [pages, page_size, kv_heads, head_dim], without copying."""
@@ -117,15 +118,15 @@ class ImplMixin:
 
         if output_scale is None and self._wants(layer, plan.options):
             k_pages, v_pages = self.pages_of(kv_cache)
-            if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense):
+            if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense, self._number):
                 return output
         dense(query, attn_metadata, output)
         return output
 
     def _wants(self, layer: Any, wanted: options.Options) -> bool:
         if self._is_sparse is None:
-            number = layers.number_of(layer.layer_name)
-            self._is_sparse = not layers.why_dense(self) and number >= wanted.first_dense_layers
+            self._number = layers.number_of(layer.layer_name)
+            self._is_sparse = not layers.why_dense(self) and self._number >= wanted.first_dense_layers
         return self._is_sparse
 
 

@@ -17,6 +17,7 @@ import torch
 
 from ..api import prefill_attention
 from ..errors import FlashPrefillError
+from ..policies import Policy
 from .metrics import metrics
 from .options import Options
 from .rows import Span, Split, split
@@ -189,6 +190,7 @@ def run(
     output: torch.Tensor,
     scale: float,
     engine: Callable[[torch.Tensor, Any, torch.Tensor], Any],
+    layer: int = 0,
 ) -> bool:
     """Compute a layer of a batch.
 
@@ -200,13 +202,15 @@ def run(
         output: where results go, of query's shape.
         scale: factor of the scores.
         engine: computes (query, metadata, output) densely.
+        layer: the layer's number.
 
     Returns:
         Whether it is done. If not, the log says why, and the caller is to run the whole batch densely.
     """
     try:
+        policy = plan.options.policy.at_layer(layer)
         for call in plan.calls:
-            _attend(plan, call, query, k_pages, v_pages, output, scale)
+            _attend(policy, call, query, k_pages, v_pages, output, scale)
     except FlashPrefillError as error:
         metrics.fallbacks[str(error)] += 1
         say_once(logging.WARNING, f"flashprefill: a batch was run densely: {error}")
@@ -223,7 +227,7 @@ def run(
 
 
 def _attend(
-    plan: Plan,
+    policy: Policy,
     call: Call,
     query: torch.Tensor,
     k_pages: torch.Tensor,
@@ -237,7 +241,7 @@ def _attend(
         query[here],
         k_pages,
         v_pages,
-        plan.options.policy,
+        policy,
         softmax_scale=scale,
         cu_seqlens_q=call.cu_seqlens_q,
         max_seqlen_q=max(span.rows),

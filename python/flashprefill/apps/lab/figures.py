@@ -68,6 +68,7 @@ class Layer:
 
     def select(self, policy: Policy) -> tuple[BlockMask, str]:
         """Return a policy's mask, and the kind of device that selected: the CPU where no other can."""
+        policy = policy.at_layer(self.number)
         try:
             return select(self.query, self.key, policy, softmax_scale=self.scale), self.device.kind
         except UnsupportedError:

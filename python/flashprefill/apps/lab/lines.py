@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...policies import Policy, Streaming
-from ..spec import POLICIES
+from ...policies import MaskPolicy, Policy, Streaming
+from ...policies.text import make, named
 from .baselines import RULES, SCORERS
 
 ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
@@ -46,13 +46,12 @@ class Line:
 
     def policy(self, value: float | None, forced: Mapping[str, Any]) -> Policy:
         """The policy at one value of the sweep."""
-        kind = POLICIES[self.method]
-        names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        arguments: dict[str, Any] = {name: count for name, count in forced.items() if name in names}
+        own = MaskPolicy if ":" in self.method else named()[self.method]
+        arguments: dict[str, Any] = {name: forced[name] for name in own._names() if name in forced}
         arguments.update(self.fixed)
         if self.parameter is not None:
             arguments[self.parameter] = value
-        return kind(**arguments)
+        return make(self.method, arguments)
 
 
 METHODS = (
@@ -111,14 +110,19 @@ STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
 
 
 def _known(line: Line) -> bool:
-    return line.scorer or line.method in POLICIES
+    return line.scorer or line.method in named()
 
 
 def methods(asked: Sequence[str] = ()) -> list[Line]:
-    """The lines of the table, and one point for each policy that has none. `asked`: only these methods."""
+    """Return the lines of the table, and one point for each policy that has none.
+
+    Args:
+        asked: only these methods, which may be functions, "module:function".
+    """
     lines = [line for line in METHODS if _known(line)]
-    named = {line.method for line in lines}
-    lines += [Line(kind.__name__, name, None, ()) for name, kind in POLICIES.items() if name not in named]
+    swept, policies = {line.method for line in lines}, named()
+    lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
+    lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
     lines = [line for line in lines if line.method != "dense"]
     return [line for line in lines if not asked or line.method in asked]
 
@@ -151,7 +155,7 @@ def check() -> None:
     for line in (*METHODS, *(line for _, lines in STUDIES.values() for line in lines)):
         if line.scorer:
             assert line.parameter in RULES, line
-        elif line.method in POLICIES:
+        elif line.method in named():
             for value in line.values:
                 line.policy(value, {})
 

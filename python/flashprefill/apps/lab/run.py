@@ -24,7 +24,7 @@ from ...errors import UnsupportedError
 from ...mask import BlockMask
 from .. import device, machine, measure, models, table
 from ..errors import UsageError
-from ..spec import spell
+from ..spec import parse_policy
 from . import baselines, lines, texts, times
 from .figures import Layer, Sums, at_density
 
@@ -128,7 +128,7 @@ def figures_of(curve: Curve, density: float) -> dict[str, Any]:
     line = curve.line
     points = [{"value": point.value, **point.sums.figures()} for point in curve.points]
     near = curve.nearest(density)
-    policy = None if line.scorer else spell(line.policy(near.value, FORCED))
+    policy = None if line.scorer else line.policy(near.value, FORCED).text
     return {
         "label": line.label,
         "method": line.method,
@@ -211,7 +211,9 @@ def check(options: Options) -> None:
         if value is not None and value < low:
             raise UsageError(f"--{name} {value}: must be at least {low}")
     for name in options.method:
-        if name not in lines.names():
+        if ":" in name:
+            parse_policy(name)
+        elif name not in lines.names():
             raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: must be a directory")

@@ -31,7 +31,7 @@ class Contender:
     """One method: its calls, what it keeps, where it selects, and its times."""
 
     def __init__(self, label: str, policy: Policy, layer: Layer) -> None:
-        self.label = label
+        self.label, policy = label, policy.at_layer(layer.number)
         mask, self.selects_on = layer.select(policy)
         self.here = self.selects_on == layer.device.kind
         held = (layer.query, layer.key) if self.here else layer.in_host_memory

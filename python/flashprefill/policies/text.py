@@ -1,0 +1,100 @@
+"""Policies written as text: ``flashprefill(alpha=0.2)``, ``sketch``, ``my_module:my_function``.
+
+The text is read as a Python call but never run: only a known name and keyword arguments that are plain
+numbers, booleans, None, strings or tuples get through. "module:function" imports a function for
+:class:`MaskPolicy`. Wherever the package takes a policy it takes such a text.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..errors import ArgumentTypeError, FlashPrefillError, InvalidArgumentError, refuse_type
+from .base import Policy
+from .mask_policy import MaskPolicy
+from .streaming import Streaming
+
+
+def named() -> dict[str, type[Policy]]:
+    """Return the policies that the library selects for, by name."""
+    return {kind.kind: kind for kind in Policy.__subclasses__() if kind is not MaskPolicy}
+
+
+_SHAPES: dict[str, Callable[..., Policy]] = {"ashape": Streaming.a_shape, "trishape": Streaming.tri_shape}
+
+
+def parse(text: str, options: Mapping[str, Any] | None = None) -> Policy:
+    """Return the policy that a text describes.
+
+    Args:
+        text: a policy's name in any case and spelling ("flex_prefill"), or "module:function"; with or without
+            fields in brackets.
+        options: more fields.
+
+    Raises:
+        InvalidArgumentError, ArgumentTypeError: the text cannot be read, or a field is unknown or wrong. The
+            message is one line.
+    """
+    try:
+        name, fields = _read(text)
+        return make(name, {**fields, **(options or {})})
+    except FlashPrefillError as error:
+        raise type(error)(f"policy {text!r}: {error}") from None
+
+
+def make(name: str, fields: Mapping[str, Any]) -> Policy:
+    """Return the policy of a name with these fields. Raises as `parse` does."""
+    if ":" in name:
+        _check_names("MaskPolicy", fields, MaskPolicy._names()[1:])
+        return MaskPolicy(name, **fields)  # type: ignore[arg-type]
+    known, plain = named(), name.lower().replace("-", "").replace("_", "")
+    if plain in _SHAPES:
+        return _SHAPES[plain](**fields)
+    if plain not in known:
+        names = ", ".join([*known, *_SHAPES])
+        raise InvalidArgumentError(f"the name must be one of {names}, or module:function")
+    fields = known[plain].own_names(fields)
+    _check_names(name, fields, known[plain]._names())
+    return known[plain](**fields)
+
+
+def policy_of(value: Any, argument: str = "policy") -> Policy:
+    """Return a policy or the one that a text describes; refuse all else."""
+    if isinstance(value, str):
+        return parse(value)
+    if not isinstance(value, Policy):
+        refuse_type(argument, repr(value), "a policy, such as flashprefill.FlashPrefill(), or a text of one")
+    return value
+
+
+def _check_names(name: str, given: Iterable[str], known: list[str]) -> None:
+    for field in given:
+        if field not in known:
+            raise ArgumentTypeError(f"{field} is unknown; {name} takes {', '.join(known)}")
+
+
+def _read(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the fields of a text."""
+    function, bracket, rest = text.strip().partition("(")
+    if ":" in function:  # no name in Python's grammar
+        return function.strip(), _read("function" + bracket + rest)[1]
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        tree = None
+    name, keywords = (tree.func, tree.keywords) if isinstance(tree, ast.Call) else (tree, [])
+    if not isinstance(name, ast.Name):
+        raise InvalidArgumentError("write a name with or without arguments, like flashprefill(alpha=0.2)")
+    if isinstance(tree, ast.Call) and tree.args:
+        raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
+    fields: dict[str, Any] = {}
+    for keyword in keywords:
+        if keyword.arg is None:
+            raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
+        try:
+            fields[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise InvalidArgumentError(f"{keyword.arg} must be a plain value") from None
+    return name.id, fields

@@ -7,11 +7,10 @@
 
 #include "core/backend.h"
 #include "core/error.h"
-#include "core/policies.h"
+#include "core/method.h"
 #include "core/threads.h"
 #include "core/types.h"
 #include "core/validate.h"
-#include "core/vertical_slash.h"
 #include "flashprefill/flashprefill.h"
 
 namespace flashprefill {
@@ -112,7 +111,7 @@ BlockMask DescribeMask(const Problem& p, const Policy& policy) {
   m.mean_correction = policy.mean_correction;
   m.tile_rows = g.tile_rows;
   m.words = g.words;
-  const VerticalSlashRoom room = VerticalSlashRoom::Of(p, policy);
+  const VerticalSlashRoom room = VerticalSlashRoomOf(p, policy);
   m.max_verticals = static_cast<int32_t>(room.verticals);
   m.max_slashes = static_cast<int32_t>(room.slashes);
   return m;
@@ -163,6 +162,12 @@ const Backend& NamedBackend(const char* name) {
   return *backend;
 }
 
+const Method& MethodOfKind(int32_t kind) {
+  const Method* method = FindMethod(kind);
+  if (!method) Refuse("kind", kind, "one of fp_policy_kind");
+  return *method;
+}
+
 template <typename T>
 void CheckPointer(const char* name, const T* pointer) {
   if (!pointer) Refuse(name, "NULL", "the address of the result");
@@ -210,12 +215,42 @@ void fp_stats_init(fp_stats* stats) {
 
 fp_status fp_policy_init(int32_t kind, void* policy, size_t size) {
   return Guard([&] {
-    const size_t needed = PolicySize(kind);
-    if (needed == 0) Refuse("kind", kind, "one of fp_policy_kind");
+    const Method& method = MethodOfKind(kind);
     if (!policy) Refuse("policy", "NULL", "the address of a policy");
-    if (size < needed) Refuse("size", size, "the size of that policy's struct (" + std::to_string(needed) + ")");
-    InitPolicy(kind, policy);
+    if (size < method.size)
+      Refuse("size", size, "the size of that policy's struct (" + std::to_string(method.size) + ")");
+    InitPolicy(method, *static_cast<Policy*>(policy));
   });
+}
+
+const char* fp_policy_name(int32_t index, int32_t* kind) {
+  const auto methods = Methods();
+  if (index < 0 || static_cast<size_t>(index) >= methods.size()) return nullptr;
+  if (kind) *kind = methods[index]->kind;
+  return methods[index]->name;
+}
+
+fp_status fp_policy_field_at(int32_t kind, int32_t index, fp_policy_field* field) {
+  return Guard([&] {
+    const Field* found = FieldAt(MethodOfKind(kind), index);
+    if (!found) Refuse("index", index, "from 0 to the number of fields less 1");
+    CheckPointer("field", field);
+    *field = *found;
+  });
+}
+
+fp_status fp_policy_parse(const char* text, void* policy, size_t size, size_t* needed) {
+  return Guard([&] {
+    if (!text) Refuse("text", "NULL", "a policy as text");
+    const size_t bytes = ParsePolicy(text, policy, size);
+    if (needed) *needed = bytes;
+  });
+}
+
+size_t fp_policy_print(const fp_policy* policy, char* text, size_t size) {
+  size_t length = 0;
+  Guard([&] { length = CopyText(PrintPolicy(*policy), text, size); });
+  return length;
 }
 
 fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, fp_block_mask* mask) {

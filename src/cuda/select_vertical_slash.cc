@@ -5,9 +5,9 @@
 #include <limits>
 #include <numeric>
 
-#include "core/minference.h"
 #include "cuda/attend.h"
 #include "cuda/sm90/lines.h"
+#include "methods/minference/patterns.h"
 
 namespace flashprefill::cuda {
 namespace {
@@ -39,11 +39,11 @@ int ShortKeys(const Problem& p, const Policy& policy) {
   const fp_minference& m = MInferenceOf(policy);
   int64_t least = std::numeric_limits<int32_t>::max();
   for (int h = 0; h < PatternCount(p, m); ++h) {
-    const fp_minference_head head = MInferenceHead(m, h);
-    const int64_t all =
-        head.pattern == FP_A_SHAPE
-            ? int64_t{head.a} + head.b
-            : std::max({int64_t{head.a}, int64_t{head.b}, kMInferenceColumns, kMInferenceLeastDistances});
+    const fp_minference_head head = methods::minference::PatternOf(m, h);
+    const int64_t all = head.pattern == FP_A_SHAPE
+                            ? int64_t{head.a} + head.b
+                            : std::max({int64_t{head.a}, int64_t{head.b}, methods::minference::kFirstVerticals,
+                                        methods::minference::kLeastSlashes});
     least = std::min(least, all);
   }
   return ToInt(least);
@@ -59,7 +59,7 @@ VerticalSlashShape ShapeOf(const Problem& p, const Policy& policy) {
   a.rules = TileRules::Of(p, policy);
   a.scale_log2 = p.softmax_scale * 1.44269504f;
   a.short_keys = ShortKeys(p, policy);
-  a.rows = FlexOf(policy) ? policy.block_size : static_cast<int>(kMInferenceRows);
+  a.rows = FlexOf(policy) ? policy.block_size : static_cast<int>(methods::minference::kRows);
   a.columns = a.rows <= 64 ? 64 : 128;
   a.parts = DivUp(a.rows, a.columns);
   const int64_t keys = a.packed_keys() ? p.total_k : p.batch * p.max_seqlen_k;
@@ -145,9 +145,9 @@ cudaError_t ChooseTokens(const Problem& p, const fp_minference& m, const LineSum
   std::copy(std::begin(sums.skipped), std::end(sums.skipped), tokens.skipped);
   tokens.table = m.head_count > 0;
   for (int h = 0; h < PatternCount(p, m); ++h) {
-    const fp_minference_head head = MInferenceHead(m, h);
-    tokens.columns[h] = ToInt(std::max<int64_t>(head.a, kMInferenceColumns));
-    tokens.distances[h] = ToInt(std::max<int64_t>(head.b, kMInferenceLeastDistances));
+    const fp_minference_head head = methods::minference::PatternOf(m, h);
+    tokens.columns[h] = ToInt(std::max<int64_t>(head.a, methods::minference::kFirstVerticals));
+    tokens.distances[h] = ToInt(std::max<int64_t>(head.b, methods::minference::kLeastSlashes));
   }
   tokens.column_tokens = scratch.column_tokens;
   tokens.distance_tokens = scratch.distance_tokens;
@@ -183,7 +183,7 @@ const char* SelectVerticalSlashUnsupported(const Problem& p, const Policy& polic
   if (m.rounding == FP_ROUND_TOKENS) return "MInference's rounding by tokens is for the CPU: give blocks";
   if (m.head_count > kMaxLineHeads) return "MInference takes a list of at most 256 heads on CUDA";
   for (int h = 0; h < PatternCount(p, m); ++h) {
-    if (MInferenceHead(m, h).pattern == FP_BLOCK_SPARSE) {
+    if (methods::minference::PatternOf(m, h).pattern == FP_BLOCK_SPARSE) {
       return "MInference's block_sparse heads select on the CPU only";
     }
   }
@@ -252,7 +252,7 @@ cudaError_t LaunchSelectVerticalSlash(const Problem& p, const Policy& policy, co
     bits.table = m.head_count > 0;
     any_lines = false;
     for (int h = 0; h < PatternCount(p, m); ++h) {
-      const fp_minference_head head = MInferenceHead(m, h);
+      const fp_minference_head head = methods::minference::PatternOf(m, h);
       const bool lines = head.pattern == FP_VERTICAL_SLASH;
       any_lines |= lines;
       bits.pattern[h] = lines ? kLines : kNearAndFirst;

@@ -396,7 +396,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
 
   if (line % 2 == 0) {
     uint32_t* const tokens = args.column_tokens + index * args.token_words;
-    WriteLargest<RANKS>(shared, n, kMInferenceColumns, args.columns[own], tokens,
+    WriteLargest<RANKS>(shared, n, methods::minference::kFirstVerticals, args.columns[own], tokens,
                         [&](int t) { return reader.Column(t); });
     Ranks<RANKS>::Sync(); // makes the cluster's words visible to it
     write(blocks, args.choice.columns + index * 2 * args.choice.words,
@@ -404,7 +404,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
     return;
   }
   uint32_t* const tokens = args.distance_tokens + index * args.token_words;
-  WriteLargest<RANKS>(shared, n, kMInferenceDistances, args.distances[own], tokens,
+  WriteLargest<RANKS>(shared, n, methods::minference::kNearSlashes, args.distances[own], tokens,
                       [&](int distance) { return reader.Diagonal(n - 1 - distance); });
   Ranks<RANKS>::Sync();
   // A whole tile whose first position is x crosses a block that begins at y by distances x - y - (B - 1) .. x - y +

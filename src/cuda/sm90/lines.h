@@ -11,8 +11,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/minference.h"
 #include "cuda/common/sequence.cuh"
+#include "methods/minference/patterns.h"
 
 namespace flashprefill::cuda {
 

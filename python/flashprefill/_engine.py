@@ -9,7 +9,6 @@ shapes, is checked by the library itself before it writes anything.
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 from ctypes import byref
 from typing import Any
@@ -18,45 +17,7 @@ from . import _abi, _timings
 from ._arrays import address_of, all_cuda_reads, is_numpy, refuse_overlap, strides_of, tensor_of, workspace_of
 from ._calls import ATTEND, PREFILL, SELECT, Call
 from .errors import refuse
-from .policies.base import numbers_of
-
-_STRUCTS: dict[str, tuple[int, Any]] = {
-    "dense": (_abi.DENSE, _abi.Policy),
-    "streaming": (_abi.STREAMING, _abi.Policy),
-    "flashprefill": (_abi.FLASHPREFILL, _abi.FlashPrefill),
-    "sketch": (_abi.SKETCH, _abi.Sketch),
-    "flexprefill": (_abi.FLEXPREFILL, _abi.FlexPrefill),
-    "minference": (_abi.MINFERENCE, _abi.MInference),
-    "xattention": (_abi.XATTENTION, _abi.XAttention),
-    "rrattention": (_abi.RRATTENTION, _abi.RRAttention),
-    "spargeattn": (_abi.SPARGE_ATTN, _abi.SpargeAttn),
-    "prism": (_abi.PRISM, _abi.Prism),
-    "sampleattention": (_abi.SAMPLE_ATTENTION, _abi.SampleAttention),
-}
-
-
-@functools.lru_cache(maxsize=256)
-def _policy(spec: str) -> Any:
-    kind, numbers = numbers_of(spec)
-    number, struct = _STRUCTS[kind]
-    policy = struct()
-    common = policy if struct is _abi.Policy else policy.common
-    _abi.check(_abi.lib.fp_policy_init(number, byref(policy), ctypes.sizeof(policy)))
-    shared = {field[0] for field in _abi.Policy._fields_}
-    floats = {field[0] for field in struct._fields_ if field[1] is ctypes.c_float}
-    for name, value in numbers.items():
-        if isinstance(
-            value, list
-        ):  # rows of integers: a list of structs, which ctypes keeps alive with the policy
-            row = dict(struct._fields_)[name]._type_
-            if row is ctypes.c_float:  # one row of thresholds
-                setattr(policy, name, (row * len(value[0]))(*value[0]))
-            else:
-                setattr(policy, name, (row * len(value))(*(row(*map(int, entry)) for entry in value)))
-        else:
-            setattr(common if name in shared else policy, name, value if name in floats else int(value))
-    return policy
-
+from .policies.library import struct_of
 
 # -------------------------------------------------------------- descriptors
 
@@ -166,7 +127,7 @@ def select(*arguments: Any) -> None:
     p = _problem(call, q, k, k)
     _set_final_chunk(p, call.final_chunk)
     e, size = _exec(q, call.threads, call.backend, call.target), ctypes.c_size_t()
-    policy = _policy(call.policy)
+    policy = struct_of(call.policy)
     m = _mask_written(p, policy, call)
     _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(policy), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
@@ -192,7 +153,7 @@ def prefill(*arguments: Any) -> None:
     call = PREFILL.unpack(arguments)
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
-    p, o, policy = _problem(call, q, k, v), _output(call), _policy(call.policy)
+    p, o, policy = _problem(call, q, k, v), _output(call), struct_of(call.policy)
     _set_final_chunk(p, call.final_chunk)
     e, size = _exec(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))

@@ -108,7 +108,7 @@ def _select(
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask
     mask = _new_mask(ops, q, k, layout, policy)
-    ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy._spec, **shared))
+    ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared))
     return mask
 
 
@@ -223,7 +223,7 @@ def prefill_attention(
                 lse=lse,
                 **lists,
                 final_chunk=final_chunk,
-                policy=policy._spec,
+                policy=policy.text,
                 **shared,
             )
         )

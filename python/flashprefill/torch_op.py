@@ -27,11 +27,12 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 _make: Any = torch.library.Library
+_disable: Any = torch.compiler.disable
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
 for _verb in (SELECT, ATTEND, PREFILL):
     _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):  # disabled: outside of graphs torch.compile would trace the call into C
-        _library.impl(_verb.name, torch.compiler.disable(getattr(_engine, _verb.name)), _key)
+        _library.impl(_verb.name, _disable(getattr(_engine, _verb.name)), _key)
     torch.library.register_fake(f"flashprefill::{_verb.name}", lambda *_, **__: None, lib=_library)
 
 select = torch.ops.flashprefill.select
@@ -43,7 +44,7 @@ def _in_python(function: Any, *arguments: Any) -> Any:
     return function(*arguments)
 
 
-in_python: Any = torch.compiler.disable(_in_python)  # calls a function that no graph can hold
+in_python = _disable(_in_python)  # calls a function that no graph can hold
 
 
 def check(name: str, x: Any, like: Any) -> None:

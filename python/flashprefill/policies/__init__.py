@@ -27,9 +27,9 @@ from .mask_policy import MaskPolicy
 from .minference import MInference
 from .prism import Prism
 from .rrattention import RRAttention
-from .sampleattention import SampleAttention
+from .sample_attention import SampleAttention
 from .sketch import Sketch
-from .spargeattn import SpargeAttn
+from .sparge_attn import SpargeAttn
 from .streaming import Streaming
 from .xattention import XAttention
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Policy
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -16,10 +17,7 @@ class Dense(Policy):
         share_heads: whether that mask has one head for each KV head.
     """
 
-    block_size: int = 128
-    share_heads: bool = False
+    block_size: int = DEFAULT
+    share_heads: bool = DEFAULT
 
     kind = "dense"
-
-    def __post_init__(self) -> None:
-        self._seal()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import refuse
 from .base import Policy
-from .checks import check_alpha
+from .library import DEFAULT
 
 # alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
 _ALPHAS = {
@@ -43,20 +43,17 @@ class FlashPrefill(Policy):
         min_blocks: blocks; at least the top so many by score are kept.
     """
 
-    alpha: float = 0.12
-    sink_blocks: int = 2
-    window_blocks: int = 4
-    dense_tail_blocks: int = 2
-    block_size: int = 128
-    query_pool: int = 1
-    share_heads: bool = False
-    mean_correction: bool = False
-    min_blocks: int = 0
+    alpha: float = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    block_size: int = DEFAULT
+    query_pool: int = DEFAULT
+    share_heads: bool = DEFAULT
+    mean_correction: bool = DEFAULT
+    min_blocks: int = DEFAULT
 
     kind = "flashprefill"
-
-    def __post_init__(self) -> None:
-        self._seal(alpha=check_alpha(self.alpha))
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> FlashPrefill:

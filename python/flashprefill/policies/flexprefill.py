@@ -8,10 +8,9 @@ from typing import Any
 
 from ..errors import refuse
 from .base import Policy
-from .checks import MAX_FLOAT32, MAX_TOKENS, check_integer, check_number
+from .library import DEFAULT
 
 _GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  # FlexPrefill's scripts
-_COVERS = ("first", "both")  # by fp_flex_cover
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,35 +38,23 @@ class FlexPrefill(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    gamma: float = 0.9
-    tau: float = 0.1
-    min_budget: int = 512
-    max_budget: int | None = None
-    block_size: int = 128
-    cover: str = "first"
-    sink_blocks: int = 0
-    window_blocks: int = 0
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    gamma: float = DEFAULT
+    tau: float = DEFAULT
+    min_budget: int = DEFAULT
+    max_budget: int | None = DEFAULT
+    block_size: int = DEFAULT
+    cover: str = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "flexprefill"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        gamma, tau = check_number("gamma", self.gamma), check_number("tau", self.tau)
-        if not 1e-37 <= gamma <= 1.0:
-            refuse("gamma", gamma, "above 0 and at most 1")
-        if not 0.0 <= tau <= MAX_FLOAT32:
-            refuse("tau", tau, "finite and at least 0")
-        least = check_integer("min_budget", self.min_budget, 0, MAX_TOKENS)
-        most = self.max_budget
-        if most is not None:
-            most = check_integer("max_budget", most, 1, MAX_TOKENS)
-            if most < least:
-                refuse("max_budget", most, f"at least min_budget ({least}), or None")
-        if self.cover not in _COVERS:
-            refuse("cover", repr(self.cover), "one of " + ", ".join(map(repr, _COVERS)))
-        self._seal(gamma=gamma, tau=tau, min_budget=least, max_budget=most)
+    def _rules(self, values: dict[str, Any]) -> None:
+        least, most = values["min_budget"], values["max_budget"]
+        if most is not None and most < least:
+            refuse("max_budget", most, f"at least min_budget ({least}), or None")
 
     @classmethod
     def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -89,8 +76,3 @@ class FlexPrefill(Policy):
         if gamma is None:
             refuse("name", repr(name), "one of " + ", ".join(sorted(_GAMMAS)))
         return cls(**{"gamma": gamma, "tau": 0.1, "min_budget": 1024, **changes})
-
-    def _spell(self, name: str, value: Any) -> str:
-        if name == "cover":
-            return f" cover={_COVERS.index(value)}"
-        return super()._spell(name, 0 if name == "max_budget" and value is None else value)

@@ -85,6 +85,7 @@ class MaskPolicy(Policy):
     layer: int | None = None
 
     kind = "maskpolicy"
+    _row = "streaming"
 
     def __post_init__(self) -> None:
         function: Any = self.function
@@ -92,7 +93,8 @@ class MaskPolicy(Policy):
             function = function_named(function)
         if not callable(function):
             refuse_type("function", repr(function), 'a function of (layer, q, k), or "module:function"')
-        self._seal(function=function)
+        object.__setattr__(self, "function", function)
+        super().__post_init__()
 
     @functools.cached_property
     def forced(self) -> Streaming:
@@ -108,11 +110,13 @@ class MaskPolicy(Policy):
         """Return the policy for one layer of a model."""
         return dataclasses.replace(self, layer=layer)
 
-    @property
-    def text(self) -> str:
-        """The policy as text: "module:function(block_size=64)"."""
+    def _spelled(self, values: dict[str, Any]) -> str:
         fields = dataclasses.fields(self)[1:-1]
-        shown = [f"{f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
+        shown = [
+            f"{field.name}={self._spell(field.name, values[field.name])}"
+            for field in fields
+            if values[field.name] != field.default
+        ]
         module = getattr(self.function, "__module__", "?")
         return f"{module}:{self.name}" + (f"({', '.join(shown)})" if shown else "")
 

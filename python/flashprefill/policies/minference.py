@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import refuse, refuse_type
 from .base import Policy
 from .checks import MAX_TOKENS, check_integer
+from .library import DEFAULT, vertical_slash_room
 
 _PAIRS = {"llama-3.1-8b": (512, 2048)}  # MInference's second table for it has one pair
-_ROUNDINGS = ("blocks", "tokens")  # by fp_rounding
 _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
 
 
@@ -22,6 +22,8 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:
         refuse_type(name, repr(entry), "(pattern, a, b)")
     pattern, a, b = entry
+    if isinstance(pattern, int) and 0 <= pattern < len(_PATTERNS):  # as the library's text has it
+        pattern = _PATTERNS[pattern]
     if pattern not in _PATTERNS:
         refuse(f"{name}'s pattern", repr(pattern), "one of " + ", ".join(_PATTERNS))
     return (
@@ -55,34 +57,34 @@ class MInference(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    vertical: int = 1000
-    slash: int = 6096
-    heads: tuple[tuple[str, int, int], ...] | None = None
-    rounding: str = "blocks"
-    block_size: int = 64
-    sink_blocks: int = 0
-    window_blocks: int = 0
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    vertical: int = DEFAULT
+    slash: int = DEFAULT
+    heads: tuple[tuple[str, int, int], ...] | None = DEFAULT
+    rounding: str = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "minference"
-    share_heads = False
+    _room: ClassVar[tuple[int, int]]  # verticals and slashes of single tokens, for any number of keys
+
+    def _rules(self, values: dict[str, Any]) -> None:
+        heads = values["heads"]
+        if heads is not None:
+            values["heads"] = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
+            if not values["heads"]:
+                refuse("heads", (), "a pattern for each query head, or None")
+        if values["rounding"] == "tokens" and values["mean_correction"]:
+            refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
 
     def __post_init__(self) -> None:
-        heads = self.heads
-        if heads is not None:
-            heads = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
-            if not heads:
-                refuse("heads", heads, "a pattern for each query head, or None")
-        if self.rounding not in _ROUNDINGS:
-            refuse("rounding", repr(self.rounding), "one of " + ", ".join(map(repr, _ROUNDINGS)))
-        if self.rounding == "tokens" and self.mean_correction is True:
-            refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
-        self._seal(
-            vertical=check_integer("vertical", self.vertical, 0, MAX_TOKENS),
-            slash=check_integer("slash", self.slash, 0, MAX_TOKENS),
-            heads=heads,
-        )
+        super().__post_init__()
+        room = (0, 0)
+        if self.rounding == "tokens":
+            room = vertical_slash_room(self.text, len(self.heads or (1,)))
+        object.__setattr__(self, "_room", room)
 
     @classmethod
     def from_config(
@@ -145,20 +147,10 @@ class MInference(Policy):
         return cls(**{"vertical": pair[0], "slash": pair[1], **changes})
 
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
-        if self.rounding != "tokens":
-            return 0, 0
-        heads = self.heads or ((_PATTERNS[0], self.vertical, self.slash),)
-        pairs = [(max(a, 30), max(b, 50)) for pattern, a, b in heads if pattern == _PATTERNS[0]]
-        if not pairs:
-            return 0, 0
-        return min(keys, max(a for a, _ in pairs)), min(keys, max(b for _, b in pairs))
+        verticals, slashes = self._room
+        return min(keys, verticals), min(keys, slashes)
 
     def _spell(self, name: str, value: Any) -> str:
-        if name == "rounding":
-            return f" rounding={_ROUNDINGS.index(value)}"
-        if name != "heads":
-            return super()._spell(name, value)
-        if value is None:
-            return ""
-        rows = ",".join(f"{_PATTERNS.index(pattern)}:{a}:{b}" for pattern, a, b in value)
-        return f" head_count={len(value)} heads={rows}"
+        if value in _PATTERNS:
+            return str(_PATTERNS.index(value))
+        return super()._spell(name, value)

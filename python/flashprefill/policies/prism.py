@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse
 from .base import Policy
-from .checks import check_integer, check_share
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,29 +33,19 @@ class Prism(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    mass: float = 0.95
-    rotary_dim: int = 0
-    high_pairs: int = 0
-    low_pairs: int = 0
-    interleaved: bool = False
-    block_size: int = 128
-    sink_blocks: int = 1
-    window_blocks: int = 2
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    mass: float = DEFAULT
+    rotary_dim: int = DEFAULT
+    high_pairs: int = DEFAULT
+    low_pairs: int = DEFAULT
+    interleaved: bool = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "prism"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        rotary = check_integer("rotary_dim", self.rotary_dim, 0, 512)
-        if rotary % 2:
-            refuse("rotary_dim", rotary, "even")
-        if not isinstance(self.interleaved, bool):
-            refuse_type("interleaved", repr(self.interleaved), "True or False")
-        self._seal(
-            mass=check_share("mass", self.mass),
-            rotary_dim=rotary,
-            high_pairs=check_integer("high_pairs", self.high_pairs, 0, 256),
-            low_pairs=check_integer("low_pairs", self.low_pairs, 0, 256),
-        )
+    def _rules(self, values: dict[str, Any]) -> None:
+        if values["rotary_dim"] % 2:
+            refuse("rotary_dim", values["rotary_dim"], "even")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .base import Policy
-from .checks import check_share, check_stride
+from .checks import check_stride
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,19 +28,15 @@ class RRAttention(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    threshold: float = 0.95
-    stride: int = 8
-    block_size: int = 128
-    sink_blocks: int = 1
-    window_blocks: int = 1
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    threshold: float = DEFAULT
+    stride: int = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "rrattention"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        self._seal(
-            threshold=check_share("threshold", self.threshold),
-            stride=check_stride(self.stride, self.block_size),
-        )
+    def _rules(self, values: dict[str, Any]) -> None:
+        check_stride(values["stride"], values["block_size"])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import refuse
 from .base import Policy
-from .checks import check_alpha, check_integer, check_number
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,41 +34,18 @@ class Sketch(Policy):
         min_blocks: blocks; at least the top so many by score are kept.
     """
 
-    mass: float | None = None
-    alpha: float | None = None
-    outliers: int = 4
-    query_pool: int = 16
-    sink_blocks: int = 2
-    window_blocks: int = 4
-    dense_tail_blocks: int = 2
-    block_size: int = 128
-    share_heads: bool = False
-    mean_correction: bool = False
-    min_blocks: int = 0
-    gain: float | None = None
-    query_metric: bool = False
+    mass: float | None = DEFAULT
+    alpha: float | None = DEFAULT
+    outliers: int = DEFAULT
+    query_pool: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    block_size: int = DEFAULT
+    share_heads: bool = DEFAULT
+    mean_correction: bool = DEFAULT
+    min_blocks: int = DEFAULT
+    gain: float | None = DEFAULT
+    query_metric: bool = DEFAULT
 
     kind = "sketch"
-
-    def __post_init__(self) -> None:
-        mass, alpha, gain = self.mass, self.alpha, self.gain
-        if mass is not None and alpha is not None:
-            refuse("alpha", alpha, f"None where mass is given ({mass}): one of them decides")
-        for name, other in (("mass", mass), ("alpha", alpha)):
-            if gain is not None and other is not None:
-                refuse("gain", gain, f"None where {name} is given ({other}): one of them decides")
-        if gain is not None:
-            gain = check_number("gain", gain)
-            if not 1e-37 <= gain < 1.0:  # would be 0 or subnormal in fp32 below; false for NaN too
-                refuse("gain", gain, "at least 1e-37 and below 1")
-        elif alpha is not None:
-            alpha = check_alpha(alpha)
-        else:
-            mass = check_number("mass", 0.95 if mass is None else mass)
-            if not 0.0 < mass <= 1.0:
-                refuse("mass", mass, "above 0 and at most 1")
-            if mass < 1e-37:  # would be 0 or subnormal in fp32
-                refuse("mass", mass, "at least 1e-37")
-        self._seal(
-            mass=mass, alpha=alpha, gain=gain, outliers=check_integer("outliers", self.outliers, 0, 16)
-        )

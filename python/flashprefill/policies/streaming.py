@@ -7,6 +7,7 @@ from typing import Any
 
 from .base import Policy
 from .checks import MAX_TOKENS, check_integer
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,17 +25,14 @@ class Streaming(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    sink_blocks: int = 2
-    window_blocks: int = 4
-    dense_tail_blocks: int = 2
-    block_size: int = 128
-    share_heads: bool = False
-    mean_correction: bool = False
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    block_size: int = DEFAULT
+    share_heads: bool = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "streaming"
-
-    def __post_init__(self) -> None:
-        self._seal()
 
     @classmethod
     def a_shape(

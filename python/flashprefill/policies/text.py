@@ -8,18 +8,21 @@ numbers, booleans, None, strings or tuples get through. "module:function" import
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import ArgumentTypeError, FlashPrefillError, InvalidArgumentError, refuse_type
 from .base import Policy
+from .library import FIELDS
 from .mask_policy import MaskPolicy
 from .streaming import Streaming
 
 
 def named() -> dict[str, type[Policy]]:
     """Return the policies that the library selects for, by name."""
-    return {kind.kind: kind for kind in Policy.__subclasses__() if kind is not MaskPolicy}
+    kinds = {kind.kind: kind for kind in Policy.__subclasses__()}
+    return {name: kinds[name] for name in FIELDS if name in kinds}
 
 
 _SHAPES: dict[str, Callable[..., Policy]] = {"ashape": Streaming.a_shape, "trishape": Streaming.tri_shape}
@@ -56,17 +59,22 @@ def make(name: str, fields: Mapping[str, Any]) -> Policy:
         names = ", ".join([*known, *_SHAPES])
         raise InvalidArgumentError(f"the name must be one of {names}, or module:function")
     fields = known[plain].own_names(fields)
-    _check_names(name, fields, known[plain]._names())
+    _check_names(name, fields, [field.name for field in known[plain]._fields])
     return known[plain](**fields)
 
 
 def policy_of(value: Any, argument: str = "policy") -> Policy:
     """Return a policy or the one that a text describes; refuse all else."""
     if isinstance(value, str):
-        return parse(value)
+        return _parsed(value)
     if not isinstance(value, Policy):
         refuse_type(argument, repr(value), "a policy, such as flashprefill.FlashPrefill(), or a text of one")
     return value
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Policy:
+    return parse(text)
 
 
 def _check_names(name: str, given: Iterable[str], known: list[str]) -> None:
@@ -94,7 +102,19 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
         if keyword.arg is None:
             raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
         try:
-            fields[keyword.arg] = ast.literal_eval(keyword.value)
+            fields[keyword.arg] = _value(keyword.value)
         except ValueError:
             raise InvalidArgumentError(f"{keyword.arg} must be a plain value") from None
     return name.id, fields
+
+
+def _value(node: ast.expr) -> Any:
+    """Return a value: a Python literal, or a word as the library writes it (true, none, both)."""
+    if isinstance(node, ast.Name):
+        return _WORDS.get(node.id.lower(), node.id)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return tuple(_value(each) for each in node.elts)
+    return ast.literal_eval(node)
+
+
+_WORDS = {"true": True, "false": False, "none": None, "nan": None}

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import refuse, refuse_type
 from .base import Policy
-from .checks import MAX_FLOAT32, check_number, check_share, check_stride
+from .checks import check_stride
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,36 +36,28 @@ class XAttention(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    threshold: float = 0.9
-    stride: int = 16
-    norm: float = 1.0
-    head_thresholds: tuple[float, ...] | None = None
-    block_size: int = 128
-    sink_blocks: int = 1
-    window_blocks: int = 1
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    threshold: float = DEFAULT
+    stride: int = DEFAULT
+    norm: float = DEFAULT
+    head_thresholds: tuple[float, ...] | None = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "xattention"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        norm = check_number("norm", self.norm)
-        if not 1e-37 <= norm <= MAX_FLOAT32:
-            refuse("norm", norm, "finite and above 0")
-        heads = self.head_thresholds
+    def _rules(self, values: dict[str, Any]) -> None:
+        check_stride(values["stride"], values["block_size"])
+        heads = values["head_thresholds"]
         if heads is not None:
-            heads = tuple(
-                check_share(f"head_thresholds[{h}]", each, zero=True) for h, each in enumerate(heads)
+            threshold = self._field("threshold")
+            values["head_thresholds"] = tuple(
+                threshold._replace(name=f"head_thresholds[{h}]").check(each) for h, each in enumerate(heads)
             )
-            if not heads:
-                refuse("head_thresholds", heads, "a threshold for each query head, or None")
-        self._seal(
-            threshold=check_share("threshold", self.threshold, zero=True),
-            stride=check_stride(self.stride, self.block_size),
-            norm=norm,
-            head_thresholds=heads,
-        )
+            if not values["head_thresholds"]:
+                refuse("head_thresholds", (), "a threshold for each query head, or None")
 
     @classmethod
     def from_config(cls, config: Any, **fields: Any) -> dict[Any, XAttention]:
@@ -90,10 +83,3 @@ class XAttention(Policy):
             number: cls(head_thresholds=tuple(layer), **fields) for number, layer in enumerate(config)
         }
         return {**table, "default": cls(**fields)}
-
-    def _spell(self, name: str, value: Any) -> str:
-        if name != "head_thresholds":
-            return super()._spell(name, value)
-        return (
-            "" if value is None else f" head_count={len(value)} head_thresholds=:{':'.join(map(str, value))}"
-        )

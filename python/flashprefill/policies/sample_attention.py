@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import Policy
-from .checks import check_integer, check_share
+from .library import DEFAULT
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,23 +31,14 @@ class SampleAttention(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    coverage: float = 0.95
-    sample_ratio: float = 0.05
-    window_ratio: float = 0.08
-    sample_rows: int = 32
-    block_size: int = 128
-    sink_blocks: int = 1
-    window_blocks: int = 1
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    coverage: float = DEFAULT
+    sample_ratio: float = DEFAULT
+    window_ratio: float = DEFAULT
+    sample_rows: int = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "sampleattention"
-    share_heads = False
-
-    def __post_init__(self) -> None:
-        self._seal(
-            coverage=check_share("coverage", self.coverage),
-            sample_ratio=check_share("sample_ratio", self.sample_ratio),
-            window_ratio=check_share("window_ratio", self.window_ratio, zero=True),
-            sample_rows=check_integer("sample_rows", self.sample_rows, 1, 128),
-        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import refuse
 from .base import Policy
-from .checks import check_number, check_share
+from .library import DEFAULT
+
+_WITH_TOPK = -0.1  # similarity, as the authors use it
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,30 +33,21 @@ class SpargeAttn(Policy):
         mean_correction: blocks left out count by their means.
     """
 
-    cdf: float | None = None
-    topk: float | None = None
+    cdf: float | None = DEFAULT
+    topk: float | None = DEFAULT
     similarity: float | None = None
-    block_size: int = 64
-    sink_blocks: int = 0
-    window_blocks: int = 0
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "spargeattn"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        cdf, topk = self.cdf, self.topk
-        if cdf is not None and topk is not None:
-            refuse("topk", topk, f"None where cdf is given ({cdf}): one of the two decides")
-        if topk is not None:
-            topk = check_share("topk", topk, zero=True)
-        else:
-            cdf = check_share("cdf", 0.98 if cdf is None else cdf, zero=True)
-        similarity = self.similarity
-        similarity = check_number(
-            "similarity", (0.6 if topk is None else -0.1) if similarity is None else similarity
-        )
-        if not -1.0 <= similarity <= 1.0:
-            refuse("similarity", similarity, "at least -1 and at most 1")
-        self._seal(cdf=cdf, topk=topk, similarity=similarity)
+    _always_in_text = ("similarity",)  # its default depends on topk here, not in the library
+
+    def _alternatives(self) -> dict[str, Any]:
+        values = super()._alternatives()
+        if self.similarity is None:
+            values["similarity"] = self._field("similarity").default if self.topk is None else _WITH_TOPK
+        return values

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flashprefill as fp
-from flashprefill import cli
+from flashprefill import _cli_texts, cli
 from flashprefill.apps import spec, table
 from flashprefill.apps.errors import UsageError
 
@@ -58,7 +58,7 @@ def test_help_of_each_verb_has_examples(capsys, verb):
 
 def test_examples_in_the_help_are_accepted(capsys):
     parser = cli.make_parser()
-    texts = [cli.DEMO_EXAMPLES, cli.BENCH_EXAMPLES, cli.INSPECT_EXAMPLES]
+    texts = [_cli_texts.DEMO_EXAMPLES, _cli_texts.BENCH_EXAMPLES, _cli_texts.INSPECT_EXAMPLES]
     lines = [line.strip().split("  ")[0] for text in texts for line in text.splitlines()]
     import shlex
 

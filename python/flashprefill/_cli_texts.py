@@ -31,6 +31,7 @@ policies are written as in Python, with the fields that you want to change:
   streaming      "streaming(sink_blocks=1, window_blocks=8)"
   flexprefill    "flexprefill(gamma=0.95, min_budget=1024)"  "flexprefill(tau=0)"
   minference     "minference(vertical=1000, slash=6096)"
+  your_module:your_function     a selection of your own, written in Python: flashprefill.MaskPolicy
 """
 
 DEMO = """\

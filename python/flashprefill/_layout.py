@@ -12,6 +12,8 @@ from typing import Any
 from .errors import refuse, refuse_type
 
 TILE_ROWS = 128  # rows of a query tile, as in the library
+_INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
+_ARGUMENTS = (*_INDICES, "max_seqlen_q", "max_seqlen_k", "causal")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -51,15 +53,7 @@ class Layout:
 
     def arguments(self) -> dict[str, Any]:
         """Return what the library's verbs take of it, by their names in _calls.py."""
-        return {
-            "cu_seqlens_q": self.cu_seqlens_q,
-            "cu_seqlens_k": self.cu_seqlens_k,
-            "seqused_k": self.seqused_k,
-            "block_table": self.block_table,
-            "max_seqlen_q": self.max_seqlen_q,
-            "max_seqlen_k": self.max_seqlen_k,
-            "causal": self.causal,
-        }
+        return {name: getattr(self, name) for name in _ARGUMENTS}
 
     def kept(self, ops: Any) -> Layout:
         """Return the layout for a mask to keep: its lengths are copies, and pages don't matter."""

@@ -37,10 +37,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    info = _verb(
-        verbs, "info", "what is installed and what runs here", "What is installed and runs here.", None
-    )
-    info("--json", action="store_true", help="print JSON")
+    add = _verb(verbs, "info", "what is installed and what runs here", "What is installed and runs here.")
+    add("--json", action="store_true", help="print JSON")
     _add_demo(verbs)
     _add_try(verbs)
     _add_lab(verbs)
@@ -49,9 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(
-    verbs: Any, name: str, help_line: str, description: str, examples: str | None
-) -> Callable[..., Any]:
+def _verb(verbs: Any, name: str, help_line: str, description: str, examples: str = "") -> Callable[..., Any]:
     """Add a verb; returns what adds its arguments."""
     formatter = argparse.RawDescriptionHelpFormatter
     verb = verbs.add_parser(

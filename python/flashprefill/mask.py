@@ -21,6 +21,12 @@ from .stats import Stats
 __all__ = ["BlockMask"]
 
 
+# Attributes of a mask by the names in _calls.py: what a selection writes, and what attention reads.
+_LISTS = ("bits", "counts", "fallback", "vertical_slash")
+_SHAPE = ("tile_tokens", "block_size", "share_heads", "mean_correction")
+_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals")
+
+
 class BlockMask:
     """One bit for each (mask head, query tile, key block).
 
@@ -144,27 +150,14 @@ class BlockMask:
     @property
     def _lists(self) -> dict[str, Any]:
         """What a selection writes, by the names in _calls.py."""
-        return {
-            "bits": self.bits,
-            "counts": self.counts,
-            "fallback": self.fallback,
-            "vertical_slash": self.vertical_slash,
-        }
+        return {name: getattr(self, name) for name in _LISTS}
 
-    _no_lists: ClassVar[dict[str, Any]] = dict.fromkeys(("bits", "counts", "fallback", "vertical_slash"))
+    _no_lists: ClassVar[dict[str, Any]] = dict.fromkeys(_LISTS)
 
     @property
     def _given(self) -> dict[str, Any]:
         """What attention reads, by the names in _calls.py."""
-        return {
-            "bits": self.bits,
-            "tile_tokens": self.tile_tokens,
-            "block_size": self.block_size,
-            "share_heads": self.share_heads,
-            "mean_correction": self.mean_correction,
-            "vertical_slash": self.vertical_slash,
-            "max_verticals": self.max_verticals,
-        }
+        return {name: getattr(self, name) for name in _GIVEN}
 
     def _write(self, seq: int, place: tuple[int, int, int], keep: Any) -> None:
         """Write the bits and counts of one sequence, without bits in the future.

@@ -1,12 +1,12 @@
 """The C ABI as ctypes sees it: its structs, its functions, and the library itself.
 
-Nothing else in the package knows a C type. The structs must stay field for field what the header says
+No other module defines a C type. The structs must stay field for field what the header says
 (include/flashprefill/flashprefill.h); the library reads ``struct_size`` first, so an older package keeps
-working with a newer library. ``ctypes.CDLL`` gives up the GIL for the length of each call, so other Python
-threads run while attention does.
+working with a newer library. ``ctypes.CDLL`` releases the GIL during each call, so other Python threads run
+while attention does.
 
 Where the library is looked for: if the environment variable ``FLASHPREFILL_LIBRARY`` names a path, there and
-nowhere else; otherwise in ``flashprefill/lib/`` beside this file (where the wheel puts it), or ``build/`` of
+nowhere else; otherwise in ``flashprefill/lib/`` next to this file (where the wheel puts it), or ``build/`` of
 a source checkout. It is read once, at import.
 """
 

@@ -2,7 +2,7 @@
 
 A :class:`Layout` is what a call's shapes and index arrays say, checked as far as shapes can be; values inside
 index arrays are the library's to check. It is written with nothing but shapes, integers and plain objects,
-because torch.compile traces it. A mask keeps its layout, so that its bits can be told apart later.
+because torch.compile traces it. A mask keeps its layout, to find a sequence's bits again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Layout:
         self.block_table = block_table
 
     def mask_shape(self, heads: int, tile_tokens: int, block_size: int) -> tuple[int, int, int]:
-        """Return the shape of a mask's words: heads, tile rows, words a row."""
+        """Return the shape of a mask's words: heads, tile rows, words per row."""
         words = ceil_div(ceil_div(self.max_seqlen_k, block_size), 64)
         return heads, self.total_q // tile_tokens + self.batch, words
 

@@ -1,7 +1,7 @@
 """Large pages for new memory of the CPU, where Linux gives them to who asks (`madvise`, the usual setting).
 
 A fresh output of 134 MB (32 heads of 128 over 8K tokens in fp32) is 32,768 pages of 4 KiB, and touching each
-for the first time was a fifth of attend's time at density .05. NumPy asks for its arrays by itself, PyTorch
+for the first time was a fifth of attend's time at density 0.05. NumPy asks for its arrays by itself, PyTorch
 only where THP_MEM_ALLOC_ENABLE=1 is set.
 """
 

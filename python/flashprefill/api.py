@@ -1,8 +1,8 @@
 """The three verbs: prefill_attention, select, attend.
 
-They check what can be seen of their arguments, allocate results, and hand over to the engine: for NumPy
-arrays by a call, for torch tensors through a torch operator (torch_op.py), so that torch.compile traces every
-line here.
+They check what can be seen of their arguments without reading memory, allocate results, and hand over to the
+engine: for NumPy arrays by a call, for torch tensors through a torch operator (torch_op.py), so that
+torch.compile traces every line here.
 """
 
 from __future__ import annotations
@@ -172,11 +172,12 @@ def prefill_attention(
         cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
         cu_seqlens_k: cumulative key lengths of packed sequences, likewise.
         max_seqlen_q: an upper bound of packed query lengths, in tokens. On a GPU and under torch.compile give
-            both: nobody waits for the device to find them out, so without them the bound is the total.
+            both: they are not read from the device, which would synchronise; without them the total is used
+            as the bound.
         max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
         seqused_k: keys of each sequence that are in use, [batch].
-        block_table: page of each run of page_size keys, [batch, pages a sequence].
-        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a
+        block_table: page of each run of page_size keys, [batch, pages per sequence].
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -268,7 +269,7 @@ def select(
         max_seqlen_k: as in :func:`prefill_attention`.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
-        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         threads: as in :func:`prefill_attention`.
         backend: as in :func:`prefill_attention`.

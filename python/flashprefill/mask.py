@@ -1,7 +1,7 @@
 """Block masks: which blocks of keys each tile of queries keeps, one bit each.
 
-`select` makes them and `attend` obeys them, whoever made them: :meth:`BlockMask.from_dense` packs any
-selection that you can express as bools.
+`select` makes them and `attend` obeys them. :meth:`BlockMask.from_dense` packs any selection that can be
+expressed as bools.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class BlockMask:
 
     Attributes:
         bits: 64-bit words [mask heads, tile rows, words], as the C header describes them.
-        tile_tokens: query tokens a tile.
-        block_size: keys a block.
+        tile_tokens: query tokens per tile.
+        block_size: keys per block.
         share_heads: whether mask heads are KV heads.
         mean_correction: whether `attend` lets blocks left out count by their means.
         vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32
@@ -90,9 +90,9 @@ class BlockMask:
                 one array of 4 axes) for a batch.
             q_len: query tokens of each sequence.
             k_len: keys of each sequence.
-            block_size: keys a block, a multiple of 16 from 16 to 1024.
-            share_heads: mask heads are KV heads, and tiles have 128 // group tokens in place of 128.
-            group: query heads a KV head; only read with share_heads.
+            block_size: keys per block, a multiple of 16 from 16 to 1024.
+            share_heads: mask heads are KV heads, and tiles have 128 // group tokens instead of 128.
+            group: query heads per KV head; only read with share_heads.
             causal: whether queries see only keys up to their own position (the last query sees the last key).
             mean_correction: blocks left out count by their means.
             cu_seqlens_q: cumulative query lengths of packed sequences; keep is a list then.
@@ -262,7 +262,7 @@ class BlockMask:
             target: a path to save the picture to, matplotlib axes to draw into, or None for a new figure.
             seq: the sequence.
             head: the mask head; None draws the share of heads that keep each block.
-            title: a title in place of one that says density and head.
+            title: the title; the default says density and head.
 
         Returns:
             The axes.

@@ -1,11 +1,12 @@
-"""What the verbs need from an array library, for torch (NumPy's is _numpy_ops.py), and the torch operators.
+"""The torch operators, and what the verbs need from an array library, for torch (NumPy: _numpy_ops.py).
 
-The operators write into tensors that Python has allocated, and return nothing: so torch.compile plans their
-memory, CUDA graphs replay them, and the fake kernel has nothing to say. Everything that calls C is inside
-them, since torch.compile traces the rest. They have no backward pass, and tensors that want one are refused
-before. They are defined without torch.library.custom_op: to count versions of what an operator writes to,
-PyTorch 2.13's asks the schema for every argument by itself, which took more than half of the host's time of a
-call (430 us of a Zen 3 core where this takes 190).
+The operators write into tensors that Python has allocated, and return nothing. So torch.compile plans their
+memory, CUDA graphs replay them, and their fake kernel is empty. Everything that calls C is inside them, since
+torch.compile traces the rest. They have no backward pass; tensors that require grad are refused before.
+
+They are defined without torch.library.custom_op. PyTorch 2.13's looks every argument up in the schema to
+count versions of the outputs, which took more than half of the host time per call (430 us instead of 190 us
+on a Zen 3 core).
 
 Importing this module imports torch. The package does so only when a torch tensor comes in.
 """
@@ -64,7 +65,7 @@ def check(name: str, x: Any, like: Any) -> None:
 
 
 def check_out(name: str, x: Any) -> None:
-    """Refuse an output that can't be written: every tensor can."""
+    """Refuse an output that can't be written. Every tensor can be."""
 
 
 def index(name: str, x: Any, like: Any, ndim: int) -> Any:
@@ -100,7 +101,7 @@ def _readable(x: Any) -> bool:
 
 
 def longest(lengths: Any, bound: int) -> int:
-    """Return the largest length, or `bound`, which is an upper bound, where it can't be had for nothing."""
+    """Return the largest length, or `bound`, an upper bound, where reading it would synchronise."""
     if not _readable(lengths):
         return bound
     return int(lengths.max()) if lengths.numel() else 0

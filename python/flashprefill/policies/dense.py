@@ -13,8 +13,8 @@ class Dense(Policy):
     """Everything is kept: exact attention.
 
     Args:
-        block_size: keys a block of the mask that says so.
-        share_heads: whether that mask has one head for each KV head.
+        block_size: keys per block of its masks.
+        share_heads: whether its masks have one head for each KV head.
     """
 
     block_size: int = DEFAULT

@@ -25,22 +25,21 @@ _ALPHAS = {
 class FlashPrefill(Policy):
     """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
 
-    A block of keys is scored by its mean key: the sum over the tile's rows of exp(scale * q . mean). Kept are
-    blocks from
-    ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
+    The score of a block of keys is the sum over the tile's rows of exp(scale * q . mean key). Blocks are kept
+    from ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
 
     Args:
-        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 the best
-            one. 0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
-        block_size: keys a block; the paper tunes for 128.
-        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128. 1
-            is the paper, 16 costs 16 times less arithmetic at the same quality (docs: selectors).
+        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 only the
+            best. 0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
+        block_size: keys per block; the paper tunes for 128.
+        query_pool: rows; means of ``query_pool`` consecutive query rows of a head are scored instead of
+            rows, 1 to 128. 1 is the paper, 16 costs 16 times less arithmetic at the same quality.
         share_heads: one list for the query heads of a KV head (V2).
         mean_correction: blocks left out count by their means (V2).
-        min_blocks: blocks; at least the top so many by score are kept.
+        min_blocks: blocks; the top ``min_blocks`` by score are always kept.
     """
 
     alpha: float = DEFAULT

@@ -15,26 +15,27 @@ _GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  #
 
 @dataclass(frozen=True, repr=False)
 class FlexPrefill(Policy):
-    """FlexPrefill (arXiv 2502.20766): each head finds by itself what it keeps, from its last query rows.
+    """FlexPrefill (arXiv 2502.20766): each head selects by itself, from its last query rows.
 
-    The softmax of the last ``block_size`` query rows over all keys is summed by key (columns) and by distance
-    (diagonals). Where the pooled keys foretell the columns (Jensen-Shannon distance below ``tau``), the head
-    is *query-aware*: blocks are kept by pooled scores of each block of queries, until they hold ``gamma`` of
-    the head's whole map. Else it keeps columns and diagonals of blocks, as many as hold ``gamma`` of those
-    rows' mass. The first column and the diagonal are kept always. See docs/methods/flexprefill.md.
+    The softmax of the last ``block_size`` query rows over all keys is summed by key (verticals) and by
+    distance (slashes). If pooled queries and keys predict the verticals (Jensen-Shannon distance below
+    ``tau``), the head is *query-aware*: it keeps blocks by the pooled scores of each block of queries, until
+    they hold ``gamma`` of the head's whole map. Otherwise it keeps verticals and slashes of blocks, as many
+    as hold ``gamma`` of those rows' mass. The first vertical and the diagonal are always kept. See
+    docs/methods/flexprefill.md.
 
     Args:
         gamma: share of the mass to keep, in (0, 1]. The authors use 0.95 for Llama-3.1-8B and GLM-4-9B, 0.9
             for Qwen2-7B and Yi-9B.
         tau: Jensen-Shannon distance, at least 0; 0 makes no head query-aware. The authors use 0.1.
-        min_budget: tokens; columns and diagonals hold at least so many, rounded up to blocks.
-        max_budget: tokens; at most so many; None is no limit.
-        block_size: keys a block, and the query rows that are looked at; 128 is the paper.
-        cover: a diagonal of tokens crosses two diagonals of blocks. "first" keeps the nearer of them, as
-            published; "both" keeps both.
-        sink_blocks: blocks kept at the beginning, beside what the policy keeps.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        min_budget: tokens that verticals and slashes hold at least, rounded up to blocks.
+        max_budget: tokens that they hold at most; None: no limit.
+        block_size: keys per block, and the number of query rows that are looked at; 128 is the paper's.
+        cover: a slash of tokens crosses two slashes of blocks. "first" keeps the nearer one, as published;
+            "both" keeps both.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 

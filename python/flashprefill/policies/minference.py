@@ -37,23 +37,23 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
 class MInference(Policy):
     """MInference (arXiv 2407.02490): a pattern for each head, found once for a model.
 
-    *Vertical and slash*: the softmax of the last 64 query rows over all keys, summed by key and by distance;
-    the ``vertical`` keys and ``slash`` distances with the largest sums are kept, the first 30 keys and the
-    nearest 100 distances always among them. Without a table of heads all of them use it, with the authors'
-    default for models that they have no table for. See docs/methods/minference.md.
+    *Vertical and slash*: the softmax of the last 64 query rows over all keys is summed by key and by
+    distance. The ``vertical`` keys and ``slash`` distances with the largest sums are kept; the first 30 keys
+    and the nearest 100 distances are always among them. Without a table, all heads have this pattern, with
+    the authors' default for models without a table. See docs/methods/minference.md.
 
     Args:
-        vertical: tokens; columns that a head keeps.
-        slash: tokens; diagonals that a head keeps.
-        heads: a (pattern, a, b) for each query head, in place of vertical and slash: ("vertical_and_slash",
-            columns, diagonals), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
-        rounding: "blocks" rounds columns and diagonals out to the blocks that hold some of them, which every
-            backend can attend to; "tokens" keeps them as they are, as published: on the CPU, and without
+        vertical: tokens: verticals that a head keeps.
+        slash: tokens: slashes that a head keeps.
+        heads: a (pattern, a, b) for each query head, instead of vertical and slash: ("vertical_and_slash",
+            verticals, slashes), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
+        rounding: "blocks" rounds verticals and slashes out to the blocks that hold some of them, which every
+            backend can attend to; "tokens" keeps them as they are, as published: on the CPU only, and without
             mean_correction.
-        block_size: keys a block; 64 are the authors' kernels'.
-        sink_blocks: blocks kept at the beginning, beside what the policy keeps.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys per block; 64 are the authors' kernels'.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 
@@ -93,16 +93,16 @@ class MInference(Policy):
         """Read a table of heads as MInference ships them, into a policy for each layer.
 
         Args:
-            config: a path to the JSON file, or what is in it: a list with an object a layer, from a head's
-                index to [pattern, a, b, score]. A head that is missing gets the authors' default,
+            config: the JSON file's path or content: a list with an object for each layer, from a head's
+                index to [pattern, a, b, score]. Missing heads get the authors' default,
                 ["vertical_and_slash", 1000, 6096].
-            q_heads: query heads of the model; the default is what the table's largest index says.
+            q_heads: query heads of the model; by default the table's largest index + 1.
             ratio: factor on every a and b of vertical and slash (the authors' minference_ratio).
             **fields: other fields of the policies.
 
         Returns:
-            A mapping from layer to policy, with the default for layers that the table has not: what
-            ``flashprefill.patch_model(model, mapping)`` takes.
+            A mapping from layer to policy, for ``flashprefill.patch_model(model, mapping)``. Its "default" is
+            for layers that are not in the table.
         """
         if isinstance(config, (str, os.PathLike)):
             config = json.loads(Path(config).read_text())

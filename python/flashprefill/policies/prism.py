@@ -14,9 +14,9 @@ from .library import DEFAULT
 class Prism(Policy):
     """Prism (arXiv 2602.08426): pooled scores in two bands of rotary frequencies.
 
-    A mean over a block averages out what rotates fast. So the fast and the slow dimensions are scored apart,
-    each with the temperature that its pooled energy calls for, and a tile keeps the union of the smallest
-    sets that hold ``mass`` of either softmax. See docs/methods/prism.md.
+    The mean over a block averages out dimensions that rotate fast. So fast and slow dimensions are scored
+    separately, each band with a temperature that follows from its pooled energy. A tile keeps the union of
+    the smallest sets that hold ``mass`` of each band's softmax. See docs/methods/prism.md.
 
     Args:
         mass: share of a band's probability to keep, in (0, 1]; 0.95 in the paper.
@@ -26,10 +26,10 @@ class Prism(Policy):
             64). Dimensions that are not rotated belong to the low band.
         interleaved: False: dimension i is paired with i + rotary_dim / 2 (Llama, Qwen in Transformers); True:
             2i with 2i + 1.
-        block_size: keys a block; 128 is the paper's.
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys per block; 128 is the paper's.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 

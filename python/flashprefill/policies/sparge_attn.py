@@ -13,23 +13,23 @@ _WITH_TOPK = -0.1  # similarity, as the authors use it
 
 @dataclass(frozen=True, repr=False)
 class SpargeAttn(Policy):
-    """SpargeAttn's first stage (arXiv 2502.18137): means stand for blocks whose tokens are alike.
+    """SpargeAttn's first stage (arXiv 2502.18137): means represent blocks that are self-similar.
 
-    Where the mean cosine of a block's tokens is above ``similarity``, the softmax of mean query times mean
-    key ranks the key blocks of a tile. Key blocks of other kinds are kept, and so is everything for a tile of
-    queries that are not alike. See docs/methods/spargeattn.md.
+    A block is self-similar if the mean cosine of its tokens is above ``similarity``. The softmax of mean
+    query times mean key ranks a tile's self-similar key blocks. All other key blocks are kept, and a tile of
+    queries that is not self-similar keeps everything. See docs/methods/spargeattn.md.
 
     Args:
         cdf: keep the top blocks whose probabilities sum up to at most this, at least one, in [0, 1]. 0.98
             unless ``topk`` is given.
         topk: keep the top floor(topk * all key blocks of the sequence), in [0, 1]. One of cdf and topk
             decides.
-        similarity: mean cosine, in [-1, 1]; below 0 all blocks are alike. The authors use 0.6 with cdf, -0.1
-            with topk.
-        block_size: keys a block; 64 is the paper's.
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        similarity: mean cosine, in [-1, 1]. The default is what the authors use: 0.6 with cdf, -0.1 with
+            topk.
+        block_size: keys per block; 64 is the paper's.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 

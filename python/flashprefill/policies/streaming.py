@@ -1,4 +1,4 @@
-"""Streaming: what stands at fixed places, A-shape and Tri-shape."""
+"""Streaming: blocks at fixed places, A-shape and Tri-shape."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .library import DEFAULT
 
 @dataclass(frozen=True, repr=False)
 class Streaming(Policy):
-    """Sink and window blocks only, nothing is scored.
+    """Sink and window blocks only; nothing is scored.
 
     StreamingLLM's pattern (arXiv 2309.17453), also called A-shape; with a dense tail, Tri-shape.
 
     Args:
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
-        block_size: keys a block.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
+        block_size: keys per block.
         share_heads: one list for the query heads of a KV head.
         mean_correction: blocks left out count by their means.
     """

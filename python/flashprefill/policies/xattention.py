@@ -16,23 +16,23 @@ from .library import DEFAULT
 
 @dataclass(frozen=True, repr=False)
 class XAttention(Policy):
-    """XAttention (arXiv 2503.16428): blocks by the sums of the anti-diagonals of a strided grid.
+    """XAttention (arXiv 2503.16428): blocks by the sums of strided antidiagonals.
 
-    Queries and keys are cut into cells of ``stride`` tokens. A pair of cells is scored by the sum over its
-    anti-diagonal, each row of the grid becomes a softmax, and the masses of a tile's rows are summed by
+    Queries and keys are divided into cells of ``stride`` tokens. The score of a pair of cells is the sum over
+    its antidiagonal. Each row of cells becomes a softmax, and the masses of a tile's rows are summed by
     block. A tile keeps its forced blocks (as published the first one and the diagonal) and, by descending
     mass, as many others as it takes to hold ``threshold`` of its mass. See docs/methods/xattention.md.
 
     Args:
         threshold: share of the mass to keep, in [0, 1]; 0 keeps the forced blocks alone.
-        stride: tokens a cell, 4, 8, 16, 32, 64 or 128, and a divisor of ``block_size``; 8 and 16 are the
+        stride: tokens per cell, 4, 8, 16, 32, 64 or 128, and a divisor of ``block_size``; 8 and 16 are the
             paper's.
         norm: divides the scores, above 0; 1 in the paper.
-        head_thresholds: one threshold for each query head, in place of ``threshold``.
-        block_size: keys a block; 128 is the paper.
-        sink_blocks: blocks kept at the beginning, counted before the others.
-        window_blocks: blocks kept before and at the diagonal, counted before the others.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        head_thresholds: one threshold for each query head, instead of ``threshold``.
+        block_size: keys per block; 128 is the paper.
+        sink_blocks: blocks at the beginning that are always kept, counted before the others.
+        window_blocks: blocks before and at the diagonal that are always kept, counted before the others.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 
@@ -64,13 +64,12 @@ class XAttention(Policy):
         """Read a table of thresholds by layer and head into a policy for each layer.
 
         Args:
-            config: a list with a list of thresholds, one a query head, for each layer; or a path to a JSON
-                file of it.
-            **fields: other fields of the policies; ``threshold`` is for layers that the table has not.
+            config: for each layer a list with a threshold per query head; or the path of a JSON file of it.
+            **fields: other fields of the policies; ``threshold`` is for layers that are not in the table.
 
         Returns:
-            A mapping from layer to policy, with a default for other layers: what
-            ``flashprefill.patch_model(model, mapping)`` takes.
+            A mapping from layer to policy, with a default for other layers, for
+            ``flashprefill.patch_model(model, mapping)``.
         """
         if isinstance(config, (str, os.PathLike)):
             config = json.loads(Path(config).read_text())

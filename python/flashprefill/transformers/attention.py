@@ -6,7 +6,7 @@ head_dim] read as [batch, tokens, heads, head_dim], KV heads unrepeated, a padde
 static cache up to what is used. Nothing is copied, and the result has the layout that the output projection
 reads.
 
-In all else that a model may ask for, this function knows no better than the model: fallback.py.
+All other calls run as the model's own attention does: fallback.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Layer:
 # What a model has that was loaded with attn_implementation="flashprefill" and not patched.
 _UNPATCHED = FlashPrefill()
 
-# Length of the prompt that generate() is reading, all its chunks; None if nobody said. Set by register.py.
+# Length of the prompt that generate() is reading, all its chunks; None if unknown. Set by register.py.
 prompt_length: contextvars.ContextVar[int | None] = contextvars.ContextVar("prompt_length", default=None)
 
 

@@ -33,7 +33,7 @@ class Metrics:
         self._step: Any = None
         self._possible = 0
         self._kept = 0
-        self._device_kept: Any = None  # what a GPU has counted and nobody has read yet
+        self._device_kept: Any = None  # counted on a GPU and not read yet
         self._next_line = 0.0
         self._shown: dict[str, Any] | None = None
         self._hooks: dict[str, Callable[[dict[str, Any]], None] | None] = {}
@@ -56,7 +56,7 @@ class Metrics:
         self.dense_rows += split.dense_rows
 
     def count_call(self, counts: Any, possible: int) -> None:
-        """Count what a layer kept: `counts` is the mask's, of kept blocks; on a GPU nobody waits for it."""
+        """Count what a layer kept: `counts` is the mask's. A GPU is not synchronised with."""
         self.calls += 1
         self._possible += possible
         kept = counts.sum()

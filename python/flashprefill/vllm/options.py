@@ -22,7 +22,7 @@ class Options:
         policy: which blocks are kept.
         first_dense_layers: layers at the model's beginning that stay dense.
         min_chunk: rows; shorter pieces of prompts stay dense.
-        log_seconds: seconds between lines of statistics in the engine's log; 0 is one a step.
+        log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
         metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
     """
 

@@ -83,7 +83,7 @@ def split(
         starts: rows before each request, and in all: [requests + 1].
         keys: tokens of each request in the cache, the batch's included: [requests].
         prefilling: whether each request was still within its prompt before this batch: [requests].
-        final: whether each request's rows end what there is to read; None if nobody knows: then each counts
+        final: whether each request's rows end what there is to read; None if unknown: then each counts
             as ending, which costs a dense tail more and no quality.
         options: what the user asked for.
     """

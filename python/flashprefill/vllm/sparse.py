@@ -74,7 +74,7 @@ def plan_of(
 
     Args:
         common: vLLM's CommonAttentionMetadata.
-        final: whether each request's rows end its prompt; None if nobody knows. The same object for all
+        final: whether each request's rows end its prompt; None if unknown. The same object for all
             groups of layers of a step.
         options: what the user asked for.
         build: makes the engine's metadata of a CommonAttentionMetadata.

@@ -70,9 +70,9 @@ examples:
 
 LAB = """\
 How good is a selection? A model reads long real texts; for the queries, keys and values of some of its
-layers every method is asked which blocks of keys it would keep, over a sweep of its main parameter, and its
-choice is held against the true attention: recall of the softmax mass, output error without and with mean
-correction, selection and attention time, beside an oracle that knows the masses. Comparisons are fair at
+layers every method selects blocks of keys, over a sweep of its main parameter, and its selection is compared
+with the true attention: recall of the softmax mass, output error without and with mean
+correction, selection and attention time, next to an oracle that knows the masses. Comparisons are fair at
 equal density only, so forced blocks are the same for all (1 sink, 2 window, no dense tail) and tables
 interpolate.
 
@@ -86,7 +86,7 @@ block by block what a method kept and what it lost.
 
 LAB_EXAMPLES = """\
 examples:
-  flashprefill lab --quick                          minutes: one short text, two layers, two values a method
+  flashprefill lab --quick                          minutes: one short text, two layers, two values per method
   flashprefill lab                                  everything: about half an hour on two cores
   flashprefill lab --text long --device cuda        24K tokens, every method, in minutes
   flashprefill lab --text long --method sketch --method flashprefill --no-studies

@@ -1,4 +1,4 @@
-"""Where the sequences of a batch lie in q and k, and how many tiles and blocks they have.
+"""The layout of a batch: where its sequences lie in q and k, and their tiles and blocks.
 
 A :class:`Layout` is what a call's shapes and index arrays say, checked as far as shapes can be; values inside
 index arrays are the library's to check. It is written with nothing but shapes, integers and plain objects,

@@ -1,4 +1,4 @@
-"""Where the seconds of calls go: :func:`collect_timings` sums them up over a block of code."""
+"""Seconds of selection and attention: :func:`collect_timings` sums them up over a block of code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _timings: contextvars.ContextVar[Timings | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def collect_timings() -> Iterator[Timings]:
-    """Sum up where the seconds of the calls inside the block go: selection or attention. CPU only."""
+    """Sum up the seconds of selection and of attention of the calls inside the block. CPU only."""
     timings = Timings()
     token = _timings.set(timings)
     try:

@@ -113,7 +113,7 @@ def _select(
 
 
 def _results(ops: Any, q: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
-    """Return where out and lse go."""
+    """Return the outputs, out and lse; new ones unless given."""
     check_bool("return_lse", return_lse)
     if out is None:
         out = ops.empty_like(q)
@@ -153,7 +153,7 @@ def prefill_attention(
     backend: str | None = None,
     target: str | None = None,
 ) -> Any:
-    """Attend from q over the keys that a policy finds to matter.
+    """Compute attention of q over the keys that a policy selects.
 
     Row i of a sequence of Lq queries and Lk keys sits at position Lk - Lq + i and sees the keys up to there.
 

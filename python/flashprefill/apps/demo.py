@@ -29,12 +29,12 @@ TOKENS = 7600
 LONG_TOKENS = 24000
 QUICK_TOKENS = 1536
 SCHEMA = "flashprefill-demo/1"
-HOST_BOUND = 0.9  # of the time to first token: from there on the GPU has nothing queued
+HOST_BOUND = 0.9  # share of the time to first token; above it the GPU waits for Python
 
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     model: Path | None = None
     prompt: Path | None = None
@@ -54,7 +54,7 @@ class Options:
 
 
 def methods_for(texts: Sequence[str]) -> list[Method]:
-    """Dense first, then what was asked for, or the four that the project stands for."""
+    """Return dense attention first, then the policies of the command line, or the project's main four."""
     dense = Method("Dense (PyTorch SDPA)", None)
     if texts:
         return [dense, *(Method(policy.text, policy) for policy in map(parse_policy, texts))]
@@ -143,7 +143,7 @@ class Runner:
             )
 
     def _select_alone(self, method: Method) -> float:
-        """Selections over the layers that the dense pass left, as many as the model has."""
+        """Return the seconds of all layers' selections, from those of the captured layers."""
         from . import measure
 
         if method.policy is None or not self.captured:
@@ -235,7 +235,7 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def pace(runs: Sequence[dict[str, Any]]) -> str | None:
-    """Say so if a GPU waits for Python: then times say little about attention."""
+    """Return a note if the GPU waits for Python: then times say little about attention."""
     waits = [run["label"] for run in runs if (run["host_share"] or 0.0) > HOST_BOUND]
     if not waits:
         return None

@@ -1,7 +1,7 @@
 """`flashprefill inspect`: run a selection on a saved dump of queries and keys, and show what it keeps.
 
 The statistics go to the terminal, with a small drawing of a head's mask in characters; with --out, masks of
-the heads are drawn into one PNG, beside the true attention if that is asked for.
+the heads are drawn into one PNG, next to the true attention on request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHADES = " .:-=+*#%@"
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     file: Path
     policies: Sequence[str] = ()

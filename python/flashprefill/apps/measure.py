@@ -1,4 +1,4 @@
-"""One forward pass over a prompt, taken apart: seconds to the first token, and what of them attention took.
+"""One forward pass over a prompt: seconds to the first token, and attention's part of them.
 
 Dense attention and ours are timed by the same hook, put around whatever attention function the model's
 configuration names; selection's share is what the library itself measured, on the CPU: on a GPU nothing
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pass:
-    """What one forward pass over a prompt took, and what it left behind."""
+    """The times and results of one forward pass over a prompt."""
 
     ttft: float
     attention: float
@@ -37,11 +37,11 @@ class Pass:
     hidden: torch.Tensor  # last hidden states of the last positions
     stats: Any  # flashprefill's own statistics of the pass
     cache: Any
-    host_share: float | None = None  # of the time to first token, until all was asked of a GPU
+    host_share: float | None = None  # on a GPU: share of the time to first token until all work was launched
 
 
 class Captured(NamedTuple):
-    """What one layer's attention was called with: [tokens, heads, head_dim] each, and the scale."""
+    """The arguments of one layer's attention: [tokens, heads, head_dim] each, and the scale."""
 
     query: torch.Tensor
     key: torch.Tensor

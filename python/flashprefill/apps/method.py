@@ -17,7 +17,9 @@ class Method:
     ttft: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
     select: list[float] = field(default_factory=list)
-    host_share: list[float] = field(default_factory=list)  # on a GPU: of ttft, until all was asked of it
+    host_share: list[float] = field(
+        default_factory=list
+    )  # on a GPU: share of ttft until all work was launched
     density: Any = None  # [layers, heads]
     fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
     kl: float | None = None

@@ -1,7 +1,7 @@
-"""What the demo draws, from the queries and keys of the dense pass: which heads, which masks, which bars.
+"""The demo's pictures: heads, masks and bars, from the queries and keys of the dense pass.
 
-Masks are made anew with `select` from the dense pass's own queries and keys, so that all policies are seen
-deciding on the same input, beside the attention that is really there.
+Masks are selected again from the dense pass's own queries and keys, so that all policies decide on the same
+input, next to the true attention.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from . import heads as kinds
 from . import plots
 from .method import Method
 
-SHOWN_POLICIES = 2  # masks side by side: more would be too small to see
-SAMPLED_ROWS = 512  # rows of each head that the choice of heads looks at
+SHOWN_POLICIES = 2  # more masks in a row would be too small to see
+SAMPLED_ROWS = 512  # rows per head that the choice of heads looks at
 
 
 @dataclass
@@ -39,7 +39,7 @@ def host(x: Any) -> Any:
 
 
 def forced_by(policy: Policy) -> Streaming:
-    """The policy that keeps what this one keeps whatever the scores say."""
+    """Return the policy that keeps the forced blocks of this one alone."""
     names = ("sink_blocks", "window_blocks", "dense_tail_blocks")
     if not hasattr(policy, "sink_blocks"):
         return Streaming(0, 0, 0, block_size=policy.block_size, share_heads=policy.share_heads)
@@ -56,9 +56,9 @@ def mask_panels(
     policies: Sequence[tuple[str, Policy]],
     mass: Any = None,
 ) -> list[plots.MaskPanel]:
-    """One panel a policy for one query head; query [tokens, heads, dim], key [tokens, kv_heads, dim].
+    """Return a panel per policy for one query head; query [tokens, heads, dim], key [tokens, kv_heads, dim].
 
-    `mass(tile_tokens, block_size)`, if given, is the head's true attention mass: what is kept of it follows.
+    `mass(tile_tokens, block_size)`, if given, is the head's true attention mass, and the panels say how much of it is kept.
     """
     panels = []
     for label, policy in policies:
@@ -106,7 +106,7 @@ def _to_show(methods: Sequence[Method]) -> list[tuple[str, Policy]]:
 def candidates_of(
     captured: dict[int, Any], policy: Policy
 ) -> tuple[list[kinds.Candidate], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """All captured heads as the choice of heads wants to see them, the forced blocks and the visible ones."""
+    """Return all captured heads as candidates, the forced blocks, and the visible blocks."""
     found: list[kinds.Candidate] = []
     forced = visible = np.zeros((0, 0), bool)
     for layer, (query, key, _, scale) in captured.items():

@@ -1,4 +1,4 @@
-"""Policies of the command line: texts, whose refusals are the user's to put right."""
+"""Policies of the command line, as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Transformers calls in each layer: which calls are sparse, and how they reach the kernel.
+"""The attention function that Transformers calls in each layer: which calls are sparse, and how.
 
 Sparse are prefills: at least a tile of rows of causal self-attention, with a cache or without, whose
 padding lies at the ends. q, k and v go to the kernel as the views that they are: [batch, heads, tokens,
@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Layer:
-    """What patch_model leaves at a layer."""
+    """An attention layer's policy, set by patch_model."""
 
     policy: Policy | None  # None: the model's own dense attention
     eager: bool  # that is eager's, not SDPA's
@@ -129,7 +129,7 @@ def _why_dense(
     if policy is None:
         return "policy"
 
-    # What SDPA ignores in kwargs, so do we: the rest changes the formula.
+    # Other kwargs change the formula, or SDPA ignores them too.
     if kwargs.get("softcap") is not None:
         return "softcap"
     if kwargs.get("s_aux") is not None:

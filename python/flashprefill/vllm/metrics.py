@@ -1,4 +1,4 @@
-"""What became of the engine's rows, counted in the process that computes them.
+"""Counters of sparse and dense rows, in the process that computes them.
 
 One line in the engine's log now and then, and the same numbers as a dict for whoever wants them: from inside
 the process (`snapshot`), through vLLM's own ``collective_rpc`` (`WorkerExtension`), or by a hook that is
@@ -49,7 +49,7 @@ class Metrics:
         return new
 
     def count_batch(self, split: Split) -> None:
-        """Count a batch, once a step."""
+        """Count a batch, once per step."""
         self.steps += 1
         self.sparse_rows += split.sparse_rows
         self.sparse_chunks += sum(len(span.rows) for span in split.spans)

@@ -1,4 +1,4 @@
-"""What a user may ask for: the value of the key "flashprefill" in vLLM's additional config."""
+"""The plugin's options: the value of the key "flashprefill" in vLLM's additional config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_CHUNK = 128  # rows: a tile of queries
 
 @dataclass(frozen=True)
 class Options:
-    """How prompts are read.
+    """How prompts are prefilled.
 
     Attributes:
         policy: which blocks are kept.

@@ -1,4 +1,4 @@
-"""A batch's sparse rows, from the engine's metadata to the kernel: what the CPU's and CUDA's backends share.
+"""A batch's sparse rows, from the engine's metadata to the kernel; for the CPU's and CUDA's backends.
 
 Once a step, `plan_of` takes the batch apart (rows.py), and prepares two things: for each run of sparse
 requests the arguments of a call of our kernel, and for all others together a smaller batch for the engine's
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass
 class Plan:
-    """What a batch is made of.
+    """A batch, divided into sparse and dense requests.
 
     Attributes:
         options: what the user asked for.
@@ -70,7 +70,7 @@ class Plan:
 def plan_of(
     common: Any, final: Sequence[bool] | None, options: Options, build: Callable[[Any], Any]
 ) -> Plan | None:
-    """Take a batch apart.
+    """Divide a batch into sparse and dense requests.
 
     Args:
         common: vLLM's CommonAttentionMetadata.

@@ -1,7 +1,7 @@
 """The table of methods. A new policy shows up in the lab by one line here; without one, by its defaults.
 
 A line is one curve: a policy's name (or a scorer of baselines.py), the fields that stay, the one that is
-swept and from where to where, so that densities from about .05 to .35 come out at the lengths that the lab
+swept and from where to where, so that densities from about 0.05 to 0.35 come out at the lengths that the lab
 reads. Fields for forced blocks are set for all alike, from outside: comparing selections means little while
 half of what is kept is kept anyway.
 """
@@ -22,10 +22,10 @@ ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
 MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
 GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
 GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
-COUNTS = (4, 8, 14, 22, 34)  # blocks a tile
+COUNTS = (4, 8, 14, 22, 34)  # blocks per tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
 
-# Sketch at an eighth of V1's products: two pooled rows a tile times mean, variance and six outliers.
+# Sketch at an eighth of V1's products: two pooled rows per tile times mean, variance and six outliers.
 EIGHTH = {"query_metric": True, "outliers": 6, "query_pool": 64}
 
 

@@ -192,7 +192,7 @@ def test_tensors_of_other_devices_are_refused():
 
 
 def test_lazily_negated_views():
-    """torch keeps the sign of such a view beside the data."""
+    """torch keeps the sign of such a view next to the data."""
     z = torch.complex(torch.randn(40, 2, 16), torch.randn(40, 2, 16))
     q = z.conj().imag
     k = torch.randn(40, 2, 16)

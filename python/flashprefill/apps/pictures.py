@@ -58,7 +58,8 @@ def mask_panels(
 ) -> list[plots.MaskPanel]:
     """Return a panel per policy for one query head; query [tokens, heads, dim], key [tokens, kv_heads, dim].
 
-    `mass(tile_tokens, block_size)`, if given, is the head's true attention mass, and the panels say how much of it is kept.
+    `mass(tile_tokens, block_size)`, if given, is the head's true attention mass; the panels then say how much
+    of it is kept.
     """
     panels = []
     for label, policy in policies:

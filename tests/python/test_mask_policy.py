@@ -1,6 +1,10 @@
 """MaskPolicy: a selection that is a Python function, wherever policies are taken."""
 
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from flashprefill.vllm import options
 from oracle import tensors
 
 QUERIES, KEYS = 300, 700
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "add-a-method.md"
 
 
 def everything(layer, q, k):
@@ -211,6 +216,18 @@ def test_graphs_are_left_for_the_call():
         return fp.prefill_attention(q * 2, k, v, policy) + 1
 
     assert torch.equal(torch.compile(run, backend="eager")(q, k, v), run(q, k, v))
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
+def test_the_prototype_of_the_documentation(tmp_path):
+    """docs/add-a-method.md's section 0 runs, and is read by its name."""
+    code = re.search(r"^`prototype.py`, a new file:\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
+    (tmp_path / "prototype.py").write_text(code)
+    done = subprocess.run([sys.executable, "prototype.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "mean error" in done.stdout, done.stderr
+    read = "from flashprefill.apps.spec import parse_policy as p; print(p('prototype:loud(block_size=64)'))"
+    done = subprocess.run([sys.executable, "-c", read], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "prototype:loud(block_size=64)", done.stderr
 
 
 # -------------------------------------------------------------------- models

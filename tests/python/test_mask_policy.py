@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import flashprefill as fp
+from flashprefill import cli
 from flashprefill.apps.errors import UsageError
 from flashprefill.apps.lab import lines
 from flashprefill.apps.spec import parse_policy
@@ -271,3 +272,22 @@ def test_in_a_model():
     model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=150)
     assert (1, length - 150, 4, length, 2) in calls
     fp.unpatch_model(model)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--policy", "FUNCTION", "--tokens", "700", "--repeats", "1"],
+        ["try", "--policy", "FUNCTION", "--tokens", "700", "--depth", "0.5"],
+        ["lab", "--method", "FUNCTION", "--quick", "--no-studies", "--text", "gpl"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_on_the_command_line(command, model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    function = f"{__name__}:everything"
+    out = tmp_path / ("out.json" if command[0] == "try" else "out")
+    command = [part.replace("FUNCTION", function) for part in command]
+    code = cli.main([*command, "--model", str(model), "--dtype", "fp32", "--out", str(out)])
+    assert code in (0, 1)  # 1: a needle that the small model found by chance
+    assert function in capsys.readouterr().out

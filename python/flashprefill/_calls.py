@@ -7,6 +7,7 @@ reads them again. Types are those of torch's schemas; "Tensor!" is a tensor that
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 _ALIASES = "abcdefghijklmnop"  # torch's names for the tensors that an operator writes to
@@ -27,16 +28,6 @@ _SELECTION = {"final_chunk": "bool[]", "policy": "str"}
 _EXECUTION = {"threads": "int", "backend": "str?", "target": "str?"}
 
 
-class Call:
-    """The arguments of one call, by name."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
-
-    def __getattr__(self, name: str) -> Any:  # for type checkers: names are the verb's
-        raise AttributeError(name)
-
-
 class Verb:
     """One verb: its name, and the names and types of its arguments in their order."""
 
@@ -44,6 +35,7 @@ class Verb:
         self.name = name
         self.types = {argument: kind for group in groups for argument, kind in group.items()}
         self.names = tuple(self.types)
+        self._call: Any = namedtuple(f"{name}_arguments", self.names)  # type: ignore[misc]
 
     @property
     def schema(self) -> str:
@@ -59,9 +51,9 @@ class Verb:
         """Return the arguments in their order."""
         return tuple([values[name] for name in self.names])
 
-    def unpack(self, arguments: tuple[Any, ...]) -> Call:
-        """Return the arguments by name."""
-        return Call(dict(zip(self.names, arguments, strict=True)))
+    def unpack(self, arguments: tuple[Any, ...]) -> Any:
+        """Return the arguments as a named tuple."""
+        return self._call._make(arguments)
 
 
 SELECT = Verb(

@@ -15,14 +15,14 @@ from typing import Any
 
 from . import _abi, _timings
 from ._arrays import address_of, all_cuda_reads, is_numpy, refuse_overlap, strides_of, tensor_of, workspace_of
-from ._calls import ATTEND, PREFILL, SELECT, Call
+from ._calls import ATTEND, PREFILL, SELECT
 from .errors import refuse
 from .policies.library import struct_of
 
 # -------------------------------------------------------------- descriptors
 
 
-def _problem(call: Call, q: Any, k: Any, v: Any) -> _abi.Problem:
+def _problem(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p = _abi.sized(_abi.Problem)
     if not is_numpy(q) and q.device.type == "cuda":
         p.device, p.device_index = _abi.CUDA, q.device.index or 0
@@ -79,7 +79,7 @@ def _add_timings(e: _abi.Exec) -> None:
         timings.calls += 1
 
 
-def _output(call: Call) -> _abi.Output:
+def _output(call: Any) -> _abi.Output:
     o = _abi.sized(_abi.Output)
     o.out = tensor_of(call.out)
     if call.lse is not None:
@@ -89,7 +89,7 @@ def _output(call: Call) -> _abi.Output:
     return o
 
 
-def _mask_given(call: Call) -> _abi.BlockMask:
+def _mask_given(call: Any) -> _abi.BlockMask:
     """Describe the mask that attend obeys."""
     m = _abi.sized(_abi.BlockMask)
     m.heads, m.tile_rows, m.words = call.bits.shape
@@ -102,7 +102,7 @@ def _mask_given(call: Call) -> _abi.BlockMask:
     return m
 
 
-def _mask_written(problem: _abi.Problem, policy: Any, call: Call) -> _abi.BlockMask:
+def _mask_written(problem: _abi.Problem, policy: Any, call: Any) -> _abi.BlockMask:
     """Describe the mask that the policy is to write; api.py must have come to the same shape."""
     m = _abi.sized(_abi.BlockMask)
     _abi.check(_abi.lib.fp_mask_describe(byref(problem), byref(policy), byref(m)))

@@ -155,7 +155,7 @@ def performance() -> None:
             ("Xeon (AMX), bf16", "cpu-amx-bf16-1thread", "9/3x64x8192", GREEN),
         ):
             rows = [row for row in read(name)["rows"] if row["shape"] == shape]
-            dense = next(row["speedup"] for row in rows if row["name"] == "Dense()")
+            dense = next(row["speedup"] for row in rows if row["name"].lower() in ("dense", "dense()"))
             masks = [(r["density"], r["speedup"] / dense) for r in rows if r["name"].startswith("random")]
             points = [(1.0, 1.0), *masks]
             right.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=label)

@@ -18,22 +18,6 @@ start here:
 `flashprefill VERB --help` explains each of them, with examples.
 """
 
-POLICIES = """\
-policies are written as in Python, with the fields that you want to change:
-  dense
-  flashprefill   "flashprefill(alpha=0.2, query_pool=16)"   "flashprefill(share_heads=True)"
-  xattention     "xattention(threshold=0.9, stride=8)"
-  rrattention    "rrattention(threshold=0.9)"
-  spargeattn     "spargeattn(topk=0.5)"
-  prism          "prism(mass=0.9)"
-  sampleattention  "sampleattention(coverage=0.9)"
-  sketch         "sketch(mass=0.9, mean_correction=True)"
-  streaming      "streaming(sink_blocks=1, window_blocks=8)"
-  flexprefill    "flexprefill(gamma=0.95, min_budget=1024)"  "flexprefill(tau=0)"
-  minference     "minference(vertical=1000, slash=6096)"
-  your_module:your_function     a selection of your own, written in Python: flashprefill.MaskPolicy
-"""
-
 DEMO = """\
 A language model reads a long prompt made of real text on this machine, in which one sentence (the
 needle) is hidden that the prompt's end asks for; once with PyTorch's dense attention and once with

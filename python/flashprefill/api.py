@@ -189,7 +189,15 @@ def prefill_attention(
         target: one of the backend's instruction sets; the default is the best.
 
     Returns:
-        out, or a tuple of out and what else was asked for, in the order lse, stats.
+        out, of q's shape and dtype; or a tuple of out and the other results, in the order lse, stats.
+
+    Raises:
+        InvalidArgumentError: a value or a shape is wrong; it is a ValueError.
+        ArgumentTypeError: a type or a dtype is wrong; it is a TypeError.
+        UnsupportedError: no backend of this machine does it; it is a NotImplementedError.
+
+        Each message is one line that names the argument, what it was and what it must be. Nothing is written to
+        ``out`` then.
     """
     ops = ops_of("q", q)
     layout = layout_of(
@@ -257,8 +265,8 @@ def select(
     """Find the blocks of keys that matter to each tile of queries.
 
     Args:
-        q: queries.
-        k: keys.
+        q: queries, as in :func:`prefill_attention`.
+        k: keys, as in :func:`prefill_attention`.
         policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
             ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
@@ -277,6 +285,9 @@ def select(
 
     Returns:
         The mask, for :func:`attend`, or to look at.
+
+    Raises:
+        InvalidArgumentError, ArgumentTypeError, UnsupportedError: as :func:`prefill_attention`.
     """
     ops = ops_of("q", q)
     layout = layout_of(
@@ -317,9 +328,9 @@ def attend(
     """Attend exactly over the blocks that a mask keeps.
 
     Args:
-        q: queries.
-        k: keys.
-        v: values.
+        q: queries, as in :func:`prefill_attention`.
+        k: keys, as in :func:`prefill_attention`.
+        v: values, of k's shape.
         mask: from :func:`select`, or :meth:`BlockMask.from_dense`; made for sequences of these lengths.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: the default is what the mask was made for.
@@ -338,6 +349,9 @@ def attend(
 
     Returns:
         out, or (out, lse).
+
+    Raises:
+        InvalidArgumentError, ArgumentTypeError, UnsupportedError: as :func:`prefill_attention`.
     """
     ops = ops_of("q", q)
     if not isinstance(mask, BlockMask):

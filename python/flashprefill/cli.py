@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import _cli_texts as texts
 from .apps.errors import UsageError
+from .policies.library import FIELDS
+
+
+def _policies() -> str:
+    """Return the help on policies: how they are written, and the fields of all with their defaults."""
+    lines = [
+        'policies are written as text, like sketch or "flashprefill(alpha=0.2, query_pool=16)"; or as',
+        '"your_module:your_function", a selection of your own (flashprefill.MaskPolicy). Fields and defaults:',
+    ]
+    for name, fields in FIELDS.items():
+        shown = ", ".join(f"{field.name}={field.spelled_default()}" for field in fields)
+        lines += textwrap.wrap(f"{name:<16} {shown}", 100, initial_indent="  ", subsequent_indent=" " * 19)
+    return "\n".join(lines)
 
 
 def _list_of(kind: type) -> Callable[[str], list[Any]]:
@@ -120,7 +134,7 @@ def _add_figures(add: Callable[..., Any]) -> None:
 
 
 def _add_demo(verbs: Any) -> None:
-    epilog = texts.DEMO_EXAMPLES + texts.POLICIES
+    epilog = texts.DEMO_EXAMPLES + _policies()
     add = _verb(verbs, "demo", "a real model reads a long prompt", texts.DEMO, epilog)
     _add_model(add)
     _add_prompt(add)
@@ -137,7 +151,7 @@ def _add_demo(verbs: Any) -> None:
 
 
 def _add_try(verbs: Any) -> None:
-    epilog = texts.TRY_EXAMPLES + texts.POLICIES
+    epilog = texts.TRY_EXAMPLES + _policies()
     add = _verb(verbs, "try", "do policies find what dense finds?", texts.TRY, epilog)
     _add_model(add)
     _add_prompt(add)
@@ -173,7 +187,7 @@ def _add_lab(verbs: Any) -> None:
 
 
 def _add_bench(verbs: Any) -> None:
-    epilog = texts.BENCH_EXAMPLES + texts.POLICIES
+    epilog = texts.BENCH_EXAMPLES + _policies()
     add = _verb(verbs, "bench", "attention alone, against PyTorch's", texts.BENCH, epilog)
     what = "heads, head_dim and tokens; may be repeated (9/3x64x8K; on a GPU 32/8x128 at 16K and 64K)"
     add("--shape", action="append", metavar="Q/KVxDIMxTOKENS", help=what)
@@ -189,7 +203,7 @@ def _add_bench(verbs: Any) -> None:
 
 
 def _add_inspect(verbs: Any) -> None:
-    epilog = texts.INSPECT_EXAMPLES + texts.POLICIES
+    epilog = texts.INSPECT_EXAMPLES + _policies()
     add = _verb(verbs, "inspect", "what a policy keeps of a saved Q/K dump", texts.INSPECT, epilog)
     add("file", type=Path, help="the dump: .npz, .safetensors or .pt with q and k")
     _add_policy(add, "select by this policy (default: flashprefill)")

@@ -46,6 +46,11 @@ class Field(NamedTuple):
     flags: int
     choices: tuple[str, ...]
 
+    def spelled_default(self) -> str:
+        """Return the default as the library writes it."""
+        default = self.default if self.initial is None else self.initial
+        return str(default).lower() if default is None or self.type == _abi.BOOL else f"{default}"
+
     def check(self, value: Any) -> Any:
         """Return a value as the policy keeps it, or refuse it. Lists are their policy's own business."""
         if self.type == _abi.BOOL:

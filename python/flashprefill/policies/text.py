@@ -26,6 +26,7 @@ def named() -> dict[str, type[Policy]]:
 
 
 _SHAPES: dict[str, Callable[..., Policy]] = {"ashape": Streaming.a_shape, "trishape": Streaming.tri_shape}
+_TOKENS = {"ashape": ("n_init", "n_local"), "trishape": ("n_init", "n_local", "n_last")}
 
 
 def parse(text: str, options: Mapping[str, Any] | None = None) -> Policy:
@@ -54,6 +55,7 @@ def make(name: str, fields: Mapping[str, Any]) -> Policy:
         return MaskPolicy(name, **fields)  # type: ignore[arg-type]
     known, plain = named(), name.lower().replace("-", "").replace("_", "")
     if plain in _SHAPES:
+        _check_names(name, fields, [*_TOKENS[plain], *Streaming._names()])
         return _SHAPES[plain](**fields)
     if plain not in known:
         names = ", ".join([*known, *_SHAPES])

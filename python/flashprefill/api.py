@@ -196,8 +196,8 @@ def prefill_attention(
         ArgumentTypeError: a type or a dtype is wrong; it is a TypeError.
         UnsupportedError: no backend of this machine does it; it is a NotImplementedError.
 
-        Each message is one line that names the argument, what it was and what it must be. Nothing is written to
-        ``out`` then.
+        Each message is one line that names the argument, what it was and what it must be. Nothing is then
+        written to ``out``.
     """
     ops = ops_of("q", q)
     layout = layout_of(

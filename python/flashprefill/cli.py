@@ -22,8 +22,8 @@ from .policies.library import FIELDS
 def _policies() -> str:
     """Return the help on policies: how they are written, and the fields of all with their defaults."""
     lines = [
-        'policies are written as text, like sketch or "flashprefill(alpha=0.2, query_pool=16)"; or as',
-        '"your_module:your_function", a selection of your own (flashprefill.MaskPolicy). Fields and defaults:',
+        'policies are written as text, like sketch or "flashprefill(alpha=0.2, query_pool=16)", or as',
+        '"your_module:your_function" for your own selection (flashprefill.MaskPolicy). Fields and defaults:',
     ]
     for name, fields in FIELDS.items():
         shown = ", ".join(f"{field.name}={field.spelled_default()}" for field in fields)

@@ -1,39 +1,37 @@
-"""Checks the attend kernel on a GPU against the float64 reference.
+"""The attend kernel on a Hopper GPU against a float64 reference.
 
-python3 attend_check.py [first|all|small|beside]
-
-Prints one line a case and the number of failures; exits 1 if there are any. Every output starts as NaN, so
-an element that was not written is an error too. `small` is for compute-sanitizer. `beside` prints errors next
-to those of cuDNN's attention on the same inputs, and fails where the largest is more than 1.2 times as large.
+Every output starts as NaN, so an element that was not written is an error too. The small cases, one for each
+kind of loading, mask and layout, are for compute-sanitizer as well: `-k small` (CONTRIBUTING.md).
 """
 
-from __future__ import annotations
-
-import json
-import os
-import sys
-
+import pytest
 import torch
-from attend_lib import Case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attend_case import Case
+
 LIMIT = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
-G = torch.Generator(device="cuda").manual_seed(1)
 BF16, F16 = torch.bfloat16, torch.float16
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Make a case the same whichever cases run before it."""
+    torch.manual_seed(1)
+
+
 def rand(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", generator=G).to(dtype)
+    """Return normal values on the device."""
+    return torch.randn(*shape, device="cuda").to(dtype)
 
 
 def with_random_mask(case: Case, density: float, diagonal: bool = True) -> Case:
+    """Keep blocks at random, and the diagonal if wanted."""
     case.keep = []
     for b in range(case.batch):
         blocks = max(1, -(-case.k_len[b] // case.block_size))
-        keep = (
-            torch.rand(case.mask_heads, max(1, case.tiles(b)), blocks, device="cuda", generator=G) < density
-        )
+        keep = torch.rand(case.mask_heads, max(1, case.tiles(b)), blocks, device="cuda") < density
         for m in range(case.tiles(b)):
             full, visible = case.full_visible(b, m)
             if diagonal:
@@ -54,6 +52,7 @@ def rect(
     diagonal: bool = True,
     **more,
 ) -> Case:
+    """A batch of equal lengths."""
     lk = lk or lq
     case = Case(
         rand(b, lq, hq, d, dtype=dtype),
@@ -72,6 +71,7 @@ def varlen(
     density: float | None = None,
     **more,
 ) -> Case:
+    """Packed sequences of these lengths of queries and keys."""
     cu_q, cu_k = [0], [0]
     for lq, lk in lengths:
         cu_q.append(cu_q[-1] + lq)
@@ -92,14 +92,15 @@ def paged(
     dtype: torch.dtype = BF16,
     **more,
 ) -> Case:
+    """The same with keys in pages in random order."""
     cu_q = [0]
     for lq, _ in lengths:
         cu_q.append(cu_q[-1] + lq)
     columns = max(-(-lk // page) for _, lk in lengths) + 1
     count = columns * len(lengths) + 3
-    table = torch.randperm(count, device="cuda", generator=G)[: columns * len(lengths)].view(len(lengths), -1)
+    table = torch.randperm(count, device="cuda")[: columns * len(lengths)].view(len(lengths), -1)
     k, v = rand(count, page, hk, d, dtype=dtype), rand(count, page, hk, d, dtype=dtype)
-    for b, (_, lk) in enumerate(lengths):  # what lies past the end is poison
+    for b, (_, lk) in enumerate(lengths):  # poison past the end
         slots = torch.arange(columns * page, device="cuda") >= lk
         where = (
             table[b].repeat_interleave(page)[slots],
@@ -199,7 +200,7 @@ MORE = [
 ]
 
 
-SMALL = [  # of every kind of loading, mask and layout one, in a second or two each under compute-sanitizer
+SMALL = [  # one of every kind of loading, mask and layout: a second or two each under compute-sanitizer
     ("sparse", lambda: rect(300, density=0.5)),
     *[(f"sparse d{d}", lambda d=d: rect(300, d=d, density=0.5)) for d in (64, 256)],
     ("fp16", lambda: rect(300, dtype=F16)),
@@ -232,49 +233,34 @@ SMALL = [  # of every kind of loading, mask and layout one, in a second or two e
 ]
 
 
-def beside_cudnn() -> int:
-    """Largest and root mean square error of dense outputs, ours and cuDNN's."""
-    rows = []
-    print(f"{'case':24s} {'largest':>8s} {'cuDNN':>8s} {'rms':>8s} {'cuDNN':>8s}")
-    for dtype, name in ((BF16, "bf16"), (F16, "fp16")):
-        for d in (64, 128, 256):
-            for n in (1024, 4096):
-                for scale in (1.0, 4.0):
-                    case = rect(n, hq=8, hk=2, d=d, dtype=dtype, scale=scale * d**-0.5)
-                    case.prepare()
-                    case.launch()
-                    q, k, v = (x.transpose(1, 2) for x in (case.q, case.k, case.v))
-                    k, v = (x.repeat_interleave(4, 1) for x in (k, v))
-                    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                        theirs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=case.scale)
-                    exact = case.reference()[0][0]
-                    row = {"case": f"{name} d{d} {n} scale x{scale:g}"}
-                    for whose, out in (("", case.out[0]), ("cudnn_", theirs[0].transpose(0, 1))):
-                        e = out.double() - exact
-                        row[whose + "largest"] = (e.abs() / exact.abs().clamp_min(1)).max().item()
-                        row[whose + "rms"] = e.square().mean().sqrt().item()
-                    row["good"] = row["largest"] <= 1.2 * row["cudnn_largest"]
-                    rows.append(row)
-                    figures = " ".join(
-                        f"{row[x]:8.2e}" for x in ("largest", "cudnn_largest", "rms", "cudnn_rms")
-                    )
-                    print(f"{row['case']:24s} {figures} {'' if row['good'] else 'LARGER'}", flush=True)
-    if os.environ.get("OUT"):
-        with open(os.path.join(os.environ["OUT"], "attend_beside.json"), "w") as f:
-            json.dump(rows, f, indent=1)
-    return sum(not row["good"] for row in rows)
-
-
-def show_where(case: Case) -> None:
-    """Of the first sequence: error by head; in the worst head by 16 rows (of the first 256) and columns."""
+def where(case: Case) -> str:
+    """Return the error of the first sequence by head, and in the worst head by 16 rows and columns."""
     if case.q_len[0] == 0:
-        return
+        return ""
     e = (case.queries(case.out, 0).double() - case.reference()[0][0]).abs().nan_to_num(nan=9e9)
     by_head = e.amax((0, 2))
-    print("   heads", " ".join(f"{x:.0e}" for x in by_head.tolist()[:16]))
+    lines = ["heads " + " ".join(f"{x:.0e}" for x in by_head.tolist()[:16])]
     e = e[:256, by_head.argmax()]
     for row in range(0, e.shape[0], 16):
-        print(f"   {row:4d}", " ".join(f"{x.max().item():.0e}" for x in e[row : row + 16].split(16, -1)))
+        worst = (f"{x.max().item():.0e}" for x in e[row : row + 16].split(16, -1))
+        lines.append(f"{row:4d}  " + " ".join(worst))
+    return "\n".join(lines)
+
+
+def run(case: Case) -> Case:
+    """Attend, and wait."""
+    case.prepare()
+    case.launch()
+    torch.cuda.synchronize()
+    return case
+
+
+def check(case: Case) -> None:
+    """Compare a case with its reference."""
+    error, lse_error = run(case).errors()
+    assert error <= LIMIT[case.q.dtype] and lse_error <= 2e-3, (
+        f"out {error:.1e} lse {lse_error:.1e}\n{where(case)}"
+    )
 
 
 def strided() -> Case:
@@ -284,66 +270,61 @@ def strided() -> Case:
     return Case(q, k, v)
 
 
-def future_changes_nothing() -> bool:
+def by_name(cases):
+    """Parametrize a test by named makers of cases."""
+    return pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in cases])
+
+
+@by_name(SMALL)
+def test_small(make):
+    """One of every kind."""
+    check(make())
+
+
+@by_name(FIRST + MORE + [("strided", strided)])
+def test_equals_reference(make):
+    """All shapes, layouts, dtypes, masks."""
+    check(make())
+
+
+def test_future_changes_nothing():
     """Rows before token t are the same bits whatever k (NaN too) and finite v stand at t and after."""
-    a = rect(900, density=0.5)
-    a.prepare()
-    a.launch()
-    first = a.out.clone()
-    a.k[:, 500:] = float("nan")
-    a.v[:, 500:] = 1000
-    a.launch()
+    case = run(rect(900, density=0.5))
+    first = case.out.clone()
+    case.k[:, 500:] = float("nan")
+    case.v[:, 500:] = 1000
+    case.launch()
     torch.cuda.synchronize()
-    return torch.equal(first[:, :500], a.out[:, :500])
+    assert torch.equal(first[:, :500], case.out[:, :500])
 
 
-def same_bits(repeats: int) -> bool:
-    a = rect(4096, hq=32, hk=8, density=0.4)
-    a.prepare()
-    a.launch()
-    first = a.out.clone()
-    for _ in range(repeats):
-        a.out.fill_(float("nan"))
-        a.launch()
-        if not torch.equal(first, a.out):
-            return False
-    return True
-
-
-def main() -> int:
-    if sys.argv[1:] == ["beside"]:
-        return 1 if beside_cudnn() else 0
-    named = {"first": FIRST, "small": SMALL}
-    everything = FIRST + MORE + [("strided", strided)]
-    cases = named.get(sys.argv[1], everything) if len(sys.argv) > 1 else everything
-    failures, rows = 0, []
-    for name, make in cases:
-        print(f"{name:28s}", end=" ", flush=True)
-        case = make()
-        case.prepare()
+def test_same_bits_every_time():
+    """A thousand launches give the same bits."""
+    case = run(rect(4096, hq=32, hk=8, density=0.4))
+    first = case.out.clone()
+    for _ in range(1000):
+        case.out.fill_(float("nan"))
         case.launch()
-        torch.cuda.synchronize()
-        error, lse_error = case.errors()
-        good = error <= LIMIT[case.q.dtype] and lse_error <= 2e-3
-        failures += not good
-        rows.append({"case": name, "error": error, "lse_error": lse_error, "good": good})
-        print(f"out {error:.1e} lse {lse_error:.1e} {'' if good else 'WRONG'}", flush=True)
-        if not good:
-            show_where(case)
-    if cases is everything:
-        for name, good in (
-            ("future changes nothing", future_changes_nothing()),
-            ("1000 repeats", same_bits(1000)),
-        ):
-            failures += not good
-            rows.append({"case": name, "good": good})
-            print(f"{name:28s} {'' if good else 'WRONG'}", flush=True)
-    print(f"{failures} wrong of {len(rows)}", flush=True)
-    if os.environ.get("OUT"):
-        with open(os.path.join(os.environ["OUT"], "attend_check.json"), "w") as f:
-            json.dump(rows, f, indent=1)
-    return 1 if failures else 0
+        assert torch.equal(first, case.out)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("n", [1024, 4096])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])
+def test_as_exact_as_cudnn(dtype, d, n, scale):
+    """The largest error of dense outputs is at most 1.2 times that of cuDNN's attention."""
+    case = run(rect(n, hq=8, hk=2, d=d, dtype=dtype, scale=scale * d**-0.5))
+    q, k, v = (x.transpose(1, 2) for x in (case.q, case.k, case.v))
+    k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            theirs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=case.scale)
+    except RuntimeError as error:
+        pytest.skip(f"cuDNN: {error}")
+    exact = case.reference()[0][0]
+    largest = [
+        ((out.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
+        for out in (case.out[0], theirs[0].transpose(0, 1))
+    ]
+    assert largest[0] <= 1.2 * largest[1], largest

@@ -1,26 +1,24 @@
-"""Checks selections on a GPU against the CPU's, through what decides.
+"""Selections on a Hopper GPU against the CPU's, through their thresholds.
 
-    python3 bench/cuda/select_check.py [small]
-
-A case is good if what the CPU keeps with a threshold a little stricter is kept, if what it leaves out with
-one a little looser is left out, and if a second call gives the same bits. XAttention and RRAttention, whose
-blocks are ordered by rounded masses, are compared by how many bits differ. Prints one line a case and the
-number of failures; exits 1 if there are any. `small` is for compute-sanitizer.
+What the CPU keeps with a threshold a little stricter must be kept, what it leaves out with one a little
+looser must be left out, and a second call must give the same bits. XAttention and RRAttention, whose blocks
+are ordered by rounded masses, are compared by how many bits differ. The small cases are for compute-sanitizer
+as well: `-k small` (CONTRIBUTING.md).
 """
 
 import math
-import sys
 
+import pytest
 import torch
 
 import flashprefill as fp
 
 BF16, F16 = torch.bfloat16, torch.float16
-PACKED = {"lengths": [(100, 300), (0, 0), (1, 130), (333, 700)]}
+PACKED = [(100, 300), (0, 0), (1, 130), (333, 700)]
 
 
 def inputs(q_tokens, k_tokens, q_heads=4, kv_heads=2, dim=128, dtype=BF16):
-    """q and k in host memory, with topics that both share."""
+    """Return q and k in host memory, with topics that both share."""
     make = torch.Generator().manual_seed(q_tokens + k_tokens + dim)
     topics = torch.randn(8, dim, generator=make)
 
@@ -32,7 +30,7 @@ def inputs(q_tokens, k_tokens, q_heads=4, kv_heads=2, dim=128, dtype=BF16):
 
 
 def moved(policy, factor):
-    """The policy with what decides made stricter (above 1) or looser."""
+    """Return the policy with its threshold made stricter (above 1) or looser."""
     fields = {name: getattr(policy, name) for name in policy.__dataclass_fields__}
     for name in ("mass", "gamma"):
         if fields.get(name) is not None:
@@ -46,7 +44,7 @@ def moved(policy, factor):
 
 
 def packed(lengths, dim=128):
-    """Inputs and layout of sequences of these lengths of queries and keys, one after another."""
+    """Return inputs and layout of packed sequences of these lengths of queries and keys."""
     cu_q, cu_k = ([0], [0])
     for q_len, k_len in lengths:
         cu_q.append(cu_q[-1] + q_len)
@@ -61,7 +59,7 @@ def packed(lengths, dim=128):
 
 
 def paged(lengths, page, dim=128):
-    """The same with keys in pages, in falling order."""
+    """Return the same with keys in pages, in falling order."""
     (q, _), layout = packed(lengths, dim)
     most = math.ceil(max(k for _, k in lengths) / page)
     pages = len(lengths) * most
@@ -73,13 +71,13 @@ def paged(lengths, page, dim=128):
 
 
 def check(policy, q, k, sequences=1, **layout):
-    """What is wrong, in words, or nothing."""
+    """Return the differences in words, or nothing."""
     there = {n: x.cuda() if torch.is_tensor(x) else x for n, x in layout.items()}
     q_there, k_there = q.cuda(), k.cuda()
     masks = [fp.select(q_there, k_there, policy, **there) for _ in range(2)]
-    grid = isinstance(policy, (fp.XAttention, fp.RRAttention))
+    strided = isinstance(policy, (fp.XAttention, fp.RRAttention))
     strict, loose = (
-        fp.select(q, k, policy if grid else moved(policy, f), backend="cpu", **layout)
+        fp.select(q, k, policy if strided else moved(policy, f), backend="cpu", **layout)
         for f in (1.03, 1 / 1.03)
     )
     missing = extra = changed = number = 0
@@ -91,7 +89,7 @@ def check(policy, q, k, sequences=1, **layout):
         extra += int((bits & ~outer).sum())
         changed += int((bits ^ again).sum())
         number += bits.numel()
-    if grid and missing + extra <= 0.01 * number:
+    if strided and missing + extra <= 0.01 * number:
         missing = extra = 0
     wrong = [
         f"{n} {what}" for n, what in ((missing, "missing"), (extra, "too many"), (changed, "changed")) if n
@@ -110,17 +108,17 @@ SCORED = {
     "Sketch by gain": fp.Sketch(gain=0.05, query_metric=True, outliers=3, window_blocks=1),
     "Sketch, rows": fp.Sketch(alpha=0.3, query_pool=1, outliers=1, window_blocks=1),
 }
-LINES = {
-    "FlexPrefill, lines": fp.FlexPrefill(gamma=0.7, tau=0.0, min_budget=128),
+VERTICAL_SLASH = {
+    "FlexPrefill, verticals and slashes": fp.FlexPrefill(gamma=0.7, tau=0.0, min_budget=128),
     "FlexPrefill, query-aware": fp.FlexPrefill(gamma=0.8, tau=10.0, min_budget=128),
     "MInference": fp.MInference(vertical=40, slash=120),
 }
-GRID = {
+STRIDED = {
     "XAttention": fp.XAttention(threshold=0.7),
     "XAttention, blocks of 48": fp.XAttention(threshold=0.7, block_size=48),
     "RRAttention": fp.RRAttention(threshold=0.8),
 }
-POLICIES = {**SCORED, "Streaming": fp.Streaming(sink_blocks=1, window_blocks=2), **LINES, **GRID}
+POLICIES = {**SCORED, "Streaming": fp.Streaming(sink_blocks=1, window_blocks=2), **VERTICAL_SLASH, **STRIDED}
 LONG = {  # mostly of blocks of 16: more of them than floats have room for, and enough for a cluster of CTAs
     "pooled": fp.FlashPrefill(alpha=0.5, query_pool=4, block_size=16),
     "Sketch by mass": fp.Sketch(mass=0.8, query_pool=4, block_size=16),
@@ -130,38 +128,44 @@ LONG = {  # mostly of blocks of 16: more of them than floats have room for, and 
 
 
 def cases(small):
-    """Name, policy, inputs and layout of each."""
+    """Return named makers of (policy, inputs, layout)."""
     tokens = 1000 if small else 4000
+    of_all_layouts = ("pooled", "Sketch by mass", "FlexPrefill, query-aware", "XAttention")
+    made = {}
     for name, policy in POLICIES.items():
-        yield name, policy, inputs(tokens, tokens + 300), {}
-        if not small or name in ("pooled", "Sketch by mass", "FlexPrefill, query-aware", "XAttention"):
-            yield f"{name}, packed", policy, *packed(PACKED["lengths"])
-            yield f"{name}, pages of 16", policy, *paged(PACKED["lengths"], 16)
-            yield f"{name}, fp16, head_dim 64", policy, inputs(700, 900, dim=64, dtype=F16), {}
-            yield f"{name}, head_dim 256", policy, inputs(300, 900, dim=256), {}
+        made[name] = lambda p=policy: (p, inputs(tokens, tokens + 300), {})
+        if small and name not in of_all_layouts:
+            continue
+        made[f"{name}, packed"] = lambda p=policy: (p, *packed(PACKED))
+        made[f"{name}, pages of 16"] = lambda p=policy: (p, *paged(PACKED, 16))
+        made[f"{name}, fp16, head_dim 64"] = lambda p=policy: (p, inputs(700, 900, dim=64, dtype=F16), {})
+        made[f"{name}, head_dim 256"] = lambda p=policy: (p, inputs(300, 900, dim=256), {})
     for name, policy in LONG.items():
         keys = 32000 if small else 64000
-        q, k = inputs(300, keys, 2, 2)
-        if "equal" in name:
-            k = k[:1].expand_as(k).contiguous()
-        yield f"{name}, {keys // policy.block_size} blocks", policy, (q, k), {}
-    lines_keys = 40000
-    for name in ("FlexPrefill, lines", "MInference"):
-        yield f"{name}, {lines_keys} keys", LINES[name], inputs(130, lines_keys, 2, 1), {}
+
+        def long(p=policy, equal="equal" in name, keys=keys):
+            q, k = inputs(300, keys, 2, 2)
+            return p, (q, k[:1].expand_as(k).contiguous() if equal else k), {}
+
+        made[f"{name}, {keys // policy.block_size} blocks"] = long
+    for name in ("FlexPrefill, verticals and slashes", "MInference"):
+        made[f"{name}, 40000 keys"] = lambda p=VERTICAL_SLASH[name]: (p, inputs(130, 40000, 2, 1), {})
+    return [pytest.param(make, id=name) for name, make in made.items()]
 
 
-def main():
-    """Check, print."""
-    failures = number = 0
-    for name, policy, (q, k), layout in cases(sys.argv[1:] == ["small"]):
-        print(f"{name:40s}", end=" ", flush=True)
-        wrong = check(policy, q, k, len(PACKED["lengths"]) if layout else 1, **layout)
-        failures += bool(wrong)
-        number += 1
-        print(wrong and f"WRONG: {wrong}", flush=True)
-    print(f"{failures} wrong of {number}", flush=True)
-    return 1 if failures else 0
+def agree(make):
+    """Compare a case."""
+    policy, (q, k), layout = make()
+    assert check(policy, q, k, len(PACKED) if layout else 1, **layout) == ""
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.parametrize("make", cases(small=True))
+def test_small(make):
+    """Policies on few tokens, the methods of every kind in all layouts."""
+    agree(make)
+
+
+@pytest.mark.parametrize("make", cases(small=False))
+def test_agrees_with_cpu(make):
+    """Every policy in all layouts."""
+    agree(make)

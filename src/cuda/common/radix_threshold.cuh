@@ -1,19 +1,22 @@
 // The largest of a set of values, by number or by what they sum to, without a sort: a radix select over the bits of
-// floats that are not negative and below 2, which order as they do. Three looks at the values take ten bits each. A
-// look puts each value that has the digits found so far into one of 1024 bins, which count them and add up their lower
+// floats that are not negative and below 2, which order as they do. Three passes over the values take ten bits each. A
+// pass puts each value that has the digits found so far into one of 1024 bins, which count them and add up their lower
 // bits: integers, so that it doesn't matter which thread comes first, and a bin's mass follows exactly. Then the bins
 // are gone through from the largest on, up to the one that would pass the limit: the next digit.
 //
 // In falling order, the values above `prefix` are in, and the first `equal` of those that equal it. Bins may lie in
 // shared memory, for one CTA, or be added up in device memory for many.
-#ifndef FLASHPREFILL_CUDA_SM90_RADIX_CUH_
-#define FLASHPREFILL_CUDA_SM90_RADIX_CUH_
+#ifndef FLASHPREFILL_CUDA_COMMON_RADIX_THRESHOLD_CUH_
+#define FLASHPREFILL_CUDA_COMMON_RADIX_THRESHOLD_CUH_
 
-#include "cuda/sm90/lines.h"
+#include <cstdint>
 
 namespace flashprefill::cuda {
 
+constexpr int kRadixBins = 1024;
 constexpr int kRadixLevels = 3;
+
+#ifdef __CUDACC__
 
 struct RadixBins {
   uint32_t count[kRadixBins];
@@ -30,7 +33,7 @@ __device__ inline void AddToBins(RadixBins& bins, int level, uint32_t prefix, ui
   if (level < 1) atomicAdd(&bins.high[digit], order >> 10 & 1023);
 }
 
-// What a bin's values sum to. rest: of the bits below the digit's.
+// The sum of a bin's values. rest: of the bits below the digit's.
 __device__ inline double MassOfBin(int level, uint32_t prefix, uint32_t digit, uint32_t count, uint64_t rest) {
   const uint32_t order = (prefix << 10 | digit) << (20 - 10 * level);
   const int exponent = max(1u, order >> 23); // of the last bit: 2^(exponent - 150)
@@ -38,13 +41,13 @@ __device__ inline double MassOfBin(int level, uint32_t prefix, uint32_t digit, u
   return static_cast<double>(count) * __uint_as_float(order) + static_cast<double>(rest) * bit;
 }
 
-struct RadixCut {
+struct RadixThreshold {
   double sum;     // of the values above the digits found so far
   uint32_t above; // how many
   uint32_t prefix;
-  bool crosses; // else all values are in
+  bool passes; // else all values are in
 
-  __device__ static RadixCut Start() { return {0, 0, 0, true}; }
+  __device__ static RadixThreshold Start() { return {0, 0, 0, true}; }
   // Of the values that equal prefix, after the last level.
   __device__ uint32_t Equal(double limit, bool by_number) const {
     const double each = by_number ? 1 : __uint_as_float(prefix);
@@ -60,10 +63,11 @@ struct RadixScan {
   int first;
 };
 
-// Finds the digit of one level. All threads of the CTA; `cut`, in shared memory, is what is known before and after.
+// Finds the digit of one level. All threads of the CTA; `threshold`, in shared memory, is
+// the state before and after.
 // bin(digit, count, mass) sets what a bin holds. Ends with a barrier passed.
 template <int THREADS, typename Bin>
-__device__ inline void Descend(RadixCut& cut, int level, double limit, RadixScan<THREADS>& scan, Bin&& bin) {
+__device__ inline void Descend(RadixThreshold& threshold, int level, double limit, RadixScan<THREADS>& scan, Bin&& bin) {
   constexpr int kEach = kRadixBins / THREADS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = threadIdx.x * kEach; // from the largest on
   uint32_t count[kEach], counts = 0;
@@ -88,35 +92,37 @@ __device__ inline void Descend(RadixCut& cut, int level, double limit, RadixScan
   if (lane == 0) before = 0, mass_before = 0;
   __syncthreads();
   for (int w = 0; w < warp; ++w) before += scan.number[w], mass_before += scan.sum[w];
-  before += cut.above;
-  mass_before += cut.sum;
+  before += threshold.above;
+  mass_before += threshold.sum;
 
   double sum = mass_before;
-  int crossing = kRadixBins;
+  int passing = kRadixBins;
   double up_to = mass_before;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) { // the first bin that passes the limit
     up_to += mass[i];
-    if (up_to > limit && crossing == kRadixBins) crossing = begin + i;
+    if (up_to > limit && passing == kRadixBins) passing = begin + i;
   }
-  // Below the first level something crosses for sure; should rounding say otherwise it is the last bin.
-  if (level > 0 && threadIdx.x == THREADS - 1 && crossing == kRadixBins) crossing = kRadixBins - 1;
-  if (crossing < kRadixBins) atomicMin(&scan.first, crossing);
+  // Below the first level some bin passes for sure; should rounding say otherwise it is the last bin.
+  if (level > 0 && threadIdx.x == THREADS - 1 && passing == kRadixBins) passing = kRadixBins - 1;
+  if (passing < kRadixBins) atomicMin(&scan.first, passing);
   __syncthreads();
   if (scan.first == kRadixBins) {
-    if (threadIdx.x == 0) cut.crosses = false;
-  } else if (scan.first == crossing) {
+    if (threadIdx.x == 0) threshold.passes = false;
+  } else if (scan.first == passing) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (begin + i < crossing) before += count[i], sum += mass[i];
+      if (begin + i < passing) before += count[i], sum += mass[i];
     }
-    cut.above = before;
-    cut.sum = sum;
-    cut.prefix = cut.prefix << 10 | static_cast<uint32_t>(kRadixBins - 1 - crossing);
+    threshold.above = before;
+    threshold.sum = sum;
+    threshold.prefix = threshold.prefix << 10 | static_cast<uint32_t>(kRadixBins - 1 - passing);
   }
   __syncthreads();
 }
 
+#endif // __CUDACC__
+
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_RADIX_CUH_
+#endif // FLASHPREFILL_CUDA_COMMON_RADIX_THRESHOLD_CUH_

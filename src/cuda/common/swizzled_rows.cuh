@@ -1,8 +1,8 @@
 // Rows of 16-bit values in shared memory as wgmma reads them, copied 16 bytes a thread from wherever they lie, and the
 // product of two such sets. For kernels whose rows come one by one (pages of any size, the last rows of a sequence) and
 // whose products are small: no producer warp, no tensor maps; several CTAs a multiprocessor hide each other's waits.
-#ifndef FLASHPREFILL_CUDA_SM90_PANELS_CUH_
-#define FLASHPREFILL_CUDA_SM90_PANELS_CUH_
+#ifndef FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_
+#define FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_
 
 #include "cuda/common/wgmma.cuh"
 
@@ -49,17 +49,6 @@ __device__ __forceinline__ void MultiplyPanels(float (&d)[COLUMNS / 2], const ch
   KeepInPlace(d);
 }
 
-// Dynamic shared memory from the next multiple of 1024 on.
-__device__ __forceinline__ char* AlignedShared(char* raw) { return raw + (1024 - SharedAddress(raw) % 1024) % 1024; }
-
-// Lets a kernel use so much of it, and as many CTAs share a multiprocessor as there is room for: left to itself the
-// driver gives a part of the memory to the L1 cache.
-template <typename Kernel>
-cudaError_t UseShared(Kernel kernel, int bytes) {
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-}
-
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_PANELS_CUH_
+#endif // FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_

@@ -10,20 +10,20 @@
 //
 // Weights are exponentials against a reference that a row keeps, the maximum of its first scores, for as long as its
 // sums stay in range: there is no maximum in the common step (NextWeights).
-#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_CUH_
-#define FLASHPREFILL_CUDA_SM90_ATTEND_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
 
 #include <type_traits>
 
 #include "cuda/common/wgmma.cuh"
-#include "cuda/sm90/attend_producer.cuh"
+#include "cuda/sm90/attend/producer.cuh"
 
 namespace flashprefill::cuda {
 
 template <class T, class SHAPE, Loading LOADING>
 class AttendMath {
  public:
-  __device__ __forceinline__ AttendMath(const AttendParams& p, SharedPlan<SHAPE>& shared)
+  __device__ __forceinline__ AttendMath(const AttendParams& p, SharedMemory<SHAPE>& shared)
       : p_(p),
         sm_(shared),
         group_(__shfl_sync(~0u, threadIdx.x / 128, 0) - 1), // so the compiler knows that a warp agrees on it
@@ -88,10 +88,10 @@ class AttendMath {
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
   static constexpr int kMathWarp0 = (kAttendThreads - kMathThreads) / 32;
-  using Plan = SharedPlan<SHAPE>;
+  using Memory = SharedMemory<SHAPE>;
   // What a lane's sum of 32 or 16 weights must stay below. fp16 weights end at 65504; fp32 sums, and bf16 weights, bear
   // much more without loss.
-  static constexpr float kLargeSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p40f;
+  static constexpr float kLargestSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p40f;
 
   // ---------------------------------------------------------------- tiles and turns
 
@@ -135,13 +135,13 @@ class AttendMath {
     BarrierWait(&sm_.k_full[k_.stage], k_.parity);
     if (LOADING == Loading::kRows) FenceAsyncProxy();
     WaitTurn();
-    const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Plan::kPanelRowsBytes);
+    const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Memory::kPanelRowsBytes);
     const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[k_.stage]));
     WgmmaFence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      Wgmma<T>::SS(s_, q + ((i / 4 * Plan::kQPanelBytes + i % 4 * 32) >> 4),
-                   k + ((i / 4 * Plan::kKeyPanelBytes + i % 4 * 32) >> 4), i > 0);
+      Wgmma<T>::SS(s_, q + ((i / 4 * Memory::kQPanelBytes + i % 4 * 32) >> 4),
+                   k + ((i / 4 * Memory::kKeyPanelBytes + i % 4 * 32) >> 4), i > 0);
     }
     WgmmaCommit();
   }
@@ -163,12 +163,12 @@ class AttendMath {
   __device__ __forceinline__ void IssueValues(bool accumulate) {
     BarrierWait(&sm_.v_full[v_.stage], v_.parity);
     if (LOADING == Loading::kRows) FenceAsyncProxy();
-    const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Plan::kKeyPanelBytes);
+    const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Memory::kKeyPanelBytes);
     WgmmaFence();
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
       if (PASS_TURN && i == kKeys / 16 - SHAPE::kEarlyTurn) PassTurn();
-      Wgmma<T>::RS(o_, weights_ + 4 * i, v + (i * 16 * Plan::kPanelRowsBytes >> 4), i > 0 ? 1 : accumulate);
+      Wgmma<T>::RS(o_, weights_ + 4 * i, v + (i * 16 * Memory::kPanelRowsBytes >> 4), i > 0 ? 1 : accumulate);
     }
     WgmmaCommit();
     if (PASS_TURN && SHAPE::kEarlyTurn == 0) PassTurn();
@@ -199,7 +199,7 @@ class AttendMath {
   // stands in the common way, and P V of the step before has half of the exponentials as its shadow.
   __device__ __forceinline__ void NextWeights(const KeyTile& key_tile, KeyMode mode, int rows) {
     constexpr int kHalf = kKeys / 16; // of the step's groups of 8 columns
-    float reference[2] = {max_[0] * p_.scale_log2, max_[1] * p_.scale_log2};
+    float reference[2] = {max_[0] * p_.exponent_scale, max_[1] * p_.exponent_scale};
     if (mode != KeyMode::kPlain) {
       Mask(key_tile, mode);
       if (mode == KeyMode::kMeans) {
@@ -217,7 +217,7 @@ class AttendMath {
     for (int i = 0; i < 2 * kHalf; ++i) weights_[i] = OpaqueCopy(early[i], p_.zero);
     Weigh<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
-    int large = (part[0] < kLargeSum ? 0 : 1) | (part[1] < kLargeSum ? 0 : 2);
+    int large = (part[0] < kLargestSum ? 0 : 1) | (part[1] < kLargestSum ? 0 : 2);
     if (__any_sync(~0u, large) && __any_sync(~0u, large & RowsExist(rows))) {
       large |= __shfl_xor_sync(~0u, large, 1);
       large |= __shfl_xor_sync(~0u, large, 2);
@@ -240,7 +240,7 @@ class AttendMath {
   __device__ __forceinline__ void References(float (&reference)[2], bool means) const {
     const float bias = means ? p_.mean_bias_log2 : 0;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : fmaf(max_[r], p_.scale_log2, -bias);
+    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : fmaf(max_[r], p_.exponent_scale, -bias);
   }
 
   // Moves the reference of each row that `moves` names to its maximum. Whether a row moves depends on that row alone,
@@ -260,7 +260,7 @@ class AttendMath {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) + bias;
       const bool grows = moves >> r & 1 && top > max_[r];
-      grow[r] = grows ? Exp2((max_[r] - top) * p_.scale_log2) : 1.0f;
+      grow[r] = grows ? Exp2((max_[r] - top) * p_.exponent_scale) : 1.0f;
       max_[r] = grows ? top : max_[r];
     }
   }
@@ -272,8 +272,8 @@ class AttendMath {
     for (int i = BEGIN; i < END; ++i) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float low = Exp2(fmaf(s_[4 * i + 2 * r], p_.scale_log2, -reference[r]));
-        const float high = Exp2(fmaf(s_[4 * i + 2 * r + 1], p_.scale_log2, -reference[r]));
+        const float low = Exp2(fmaf(s_[4 * i + 2 * r], p_.exponent_scale, -reference[r]));
+        const float high = Exp2(fmaf(s_[4 * i + 2 * r + 1], p_.exponent_scale, -reference[r]));
         part[r] += low;
         part[r] += high;
         to[2 * (i - BEGIN) + r] = Pack<T>(low, high);
@@ -283,7 +283,7 @@ class AttendMath {
 
   // The description of the step that k_ stands at, or of one that came before it.
   __device__ __forceinline__ const KeyTile& KeyTileBefore(uint32_t steps) const {
-    return sm_.key_tiles[(k_.stage + k_.parity * SHAPE::kStages - steps) % Plan::kKeyTiles];
+    return sm_.key_tiles[(k_.stage + k_.parity * SHAPE::kStages - steps) % Memory::kKeyTiles];
   }
 
   __device__ __forceinline__ void Mask(const KeyTile& key_tile, KeyMode mode) {
@@ -345,13 +345,13 @@ class AttendMath {
   // one by one, as do those of groups that 16 rows don't hold whole.
   __device__ __forceinline__ void StoreTile(const TileInfo& tile) {
     constexpr int kColumns = SHAPE::kOutColumns;
-    constexpr int kPanelBytes = 16 * Plan::kPanelRowsBytes;
+    constexpr int kPanelBytes = 16 * Memory::kPanelRowsBytes;
     const int thread = ThreadAgain(), lane = thread % 32, warp = thread / 32 - kMathWarp0;
     const uint32_t stage = SharedAddress(sm_.out[warp]);
     const int first_row = warp * 16;
     const bool bulk = tile.rows == kTileRowsSm90 && p_.bulk_out;
     const auto at = [&](int row, int piece) { // 16 bytes of a row, in panels as everywhere
-      return stage + piece / 8 * kPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
+      return stage + piece / 8 * kPanelBytes + row * Memory::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
     };
 #pragma unroll
     for (int pass = 0; pass < kHeadDim / kColumns; ++pass) {
@@ -387,7 +387,7 @@ class AttendMath {
       const float sum = r == 0 ? sum_[0] : sum_[1], reference = r == 0 ? max_[0] : max_[1];
       constexpr float kLn2 = 0.693147180559945f;
       p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] =
-          sum == 0 ? -INFINITY : fmaf(reference, p_.scale_log2, __log2f(sum)) * kLn2;
+          sum == 0 ? -INFINITY : fmaf(reference, p_.exponent_scale, __log2f(sum)) * kLn2;
     }
   }
 
@@ -411,7 +411,7 @@ class AttendMath {
   }
 
   const AttendParams& p_;
-  SharedPlan<SHAPE>& sm_;
+  SharedMemory<SHAPE>& sm_;
   const int group_; // 0 or 1: which math warpgroup
   const int lane_;
   const int row_; // of the tile: this lane's first; the other one is 8 below
@@ -429,7 +429,7 @@ class AttendMath {
 template <class T, class SHAPE, Loading LOADING>
 __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
   extern __shared__ uint8_t raw[];
-  auto& sm = *reinterpret_cast<SharedPlan<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
+  auto& sm = *reinterpret_cast<SharedMemory<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
     constexpr int kFullArrivals = AttendProducer<SHAPE, LOADING>::kFullArrivals;
@@ -461,10 +461,8 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
 
 template <class T, class SHAPE>
 AttendKernelSet KernelsOf() {
-  return {reinterpret_cast<const void*>(&AttendSm90<T, SHAPE, Loading::kTiles>),
-          reinterpret_cast<const void*>(&AttendSm90<T, SHAPE, Loading::kChunks>),
-          reinterpret_cast<const void*>(&AttendSm90<T, SHAPE, Loading::kRows>),
-          sizeof(SharedPlan<SHAPE>) + 1024}; // room to align
+  return {AttendSm90<T, SHAPE, Loading::kTiles>, AttendSm90<T, SHAPE, Loading::kChunks>,
+          AttendSm90<T, SHAPE, Loading::kRows>, static_cast<int>(sizeof(SharedMemory<SHAPE>)) + kOperandAlign};
 }
 
 // What an instantiation file holds: a dtype's kernels for a head dimension.
@@ -476,4 +474,4 @@ AttendKernelSet KernelsOf() {
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_ATTEND_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_

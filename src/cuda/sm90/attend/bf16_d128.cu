@@ -1,5 +1,5 @@
 // The attend kernel for bf16, head_dim up to 128.
-#include "cuda/sm90/attend.cuh"
+#include "cuda/sm90/attend/attend.cuh"
 
 namespace flashprefill::cuda {
 

@@ -1,5 +1,5 @@
 // The attend kernel for fp16, head_dim up to 256.
-#include "cuda/sm90/attend.cuh"
+#include "cuda/sm90/attend/attend.cuh"
 
 namespace flashprefill::cuda {
 

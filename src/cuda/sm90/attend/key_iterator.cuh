@@ -5,17 +5,17 @@
 // Kept blocks are cut into chunks of keys that lie together in memory (a block, or a page's part of one), and a key
 // tile is kKeys / chunk of them: the hardware sees tiles of 128 (64) keys whatever the block size. If the chunks don't
 // fill the last tile, it is the first that goes short, because that one has a mask anyway.
-#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_WALK_CUH_
-#define FLASHPREFILL_CUDA_SM90_ATTEND_WALK_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_KEY_ITERATOR_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_KEY_ITERATOR_CUH_
 
-#include "cuda/sm90/attend_work.cuh"
+#include "cuda/sm90/attend/tile_scheduler.cuh"
 
 namespace flashprefill::cuda {
 
 template <class SHAPE>
-class KeyWalk {
+class KeyIterator {
  public:
-  __device__ __forceinline__ explicit KeyWalk(const AttendParams& p)
+  __device__ __forceinline__ explicit KeyIterator(const AttendParams& p)
       : p_(p), lane_(threadIdx.x % 32), chunks_(kKeys >> p.chunk_shift), my_chunk_(min(lane_, chunks_ - 1)) {}
 
   // Takes a query tile: counts what it gets, and stands before its first keys. `word` is this lane's of the highest
@@ -96,7 +96,7 @@ class KeyWalk {
 
   // Tiles of kept chunks; chunks that no row sees are left out. Leaves the highest group of mask words loaded.
   __device__ __forceinline__ int CountKeyTiles() {
-    const int a_block = p_.block_size >> p_.chunk_shift;
+    const int chunks_per_block = p_.block_size >> p_.chunk_shift;
     int kept = __popcll(word_);
 #pragma unroll 1
     for (int group = 0; group < group_; ++group) kept += __popcll(MaskWord(p_, work_, group * 32 + lane_));
@@ -104,7 +104,7 @@ class KeyWalk {
     const int last = work_.visible - 1;
     const bool has_last = last >= 0 && (__shfl_sync(~0u, word_, (last >> 6) & 31) >> (last & 63) & 1);
     last_chunks_ = (VisibleKeys(p_, work_) - last * p_.block_size + (1 << p_.chunk_shift) - 1) >> p_.chunk_shift;
-    const int kept_chunks = kept * a_block - (has_last ? a_block - last_chunks_ : 0);
+    const int kept_chunks = kept * chunks_per_block - (has_last ? chunks_per_block - last_chunks_ : 0);
     const int tiles = ((kept_chunks + chunks_ - 1) << p_.chunk_shift) / kKeys;
     missing_ = tiles == 0 ? chunks_ : tiles * chunks_ - kept_chunks;
     return tiles;
@@ -175,4 +175,4 @@ class KeyWalk {
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_ATTEND_WALK_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_KEY_ITERATOR_CUH_

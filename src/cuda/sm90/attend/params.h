@@ -89,7 +89,7 @@ struct AttendParams {
   int total_q, total_k;
   int max_q, max_k;
   int bulk_out;     // 16 rows of a tile are whole tokens
-  float scale_log2; // softmax_scale * log2(e)
+  float exponent_scale; // softmax_scale * log2(e)
   // A block's mean stands for block_size keys: log2 of that, in exponents and in units of raw scores.
   float mean_bias_log2, mean_bias;
   uint32_t zero;   // OpaqueCopy's
@@ -97,9 +97,10 @@ struct AttendParams {
 };
 
 // The kernels for a dtype and a head dimension, to be launched with AttendParams.
+using AttendKernel = void (*)(AttendParams);
 struct AttendKernelSet {
-  const void *tiles, *chunks, *rows; // by Loading
-  size_t shared_bytes;
+  AttendKernel tiles, chunks, rows; // by Loading
+  int shared_bytes;
 };
 template <class T, int HEAD_DIM>
 AttendKernelSet AttendKernels();

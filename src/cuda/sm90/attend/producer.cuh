@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "cuda/sm90/attend_walk.cuh"
+#include "cuda/sm90/attend/key_iterator.cuh"
 
 namespace flashprefill::cuda {
 
@@ -31,7 +31,7 @@ class AttendProducer {
   // copies are done.
   static constexpr int kFullArrivals = kRows ? 1 + kTeamWarps * 32 : kTeamWarps;
 
-  __device__ __forceinline__ AttendProducer(const AttendParams& p, SharedPlan<SHAPE>& shared)
+  __device__ __forceinline__ AttendProducer(const AttendParams& p, SharedMemory<SHAPE>& shared)
       : p_(p),
         sm_(shared),
         lane_(threadIdx.x % 32),
@@ -44,7 +44,7 @@ class AttendProducer {
         stages_(is_v_ ? shared.v[0] : shared.k[0]),
         full_(is_v_ ? shared.v_full : shared.k_full),
         empty_(is_v_ ? shared.v_empty : shared.k_empty),
-        walk_(p) {}
+        keys_(p) {}
 
   __device__ __forceinline__ void Run() {
     if (warp_ == (kTeams ? kLoaders - 1 : kLoaders)) {
@@ -63,11 +63,11 @@ class AttendProducer {
       const uint64_t word = sm_.words[lane_];
       BarrierArrive(&sm_.work_empty);
       if (work.sequence < 0) break;
-      walk_.Start(work, word);
+      keys_.Start(work, word);
       safe_ = min(work.first_position + 1, work.k_len);
       masked_ = true;
       pages_ = p_.block_table + work.sequence * p_.block_table_stride;
-      const int key_tiles = walk_.key_tiles(), steps = key_tiles + walk_.mean_tiles();
+      const int key_tiles = keys_.key_tiles(), steps = key_tiles + keys_.mean_tiles();
       if (!is_v_ && rank_ == 0) SendQueries(steps);
       if (key_tiles > 0) LookAhead();
 #pragma unroll 1
@@ -90,14 +90,14 @@ class AttendProducer {
   static constexpr int kPieces = SHAPE::kHeadDim / 8;           // 16-byte pieces of a row
   static constexpr int kRowsPerWarp = kKeys / 2;                // by rows
   static constexpr int kPlaces = kRows ? kRowsPerWarp / 32 : 1; // that a lane looks up: of its chunk, or of its rows
-  using Plan = SharedPlan<SHAPE>;
+  using Memory = SharedMemory<SHAPE>;
 
   // ---------------------------------------------------------------- tiles of keys
 
   // Finds the next key tile, and asks for its pages: the answers take some 700 cycles and are used a step later.
   __device__ __forceinline__ void LookAhead() {
-    position_ = walk_.NextKeys();
-    const Work& work = walk_.work();
+    position_ = keys_.NextKeys();
+    const Work& work = keys_.work();
     if (p_.page_size == 0) {
       token_[0] = position_ < work.k_len ? work.k_begin + position_ : p_.absent_token;
       return;
@@ -121,9 +121,9 @@ class AttendProducer {
 #pragma unroll
     for (int r = 0; r < kPlaces; ++r) {
       token[r] = token_[r];
-      page[r] = Clamp(page_[r], 0, p_.page_count - 1);
+      page[r] = ClampTo(page_[r], p_.page_count - 1);
     }
-    if (p_.page_size == 0) page[0] = p_.cu_seqlens_k ? 0 : walk_.work().sequence;
+    if (p_.page_size == 0) page[0] = p_.cu_seqlens_k ? 0 : keys_.work().sequence;
     if (more) LookAhead();
     if (!is_v_ && rank_ == 0) DescribeKeys(mine);
     if constexpr (kRows) {
@@ -148,8 +148,8 @@ class AttendProducer {
   }
 
   __device__ __forceinline__ void SendChunks(int position, int token, int page, bool first) {
-    const Work& work = walk_.work();
-    const int chunks = walk_.chunks();
+    const Work& work = keys_.work();
+    const int chunks = keys_.chunks();
     // V's chunk that runs past the sequence's end goes by rows, unless that is the tensor's end too. It is the highest.
     uint32_t by_rows = 0;
     if (is_v_ && first) {
@@ -160,14 +160,14 @@ class AttendProducer {
     // So that the compiler knows that they are uniform, and before the wait: what follows it delays the copy.
     const int stage = __shfl_sync(~0u, ring_position_.stage, 0), head = __shfl_sync(~0u, work.kv_head, 0);
     BarrierWait(&empty_[stage], ring_position_.parity ^ 1);
-    uint8_t* const to = stages_ + stage * Plan::kKeyBytes;
+    uint8_t* const to = stages_ + stage * Memory::kKeyBytes;
     uint64_t* const full = &full_[stage];
     if (chunks == 1 && by_rows == 0) {
       if (rank_ == 0 && ElectOne()) {
-        BarrierArriveExpect(full, Plan::kKeyBytes);
+        BarrierArriveExpect(full, Memory::kKeyBytes);
 #pragma unroll
         for (int i = 0; i < kPanels; ++i) {
-          BulkLoad(to + i * Plan::kKeyPanelBytes, map_, full, i * kPanelColumns, head, token, page);
+          BulkLoad(to + i * Memory::kKeyPanelBytes, map_, full, i * kPanelColumns, head, token, page);
         }
       }
     } else {
@@ -178,7 +178,7 @@ class AttendProducer {
                                __shfl_sync(~0u, token, which) * stride_[1];
         if (Mine(which)) CopyRows(to, which << p_.chunk_shift, 1 << p_.chunk_shift, 0, rows, from, stride_[1]);
       }
-      const int chunk_bytes = Plan::kPanelRowsBytes << p_.chunk_shift;
+      const int chunk_bytes = Memory::kPanelRowsBytes << p_.chunk_shift;
       if (lane_ == 0 && rank_ == 0) BarrierArriveExpect(full, kPanels * chunk_bytes * (chunks - __popc(by_rows)));
       __syncwarp();
       SendEach(to, full, head, token, page, by_rows);
@@ -192,12 +192,12 @@ class AttendProducer {
   __device__ __forceinline__ void SendEach(uint8_t* to, uint64_t* full, int head, int token, int page,
                                            uint32_t left_out) {
     constexpr int kAtOnce = 4;
-    const int chunks = walk_.chunks();
-    const int chunk_bytes = Plan::kPanelRowsBytes << p_.chunk_shift;
+    const int chunks = keys_.chunks();
+    const int chunk_bytes = Memory::kPanelRowsBytes << p_.chunk_shift;
     const auto send = [&](int chunk, int its_token, int its_page) {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        BulkLoad(to + panel * Plan::kKeyPanelBytes + chunk * chunk_bytes, map_, full, panel * kPanelColumns, head,
+        BulkLoad(to + panel * Memory::kKeyPanelBytes + chunk * chunk_bytes, map_, full, panel * kPanelColumns, head,
                  its_token, its_page);
       }
     };
@@ -267,9 +267,9 @@ class AttendProducer {
     for (int r = 0; r < kPlaces; ++r) offsets[r * 32 + lane_ / 16 * 16 + lane_ % 4 * 4 + lane_ / 4 % 4] = offset[r];
     __syncwarp();
     const int piece = lane_ % 8, row = lane_ / 8;
-    const uint16_t* const from = data_ + walk_.work().kv_head * stride_[2] + piece * 8;
-    const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Plan::kKeyBytes) +
-                        (rank_ * kRowsPerWarp + row) * Plan::kPanelRowsBytes;
+    const uint16_t* const from = data_ + keys_.work().kv_head * stride_[2] + piece * 8;
+    const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Memory::kKeyBytes) +
+                        (rank_ * kRowsPerWarp + row) * Memory::kPanelRowsBytes;
     const uint32_t address[2] = {to + ((piece ^ row) << 4), to + ((piece ^ (row + 4)) << 4)};
     const auto copy = [&](auto check) {
       constexpr bool kCheck = decltype(check)::value;
@@ -282,7 +282,7 @@ class AttendProducer {
           const auto* const source = static_cast<const uint16_t*>(AddUnits16(from, at[i]));
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
-            AsyncCopy16(address[i % 2] + panel * Plan::kKeyPanelBytes + (b * 16 + i * 4) * Plan::kPanelRowsBytes,
+            AsyncCopy16(address[i % 2] + panel * Memory::kKeyPanelBytes + (b * 16 + i * 4) * Memory::kPanelRowsBytes,
                         source + panel * kPanelColumns,
                         panel * 8 + piece < p_.head_dim / 8 && !(kCheck && at[i] == kNowhere));
           }
@@ -306,25 +306,25 @@ class AttendProducer {
   // first sequence, another one's means before the others. So columns stand alike in every sequence, and a sequence
   // gets the same bits alone and in a batch.
   __device__ __forceinline__ void SendMeans(bool first) {
-    const Work& work = walk_.work();
+    const Work& work = keys_.work();
     const bool packed = p_.cu_seqlens_k && !p_.page_size;
     const int row0 = packed ? p_.by_block(work.k_begin) + work.sequence : work.sequence * p_.mean_rows_each;
-    int block = walk_.NextMeans(first);
+    int block = keys_.NextMeans(first);
     const int before = max(0, block + kKeys - work.full);
     block -= before;
     if (!is_v_ && rank_ == 0) DescribeMeans(block, before);
     const int row = row0 + block;
     const bool ragged = is_v_ && block < 0 && row0 > 0;
     BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
-    uint8_t* const to = stages_ + ring_position_.stage * Plan::kKeyBytes;
+    uint8_t* const to = stages_ + ring_position_.stage * Memory::kKeyBytes;
     uint64_t* const full = &full_[ring_position_.stage];
     if (rank_ == 0) {
       int bulk_rows = kKeys;
       if (ragged) bulk_rows -= SendMeanParts(to, full, row, -block);
       if (ElectOne()) {
-        BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * bulk_rows);
+        BarrierArriveExpect(full, kPanels * Memory::kPanelRowsBytes * bulk_rows);
         for (int i = 0; i < (ragged ? 0 : kPanels); ++i) {
-          BulkLoad(to + i * Plan::kKeyPanelBytes, is_v_ ? &p_.v_mean : &p_.k_mean, full, i * kPanelColumns,
+          BulkLoad(to + i * Memory::kKeyPanelBytes, is_v_ ? &p_.v_mean : &p_.k_mean, full, i * kPanelColumns,
                    work.kv_head, row, 0);
         }
       }
@@ -346,15 +346,15 @@ class AttendProducer {
         if (cut && part == cut_part) continue;
 #pragma unroll
         for (int i = 0; i < kPanels; ++i) {
-          BulkLoad(to + i * Plan::kKeyPanelBytes + part * Plan::kPanelRowsBytes, &p_.v_mean_part, full,
-                   i * kPanelColumns, walk_.work().kv_head,
+          BulkLoad(to + i * Memory::kKeyPanelBytes + part * Memory::kPanelRowsBytes, &p_.v_mean_part, full,
+                   i * kPanelColumns, keys_.work().kv_head,
                    part >= absent ? row + part : static_cast<int>(p_.mean_rows), 0);
         }
       }
     }
     __syncwarp();
     if (!cut) return 0;
-    const int64_t first = walk_.work().kv_head * p_.mean_rows + row + cut_part;
+    const int64_t first = keys_.work().kv_head * p_.mean_rows + row + cut_part;
     CopyRows(to, cut_part, kPart, absent - cut_part, kPart,
              static_cast<const uint16_t*>(p_.v_mean_data) + first * p_.head_dim, p_.head_dim);
     return kPart;
@@ -362,7 +362,7 @@ class AttendProducer {
 
   __device__ __forceinline__ void DescribeMeans(int block, int before) {
     KeyTile& tile = sm_.key_tiles[ring_position_.stage + ring_position_.parity * SHAPE::kStages];
-    const uint32_t wanted = walk_.WantedMeans(before);
+    const uint32_t wanted = keys_.WantedMeans(before);
     if (lane_ < kKeys / 32) {
       auto* const bytes = reinterpret_cast<uint8_t*>(tile.wanted);
 #pragma unroll
@@ -374,11 +374,11 @@ class AttendProducer {
     }
     if (lane_ == 0) {
       // The sequence's last block may be shorter than the others, and counts where rows see all of it: not causal.
-      const int k_len = walk_.work().k_len, last = p_.by_block(k_len - 1), keys = k_len - last * p_.block_size;
-      const bool shorter = last < walk_.work().full && keys < p_.block_size && last >= block && last < block + kKeys;
+      const int k_len = keys_.work().k_len, last = p_.by_block(k_len - 1), keys = k_len - last * p_.block_size;
+      const bool shorter = last < keys_.work().full && keys < p_.block_size && last >= block && last < block + kKeys;
       tile.mode = KeyMode::kMeans;
       tile.short_column = shorter ? last - block : -1;
-      if (shorter) tile.short_bias = log2f(static_cast<float>(keys)) / p_.scale_log2 - p_.mean_bias;
+      if (shorter) tile.short_bias = log2f(static_cast<float>(keys)) / p_.exponent_scale - p_.mean_bias;
     }
     __syncwarp();
   }
@@ -394,7 +394,7 @@ class AttendProducer {
     for (int i = lane_; i < count * kPieces; i += 32) {
       const int of_count = i / kPieces, row = row0 + of_count;
       const int piece = i % kPieces;
-      AsyncCopy16(base + piece / 8 * Plan::kKeyPanelBytes + row * Plan::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
+      AsyncCopy16(base + piece / 8 * Memory::kKeyPanelBytes + row * Memory::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
                   from + of_count * stride + piece * 8, of_count >= begin && of_count < end && piece < p_.head_dim / 8);
     }
     AsyncCopyWaitAll();
@@ -403,7 +403,7 @@ class AttendProducer {
   }
 
   __device__ __forceinline__ void SendQueries(int steps) {
-    const Work& work = walk_.work();
+    const Work& work = keys_.work();
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
     if (ElectOne()) {
       const int token = work.q_begin + work.begin;
@@ -411,10 +411,10 @@ class AttendProducer {
       uint64_t* const full = &sm_.q_full[q_.stage];
       sm_.tiles[q_.stage] = TileInfo{
           steps, work.tokens * p_.heads_per_tile, work.first_position, work.k_len - 1, batch, token, work.head, 0};
-      BarrierArriveExpect(full, kPanels * Plan::kPanelRowsBytes * p_.tile_tokens * p_.heads_per_tile);
+      BarrierArriveExpect(full, kPanels * Memory::kPanelRowsBytes * p_.tile_tokens * p_.heads_per_tile);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
-        BulkLoad(sm_.q[q_.stage] + i * Plan::kQPanelBytes, &p_.q, full, i * kPanelColumns, work.head, token, batch);
+        BulkLoad(sm_.q[q_.stage] + i * Memory::kQPanelBytes, &p_.q, full, i * kPanelColumns, work.head, token, batch);
       }
     }
     q_.Advance(SHAPE::kQStages);
@@ -429,7 +429,7 @@ class AttendProducer {
   }
 
   const AttendParams& p_;
-  SharedPlan<SHAPE>& sm_;
+  SharedMemory<SHAPE>& sm_;
   const int lane_, warp_;
   const int rank_; // in the team
   const bool is_v_;
@@ -441,7 +441,7 @@ class AttendProducer {
   RingPosition ring_position_; // of K or V
   RingPosition q_;
 
-  KeyWalk<SHAPE> walk_;
+  KeyIterator<SHAPE> keys_;
   int safe_;                           // keys below this position are seen by every row
   bool masked_;                        // the last tile of keys had a mask
   const int32_t* pages_;               // of the sequence

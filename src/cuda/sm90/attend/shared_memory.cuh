@@ -1,9 +1,10 @@
 // The shared-memory plan of the attend kernel, and the words that its two kinds of warpgroups speak to each other.
-#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_CUH_
-#define FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 
 #include "cuda/common/ptx.cuh"
-#include "cuda/sm90/attend_params.h"
+#include "cuda/common/ring.cuh"
+#include "cuda/sm90/attend/params.h"
 
 namespace flashprefill::cuda {
 
@@ -47,7 +48,7 @@ struct alignas(64) KeyTile {
 };
 
 template <class SHAPE>
-struct SharedPlan {
+struct SharedMemory {
   static constexpr int kPanelRowsBytes = 128; // bytes of a row in a panel
   static constexpr int kQPanelBytes = kTileRowsSm90 * kPanelRowsBytes;
   static constexpr int kQBytes = SHAPE::kPanels * kQPanelBytes;
@@ -76,21 +77,9 @@ struct SharedPlan {
   float never_written;                        // HoldBack's
 };
 
-// A position in a ring of barriers: which stage, and the parity of its current use.
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1; // and 2: whose turn it is to use the matrix units, a math warpgroup each
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_

@@ -1,6 +1,6 @@
 // What runs in front of attend where no select does: the counter of tiles handed out becomes 0. A kernel and not a
 // memset, because attend may be launched while it runs: some 2 us less between the two.
-#include "cuda/sm90/attend_params.h"
+#include "cuda/sm90/attend/params.h"
 
 namespace flashprefill::cuda {
 namespace {

@@ -2,17 +2,15 @@
 // KV heads first, in each of them the sequences, in each of them the tiles from the last (heaviest) to the first, and
 // of a tile the query heads of the KV head next to each other. A persistent CTA takes the next number from one counter.
 // Device arrays are clamped, never trusted.
-#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_WORK_CUH_
-#define FLASHPREFILL_CUDA_SM90_ATTEND_WORK_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_
 
-#include "cuda/sm90/attend_plan.cuh"
+#include "cuda/sm90/attend/shared_memory.cuh"
 
 namespace flashprefill::cuda {
 
-__device__ __forceinline__ int Clamp(int x, int low, int high) { return min(max(x, low), high); }
-
 __device__ __forceinline__ int QueryBegin(const AttendParams& p, int b) {
-  return p.cu_seqlens_q ? Clamp(p.cu_seqlens_q[b], 0, p.total_q) : b * p.max_q;
+  return p.cu_seqlens_q ? ClampTo(p.cu_seqlens_q[b], p.total_q) : b * p.max_q;
 }
 
 __device__ __forceinline__ int QueryLength(const AttendParams& p, int b) {
@@ -87,11 +85,11 @@ __device__ __forceinline__ Work DecodeItem(const AttendParams& p, int item, int 
   w.mask_row = mask_head * p.tile_rows + p.by_tile(q_begin) + w.sequence + m;
 
   const bool packed_k = p.cu_seqlens_k && !p.page_size;
-  w.k_begin = packed_k ? Clamp(p.cu_seqlens_k[w.sequence], 0, p.total_k) : 0;
+  w.k_begin = packed_k ? ClampTo(p.cu_seqlens_k[w.sequence], p.total_k) : 0;
   w.k_len = p.seqused_k      ? p.seqused_k[w.sequence]
             : p.cu_seqlens_k ? p.cu_seqlens_k[w.sequence + 1] - p.cu_seqlens_k[w.sequence]
                              : p.max_k;
-  w.k_len = Clamp(w.k_len, 0, packed_k ? min(p.max_k, p.total_k - w.k_begin) : p.max_k);
+  w.k_len = ClampTo(w.k_len, packed_k ? min(p.max_k, p.total_k - w.k_begin) : p.max_k);
   const int blocks = p.by_block(w.k_len + p.block_size - 1);
   if (p.causal) {
     w.first_position = w.k_len - q_len + w.begin;
@@ -124,7 +122,7 @@ constexpr int kGroupBlocks = 32 * 64; // blocks of which a warp holds the mask, 
 // One warp takes tiles, one ahead of those that load them: its arithmetic and its loads are some thousands of cycles.
 // What it must remember is in shared memory, to spare registers.
 template <class SHAPE>
-__device__ __forceinline__ void StartTaking(const AttendParams& p, SharedPlan<SHAPE>& sm) {
+__device__ __forceinline__ void StartTaking(const AttendParams& p, SharedMemory<SHAPE>& sm) {
   const int tiles = TilesOfBatch(p);
   if (threadIdx.x % 32 == 0) {
     sm.tiles_of_batch = tiles;
@@ -137,7 +135,7 @@ __device__ __forceinline__ void StartTaking(const AttendParams& p, SharedPlan<SH
 // False if there was none left, which the loaders are told. Every lane arrives where it has written, and theirs where
 // they have read: one arrival for a warp would do, but racecheck doesn't see that.
 template <class SHAPE>
-__device__ __forceinline__ bool TakeTile(const AttendParams& p, SharedPlan<SHAPE>& sm) {
+__device__ __forceinline__ bool TakeTile(const AttendParams& p, SharedMemory<SHAPE>& sm) {
   const int lane = threadIdx.x % 32;
   const int item = sm.next_item, tiles = sm.tiles_of_batch;
   const bool there = item < tiles * p.kv_heads * p.mask_heads;
@@ -164,4 +162,4 @@ __device__ __forceinline__ bool TakeTile(const AttendParams& p, SharedPlan<SHAPE
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_ATTEND_WORK_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_

@@ -1,6 +1,6 @@
 // Forced blocks as bits, a warp for each row of the mask, and the reason of each sequence by the first warps.
-#include "cuda/sm90/keep.cuh"
-#include "cuda/sm90/mask.h"
+#include "cuda/sm90/energies/keep.cuh"
+#include "cuda/sm90/energies/mask.h"
 
 namespace flashprefill::cuda {
 namespace {
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) MaskKernel(const __grid_constant__ M
   if (a.fallback && thread < p.batch) {
     a.fallback[thread] = FallbackOf(a.d, r, SequenceAt(a.d, static_cast<int>(thread)));
   }
-  if (a.zeroed && thread == 0) *a.zeroed = 0;
+  if (a.attend_counter && thread == 0) *a.attend_counter = 0;
   const int64_t row = thread / 32;
   if (row >= int64_t{a.mask_heads} * r.tile_rows) return;
   const int tile_row = static_cast<int>(row % r.tile_rows);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) MaskKernel(const __grid_constant__ M
   if (m < 0 || m >= s.Tiles(r)) return;
   const DeviceTile tile = TileAt(p, r, s, m);
   MaskRow what{0, tile.visible, r.sink_blocks, WindowBegin(r, tile)};
-  if (r.dense || s.k_len <= r.short_keys || m >= FirstDenseTile(r, s)) what.sink = tile.visible;
+  if (r.keeps_everything || s.k_len <= r.dense_up_to_keys || m >= FirstDenseTile(r, s)) what.sink = tile.visible;
   const int kept =
       WriteMaskRow<false, float>(KeepRule{}, what, nullptr, reinterpret_cast<uint32_t*>(a.bits + row * a.words),
                                  static_cast<int>(2 * a.words), 0, 0);

@@ -1,7 +1,7 @@
 // Masks that need no scores: Dense, Streaming, and any policy where the host can tell that the forced blocks are all
 // there is. Plain C++.
-#ifndef FLASHPREFILL_CUDA_SM90_MASK_H_
-#define FLASHPREFILL_CUDA_SM90_MASK_H_
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_MASK_H_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_MASK_H_
 
 #include <cuda_runtime_api.h>
 
@@ -17,11 +17,11 @@ struct MaskArgs {
   int32_t* fallback; // or null
   int mask_heads;
   int64_t words;
-  int* zeroed; // a word that attend wants to be zero, or null
+  int* attend_counter; // set to zero for an attend that follows, or null
 };
 
 cudaError_t LaunchMask(const MaskArgs& args, cudaStream_t stream);
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_MASK_H_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_MASK_H_

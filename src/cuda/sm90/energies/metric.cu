@@ -1,8 +1,8 @@
 // Sketch's query metric: what a dimension counts in the distances of keys, the sum of squares that the last row of each
 // tile has there, over the query heads of a KV head. Its own launch before the pooling pass, for a hundredth of Q's
 // bytes. A head's rows are dealt out to kMetricParts CTAs, whose sums the pooling pass adds up, always in one order.
-#include "cuda/sm90/pool.h"
-#include "cuda/sm90/pool_rows.cuh"
+#include "cuda/sm90/energies/pool.h"
+#include "cuda/sm90/energies/pool_rows.cuh"
 
 namespace flashprefill::cuda {
 namespace {

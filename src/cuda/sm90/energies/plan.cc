@@ -1,48 +1,12 @@
-// Select, host side: what a policy asks of the pooling pass and of the score kernel, and where its scratch memory lies.
-// Two launches for a policy that scores, one for the others; nothing is read back.
-#include "cuda/select.h"
+// Host side of selection by energies: shapes, scratch memory and launches. See plan.h.
+#include "cuda/sm90/energies/plan.h"
 
-#include <cmath>
-
-#include "cuda/attend.h"
 #include "cuda/common/tensor_map.h"
-#include "cuda/sm90/mask.h"
-#include "cuda/sm90/pool.h"
-#include "cuda/sm90/score.h"
-#include "cuda/strided.h"
+#include "cuda/sm90/energies/pool.h"
+#include "cuda/sm90/energies/score.h"
 
 namespace flashprefill::cuda {
 namespace {
-
-constexpr int kPitch = 8;        // elements: rows of scratch begin at multiples of 16 bytes
-constexpr int kMaxHeadDim = 256; // four panels of 64 columns
-// Sequences of at most so many keys are attended to densely: on an H200, with 32 heads of 128, the operator takes .030
-// ms more than attend over the same density, and at 3072 keys dense attention takes .121 and the density of real text,
-// about .8, saves no more than that.
-constexpr int kShortKeys = 3072;
-
-// What is scored, and how.
-struct Scoring {
-  bool scored = false; // else only forced blocks
-  bool sketch = false;
-  float alpha = std::numeric_limits<float>::quiet_NaN(), mass = std::numeric_limits<float>::quiet_NaN();
-  float gain = std::numeric_limits<float>::quiet_NaN();
-  int query_pool = 1, min_blocks = 0, outliers = 0;
-  bool query_metric = false;
-  int rows_per_head = 0, unit_rows = 0;
-  bool rows_in_q = false;    // the score kernel multiplies rows of q as they lie there
-  bool rows_pooled = false;  // the pooling pass makes its rows; else the score kernel makes them itself
-  bool rows_aligned = false; // rows of q can be read 16 bytes at a time
-};
-
-bool CopyEngineReads(const Tensor& t, int64_t (&size)[4]) {
-  bool can = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[3] == 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    can &=
-        size[2 - axis + 1] <= 1 || (t.stride[axis] > 0 && t.stride[axis] % 8 == 0 && t.stride[axis] < int64_t{1} << 38);
-  }
-  return can;
-}
 
 // Sizes of q as the copy engine sees it: columns, heads, tokens, sequences.
 void SizesOfQ(const Problem& p, int64_t (&size)[4]) {
@@ -52,213 +16,117 @@ void SizesOfQ(const Problem& p, int64_t (&size)[4]) {
   size[3] = p.cu_seqlens_q ? 1 : p.batch;
 }
 
-// Whether the forced blocks are everything, whatever the lengths on the device are: the last tile before the dense tail
-// begins at most at position max_seqlen_k - 1 - (rows of the tail).
-bool NothingToScore(const Problem& p, const Policy& policy) {
-  const Geometry g = Geometry::Of(p, policy);
-  bool tail_everywhere = p.final_chunk != 0;
-  for (int b = 0; p.final_chunks && b < p.batch; ++b)
-    tail_everywhere = (b == 0 || tail_everywhere) && p.final_chunks[b];
-  const int64_t tail =
-      tail_everywhere ? DivUp<int64_t>(int64_t{policy.dense_tail_blocks} * policy.block_size, g.tile_tokens) : 0;
-  const int64_t begin = p.max_seqlen_k - 1 - tail * g.tile_tokens;
-  return p.total_q == 0 || begin < 0 ||
-         policy.sink_blocks >= begin / policy.block_size - std::max(0, policy.window_blocks - 1);
-}
-
-bool ScoresStrided(const Problem& p, const Policy& policy) { return IsStrided(policy) && !NothingToScore(p, policy); }
-
-Scoring ScoringOf(const Problem& p, const Policy& policy) {
-  Scoring s;
-  if (policy.kind == FP_FLASHPREFILL) {
-    const auto& f = reinterpret_cast<const fp_flashprefill&>(policy);
-    s.scored = true;
-    s.alpha = f.alpha;
-    s.query_pool = f.query_pool;
-    s.min_blocks = f.min_blocks;
-  } else if (policy.kind == FP_SKETCH) {
-    const auto& f = reinterpret_cast<const fp_sketch&>(policy);
-    s.scored = s.sketch = true;
-    s.alpha = f.alpha;
-    s.mass = f.mass;
-    s.gain = f.gain;
-    s.query_pool = f.query_pool;
-    s.min_blocks = f.min_blocks;
-    s.outliers = f.outliers;
-    s.query_metric = f.query_metric != 0;
-  }
-  if (!s.scored || NothingToScore(p, policy)) {
-    s.scored = false;
-    return s;
-  }
-  const Geometry g = Geometry::Of(p, policy);
-  s.query_pool = std::min(s.query_pool, g.tile_tokens);
-  s.rows_per_head = DivUp(g.tile_tokens, s.query_pool);
-  const int rows = s.rows_per_head * g.heads_per_tile;
-  s.unit_rows = rows <= 8 ? 8 : rows <= 32 ? 32 : 128;
+bool CopyEngineReadsQ(const Problem& p) {
   int64_t size[4];
   SizesOfQ(p, size);
-  const bool readable = CopyEngineReads(p.q, size);
-  s.rows_in_q = s.query_pool == 1 && s.unit_rows == 128 && !s.sketch && readable;
-  s.rows_pooled = s.unit_rows == 128 && !s.rows_in_q;
-  s.rows_aligned = readable && p.head_dim % kPitch == 0;
-  return s;
-}
-
-int Pitch(const Problem& p) { return DivUp(p.head_dim, kPitch) * kPitch; }
-
-int64_t UnitCount(const Problem& p, const Policy& policy) {
-  const Geometry g = Geometry::Of(p, policy);
-  return g.mask_heads * g.tile_rows;
-}
-
-PoolArgs PoolOf(const Problem& p, const TileRules& rules) {
-  PoolArgs a{};
-  a.d = DeviceProblem::Of(p);
-  a.rules = rules;
-  a.mean_rows = MeanRows(p, rules.block_size);
-  a.pitch = Pitch(p);
-  a.query_pool = 1;
-  return a;
-}
-
-cudaError_t LaunchScores(const Problem& p, const TileRules& rules, const Scoring& s, const BlockMask& mask,
-                         const SelectScratch& scratch, cudaStream_t stream) {
-  ScoreArgs a{};
-  a.d = DeviceProblem::Of(p);
-  a.rules = rules;
-  a.keep.by_mass = !std::isnan(s.mass);
-  a.keep.mass = s.mass;
-  a.keep.alpha_log2 = std::log2(s.alpha);
-  a.keep.gain = std::isnan(s.gain) ? 0 : s.gain;
-  a.keep.min_blocks = s.min_blocks;
-  a.scale_log2 = p.softmax_scale * 1.44269504f;
-  a.query_pool = s.query_pool;
-  a.rows_per_head = s.rows_per_head;
-  a.unit_rows = s.unit_rows;
-  a.rows_in_q = s.rows_in_q;
-  a.rows_aligned = s.rows_aligned;
-  a.square_scale = p.softmax_scale / 2;
-  a.sketch = s.sketch;
-  a.outliers = s.outliers;
-  a.mean_rows = MeanRows(p, rules.block_size);
-  a.unit_count = int64_t{p.kv_heads} * rules.units_per_kv * rules.tile_rows;
-  a.bits = mask.bits;
-  a.counts = mask.counts;
-  a.words = mask.words;
-
-  const int64_t pitch = Pitch(p), planes = s.sketch ? 2 + s.outliers : 1;
-  const TensorMapShape keys{{p.head_dim, planes * p.kv_heads * a.mean_rows, 1, 1}, {pitch, 0, 0}, kStepBlocks, 1};
-  if (cudaError_t error = MakeTensorMap(&a.k_map, s.sketch ? scratch.sketch : scratch.k_means, p.k.dtype, keys)) {
-    return error;
+  const Tensor& q = p.q;
+  bool can = reinterpret_cast<uintptr_t>(q.data) % 16 == 0 && q.stride[3] == 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    can &=
+        size[2 - axis + 1] <= 1 || (q.stride[axis] > 0 && q.stride[axis] % 8 == 0 && q.stride[axis] < int64_t{1} << 38);
   }
-  TensorMapShape rows{
-      {p.head_dim, (s.sketch ? 2 : 1) * a.unit_count * s.unit_rows, 1, 1}, {pitch, 0, 0}, ScoreColumns(s.unit_rows), 1};
-  if (s.rows_in_q) {
-    SizesOfQ(p, rows.size);
-    rows.stride[0] = p.q.stride[2];
-    rows.stride[1] = p.q.stride[1];
-    rows.stride[2] = p.q.stride[0];
-    rows.box_heads = a.rules.heads_per_tile;
-    rows.box_tokens = a.rules.tile_tokens;
-  }
-  if (s.rows_in_q || s.rows_pooled) {
-    if (cudaError_t error = MakeTensorMap(&a.q_map, s.rows_in_q ? p.q.data : scratch.q_rows, p.q.dtype, rows)) {
-      return error;
-    }
-  }
-  return LaunchScore(a, stream);
+  return can;
 }
 
 } // namespace
 
-void* TakeMeans(Workspace& workspace, const Problem& p, int block_size, int planes) {
-  return workspace.Take<uint16_t>(planes * p.kv_heads * MeanRows(p, block_size) * Pitch(p));
+EnergiesPlan EnergiesPlan::Of(const Problem& p, const Policy& policy, const EnergyScores& scores) {
+  EnergiesPlan plan;
+  plan.d_ = DeviceProblem::Of(p);
+  plan.rules_ = TileRules::Of(p, policy);
+  plan.scores_ = scores;
+  plan.scores_.query_pool = std::min(scores.query_pool, plan.rules_.tile_tokens);
+  plan.rows_per_head_ = DivUp(plan.rules_.tile_tokens, plan.scores_.query_pool);
+  const int rows = plan.rows_per_head_ * plan.rules_.heads_per_tile;
+  plan.unit_rows_ = rows <= 8 ? 8 : rows <= 32 ? 32 : 128;
+  const bool readable = CopyEngineReadsQ(p);
+  plan.rows_in_q_ = plan.scores_.query_pool == 1 && plan.unit_rows_ == 128 && !scores.sketch && readable;
+  plan.rows_pooled_ = plan.unit_rows_ == 128 && !plan.rows_in_q_;
+  plan.rows_aligned_ = readable && p.head_dim % 8 == 0;
+  return plan;
 }
 
-SelectScratch SelectScratch::Take(Workspace& workspace, const Problem& p, const Policy& policy, bool correction) {
-  const Scoring s = ScoringOf(p, policy);
-  SelectScratch scratch{};
-  const bool for_lines = ChoosesByHead(policy) && VerticalSlashNeedsMeans(policy);
-  if (correction || for_lines || (s.scored && !s.sketch)) scratch.k_means = TakeMeans(workspace, p, policy.block_size);
-  if (correction) scratch.v_means = TakeMeans(workspace, p, policy.block_size);
-  if (ScoresStrided(p, policy)) scratch.grid = StridedScratch::Take(workspace, p, policy);
-  if (s.scored && s.sketch) scratch.sketch = TakeMeans(workspace, p, policy.block_size, 2 + s.outliers);
-  if (s.scored && s.query_metric) {
-    scratch.metric = workspace.Take<float>(int64_t{p.batch} * p.kv_heads * kMetricParts * Pitch(p));
-  }
-  if (s.rows_pooled) {
-    scratch.q_rows = workspace.Take<uint16_t>((s.sketch ? 2 : 1) * UnitCount(p, policy) * s.unit_rows * Pitch(p));
-  }
-  scratch.vertical_slash = VerticalSlashScratch::Take(workspace, p, policy);
-  return scratch;
+const char* EnergiesPlan::Unsupported() const {
+  const Problem& p = d_.p;
+  if (const char* unsupported = PoolUnsupported(p.head_dim)) return unsupported;
+  if (scores_.query_metric && p.batch > 65535) return "query_metric is given for more than 65535 sequences";
+  return ScoreUnsupported(p.head_dim, DivUp<int64_t>(p.max_seqlen_k, rules_.block_size), unit_rows_, scores_.sketch);
 }
 
-const char* SelectUnsupported(const Problem& p, const Policy& policy) {
-  if (policy.kind > FP_SKETCH && !IsStrided(policy) && !ChoosesByHead(policy))
-    return "this policy selects on the CPU only";
-  const Scoring s = ScoringOf(p, policy);
-  if (p.final_chunks && p.batch > kMaxFinalChunks) return "final_chunks is given for more than 4096 sequences";
-  if (ScoresStrided(p, policy)) return StridedUnsupported(p, policy);
-  if (ChoosesByHead(policy)) return SelectVerticalSlashUnsupported(p, policy);
-  if (!s.scored && !policy.mean_correction) return nullptr;
-  if (p.head_dim > kMaxHeadDim) return "head_dim is above 256, the most that the CUDA kernels do";
-  if (!s.scored) return nullptr;
-  if (s.query_metric && p.batch > 65535) return "query_metric is given for more than 65535 sequences";
-  return ScoreUnsupported(p.head_dim, DivUp<int64_t>(p.max_seqlen_k, policy.block_size), s.unit_rows, s.sketch);
+void EnergiesPlan::Take(Workspace& workspace, bool correction) {
+  const Problem& p = d_.p;
+  means = TakeMeans(workspace, p, rules_.block_size, correction || !scores_.sketch, correction);
+  if (scores_.sketch) sketch_ = TakeMeans(workspace, p, rules_.block_size, 2 + scores_.outliers);
+  if (scores_.query_metric) {
+    metric_ = workspace.Take<float>(int64_t{p.batch} * p.kv_heads * kMetricParts * MeanPitch(p));
+  }
+  if (rows_pooled_) {
+    q_rows_ = workspace.Take<uint16_t>((scores_.sketch ? 2 : 1) * UnitCount() * unit_rows_ * MeanPitch(p));
+  }
 }
 
-cudaError_t LaunchSelect(const Problem& p, const Policy& policy, const BlockMask& mask, const SelectScratch& scratch,
-                         bool correction, int* zeroed, cudaStream_t stream) {
-  const Scoring s = ScoringOf(p, policy);
-  TileRules rules = TileRules::Of(p, policy);
-  if (s.scored && zeroed) rules.short_keys = kShortKeys;
-  PoolArgs pool = PoolOf(p, rules);
-  pool.k_means = scratch.k_means;
-  pool.v_means = correction ? scratch.v_means : nullptr;
-  pool.skip_forced = true; // in such a sequence no bit is zero, so attend does not correct either
-  if (ScoresStrided(p, policy)) {
-    if (cudaError_t error = correction ? LaunchPool(pool, stream) : cudaSuccess) return error;
-    return LaunchStrided(p, policy, mask, scratch.grid, zeroed, stream);
-  }
-  if (ChoosesByHead(policy)) {
-    const bool wants_means = pool.k_means || pool.v_means;
-    if (cudaError_t error = wants_means ? LaunchPool(pool, stream) : cudaSuccess) return error;
-    return LaunchSelectVerticalSlash(p, policy, mask, scratch.k_means, scratch.vertical_slash, zeroed, stream);
-  }
-  const bool all_short = p.max_seqlen_k <= rules.short_keys;
-  if (!s.scored || all_short) {
-    const Geometry g = Geometry::Of(p, policy);
-    const MaskArgs args{pool.d, pool.rules, mask.bits, mask.counts, mask.fallback, g.mask_heads, mask.words, zeroed};
-    if (cudaError_t error = LaunchMask(args, stream)) return error;
-    return correction && policy.kind != FP_DENSE && !all_short ? LaunchPool(pool, stream) : cudaSuccess;
-  }
-  pool.sketch = scratch.sketch;
-  pool.outliers = s.outliers;
-  pool.metric = scratch.metric;
-  pool.q_rows = scratch.q_rows;
-  pool.query_pool = s.query_pool;
-  pool.unit_rows = s.unit_rows;
-  pool.squares = s.sketch;
+cudaError_t EnergiesPlan::Launch(const SelectTarget& target) const {
+  const Problem& p = d_.p;
+  TileRules rules = rules_;
+  rules.dense_up_to_keys = target.follow.dense_up_to_keys;
+  if (p.max_seqlen_k <= rules.dense_up_to_keys) return LaunchForced(d_, rules, target);
+  PoolArgs pool = PoolArgs::Of(d_, rules);
+  pool.k_means = means.k;
+  pool.v_means = means.v;
+  pool.skip_forced = true;
+  pool.sketch = sketch_;
+  pool.outliers = scores_.outliers;
+  pool.metric = metric_;
+  pool.q_rows = q_rows_;
+  pool.query_pool = scores_.query_pool;
+  pool.unit_rows = unit_rows_;
+  pool.squares = scores_.sketch;
   pool.square_scale = p.softmax_scale / 2;
-  pool.fallback = mask.fallback;
-  pool.zeroed = zeroed;
-  if (s.query_metric) {
-    if (cudaError_t error = LaunchMetric(pool, s.rows_aligned, stream)) return error;
+  pool.fallback = target.mask.fallback;
+  pool.attend_counter = target.follow.attend_counter;
+  if (scores_.query_metric) {
+    if (cudaError_t error = LaunchMetric(pool, rows_aligned_, target.stream)) return error;
   }
-  if (cudaError_t error = LaunchPool(pool, stream)) return error;
-  return LaunchScores(p, rules, s, mask, scratch, stream);
+  if (cudaError_t error = LaunchPool(pool, target.stream)) return error;
+  return LaunchScores(target, rules);
 }
 
-cudaError_t LaunchMeans(const Problem& p, const BlockMask& mask, void* k_means, void* v_means, cudaStream_t stream) {
-  Policy policy{};
-  policy.kind = FP_STREAMING;
-  policy.block_size = mask.block_size;
-  policy.share_heads = mask.share_heads;
-  PoolArgs pool = PoolOf(p, TileRules::Of(p, policy));
-  pool.k_means = k_means;
-  pool.v_means = v_means;
-  return LaunchPool(pool, stream);
+cudaError_t EnergiesPlan::LaunchScores(const SelectTarget& target, const TileRules& rules) const {
+  const Problem& p = d_.p;
+  ScoreArgs a{};
+  a.d = d_;
+  a.rules = rules;
+  a.keep = scores_.keep;
+  a.exponent_scale = ExponentScale(p.softmax_scale);
+  a.query_pool = scores_.query_pool;
+  a.rows_per_head = rows_per_head_;
+  a.unit_rows = unit_rows_;
+  a.rows_in_q = rows_in_q_;
+  a.rows_aligned = rows_aligned_;
+  a.square_scale = p.softmax_scale / 2;
+  a.sketch = scores_.sketch;
+  a.outliers = scores_.outliers;
+  a.mean_rows = MeanRows(p, rules.block_size);
+  a.unit_count = UnitCount();
+  a.bits = target.mask.bits;
+  a.counts = target.mask.counts;
+  a.words = target.mask.words;
+
+  const int64_t pitch = MeanPitch(p), planes = a.sketch ? 2 + a.outliers : 1;
+  const TensorMapShape keys{{p.head_dim, planes * p.kv_heads * a.mean_rows, 1, 1}, {pitch, 0, 0}, kStepBlocks, 1};
+  if (cudaError_t error = MakeTensorMap(&a.k_map, a.sketch ? sketch_ : means.k, p.k.dtype, keys)) return error;
+  TensorMapShape rows{
+      {p.head_dim, (a.sketch ? 2 : 1) * a.unit_count * unit_rows_, 1, 1}, {pitch, 0, 0}, ScoreColumns(unit_rows_), 1};
+  if (rows_in_q_) {
+    SizesOfQ(p, rows.size);
+    for (int i = 0; i < 3; ++i) rows.stride[i] = p.q.stride[2 - i];
+    rows.box_heads = rules.heads_per_tile;
+    rows.box_tokens = rules.tile_tokens;
+  }
+  if (rows_in_q_ || rows_pooled_) {
+    if (cudaError_t error = MakeTensorMap(&a.q_map, rows_in_q_ ? p.q.data : q_rows_, p.q.dtype, rows)) return error;
+  }
+  return LaunchScore(a, target.stream);
 }
 
 } // namespace flashprefill::cuda

@@ -12,9 +12,9 @@
 // meanwhile; of larger blocks the second pass comes from L2.
 #include <limits>
 
-#include "cuda/attend.h"
-#include "cuda/sm90/pool.h"
-#include "cuda/sm90/pool_rows.cuh"
+#include "cuda/common/launch.h"
+#include "cuda/sm90/energies/pool.h"
+#include "cuda/sm90/energies/pool_rows.cuh"
 
 namespace flashprefill::cuda {
 namespace {
@@ -47,10 +47,8 @@ struct Block {
 __device__ inline Block BlockOfSlot(const PoolArgs& a, const Jobs& jobs, int slot) {
   const Problem& p = a.d.p;
   const TileRules& r = a.rules;
-  const bool packed = p.cu_seqlens_k && !p.block_table;
-  auto base = [&](int b) { // MeanBase of attend.h
-    return packed ? r.by_block(Clamp(p.cu_seqlens_k[b], 0, p.total_k)) + b : b * jobs.blocks;
-  };
+  const bool packed = PackedKeys(p);
+  auto base = [&](int b) { return packed ? r.by_block(KeyBegin(p, b)) + b : b * jobs.blocks; }; // MeanBase
   const int b = packed ? SequenceOfSlot(p.batch, slot, base) : jobs.by_blocks(slot);
   const int index = slot - base(b);
   Block block;
@@ -59,7 +57,7 @@ __device__ inline Block BlockOfSlot(const PoolArgs& a, const Jobs& jobs, int slo
   block.keys = min(r.block_size, block.sequence.k_len - block.begin);
   block.row = slot;
   block.wanted =
-      index >= 0 && block.keys > 0 && block.sequence.q_len > 0 && !(a.skip_forced && AllForcedAt(p, r, block.sequence));
+      index >= 0 && block.keys > 0 && block.sequence.q_len > 0 && !(a.skip_forced && KeepsEverything(p, r, block.sequence));
   return block;
 }
 
@@ -95,10 +93,8 @@ struct BlockReader {
     if (!a.d.p.block_table) return start + t * tensor.stride[1];
     const Problem& p = a.d.p;
     const int position = block.begin + t, index = jobs.by_page(position);
-    const int page = p.block_table[block.sequence.index * p.block_table_stride + index];
-    const int64_t in_cache = page >= 0 && page < p.page_count ? page : 0;
-    return start + in_cache * tensor.stride[0] + (position - index * p.page_size) * tensor.stride[1] +
-           head * tensor.stride[2];
+    return start + PageAt(p, block.sequence.index, index) * tensor.stride[0] +
+           (position - index * p.page_size) * tensor.stride[1] + head * tensor.stride[2];
   }
 
   // body(first, stride), for whole warps: rows first + i * stride, i < kInFlight, are in `held` if there are such rows
@@ -357,7 +353,7 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
   const int b = SequenceOfSlot(p.batch, tile_row, [&](int i) { return TileBaseOf(a.d, r, i); });
   const DeviceSequence s = SequenceAt(a.d, b);
   const int m = tile_row - s.TileBase(r);
-  if (m < 0 || m >= FirstDenseTile(r, s) || (a.skip_forced && AllForcedAt(p, r, s))) return;
+  if (m < 0 || m >= FirstDenseTile(r, s) || (a.skip_forced && KeepsEverything(p, r, s))) return;
   const DeviceTile tile = TileAt(p, r, s, m);
   const int begin = tile.begin + j * a.query_pool;
   const int tokens = min(a.query_pool, tile.end - begin);
@@ -382,7 +378,7 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
 }
 
 __device__ void WriteFallbacks(const PoolArgs& a) {
-  if (a.zeroed && threadIdx.x == 0) *a.zeroed = 0;
+  if (a.attend_counter && threadIdx.x == 0) *a.attend_counter = 0;
   for (int b = threadIdx.x; b < a.d.p.batch; b += kThreads) {
     a.fallback[b] = FallbackOf(a.d, a.rules, SequenceAt(a.d, b));
   }
@@ -421,6 +417,10 @@ bool Aligned(const Tensor& t) {
 
 } // namespace
 
+const char* PoolUnsupported(int head_dim) {
+  return head_dim > kMaxDim ? "head_dim is above 256, the most that the CUDA kernels do" : nullptr;
+}
+
 cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
   const Problem& p = args.d.p;
   Jobs jobs{};
@@ -453,19 +453,9 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
   const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch, metric) : KernelOf<__half>(vector, sketch, metric);
   // Sketch's pass is long enough to be launched early. CTAs then crowd on the multiprocessors that are free first: good
   // where there are several for each place.
-  int device = 0, processors = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = sketch && grid >= 7 * processors;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args, jobs);
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
+  return LaunchOverlapped(kernel, sketch && grid >= 7 * processors, grid, kThreads, 0, stream, args, jobs);
 }
 
 } // namespace flashprefill::cuda

@@ -1,28 +1,14 @@
 // Rows of 16-bit values as the pooling passes read them: 16 bytes a thread, and the mean of consecutive rows.
-#ifndef FLASHPREFILL_CUDA_SM90_POOL_ROWS_CUH_
-#define FLASHPREFILL_CUDA_SM90_POOL_ROWS_CUH_
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_POOL_ROWS_CUH_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_POOL_ROWS_CUH_
 
 #include <cstdint>
+
+#include "cuda/common/numbers.cuh"
 
 namespace flashprefill::cuda {
 
 constexpr int kColumns = 8; // of a thread: 16 bytes
-
-__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float ToFloat(__half x) { return __half2float(x); }
-template <typename T>
-__device__ T FromFloat(float x);
-template <>
-__device__ inline __nv_bfloat16 FromFloat(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ inline __half FromFloat(float x) {
-  return __float2half_rn(x);
-}
 
 template <typename T>
 union Chunk {
@@ -102,4 +88,4 @@ __device__ inline void ScaledSquares(float (&x)[kColumns], float scale) {
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_POOL_ROWS_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_POOL_ROWS_CUH_

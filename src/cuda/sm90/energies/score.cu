@@ -22,18 +22,12 @@
 //
 // A Sketch step is one plane of 64 blocks: mean with variance (the queries' squares against the variances, accumulated
 // into the same product), then each outlier.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <utility>
-
-#include "cuda/sm90/score_load.cuh"
-#include "cuda/sm90/score_math.cuh"
+#include "cuda/common/launch.h"
+#include "cuda/sm90/energies/score_load.cuh"
+#include "cuda/sm90/energies/score_math.cuh"
 
 namespace flashprefill::cuda {
 namespace {
-
-constexpr int kSharedBytes = 227 * 1024;
 
 template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
 __global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
@@ -114,7 +108,7 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
   auto fits = [&](int q_buffers, int k_stages) {
     plan.q_buffers = q_buffers;
     plan.k_stages = k_stages;
-    return ScoreLayoutOf(plan, columns).total + 1024 <= kSharedBytes;
+    return ScoreLayoutOf(plan, columns).total + kOperandAlign <= kMaxSharedBytes;
   };
   // Of two products in flight the first has two stages of keys, which go back when the second has started.
   const bool two_products = sketch && columns == 64;
@@ -178,9 +172,8 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream) {
   const int columns = ScoreColumns(args.unit_rows);
   const Groups groups = Groups::Of(columns, args.sketch);
   if (!PlanFor(p.head_dim, max_blocks, args.unit_rows, args.sketch, plan)) return cudaErrorInvalidValue;
-  int device = 0, processors = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
   // Smaller items where there would not be one for each processor.
   const int64_t units = int64_t{args.rules.tile_rows} * args.rules.units_per_kv;
   while (plan.units > 1 && units * p.kv_heads < int64_t{processors} * plan.units * plan.sets) plan.units /= 2;
@@ -195,20 +188,10 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream) {
 
   const Kernel kernel = p.q.dtype == FP_BF16 ? KernelOf<__nv_bfloat16>(plan, args.unit_rows, args.sketch)
                                              : KernelOf<__half>(plan, args.unit_rows, args.sketch);
-  const int bytes = ScoreLayoutOf(plan, columns).total + 1024;
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-
-  cudaLaunchAttribute overlap{}; // this kernel may start while the pooling pass ends; it waits for it itself
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(processors, int64_t{plan.slots} * p.kv_heads)));
-  config.blockDim = dim3(static_cast<unsigned>(groups.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args, plan);
+  const int bytes = ScoreLayoutOf(plan, columns).total + kOperandAlign;
+  if (cudaError_t e = AllowShared(kernel, bytes)) return e;
+  return LaunchOverlapped(kernel, true, std::min<int64_t>(processors, int64_t{plan.slots} * p.kv_heads), groups.threads,
+                          bytes, stream, args, plan);
 }
 
 } // namespace flashprefill::cuda

@@ -1,12 +1,12 @@
 // The score kernel: what it is asked for, and its launch. Plain C++.
-#ifndef FLASHPREFILL_CUDA_SM90_SCORE_H_
-#define FLASHPREFILL_CUDA_SM90_SCORE_H_
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "cuda/common/sequence.cuh"
-#include "cuda/sm90/keep.h"
+#include "cuda/sm90/energies/keep.h"
 
 namespace flashprefill::cuda {
 
@@ -18,7 +18,7 @@ struct ScoreArgs {
   DeviceProblem d;
   TileRules rules;
   KeepRule keep;
-  float scale_log2; // softmax_scale * log2(e)
+  float exponent_scale; // softmax_scale * log2(e)
   int query_pool;
   int rows_per_head; // pooled rows of a head in a whole tile
   int unit_rows;     // rows that a unit has room for: 8, 32 or 128
@@ -45,4 +45,4 @@ cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream);
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_SCORE_H_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_

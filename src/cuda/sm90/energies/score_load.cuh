@@ -1,11 +1,11 @@
 // Of the score kernel: who brings what is multiplied. One thread streams key data. Rows of queries come as they are, by
 // a second thread, or are made here: warps read the raw rows, add them up and write the means as products want them, so
 // that the memory's work and the arithmetic of the item before run side by side.
-#ifndef FLASHPREFILL_CUDA_SM90_SCORE_LOAD_CUH_
-#define FLASHPREFILL_CUDA_SM90_SCORE_LOAD_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_LOAD_CUH_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_LOAD_CUH_
 
-#include "cuda/sm90/pool_rows.cuh"
-#include "cuda/sm90/score_plan.cuh"
+#include "cuda/sm90/energies/pool_rows.cuh"
+#include "cuda/sm90/energies/score_plan.cuh"
 
 namespace flashprefill::cuda {
 
@@ -13,18 +13,16 @@ namespace flashprefill::cuda {
 __device__ inline void ProduceKeys(const ScoreArgs& a, const ScorePlan& plan, const ScoreLayout& layout, char* shared,
                                    ScoreControl& c) {
   const int planes = a.sketch ? 2 + a.outliers : 1;
-  ScoreRing ring;
+  RingPosition ring;
   ScoreItem item;
   for (int id = blockIdx.x;;) {
     NextScoreItem(a, plan, id, item);
     if (item.end) return;
-    const bool packed = a.d.p.cu_seqlens_k && !a.d.p.block_table;
-    const int64_t base = item.kv * a.mean_rows + MeanBase(packed, item.sequence.index, item.sequence.k_begin,
-                                                          a.d.p.max_seqlen_k, a.rules.block_size);
+    const int64_t base = item.kv * a.mean_rows + MeanBase(a.d.p, item.sequence, a.rules.block_size);
     for (int step = 0; step < item.steps; ++step) {
       for (int plane = 0; plane < planes; ++plane) {
         uint64_t* const full = &c.k_full[ring.stage];
-        BarrierWait(&c.k_empty[ring.stage], ring.round ^ 1);
+        BarrierWait(&c.k_empty[ring.stage], ring.parity ^ 1);
         BarrierArriveExpect(full, layout.k_stage);
         const int64_t row = base + plane * (a.mean_rows * a.d.p.kv_heads) + step * kStepBlocks;
         for (int panel = 0; panel < plan.panels; ++panel) {
@@ -43,14 +41,14 @@ template <bool POOLS>
 __device__ void ProduceRows(const ScoreArgs& a, const ScorePlan& plan, const ScoreLayout& layout, char* shared,
                             ScoreControl& c, int columns) {
   const TileRules& r = a.rules;
-  ScoreRing ring;
+  RingPosition ring;
   ScoreItem item;
   int id = blockIdx.x;
   do {
     NextScoreItem(a, plan, id, item);
     for (int set = 0; set < plan.sets; ++set, ring.Advance(plan.q_buffers)) {
       uint64_t* const full = POOLS ? &c.placed[ring.stage] : &c.q_full[ring.stage];
-      BarrierWait(&c.q_empty[ring.stage], ring.round ^ 1);
+      BarrierWait(&c.q_empty[ring.stage], ring.parity ^ 1);
       c.item[ring.stage] = item;
       const int unit = item.first + set * plan.units;
       if (POOLS || item.end || item.steps == 0 || unit >= item.units) {
@@ -157,11 +155,11 @@ struct RowPooler {
 
   __device__ void Run() const {
     Clear();
-    ScoreRing ring;
+    RingPosition ring;
     int i = thread;
     for (bool end = false; !end;) {
       for (int set = 0; set < plan.sets; ++set, ring.Advance(plan.q_buffers)) {
-        BarrierWait(&c.placed[ring.stage], ring.round);
+        BarrierWait(&c.placed[ring.stage], ring.parity);
         const ScoreItem& item = c.item[ring.stage];
         end = item.end;
         if (!end && item.steps > 0) {
@@ -176,4 +174,4 @@ struct RowPooler {
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_SCORE_LOAD_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_LOAD_CUH_

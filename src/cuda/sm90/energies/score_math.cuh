@@ -1,15 +1,11 @@
 // A math warpgroup of the score kernel: products, energies, and bits from them. score.cu says how and why.
-#ifndef FLASHPREFILL_CUDA_SM90_SCORE_MATH_CUH_
-#define FLASHPREFILL_CUDA_SM90_SCORE_MATH_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_MATH_CUH_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_MATH_CUH_
 
 #include "cuda/common/wgmma.cuh"
-#include "cuda/sm90/score_plan.cuh"
+#include "cuda/sm90/energies/score_plan.cuh"
 
 namespace flashprefill::cuda {
-
-constexpr float kLargeSum = 1.2e30f; // 2^100: 40 such sums still fit a float
-
-__device__ inline bool IsFinite(float x) { return fabsf(x) < INFINITY; }
 
 // A math warpgroup. COLUMNS query rows, ROWS of them a unit.
 template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
@@ -26,7 +22,7 @@ struct Scorer {
   ScoreControl& c;
   int group, warp, lane;        // warpgroup, warp in it, lane
   int set, member;              // of units, and which of its team this warpgroup is
-  ScoreRing k_next, k_released; // stages: to be multiplied, to be given back
+  RingPosition k_next, k_released; // stages: to be multiplied, to be given back
   char* energies;               // of the set: floats, or (kHalfEnergies) 16 bits each, relative to c.base
 
   uint32_t q_address, k_address;
@@ -95,7 +91,7 @@ struct Scorer {
   // Starts the product of the next plane of key data with plane `rows` of the queries, added to scores if that is not
   // the first (queries with means, then squares with variances).
   __device__ __forceinline__ void Multiply(Scores& scores, int rows) {
-    BarrierWait(&c.k_full[k_next.stage], k_next.round);
+    BarrierWait(&c.k_full[k_next.stage], k_next.parity);
     constexpr int kStage = PANELS * kStepBlocks * kScorePanelBytes;
     const uint64_t k = DescribeKMajor(k_address + k_next.stage * kStage);
     // Made anew for each product: eight slices' descriptors, kept, would push others out to local memory.
@@ -126,7 +122,7 @@ struct Scorer {
                                                int block) {
     const int index = u * kSlices + slice;
     return block + 8 * half < c.limit[group][8 * index + 2 * (lane % 4) + column]
-               ? scores[4 * index + 2 * half + column] * a.scale_log2
+               ? scores[4 * index + 2 * half + column] * a.exponent_scale
                : -INFINITY;
   }
 
@@ -146,7 +142,7 @@ struct Scorer {
         const int limit = MASK ? c.limit[group][8 * index + 2 * (lane % 4) + i % 2] : 0;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float z = fmaf(scores[4 * index + 2 * half + i % 2], a.scale_log2, offset);
+          const float z = fmaf(scores[4 * index + 2 * half + i % 2], a.exponent_scale, offset);
           x[half][u] += Exp2(!MASK || block + 8 * half < limit ? z : -INFINITY);
         }
       }
@@ -314,7 +310,7 @@ struct Scorer {
       Scores scores;
       for (int plane = 0; plane < planes; ++plane) {
         if (!mine) {
-          BarrierWait(&c.k_full[k_next.stage], k_next.round);
+          BarrierWait(&c.k_full[k_next.stage], k_next.parity);
           k_next.Advance(plan.k_stages);
           Release(1);
           continue;
@@ -348,7 +344,7 @@ struct Scorer {
     const int log2_parts = share ? 2 - plan.log2_units : 0;
     const int first = share ? warp & (plan.units - 1) : 4 * member + warp, part = share ? warp >> plan.log2_units : 0;
     auto* const bins =
-        SKETCH ? reinterpret_cast<uint32_t*>(shared + layout.bins) + (4 * group + warp) * kCutBins : nullptr;
+        SKETCH ? reinterpret_cast<uint32_t*>(shared + layout.bins) + (4 * group + warp) * kThresholdBins : nullptr;
     int kept = 0, row = -1;
     for (int u = share && member > 0 ? plan.units : first; u < plan.units; u += 4 << plan.log2_team) {
       const ScoreUnit& unit = c.unit[group][u];
@@ -377,11 +373,11 @@ struct Scorer {
 
   __device__ void Run() {
     k_address = SharedAddress(shared + layout.k);
-    ScoreRing q_ring{set, 0};
+    RingPosition q_ring{set, 0};
     for (;;) {
       const int buffer = q_ring.stage;
-      BarrierWait(&c.q_full[buffer], q_ring.round);
-      q_ring.Advance(plan.q_buffers, plan.sets);
+      BarrierWait(&c.q_full[buffer], q_ring.parity);
+      q_ring.AdvanceBy(plan.sets, plan.q_buffers);
       const ScoreItem& item = c.item[buffer];
       if (item.end) return;
       q_address = SharedAddress(shared + buffer * layout.q_buffer);
@@ -396,4 +392,4 @@ struct Scorer {
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_SCORE_MATH_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_MATH_CUH_

@@ -1,11 +1,12 @@
 // Of the score kernel: what the host chooses, shared memory, the words that its warps speak to each other, and where a
 // number of work leads.
-#ifndef FLASHPREFILL_CUDA_SM90_SCORE_PLAN_CUH_
-#define FLASHPREFILL_CUDA_SM90_SCORE_PLAN_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_PLAN_CUH_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_PLAN_CUH_
 
-#include "cuda/attend.h"
-#include "cuda/sm90/keep.cuh"
-#include "cuda/sm90/score.h"
+#include "cuda/common/means.h"
+#include "cuda/common/ring.cuh"
+#include "cuda/sm90/energies/keep.cuh"
+#include "cuda/sm90/energies/score.h"
 
 namespace flashprefill::cuda {
 
@@ -89,24 +90,10 @@ __host__ __device__ inline ScoreLayout ScoreLayoutOf(const ScorePlan& plan, int 
   l.energies = l.k + l.k_stage * plan.k_stages;
   l.energies_set = plan.units * plan.energy_stride * plan.energy_bytes;
   l.bins = (l.energies + l.energies_set * plan.sets + 15) / 16 * 16;
-  l.control = l.bins + plan.bin_warps * kCutBins * 4;
+  l.control = l.bins + plan.bin_warps * kThresholdBins * 4;
   l.total = l.control + static_cast<int>(sizeof(ScoreControl));
   return l;
 }
-
-// Where a side of a ring of stages stands: the next stage, and how often (mod 2) it has been round.
-struct ScoreRing {
-  int stage = 0;
-  uint32_t round = 0;
-
-  __device__ void Advance(int stages, int by = 1) {
-    stage += by;
-    if (stage >= stages) {
-      stage -= stages;
-      round ^= 1;
-    }
-  }
-};
 
 // Where an item's number leads. Items of a sequence begin at (its first mask row * mask heads a KV head) / units an
 // item
@@ -127,7 +114,7 @@ __device__ inline bool PlaceScoreItem(const ScoreArgs& a, const ScorePlan& plan,
   if (item.first < 0 || item.first >= item.units) return false;
   const int last_tile =
       min((min(item.first + units_per_item, item.units) - 1) / r.units_per_kv, FirstDenseTile(r, item.sequence) - 1);
-  const bool scored = last_tile >= item.first / r.units_per_kv && !AllForcedAt(a.d.p, r, item.sequence);
+  const bool scored = last_tile >= item.first / r.units_per_kv && !KeepsEverything(a.d.p, r, item.sequence);
   item.steps = scored ? (TileAt(a.d.p, r, item.sequence, last_tile).scored + kStepBlocks - 1) / kStepBlocks : 0;
   return true;
 }
@@ -141,4 +128,4 @@ __device__ inline void NextScoreItem(const ScoreArgs& a, const ScorePlan& plan, 
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_SCORE_PLAN_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_PLAN_CUH_

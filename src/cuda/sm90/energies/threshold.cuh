@@ -1,25 +1,14 @@
 // Which values are the largest that reach a target, by one warp, without a sort. Sums are taken in an order that
 // depends on the number of values alone, or in integers, so the same input gives the same bits.
-#ifndef FLASHPREFILL_CUDA_SM90_CUT_CUH_
-#define FLASHPREFILL_CUDA_SM90_CUT_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_THRESHOLD_CUH_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_THRESHOLD_CUH_
 
+#include "cuda/common/numbers.cuh"
 #include "cuda/common/ptx.cuh"
 
 namespace flashprefill::cuda {
 
-constexpr int kCutBins = 256; // words of shared memory that FindMassThreshold wants
-
-__device__ inline float WarpSum(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-
-__device__ inline float WarpMax(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  return x;
-}
+constexpr int kThresholdBins = 256; // words of shared memory that FindMassThreshold wants
 
 // An integer that orders as the float does; both zeros are one.
 __device__ inline uint32_t OrderOf(float x) {
@@ -32,7 +21,7 @@ __device__ inline float OfOrder(uint32_t order) {
 }
 
 // The set of largest values: all whose order is at least `above`, and of those from `from` up to it the first `ties`.
-struct Cut {
+struct Threshold {
   uint32_t from, above;
   int ties;
 };
@@ -42,7 +31,7 @@ struct Cut {
 // what v and the smaller ones sum to. The interval in which the set's smallest member lies is cut in four at each pass
 // over the values, first where masses lie. value_of(b) is block b's.
 template <typename Value>
-__device__ inline Cut FindThreshold(Value&& value_of, int count, float largest, bool by_mass, float target,
+__device__ inline Threshold FindThreshold(Value&& value_of, int count, float largest, bool by_mass, float target,
                                     float gain = 0) {
   const int lane = threadIdx.x % 32;
   float sum[3];
@@ -109,7 +98,7 @@ __device__ inline Cut FindThreshold(Value&& value_of, int count, float largest, 
       }
     }
   }
-  Cut cut{low, high, 1};
+  Threshold cut{low, high, 1};
   if (gain > 0) { // of the values between the limits, which are equal, those that gain enough one after another
     float value = -INFINITY;
     for (int b = lane; b < count; b += 32) {
@@ -137,7 +126,7 @@ __device__ inline Cut FindThreshold(Value&& value_of, int count, float largest, 
 // masses are too small for that.
 template <typename Energy>
 __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float least, float largest, float mass,
-                                         uint32_t* bins, Cut& cut) {
+                                         uint32_t* bins, Threshold& cut) {
   const int lane = threadIdx.x % 32;
   const float unit = static_cast<float>(__clz(count)); // count < 2^(32 - clz), and no mass is above 2^clz
   auto mass_of = [&](float below) { return __float2uint_rn(Exp2(unit - below)); };
@@ -150,7 +139,7 @@ __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float le
     const bool first = level == 0;
     auto bin_of = [&](float below) {
       const float bin = (below - origin) * bins_per_octave; // exact, as far as the bins go
-      return first ? fminf(bin, kCutBins - 1) : bin;
+      return first ? fminf(bin, kThresholdBins - 1) : bin;
     };
     auto* const mine = reinterpret_cast<uint4*>(bins) + 2 * lane;
     mine[0] = mine[1] = uint4{0, 0, 0, 0};
@@ -162,7 +151,7 @@ __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float le
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float bin = bin_of(below[i]);
-        const bool inside = begin + 32 * i < count && bin >= 0 && bin < kCutBins;
+        const bool inside = begin + 32 * i < count && bin >= 0 && bin < kThresholdBins;
         if (inside) atomicAdd(&bins[static_cast<int>(bin)], mass_of(below[i]));
       }
     }
@@ -194,7 +183,7 @@ __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float le
     }
     before = __shfl_sync(~0u, sum_before, crossing_lane);
     bin = __shfl_sync(~0u, bin, crossing_lane);
-    if (first && bin == kCutBins - 1) return false;
+    if (first && bin == kThresholdBins - 1) return false;
 
     // The blocks of that bin, by index.
     __syncwarp();
@@ -248,7 +237,7 @@ __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float le
       cut = {OrderOf(lowest), OrderOf(most) + 1, static_cast<int>(min(wanted, static_cast<uint32_t>(number)))};
       return true;
     }
-    bins_per_octave *= kCutBins;
+    bins_per_octave *= kThresholdBins;
     __syncwarp();
   }
 }
@@ -264,7 +253,7 @@ __device__ inline uint32_t LowestBits(uint32_t bits, int count) {
 }
 
 // Which of 32 values are in the cut's set; called for ascending groups of values; `ties` counts down.
-__device__ inline uint32_t InCut(Cut& cut, bool valid, float value) {
+__device__ inline uint32_t Reaches(Threshold& cut, bool valid, float value) {
   const uint32_t order = OrderOf(value);
   uint32_t bits = __ballot_sync(~0u, valid && order >= cut.above);
   const uint32_t equal = __ballot_sync(~0u, valid && order >= cut.from && order < cut.above);
@@ -278,4 +267,4 @@ __device__ inline uint32_t InCut(Cut& cut, bool valid, float value) {
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_CUT_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_THRESHOLD_CUH_

@@ -1,7 +1,7 @@
 // Selection over a grid of cells, XAttention's and RRAttention's: what its three kernels are asked for, and their
 // launches. Plain C++. grid.cuh says what the words mean on the device, docs/hopper-select.md how it goes together.
-#ifndef FLASHPREFILL_CUDA_SM90_GRID_H_
-#define FLASHPREFILL_CUDA_SM90_GRID_H_
+#ifndef FLASHPREFILL_CUDA_SM90_STRIDED_ARGS_H_
+#define FLASHPREFILL_CUDA_SM90_STRIDED_ARGS_H_
 
 #include <cuda.h>
 #include <cuda_fp16.h>
@@ -14,7 +14,7 @@ namespace flashprefill::cuda {
 constexpr int kStripRows = 128;         // rows of the grid that a CTA scores at once
 constexpr int kStridedPanel = 64;       // columns of a bulk copy: 128 bytes a row
 constexpr int kKeyTileCells = 256;      // key cells that it scores them against: the box of k_map has so many rows
-constexpr int kMaxGridThresholds = 512; // heads that may have a threshold each: they travel as a kernel argument
+constexpr int kMaxHeadThresholds = 512; // heads that may have a threshold each: they travel as a kernel argument
 
 // A tile of a query head is a *unit*, of 128 / stride rows. Units go tile by tile, the heads of a KV head next to each
 // other; a *strip* is `stride` units, 128 rows. A *key tile* is whole blocks, at most 256 cells.
@@ -56,27 +56,27 @@ struct StridedArgs {
 cudaError_t LaunchStridedGather(const StridedArgs& args, bool keys, bool queries, cudaStream_t stream);
 
 struct StridedScoreArgs {
-  StridedArgs grid;
+  StridedArgs common;
   CUtensorMap k_map; // of k_cells, boxes of 64 columns and kKeyTileCells rows
   CUtensorMap q_map; // of q_rows, boxes of 64 columns and box_units units
   // Of q and k themselves: column, cell, head, token of the first cell. Boxes are one tile's cells of box_units heads,
   // and a key tile's cells.
   CUtensorMap q_direct_map, k_direct_map;
-  float scale_log2; // what turns a product into an exponent of two
+  float exponent_scale; // what turns a product into an exponent of two
 };
 
 cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream);
 
 struct StridedKeepArgs {
-  StridedArgs grid;
+  StridedArgs common;
   bool forced_first; // forced blocks count towards the share
   uint64_t* bits;
   int32_t *counts, *fallback; // or null
-  int* zeroed;                // a word that attend wants to be zero, or null
+  int* attend_counter;        // set to zero for an attend that follows, or null
   int64_t words;
   float threshold;
   bool by_head; // head_threshold in place of threshold
-  float head_threshold[kMaxGridThresholds];
+  float head_threshold[kMaxHeadThresholds];
 };
 
 // Whether the masses of a tile of so many blocks fit in shared memory.
@@ -86,4 +86,4 @@ cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, cudaStream_t stream);
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_GRID_H_
+#endif // FLASHPREFILL_CUDA_SM90_STRIDED_ARGS_H_

@@ -1,19 +1,19 @@
 // What the three kernels of the grid agree on: which units of a sequence lie in a chunk, and which cells a row sees.
-#ifndef FLASHPREFILL_CUDA_SM90_GRID_CUH_
-#define FLASHPREFILL_CUDA_SM90_GRID_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_STRIDED_CELLS_CUH_
+#define FLASHPREFILL_CUDA_SM90_STRIDED_CELLS_CUH_
 
-#include "cuda/sm90/grid.h"
+#include "cuda/sm90/strided/args.h"
 
 namespace flashprefill::cuda {
 
 // The part of a sequence that lies in a chunk.
-struct StridedShare {
+struct StridedRange {
   int first_tile; // of the sequence
   int local_tile; // where that one lies in the chunk
   int units;
 };
 
-__device__ inline StridedShare ShareOf(const StridedArgs& a, const DeviceSequence& s) {
+__device__ inline StridedRange RangeOf(const StridedArgs& a, const DeviceSequence& s) {
   const int base = s.TileBase(a.rules);
   const int begin = max(base, a.first_tile);
   const int end = min(base + s.Tiles(a.rules), a.first_tile + a.tiles);
@@ -43,24 +43,6 @@ __device__ inline int RowLimit(const StridedShape& g, const DeviceSequence& s, c
   return last < 0 ? 0 : ((s.prefix + last) >> g.log2_stride) + 1;
 }
 
-// A launch that, if it `overlaps`, may start while the one before it on the stream ends. Every kernel here waits for
-// that one itself, in all of its CTAs: else it could be done before it.
-template <typename... Args>
-cudaError_t LaunchOverlapped(void (*kernel)(Args...), bool overlaps, int64_t grid, int threads, int bytes,
-                             cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = overlaps;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_GRID_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_STRIDED_CELLS_CUH_

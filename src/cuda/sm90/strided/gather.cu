@@ -6,12 +6,11 @@
 // A CTA takes 32 KiB of one matrix, eight rows at stride 16 and head_dim 128, of neighbouring heads. Consecutive
 // threads copy consecutive 16 bytes of a row, eight of them in flight each; head_dim 128 makes runs of 256 bytes in the
 // cache and whole rows in the matrix.
-#include <cuda_bf16.h>
-
 #include <limits>
 
-#include "cuda/attend.h"
-#include "cuda/sm90/grid.cuh"
+#include "cuda/common/launch.h"
+#include "cuda/common/numbers.cuh"
+#include "cuda/sm90/strided/cells.cuh"
 
 namespace flashprefill::cuda {
 namespace {
@@ -42,11 +41,9 @@ struct GatherRow {
 __device__ GatherRow KeyRow(const StridedArgs& a, const GatherJobs& jobs, int number) {
   const Problem& p = a.d.p;
   const StridedShape& g = a.shape;
-  const bool packed = p.cu_seqlens_k && !p.block_table;
   auto base = [&](int b) {
     if (g.direct_k) return b * kKeyTileCells;
-    const int64_t begin = packed ? Clamp(p.cu_seqlens_k[b], 0, p.total_k) : 0;
-    return static_cast<int>(MeanBase(packed, b, begin, p.max_seqlen_k, g.stride));
+    return static_cast<int>(MeanBase(PackedKeys(p), b, KeyBegin(p, b), p.max_seqlen_k, g.stride));
   };
   const int slot = jobs.by_kv(number), b = SequenceOfSlot(p.batch, slot, base);
   GatherRow row;
@@ -58,7 +55,7 @@ __device__ GatherRow KeyRow(const StridedArgs& a, const GatherJobs& jobs, int nu
   row.end = min(row.begin + g.stride, row.sequence.k_len);
   row.to = row.head * g.cell_rows + slot;
   row.wanted = slot < g.cell_rows && cell >= 0 && row.begin < row.end && row.sequence.q_len > 0 &&
-               !AllForcedAt(p, a.rules, row.sequence);
+               !KeepsEverything(p, a.rules, row.sequence);
   return row;
 }
 
@@ -74,7 +71,7 @@ __device__ GatherRow QueryRow(const StridedArgs& a, const GatherJobs& jobs, int 
   row.head = head;
   row.sequence = SequenceAt(a.d, b);
   const int tiles = row.sequence.Tiles(r), m = g.direct_q ? tiles - 1 : slot - row.sequence.TileBase(r);
-  row.wanted = q_tile < g.q_tiles && m >= 0 && m < FirstDenseTile(r, row.sequence) && !AllForcedAt(p, r, row.sequence);
+  row.wanted = q_tile < g.q_tiles && m >= 0 && m < FirstDenseTile(r, row.sequence) && !KeepsEverything(p, r, row.sequence);
   if (!row.wanted) return row;
   const DeviceTile tile = TileAt(p, r, row.sequence, m);
   row.begin = tile.begin + (i << g.log2_stride);
@@ -84,27 +81,6 @@ __device__ GatherRow QueryRow(const StridedArgs& a, const GatherJobs& jobs, int 
   row.to = unit * g.rows_per_unit + i;
   row.wanted = row.begin < row.end && !(g.direct_q && tile.end - tile.begin == r.tile_tokens);
   return row;
-}
-
-template <typename T>
-__device__ float ToFloat(T x);
-template <>
-__device__ float ToFloat(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-template <>
-__device__ float ToFloat(__half x) {
-  return __half2float(x);
-}
-template <typename T>
-__device__ T FromFloat(float x);
-template <>
-__device__ __nv_bfloat16 FromFloat(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __half FromFloat(float x) {
-  return __float2half_rn(x);
 }
 
 // WIDTH neighbouring columns: 16 bytes where addresses allow it, else one.
@@ -137,8 +113,7 @@ __global__ void __launch_bounds__(kThreads)
       offset = RowOffsetAt(p, tensor.stride, s, token, row.head);
     } else if (p.block_table) {
       const int index = jobs.by_page(token);
-      const int page = p.block_table[s.index * p.block_table_stride + index];
-      offset = (page >= 0 && page < p.page_count ? page : 0) * tensor.stride[0] +
+      offset = PageAt(p, s.index, index) * tensor.stride[0] +
                (token - index * p.page_size) * tensor.stride[1] + row.head * tensor.stride[2];
     } else {
       offset = KeyOffsetAt(p, tensor.stride, s, token, row.head);

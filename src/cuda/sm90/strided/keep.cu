@@ -2,14 +2,14 @@
 // softmax's reference and sum; a second one adds up the shares of all rows by block, 256 blocks at a time, 16 bytes a
 // lane and row. These masses lie in shared memory, where keep.cuh finds the smallest set that holds what is asked for.
 // Where the forced blocks count first their mass is taken off both sides, and they compete no more.
-#include "cuda/sm90/grid.cuh"
-#include "cuda/sm90/keep.cuh"
+#include "cuda/common/launch.h"
+#include "cuda/sm90/energies/keep.cuh"
+#include "cuda/sm90/strided/cells.cuh"
 
 namespace flashprefill::cuda {
 namespace {
 
 constexpr int kMostWarps = 8; // of a CTA
-constexpr int kSharedBytes = 227 * 1024;
 constexpr int kSumsPerLoad = 8;
 
 struct KeepPlan {
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   extern __shared__ float shared[];
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
   cudaGridDependencySynchronize();
-  const StridedArgs& a = args.grid;
+  const StridedArgs& a = args.common;
   const StridedShape& g = a.shape;
   const TileRules& r = a.rules;
   const Problem& p = a.d.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (blockIdx.x == 0) {
-    if (args.zeroed && threadIdx.x == 0) *args.zeroed = 0;
+    if (args.attend_counter && threadIdx.x == 0) *args.attend_counter = 0;
     for (int b = threadIdx.x; args.fallback && b < p.batch; b += blockDim.x) {
       args.fallback[b] = FallbackOf(a.d, r, SequenceAt(a.d, b));
     }
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   MaskRow what{0, tile.visible, r.sink_blocks, WindowBegin(r, tile)};
   KeepRule rule{-INFINITY, 0, true, 0};
   float* const masses = shared + warp * plan.mass_stride;
-  if (m >= FirstDenseTile(r, s) || AllForcedAt(p, r, s)) {
+  if (m >= FirstDenseTile(r, s) || KeepsEverything(p, r, s)) {
     what.sink = tile.visible;
   } else {
     const int kv = head / r.units_per_kv;
@@ -137,18 +137,18 @@ __global__ void __launch_bounds__(32 * kMostWarps)
 
 } // namespace
 
-bool StridedKeeps(int64_t max_blocks) { return max_blocks < kSharedBytes / 4 - 32; }
+bool StridedKeeps(int64_t max_blocks) { return max_blocks < kMaxSharedBytes / 4 - 32; }
 
 cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, cudaStream_t stream) {
-  const StridedArgs& a = args.grid;
+  const StridedArgs& a = args.common;
   KeepPlan plan{};
   plan.mass_stride = MassStride(DivUp<int64_t>(a.d.p.max_seqlen_k, a.rules.block_size));
-  plan.warps = std::clamp(kSharedBytes / 4 / plan.mass_stride, 1, kMostWarps);
+  plan.warps = std::clamp(kMaxSharedBytes / 4 / plan.mass_stride, 1, kMostWarps);
   // Eight CTAs a multiprocessor: waits for memory then hide behind each other.
-  while (plan.warps > 1 && 8 * plan.warps * plan.mass_stride * 4 > kSharedBytes) plan.warps /= 2;
+  while (plan.warps > 1 && 8 * plan.warps * plan.mass_stride * 4 > kMaxSharedBytes) plan.warps /= 2;
   plan.by_heads = Divider::Of(a.d.p.q_heads);
   const int bytes = plan.warps * plan.mass_stride * 4;
-  if (cudaError_t e = cudaFuncSetAttribute(KeepKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
+  if (cudaError_t e = AllowShared(KeepKernel, bytes)) return e;
   const int64_t units = int64_t{a.tiles} * a.d.p.q_heads;
   return LaunchOverlapped(KeepKernel, true, DivUp<int64_t>(units, plan.warps), 32 * plan.warps, bytes, stream, args,
                           plan);

@@ -1,30 +1,46 @@
-// Selection by XAttention and RRAttention on the GPU, from the host's side. Plain C++.
-#ifndef FLASHPREFILL_CUDA_STRIDED_H_
-#define FLASHPREFILL_CUDA_STRIDED_H_
+// Selection over strided cells, XAttention's and RRAttention's, from the host's side: shapes, scratch memory and launches.
+// Plain C++. args.h has the shapes, docs/hopper-select.md the schedule.
+#ifndef FLASHPREFILL_CUDA_SM90_STRIDED_PLAN_H_
+#define FLASHPREFILL_CUDA_SM90_STRIDED_PLAN_H_
 
-#include <cuda_runtime_api.h>
-
-#include "core/backend.h"
-#include "core/types.h"
+#include "cuda/sm90/energies/forced.h"
+#include "cuda/sm90/strided/args.h"
 
 namespace flashprefill::cuda {
 
-inline bool IsStrided(const Policy& policy) { return policy.kind == FP_XATTENTION || policy.kind == FP_RRATTENTION; }
-
-// Scratch memory of a call; null in a size query.
-struct StridedScratch {
-  void *k_cells, *q_rows, *sums, *stats; // as sm90/grid.h wants them
-
-  static StridedScratch Take(Workspace& workspace, const Problem& p, const Policy& policy);
+// What a method of this family asks for.
+struct StridedScores {
+  int stride;
+  bool means;         // cells of keys are averaged and rows are single queries, else cells are taken whole
+  bool forced_first;  // forced blocks count towards the threshold
+  float factor;       // of a product
+  float threshold;    // share of a tile's sum to be kept
+  const float* head_thresholds = nullptr; // one per query head in place of `threshold`, or null
 };
 
-// Null if these kernels do this problem and policy, else what they would need, in words.
-const char* StridedUnsupported(const Problem& p, const Policy& policy);
+class StridedPlan {
+ public:
+  static StridedPlan Of(const Problem& p, const Policy& policy, const StridedScores& scores);
+  const char* Unsupported() const;
+  void Take(Workspace& workspace, bool correction);
+  // Three launches for each chunk of tiles.
+  cudaError_t Launch(const SelectTarget& target) const;
 
-// Puts select on the stream: three launches for each chunk of tiles. `zeroed`, if not null, is set to zero by the last.
-cudaError_t LaunchStrided(const Problem& p, const Policy& policy, const BlockMask& mask, const StridedScratch& scratch,
-                          int* zeroed, cudaStream_t stream);
+  Means means;
+
+ private:
+  int64_t QueryRows() const { return shape_.q_tiles * d_.p.q_heads * shape_.rows_per_unit; }
+  cudaError_t MakeMaps(StridedScoreArgs& args) const;
+
+  DeviceProblem d_;
+  TileRules rules_;
+  StridedScores scores_;
+  StridedShape shape_;
+  int chunk_tiles_;
+  // Scratch memory; null in a size query.
+  void *k_cells_ = nullptr, *q_rows_ = nullptr, *sums_ = nullptr, *stats_ = nullptr;
+};
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_STRIDED_H_
+#endif // FLASHPREFILL_CUDA_SM90_STRIDED_PLAN_H_

@@ -9,10 +9,9 @@
 // Strips and key tiles that causality leaves are numbered by every producer for itself, in groups of 32 strips of one
 // KV head, key tile after key tile, and CTA c takes the numbers c, c + CTAs, ... So all CTAs get the same number of
 // equal pieces whatever the lengths are, no counter is in memory, and neighbours in time share strips and cells in L2.
-#include <cuda_bf16.h>
-
+#include "cuda/common/launch.h"
 #include "cuda/common/wgmma.cuh"
-#include "cuda/sm90/grid_plan.cuh"
+#include "cuda/sm90/strided/score_plan.cuh"
 
 namespace flashprefill::cuda {
 namespace {
@@ -28,12 +27,12 @@ __device__ __forceinline__ float MaxOrNan(float a, float b) {
 template <typename T>
 struct Scorer {
   const StridedScoreArgs& args;
-  const StridedPlan& plan;
+  const StridedScorePlan& plan;
   char* shared;
   StridedControl& c;
   char* staging; // of this warp
   int group, warp, lane;
-  StridedRing ring;
+  RingPosition ring;
 
   __device__ __forceinline__ void Release(int stage) const {
     if (lane == 0) BarrierArrive(&c.empty[stage]);
@@ -46,7 +45,7 @@ struct Scorer {
       const uint32_t stage = SharedAddress(shared + ring.stage * kStridedStage);
       const uint64_t rows = DescribeKMajor(stage + group * 64 * kStridedRowBytes),
                      cells = DescribeKMajor(stage + kStridedRowsStage);
-      BarrierWait(&c.full[ring.stage], ring.round);
+      BarrierWait(&c.full[ring.stage], ring.parity);
       WgmmaFence();
 #pragma unroll
       for (int slice = 0; slice < 4; ++slice) { // 16 columns: 32 bytes; addresses count in units of 16
@@ -88,7 +87,7 @@ struct Scorer {
       for (int i = 0; i < kKeyTileCells / 4; ++i) {
         part[i % 4] = MaxOrNan(part[i % 4], scores[4 * (i / 2) + 2 * half + i % 2]);
       }
-      base[half] = RowMax(part) * args.scale_log2;
+      base[half] = RowMax(part) * args.exponent_scale;
     }
     if (__any_sync(~0u, !(fabsf(base[0]) < INFINITY) || !(fabsf(base[1]) < INFINITY))) return false;
 #pragma unroll
@@ -97,7 +96,7 @@ struct Scorer {
 #pragma unroll
       for (int i = 0; i < kKeyTileCells / 4; ++i) {
         float& z = scores[4 * (i / 2) + 2 * half + i % 2];
-        z = Exp2(fmaf(z, args.scale_log2, -base[half]));
+        z = Exp2(fmaf(z, args.exponent_scale, -base[half]));
         part[i % 4] += z;
       }
       stats[half] = {base[half], RowSum(part)};
@@ -115,7 +114,7 @@ struct Scorer {
 #pragma unroll
       for (int i = 0; i < kKeyTileCells / 4; ++i) {
         float& z = scores[4 * (i / 2) + 2 * half + i % 2];
-        z *= args.scale_log2;
+        z *= args.exponent_scale;
         if (!(fabsf(z) < INFINITY) || 8 * (i / 2) + i % 2 >= mine) z = -INFINITY;
         part[i % 4] = fmaxf(part[i % 4], z);
       }
@@ -193,7 +192,7 @@ struct Scorer {
 
   // Sums of eight blocks of a row of powers.
   __device__ __forceinline__ uint4 EightSums(const char* row, int first_block) const {
-    const StridedShape& g = args.grid.shape;
+    const StridedShape& g = args.common.shape;
     alignas(16) __half sums[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -207,7 +206,7 @@ struct Scorer {
   }
 
   __device__ __forceinline__ void Finish(float (&scores)[kKeyTileCells / 2], const StridedItem& item) const {
-    const StridedArgs& a = args.grid;
+    const StridedArgs& a = args.common;
     const StridedShape& g = a.shape;
     const TileRules& r = a.rules;
     const StridedStrip& strip = item.strip;
@@ -223,9 +222,9 @@ struct Scorer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int in_warp = lane / 4 + 8 * half, in_strip = first_row + in_warp;
-      const int unit = strip.unit + (in_strip >> g.log2_rows), in_share = r.by_units(unit);
-      const DeviceTile tile = TileAt(a.d.p, r, strip.sequence, strip.first_tile + in_share);
-      const int head = strip.kv * units + unit - in_share * units;
+      const int unit = strip.unit + (in_strip >> g.log2_rows), in_range = r.by_units(unit);
+      const DeviceTile tile = TileAt(a.d.p, r, strip.sequence, strip.first_tile + in_range);
+      const int head = strip.kv * units + unit - in_range * units;
       const int limit =
           in_warp < live_rows ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_per_unit - 1), head) : 0;
       seen[half] = min(limit - item.key_tile * g.key_tile_cells, g.key_tile_cells);
@@ -261,10 +260,10 @@ struct Scorer {
   }
 
   __device__ void Run() {
-    StridedRing items;
+    RingPosition items;
     float scores[kKeyTileCells / 2];
     for (;;) {
-      BarrierWait(&c.item_full[items.stage], items.round);
+      BarrierWait(&c.item_full[items.stage], items.parity);
       const StridedItem& item = c.item[items.stage];
       if (item.end) return;
       Multiply(scores);
@@ -278,7 +277,7 @@ struct Scorer {
 
 template <typename T>
 __global__ void __launch_bounds__(kStridedThreads, 1)
-    ScoreKernel(const __grid_constant__ StridedScoreArgs args, const __grid_constant__ StridedPlan plan) {
+    ScoreKernel(const __grid_constant__ StridedScoreArgs args, const __grid_constant__ StridedScorePlan plan) {
   extern __shared__ char raw[];
   char* const shared = raw + (1024 - SharedAddress(raw) % 1024) % 1024;
   char* const staging = shared + plan.stages * kStridedStage;
@@ -297,8 +296,8 @@ __global__ void __launch_bounds__(kStridedThreads, 1)
     FenceBarrierInit();
     PrefetchTensorMap(&args.k_map);
     PrefetchTensorMap(&args.q_map);
-    if (args.grid.shape.direct_q) PrefetchTensorMap(&args.q_direct_map);
-    if (args.grid.shape.direct_k) PrefetchTensorMap(&args.k_direct_map);
+    if (args.common.shape.direct_q) PrefetchTensorMap(&args.q_direct_map);
+    if (args.common.shape.direct_k) PrefetchTensorMap(&args.k_direct_map);
   }
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion();
@@ -324,10 +323,10 @@ __global__ void __launch_bounds__(kStridedThreads, 1)
 } // namespace
 
 cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream) {
-  const StridedArgs& a = args.grid;
+  const StridedArgs& a = args.common;
   const StridedShape& g = a.shape;
   const Problem& p = a.d.p;
-  StridedPlan plan{};
+  StridedScorePlan plan{};
   plan.steps = DivUp(g.columns, kStridedPanel);
   plan.whole_groups = g.cells_per_block % 8 == 0;
   plan.stages = plan.whole_groups ? 4 : 3;
@@ -336,13 +335,12 @@ cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream
   plan.slots = static_cast<int>((int64_t{a.tiles} * a.rules.units_per_kv) / g.stride + p.batch);
   plan.by_groups = Divider::Of(DivUp(plan.slots, kStridedGroupStrips));
   plan.by_columns = Divider::Of(p.head_dim);
-  int device = 0, processors = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
   const auto kernel = p.q.dtype == FP_BF16 ? ScoreKernel<__nv_bfloat16> : ScoreKernel<__half>;
   const int bytes =
-      plan.stages * kStridedStage + StridedStagingBytes(plan) + static_cast<int>(sizeof(StridedControl)) + 1024;
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
+      plan.stages * kStridedStage + StridedStagingBytes(plan) + static_cast<int>(sizeof(StridedControl)) + kOperandAlign;
+  if (cudaError_t e = AllowShared(kernel, bytes)) return e;
   const int64_t most = int64_t{plan.slots} * g.key_tiles * p.kv_heads;
   return LaunchOverlapped(kernel, true, std::min<int64_t>(processors, most), kStridedThreads, bytes, stream, args,
                           plan);

@@ -1,10 +1,10 @@
 // Of the grid's score kernel: what the host chooses, shared memory, which strips there are, and the producer.
-#ifndef FLASHPREFILL_CUDA_SM90_GRID_PLAN_CUH_
-#define FLASHPREFILL_CUDA_SM90_GRID_PLAN_CUH_
+#ifndef FLASHPREFILL_CUDA_SM90_STRIDED_SCORE_PLAN_CUH_
+#define FLASHPREFILL_CUDA_SM90_STRIDED_SCORE_PLAN_CUH_
 
-#include "cuda/attend.h"
 #include "cuda/common/ptx.cuh"
-#include "cuda/sm90/grid.cuh"
+#include "cuda/common/ring.cuh"
+#include "cuda/sm90/strided/cells.cuh"
 
 namespace flashprefill::cuda {
 
@@ -41,7 +41,7 @@ struct StridedControl {
   StridedStrip strips[kStridedGroupStrips];
 };
 
-struct StridedPlan {
+struct StridedScorePlan {
   int steps, stages;
   int slots;          // strips of a KV head, at most
   int staging_row;    // bytes a row
@@ -50,22 +50,9 @@ struct StridedPlan {
   Divider by_columns; // head_dim
 };
 
-__host__ __device__ inline int StridedStagingBytes(const StridedPlan& plan) {
+__host__ __device__ inline int StridedStagingBytes(const StridedScorePlan& plan) {
   return 4 * kStridedGroups * kStridedWarpRows * plan.staging_row;
 }
-
-// Where a ring of stages stands: the next stage, and how often (mod 2) it has been round.
-struct StridedRing {
-  int stage = 0;
-  uint32_t round = 0;
-
-  __device__ void Advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
-};
 
 // Strips of a sequence begin at (its first unit in the chunk) / units a strip + b, which leaves room for all of them
 // without prefix sums.
@@ -79,33 +66,33 @@ __device__ inline StridedStrip StridedStripAt(const StridedArgs& a, int kv, int 
   const int b = SequenceOfSlot(a.d.p.batch, slot, base);
   StridedStrip strip;
   strip.sequence = SequenceAt(a.d, b);
-  const StridedShare share = ShareOf(a, strip.sequence);
+  const StridedRange range = RangeOf(a, strip.sequence);
   strip.kv = kv;
-  strip.first_tile = share.first_tile;
-  strip.local_tile = share.local_tile;
+  strip.first_tile = range.first_tile;
+  strip.local_tile = range.local_tile;
   strip.unit = (slot - base(b)) << g.log2_stride;
-  strip.units = min(g.stride, share.units - strip.unit);
+  strip.units = min(g.stride, range.units - strip.unit);
   strip.key_tiles = 0;
-  if (strip.unit < 0 || strip.units <= 0 || AllForcedAt(a.d.p, r, strip.sequence)) return strip;
+  if (strip.unit < 0 || strip.units <= 0 || KeepsEverything(a.d.p, r, strip.sequence)) return strip;
   const int last =
-      min(share.first_tile + r.by_units(strip.unit + strip.units - 1), FirstDenseTile(r, strip.sequence) - 1);
-  if (last < share.first_tile + r.by_units(strip.unit)) return strip;
+      min(range.first_tile + r.by_units(strip.unit + strip.units - 1), FirstDenseTile(r, strip.sequence) - 1);
+  if (last < range.first_tile + r.by_units(strip.unit)) return strip;
   strip.key_tiles = KeyTilesSeen(g, strip.sequence, TileAt(a.d.p, r, strip.sequence, last));
   return strip;
 }
 
 // The producer warp.
-__device__ inline void ProduceStrided(const StridedScoreArgs& args, const StridedPlan& plan, char* shared,
+__device__ inline void ProduceStrided(const StridedScoreArgs& args, const StridedScorePlan& plan, char* shared,
                                       StridedControl& c) {
-  const StridedArgs& a = args.grid;
+  const StridedArgs& a = args.common;
   const StridedShape& g = a.shape;
   const TileRules& r = a.rules;
   const Problem& p = a.d.p;
   const int lane = threadIdx.x % 32;
-  StridedRing ring, items;
+  RingPosition ring, items;
 
   auto hand_over = [&](const StridedStrip& strip, int key_tile, bool end) {
-    BarrierWait(&c.item_empty[items.stage], items.round ^ 1);
+    BarrierWait(&c.item_empty[items.stage], items.parity ^ 1);
     if (lane == 0) {
       c.item[items.stage] = StridedItem{strip, key_tile, end};
       BarrierArrive(&c.item_full[items.stage]);
@@ -116,12 +103,11 @@ __device__ inline void ProduceStrided(const StridedScoreArgs& args, const Stride
 
   auto load = [&](const StridedStrip& strip, int key_tile) {
     const DeviceSequence& s = strip.sequence;
-    const bool packed = p.cu_seqlens_k && !p.block_table;
+    const bool packed = PackedKeys(p);
     const int64_t first_key = (int64_t{key_tile} * g.key_tile_cells) << g.log2_stride;
     const bool whole = g.direct_k && first_key + (kKeyTileCells << g.log2_stride) <= s.k_len;
     const int64_t base = g.direct_k ? s.index * kKeyTileCells
-                                    : MeanBase(packed, s.index, s.k_begin, p.max_seqlen_k, g.stride) +
-                                          int64_t{key_tile} * g.key_tile_cells;
+                                    : MeanBase(p, s, g.stride) + int64_t{key_tile} * g.key_tile_cells;
     const int cell = static_cast<int>(whole ? (packed ? s.k_begin : s.index * p.max_seqlen_k) + first_key
                                             : strip.kv * g.cell_rows + base);
     const int boxes = (strip.units + g.box_units - 1) / g.box_units;
@@ -134,12 +120,12 @@ __device__ inline void ProduceStrided(const StridedScoreArgs& args, const Stride
     for (int k = 0; k < kBoxes; ++k) {
       const int box = lane + 32 * k;
       if (box >= boxes) break;
-      const int unit = strip.unit + box * g.box_units, in_share = r.by_units(unit);
-      const int in_tile = unit - in_share * r.units_per_kv;
-      const DeviceTile tile = TileAt(p, r, s, strip.first_tile + in_share);
+      const int unit = strip.unit + box * g.box_units, in_range = r.by_units(unit);
+      const int in_tile = unit - in_range * r.units_per_kv;
+      const DeviceTile tile = TileAt(p, r, s, strip.first_tile + in_range);
       direct[k] = g.direct_q && tile.end - tile.begin == r.tile_tokens;
       head[k] = strip.kv * r.units_per_kv + in_tile;
-      const int q_tile = g.direct_q ? s.index : strip.local_tile + in_share;
+      const int q_tile = g.direct_q ? s.index : strip.local_tile + in_range;
       row[k] = direct[k]
                    ? s.q_begin + tile.begin + g.stride - 1
                    : static_cast<int>(((strip.kv * g.q_tiles + q_tile) * r.units_per_kv + in_tile) * g.rows_per_unit);
@@ -147,7 +133,7 @@ __device__ inline void ProduceStrided(const StridedScoreArgs& args, const Stride
     for (int step = 0; step < plan.steps; ++step) {
       uint64_t* const full = &c.full[ring.stage];
       char* const stage = shared + ring.stage * kStridedStage;
-      BarrierWait(&c.empty[ring.stage], ring.round ^ 1);
+      BarrierWait(&c.empty[ring.stage], ring.parity ^ 1);
       if (lane == 0) BarrierArriveExpect(full, boxes * box_bytes + kKeyTileCells * kStridedRowBytes);
       __syncwarp();
       const int column = step * kStridedPanel;
@@ -204,4 +190,4 @@ __device__ inline void ProduceStrided(const StridedScoreArgs& args, const Stride
 
 } // namespace flashprefill::cuda
 
-#endif // FLASHPREFILL_CUDA_SM90_GRID_PLAN_CUH_
+#endif // FLASHPREFILL_CUDA_SM90_STRIDED_SCORE_PLAN_CUH_

@@ -3,12 +3,10 @@
 // the work of a cluster of CTAs for each kind of line, each with a part of the tokens: every one of them adds up the
 // bins of all, so they come to the same cut without telling each other. Sums by block are one CTA's.
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
-#include "cuda/attend.h"
-#include "cuda/sm90/lines.h"
-#include "cuda/sm90/radix.cuh"
+#include "cuda/common/numbers.cuh"
+#include "cuda/common/radix_threshold.cuh"
+#include "cuda/sm90/vertical_slash/args.h"
 
 namespace flashprefill::cuda {
 namespace {
@@ -21,16 +19,13 @@ constexpr int kColumns = 8;                 // of a lane: 16 bytes
 constexpr int kCopies = 2;                  // of bins: neighbouring lanes add to different ones
 constexpr int kBudgetTokens = 128; // tokens that FlexPrefill's authors take for a block's, whatever the block size
 
-__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float ToFloat(__half x) { return __half2float(x); }
-
 // A head's sums. Diagonals by their index from the far end.
-struct LineReader {
+struct SumsReader {
   const VerticalSlashShape& a;
   const float *column, *diagonal; // of the sequence's first slot and the head's first part
   int64_t part_slots;
 
-  __device__ LineReader(const VerticalSlashShape& shape, const float* columns, const float* diagonals,
+  __device__ SumsReader(const VerticalSlashShape& shape, const float* columns, const float* diagonals,
                         const DeviceSequence& s, int head)
       : a(shape), part_slots(shape.slot_count) {
     const int64_t slot = int64_t{head} * a.parts * part_slots + SlotBase(a, s.index);
@@ -38,13 +33,13 @@ struct LineReader {
     diagonal = diagonals + slot * (a.chunk + a.columns);
   }
 
-  __device__ float Column(int t) const {
+  __device__ float Vertical(int t) const {
     float sum = column[t];
     for (int part = 1; part < a.parts; ++part) sum += column[part * part_slots * a.chunk + t];
     return sum;
   }
 
-  __device__ float Diagonal(int t) const {
+  __device__ float Slash(int t) const {
     float sum = 0;
     for (int part = 0; part < a.parts && t >= 0; ++part, t -= a.columns) {
       const int chunk = a.by_chunk(t), within = t - chunk * a.chunk;
@@ -59,7 +54,7 @@ struct LineReader {
 struct ChoiceShared {
   RadixBins bins[kCopies];
   RadixScan<kThreads> scan;
-  RadixCut cut;
+  RadixThreshold threshold;
   int ties[kWarps], own_ties;
   double sum[kWarps];
   // Of a cluster: what each of kThreads / kSlice threads a bin has added up, and this CTA's bins of all CTAs.
@@ -114,14 +109,14 @@ __device__ void AddUpSlice(ChoiceShared& shared) {
 // [begin, end).
 template <int RANKS, typename Value>
 __device__ void FindThreshold(ChoiceShared& shared, int begin, int end, bool by_number, double limit, Value&& value) {
-  if (threadIdx.x == 0) shared.cut = RadixCut::Start();
+  if (threadIdx.x == 0) shared.threshold = RadixThreshold::Start();
   for (int level = 0; level < kRadixLevels; ++level) {
     for (int i = threadIdx.x; i < kRadixBins; i += kThreads) {
 #pragma unroll
       for (RadixBins& bins : shared.bins) bins.count[i] = bins.low[i] = bins.high[i] = 0;
     }
     __syncthreads();
-    const uint32_t prefix = shared.cut.prefix;
+    const uint32_t prefix = shared.threshold.prefix;
     RadixBins& mine = shared.bins[threadIdx.x % kCopies];
 #pragma unroll 4
     for (int i = begin + threadIdx.x; i < end; i += kThreads) AddToBins(mine, level, prefix, RadixOrder(value(i)));
@@ -140,7 +135,7 @@ __device__ void FindThreshold(ChoiceShared& shared, int begin, int end, bool by_
     } else {
       __syncthreads();
     }
-    Descend<kThreads>(shared.cut, level, limit, shared.scan, [&](int digit, uint32_t& count, double& mass) {
+    Descend<kThreads>(shared.threshold, level, limit, shared.scan, [&](int digit, uint32_t& count, double& mass) {
       uint64_t rest;
       if constexpr (RANKS > 1) {
         const ChoiceShared& owner = Ranks<RANKS>::SharedOf(shared, digit / kSlice);
@@ -152,7 +147,7 @@ __device__ void FindThreshold(ChoiceShared& shared, int begin, int end, bool by_
       }
       mass = by_number ? static_cast<double>(count) : MassOfBin(level, prefix, digit, count, rest);
     });
-    if (!shared.cut.crosses) break;
+    if (!shared.threshold.passes) break;
   }
   Ranks<RANKS>::Sync(); // others read this CTA's slice
 }
@@ -174,9 +169,9 @@ __device__ void WriteLargest(ChoiceShared& shared, int n, int forced, int count,
   const int others = max(0, count - forced), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Part part(n, Ranks<RANKS>::Own(), RANKS);
   FindThreshold<RANKS>(shared, max(part.begin, forced), part.end, true, others, value);
-  const RadixCut cut = shared.cut;
-  auto is_tie = [&](int i) { return i >= forced && RadixOrder(value(i)) == cut.prefix; };
-  int ties = cut.crosses ? static_cast<int>(cut.Equal(others, true)) : 0;
+  const RadixThreshold threshold = shared.threshold;
+  auto is_tie = [&](int i) { return i >= forced && RadixOrder(value(i)) == threshold.prefix; };
+  int ties = threshold.passes ? static_cast<int>(threshold.Equal(others, true)) : 0;
   if (RANKS > 1 && ties > 0) { // the CTAs before this one have the first of them
     if (threadIdx.x == 0) shared.own_ties = 0;
     __syncthreads();
@@ -192,8 +187,8 @@ __device__ void WriteLargest(ChoiceShared& shared, int n, int forced, int count,
     bool in = false, tie = false;
     if (i < part.end) {
       const uint32_t order = i < forced ? 0 : RadixOrder(value(i));
-      in = i < forced ? i < count : !cut.crosses || order > cut.prefix;
-      tie = i >= forced && !in && order == cut.prefix;
+      in = i < forced ? i < count : !threshold.passes || order > threshold.prefix;
+      tie = i >= forced && !in && order == threshold.prefix;
     }
     if (ties > 0) {
       const uint32_t equal = __ballot_sync(~0u, tie);
@@ -227,13 +222,13 @@ __device__ double SumOfAll(ChoiceShared& shared, double x) {
 
 __device__ inline bool Place(const VerticalSlashShape& a, DeviceSequence& s) {
   s = SequenceAt(a.d, blockIdx.y);
-  return !KeepsAll(a, s);
+  return !KeepsEverything(a, s);
 }
 
 // Sums of a kind of line by block, and how many blocks of it the tokens make that hold gamma.
 template <int RANKS>
 __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
-    BudgetKernel(const __grid_constant__ FlexArgs args) {
+    BudgetKernel(const __grid_constant__ BlockChoiceArgs args) {
   __shared__ ChoiceShared shared;
   const VerticalSlashShape& a = args.shape;
   DeviceSequence s;
@@ -242,8 +237,8 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
   const int head = line / 2, n = s.k_len, blocks = s.Blocks(a.rules), size = a.rules.block_size;
   const bool by_distance = line % 2;
   const int64_t index = s.index * a.d.p.q_heads + head;
-  const LineReader reader(a, args.column, args.diagonal, s, head);
-  auto value = [&](int t) { return by_distance ? reader.Diagonal(t) : reader.Column(t); };
+  const SumsReader reader(a, args.vertical_sums, args.slash_sums, s, head);
+  auto value = [&](int t) { return by_distance ? reader.Slash(t) : reader.Vertical(t); };
 
   // A distance belongs to the block in which the last row finds it; with both covers, to floor(distance / B).
   float* const by_block = args.by_block + (index * 3 + by_distance) * args.block_room;
@@ -253,8 +248,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
     float sum = 0;
 #pragma unroll 4
     for (int t = b * size + threadIdx.x % 32; t < end; t += 32) sum += value(nearest_first ? n - 1 - t : t);
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    sum = WarpSum(sum);
     if (threadIdx.x % 32 == 0) by_block[by_distance && !args.cover_both ? blocks - 1 - b : b] = sum;
   }
 
@@ -262,8 +256,8 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
   if (args.gamma < 1) {
     const Part part(n, rank, RANKS);
     FindThreshold<RANKS>(shared, part.begin, part.end, false, args.gamma, value);
-    const RadixCut& cut = shared.cut;
-    tokens = (cut.crosses ? static_cast<int>(cut.above + cut.Equal(args.gamma, false)) : n) + 1;
+    const RadixThreshold& threshold = shared.threshold;
+    tokens = (threshold.passes ? static_cast<int>(threshold.above + threshold.Equal(args.gamma, false)) : n) + 1;
   }
   if (threadIdx.x == 0 && rank == 0) {
     const int most = args.most_blocks == 0 ? blocks : min(blocks, args.most_blocks);
@@ -273,7 +267,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
 
 // Whether pooled keys foretell the columns: the Jensen-Shannon distance of the two is below tau.
 template <typename T>
-__device__ bool IsQueryAware(const FlexArgs& args, ChoiceShared& shared, float (&partial)[kThreads / 256][256],
+__device__ bool IsQueryAware(const BlockChoiceArgs& args, ChoiceShared& shared, float (&partial)[kThreads / 256][256],
                              const DeviceSequence& s, int head, const float* by_column, float* logits) {
   const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
@@ -294,8 +288,7 @@ __device__ bool IsQueryAware(const FlexArgs& args, ChoiceShared& shared, float (
   }
   __syncthreads();
 
-  const int64_t base = kv * args.mean_rows + MeanBase(p.cu_seqlens_k && !p.block_table, s.index, s.k_begin,
-                                                      p.max_seqlen_k, a.rules.block_size);
+  const int64_t base = kv * args.mean_rows + MeanBase(p, s, a.rules.block_size);
   const T* const means = static_cast<const T*>(args.k_means) + base * args.pitch;
   // Some lanes a row, 16 bytes each; several rows are on their way before the first is used.
   constexpr int kInFlight = 4;
@@ -329,8 +322,7 @@ __device__ bool IsQueryAware(const FlexArgs& args, ChoiceShared& shared, float (
       largest = fmaxf(largest, z);
     }
   }
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  largest = WarpMax(largest);
   __syncthreads();
   if (lane == 0) partial[0][threadIdx.x / 32] = largest;
   __syncthreads();
@@ -350,7 +342,7 @@ __device__ bool IsQueryAware(const FlexArgs& args, ChoiceShared& shared, float (
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) LinesOfBlocksKernel(const __grid_constant__ FlexArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) ChooseBlocksKernel(const __grid_constant__ BlockChoiceArgs args) {
   __shared__ ChoiceShared shared;
   __shared__ float partial[kThreads / 256][256];
   const VerticalSlashShape& a = args.shape;
@@ -364,8 +356,8 @@ __global__ void __launch_bounds__(kThreads, 1) LinesOfBlocksKernel(const __grid_
   if (threadIdx.x == 0) args.aware[index] = aware;
   for (int kind = 0; kind < 2; ++kind) {
     const int budget = aware ? min(args.least_blocks, blocks) : args.budget[index * 2 + kind];
-    uint32_t* const bits = kind == 0 ? args.choice.columns + index * 2 * args.choice.words
-                                     : args.choice.distances + index * args.choice.distance_words;
+    uint32_t* const bits = kind == 0 ? args.choice.verticals + index * 2 * args.choice.words
+                                     : args.choice.slashes + index * args.choice.slash_words;
     const float* const values = by_block + kind * args.block_room;
     WriteLargest<1>(shared, blocks, 1, budget, bits, [&](int i) { return values[i]; });
     __syncthreads();
@@ -374,16 +366,16 @@ __global__ void __launch_bounds__(kThreads, 1) LinesOfBlocksKernel(const __grid_
 
 template <int RANKS>
 __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
-    LinesOfTokensKernel(const __grid_constant__ TokenArgs args) {
+    ChooseTokensKernel(const __grid_constant__ TokenChoiceArgs args) {
   __shared__ ChoiceShared shared;
   const VerticalSlashShape& a = args.shape;
   DeviceSequence s;
   if (!Place(a, s)) return;
   const int line = blockIdx.x / RANKS, rank = blockIdx.x % RANKS;
   const int head = line / 2, n = s.k_len, own = args.table ? head : 0;
-  if (TestBit(args.skipped, head % kMaxLineHeads)) return;
+  if (TestBit(args.skipped, head % kMaxTableHeads)) return;
   const int64_t index = s.index * a.d.p.q_heads + head;
-  const LineReader reader(a, args.column, args.diagonal, s, head);
+  const SumsReader reader(a, args.vertical_sums, args.slash_sums, s, head);
   const int size = a.rules.block_size, blocks = s.Blocks(a.rules);
   // The bits of a set of `count` things that body tells of, by all CTAs.
   auto write = [&](int count, uint32_t* to, auto&& body) {
@@ -395,23 +387,23 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
   };
 
   if (line % 2 == 0) {
-    uint32_t* const tokens = args.column_tokens + index * args.token_words;
-    WriteLargest<RANKS>(shared, n, kMInferenceColumns, args.columns[own], tokens,
-                        [&](int t) { return reader.Column(t); });
+    uint32_t* const tokens = args.vertical_tokens + index * args.token_words;
+    WriteLargest<RANKS>(shared, n, args.first_verticals, args.verticals[own], tokens,
+                        [&](int t) { return reader.Vertical(t); });
     Ranks<RANKS>::Sync(); // makes the cluster's words visible to it
-    write(blocks, args.choice.columns + index * 2 * args.choice.words,
+    write(blocks, args.choice.verticals + index * 2 * args.choice.words,
           [&](int b) { return AnyBit(tokens, b * size, min((b + 1) * size, n) - 1); });
     return;
   }
-  uint32_t* const tokens = args.distance_tokens + index * args.token_words;
-  WriteLargest<RANKS>(shared, n, kMInferenceDistances, args.distances[own], tokens,
-                      [&](int distance) { return reader.Diagonal(n - 1 - distance); });
+  uint32_t* const tokens = args.slash_tokens + index * args.token_words;
+  WriteLargest<RANKS>(shared, n, args.near_slashes, args.slashes[own], tokens,
+                      [&](int distance) { return reader.Slash(n - 1 - distance); });
   Ranks<RANKS>::Sync();
   // A whole tile whose first position is x crosses a block that begins at y by distances x - y - (B - 1) .. x - y +
   // 127.
   const int step = args.phase_step, rest = s.prefix % step;
   for (int phase = 0; phase < size / step; ++phase) {
-    uint32_t* const to = args.choice.distances + (index * (size / step) + phase) * args.choice.distance_words;
+    uint32_t* const to = args.choice.slashes + (index * (size / step) + phase) * args.choice.slash_words;
     write(blocks + kCrossingsBefore, to, [&](int i) {
       const int apart = (i - kCrossingsBefore) * size + phase * step + rest;
       return apart > -kTileRows && AnyBit(tokens, max(0, apart - size + 1), min(apart + kTileRows, n) - 1);
@@ -424,7 +416,7 @@ bool ManyTokens(const Problem& p) { return p.max_seqlen_k > 32768; }
 
 } // namespace
 
-cudaError_t LaunchFlexChoice(const FlexArgs& args, cudaStream_t stream) {
+cudaError_t LaunchBlockChoice(const BlockChoiceArgs& args, cudaStream_t stream) {
   const Problem& p = args.shape.d.p;
   const unsigned heads = static_cast<unsigned>(p.q_heads), batch = static_cast<unsigned>(p.batch);
   if (ManyTokens(p)) {
@@ -434,20 +426,20 @@ cudaError_t LaunchFlexChoice(const FlexArgs& args, cudaStream_t stream) {
   }
   if (cudaError_t e = cudaGetLastError()) return e;
   if (p.q.dtype == FP_BF16) {
-    LinesOfBlocksKernel<__nv_bfloat16><<<dim3(heads, batch), kThreads, 0, stream>>>(args);
+    ChooseBlocksKernel<__nv_bfloat16><<<dim3(heads, batch), kThreads, 0, stream>>>(args);
   } else {
-    LinesOfBlocksKernel<__half><<<dim3(heads, batch), kThreads, 0, stream>>>(args);
+    ChooseBlocksKernel<__half><<<dim3(heads, batch), kThreads, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }
 
-cudaError_t LaunchTokenChoice(const TokenArgs& args, cudaStream_t stream) {
+cudaError_t LaunchTokenChoice(const TokenChoiceArgs& args, cudaStream_t stream) {
   const Problem& p = args.shape.d.p;
   const unsigned heads = static_cast<unsigned>(p.q_heads), batch = static_cast<unsigned>(p.batch);
   if (ManyTokens(p)) {
-    LinesOfTokensKernel<kRanks><<<dim3(2 * kRanks * heads, batch), kThreads, 0, stream>>>(args);
+    ChooseTokensKernel<kRanks><<<dim3(2 * kRanks * heads, batch), kThreads, 0, stream>>>(args);
   } else {
-    LinesOfTokensKernel<1><<<dim3(2 * heads, batch), kThreads, 0, stream>>>(args);
+    ChooseTokensKernel<1><<<dim3(2 * heads, batch), kThreads, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }

@@ -11,35 +11,28 @@
 //
 // A CTA is one warpgroup with 64 rows of one head, and steps over the key blocks that they see, 64 at a time: a word of
 // the mask. Heads that are not query-aware end at once, so a launch costs them a few microseconds.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/attend.h"
-#include "cuda/sm90/lines.h"
-#include "cuda/sm90/panels.cuh"
-#include "cuda/sm90/radix.cuh"
+#include "cuda/common/launch.h"
+#include "cuda/common/numbers.cuh"
+#include "cuda/common/radix_threshold.cuh"
+#include "cuda/common/swizzled_rows.cuh"
+#include "cuda/sm90/vertical_slash/args.h"
 
 namespace flashprefill::cuda {
 namespace {
 
-constexpr int kRows = 64; // of the map a CTA
+constexpr int kRows = kMapRows;
 constexpr int kWarps = kPanelThreads / 32;
 constexpr int kColumns = 8;      // of a lane that pools: 16 bytes
 constexpr int kFlushSteps = 512; // after which no sum of 32 bits can have passed its range
 
-enum MapLook { kStart, kSearch, kEqual, kBits };
-
-__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float ToFloat(__half x) { return __half2float(x); }
+enum MapPass { kStart, kSearch, kEqual, kBits };
 
 __device__ inline int QueryBlocks(const VerticalSlashShape& a, const DeviceSequence& s) {
   return a.rules.by_block(s.q_len + a.rules.block_size - 1);
 }
 
 __device__ inline int RowBase(const VerticalSlashShape& a, int b) { // of the map
-  const Problem& p = a.d.p;
-  const int64_t q_begin = p.cu_seqlens_q ? Clamp(p.cu_seqlens_q[b], 0, p.total_q) : b * p.max_seqlen_q;
-  return a.rules.by_block(static_cast<int>(q_begin)) + b;
+  return a.rules.by_block(QueryBegin(a.d.p, b)) + b;
 }
 
 // A warp: the mean of one block of query rows, rounded once. The first of a head also clears what is added up later.
@@ -52,7 +45,7 @@ __global__ void __launch_bounds__(kPanelThreads) PoolRowsKernel(const __grid_con
   const DeviceSequence s = SequenceAt(a.d, SequenceOfSlot(p.batch, slot, [&](int b) { return RowBase(a, b); }));
   const int row = slot - RowBase(a, s.index), size = a.rules.block_size;
   const int64_t index = s.index * p.q_heads + head;
-  if (row < 0 || row >= QueryBlocks(a, s) || KeepsAll(a, s) || !args.aware[index]) return;
+  if (row < 0 || row >= QueryBlocks(a, s) || KeepsEverything(a, s) || !args.aware[index]) return;
   if (row == 0) {
     if (lane == 0) args.state[index] = MapState{};
     for (int i = lane; i < kRadixBins; i += 32)
@@ -103,9 +96,7 @@ struct MapPanel {
     return a.rules.by_block(s.prefix + min((r + 1) * a.rules.block_size, s.q_len) - 1) + 1;
   }
   __device__ int PanelBase(int b) const {
-    const Problem& p = a.d.p;
-    const int64_t q_begin = p.cu_seqlens_q ? Clamp(p.cu_seqlens_q[b], 0, p.total_q) : b * p.max_seqlen_q;
-    return args.by_panel(static_cast<int>(q_begin)) + b;
+    return args.by_panel(QueryBegin(a.d.p, b)) + b;
   }
 
   __device__ bool Place(char* memory) {
@@ -116,12 +107,11 @@ struct MapPanel {
     first = (slot - PanelBase(s.index)) * kRows;
     rows = min(kRows, QueryBlocks(a, s) - first);
     index = s.index * p.q_heads + head;
-    if (first < 0 || rows <= 0 || KeepsAll(a, s) || !args.aware[index]) return false;
+    if (first < 0 || rows <= 0 || KeepsEverything(a, s) || !args.aware[index]) return false;
     row = head * args.row_room + RowBase(a, s.index) + first;
     queries = static_cast<const T*>(args.q_means) + row * args.pitch;
     const int kv = head / (p.q_heads / p.kv_heads);
-    const int64_t base = kv * args.mean_rows + MeanBase(p.cu_seqlens_k && !p.block_table, s.index, s.k_begin,
-                                                        p.max_seqlen_k, a.rules.block_size);
+    const int64_t base = kv * args.mean_rows + MeanBase(p, s, a.rules.block_size);
     keys = static_cast<const T*>(args.k_means) + base * args.pitch;
     shared = memory;
     CopyRows<PANELS, kRows>(shared, p.head_dim, queries,
@@ -163,7 +153,7 @@ struct MapShared {
   float2 partial[kWarps][kRows]; // largest, and sum of exponentials
   RadixBins bins;
   RadixScan<kPanelThreads> scan;
-  RadixCut cut;
+  RadixThreshold threshold;
   uint32_t above[kRows][2], equal[kRows][2], number[kRows];
   bool last;
 };
@@ -192,7 +182,7 @@ __device__ inline bool IsLast(MapState& state, int panels, MapShared& shared) {
   return shared.last;
 }
 
-template <typename T, int PANELS, MapLook LOOK>
+template <typename T, int PANELS, MapPass PASS>
 __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant__ MapArgs args, int level) {
   extern __shared__ char raw[];
   __shared__ MapShared shared;
@@ -200,16 +190,16 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
   if (!panel.Place(AlignedShared(raw))) return;
   const VerticalSlashShape& a = args.shape;
   MapState& state = args.state[panel.index];
-  if ((LOOK == kSearch && !state.crosses) || (LOOK == kEqual && (!state.crosses || state.equal == 0))) return;
-  const bool all = LOOK == kStart ? args.gamma >= 1 : !state.crosses;
-  const uint32_t prefix = LOOK == kStart ? 0 : state.prefix;
+  if ((PASS == kSearch && !state.passes) || (PASS == kEqual && (!state.passes || state.equal == 0))) return;
+  const bool all = PASS == kStart ? args.gamma >= 1 : !state.passes;
+  const uint32_t prefix = PASS == kStart ? 0 : state.prefix;
   const int panels = (QueryBlocks(a, panel.s) + kRows - 1) / kRows;
   const double limit = static_cast<double>(args.gamma) * QueryBlocks(a, panel.s);
   const int j = threadIdx.x;
   if (j < kRows) {
     shared.seen[j] = j < panel.rows ? panel.SeenBy(panel.first + j) : 0;
-    shared.lse[j] = LOOK != kStart && j < panel.rows ? args.lse[panel.row + j] : INFINITY;
-    shared.number[j] = LOOK == kBits && j < panel.rows && !all && state.equal > 0 ? args.equal[panel.row + j] : 0;
+    shared.lse[j] = PASS != kStart && j < panel.rows ? args.lse[panel.row + j] : INFINITY;
+    shared.number[j] = PASS == kBits && j < panel.rows && !all && state.equal > 0 ? args.equal[panel.row + j] : 0;
   }
   __syncthreads();
 
@@ -217,7 +207,7 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
 #pragma unroll
     for (int i = 0; i < kRows / 2; ++i) {
       if (step * kRows + KeyOfEntry(i) < shared.seen[RowOfEntry(i)]) {
-        const float score = d[i] * a.scale_log2;
+        const float score = d[i] * a.exponent_scale;
         body(i, fabsf(score) < INFINITY ? Exp2(score - shared.lse[RowOfEntry(i)]) : 0.f);
       }
     }
@@ -230,7 +220,7 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
     panel.ForSteps([&](int step, const float(&d)[kRows / 2]) {
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) {
-        const float score = d[i] * a.scale_log2;
+        const float score = d[i] * a.exponent_scale;
         if (step * kRows + KeyOfEntry(i) < shared.seen[RowOfEntry(i)] && fabsf(score) < INFINITY) {
           float2& x = sum[i / 4 * 2 + i % 2];
           x = JoinSums(x, {score, 1});
@@ -296,22 +286,22 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
   };
   auto next_digit = [&] {
     if (!IsLast(state, panels, shared)) return;
-    if (j == 0) shared.cut = level == 0 ? RadixCut::Start() : RadixCut{state.sum, state.above, prefix, true};
+    if (j == 0) shared.threshold = level == 0 ? RadixThreshold::Start() : RadixThreshold{state.sum, state.above, prefix, true};
     __syncthreads();
     uint32_t* const counts = args.counts + panel.index * kRadixBins;
     uint64_t* const rests = args.rests + panel.index * kRadixBins;
-    Descend<kPanelThreads>(shared.cut, level, limit, shared.scan, [&](int digit, uint32_t& count, double& mass) {
+    Descend<kPanelThreads>(shared.threshold, level, limit, shared.scan, [&](int digit, uint32_t& count, double& mass) {
       count = __ldcg(&counts[digit]);
       mass = MassOfBin(level, prefix, digit, count, __ldcg(&rests[digit]));
       counts[digit] = 0;
       rests[digit] = 0;
     });
     if (j == 0) {
-      state.sum = shared.cut.sum;
-      state.above = shared.cut.above;
-      state.prefix = shared.cut.prefix;
-      state.crosses = shared.cut.crosses;
-      state.equal = level == kRadixLevels - 1 ? shared.cut.Equal(limit, false) : 0;
+      state.sum = shared.threshold.sum;
+      state.above = shared.threshold.above;
+      state.prefix = shared.threshold.prefix;
+      state.passes = shared.threshold.passes;
+      state.equal = level == kRadixLevels - 1 ? shared.threshold.Equal(limit, false) : 0;
     }
   };
 
@@ -367,43 +357,43 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
     });
   };
 
-  if constexpr (LOOK == kStart) {
+  if constexpr (PASS == kStart) {
     clear_mask();
     if (all) {
-      if (j == 0) state.crosses = 0;
+      if (j == 0) state.passes = 0;
       return;
     }
     denominators();
   }
-  if constexpr (LOOK == kStart || LOOK == kSearch) {
+  if constexpr (PASS == kStart || PASS == kSearch) {
     digits();
     next_digit();
-  } else if constexpr (LOOK == kEqual) {
+  } else if constexpr (PASS == kEqual) {
     equal_of_rows();
   } else {
     bits();
   }
 }
 
-template <typename T, int PANELS, MapLook LOOK>
-cudaError_t LaunchLook(const MapArgs& args, int level, cudaStream_t stream) {
-  constexpr int kBytes = MapPanel<T, PANELS>::kBytes + 1024;
-  const auto kernel = MapKernel<T, PANELS, LOOK>;
-  if (cudaError_t e = UseShared(kernel, kBytes)) return e;
+template <typename T, int PANELS, MapPass PASS>
+cudaError_t LaunchPass(const MapArgs& args, int level, cudaStream_t stream) {
+  constexpr int kBytes = MapPanel<T, PANELS>::kBytes + kOperandAlign;
+  const auto kernel = MapKernel<T, PANELS, PASS>;
+  if (cudaError_t e = AllowSharedOnly(kernel, kBytes)) return e;
   const dim3 grid(static_cast<unsigned>(args.panel_room), static_cast<unsigned>(args.shape.d.p.q_heads));
   kernel<<<grid, kPanelThreads, kBytes, stream>>>(args, level);
   return cudaGetLastError();
 }
 
 template <typename T, int PANELS>
-cudaError_t LaunchLooks(const MapArgs& args, cudaStream_t stream) {
-  if (cudaError_t e = LaunchLook<T, PANELS, kStart>(args, 0, stream)) return e;
+cudaError_t LaunchPasses(const MapArgs& args, cudaStream_t stream) {
+  if (cudaError_t e = LaunchPass<T, PANELS, kStart>(args, 0, stream)) return e;
   if (args.gamma < 1) {
-    if (cudaError_t e = LaunchLook<T, PANELS, kSearch>(args, 1, stream)) return e;
-    if (cudaError_t e = LaunchLook<T, PANELS, kSearch>(args, 2, stream)) return e;
-    if (cudaError_t e = LaunchLook<T, PANELS, kEqual>(args, 0, stream)) return e;
+    if (cudaError_t e = LaunchPass<T, PANELS, kSearch>(args, 1, stream)) return e;
+    if (cudaError_t e = LaunchPass<T, PANELS, kSearch>(args, 2, stream)) return e;
+    if (cudaError_t e = LaunchPass<T, PANELS, kEqual>(args, 0, stream)) return e;
   }
-  return LaunchLook<T, PANELS, kBits>(args, 0, stream);
+  return LaunchPass<T, PANELS, kBits>(args, 0, stream);
 }
 
 template <typename T>
@@ -412,9 +402,9 @@ cudaError_t LaunchAll(const MapArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(DivUp<int64_t>(args.row_room, kWarps)), static_cast<unsigned>(p.q_heads));
   PoolRowsKernel<T><<<grid, kPanelThreads, 0, stream>>>(args);
   if (cudaError_t e = cudaGetLastError()) return e;
-  return p.head_dim <= 64    ? LaunchLooks<T, 1>(args, stream)
-         : p.head_dim <= 128 ? LaunchLooks<T, 2>(args, stream)
-                             : LaunchLooks<T, 4>(args, stream);
+  return p.head_dim <= 64    ? LaunchPasses<T, 1>(args, stream)
+         : p.head_dim <= 128 ? LaunchPasses<T, 2>(args, stream)
+                             : LaunchPasses<T, 4>(args, stream);
 }
 
 } // namespace

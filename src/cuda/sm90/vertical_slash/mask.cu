@@ -2,8 +2,8 @@
 // is in block f, its block b is crossed by what lies f - b back: so the blocks of a row are a set of distances, read
 // backwards. Forced blocks and dense tails join here, A-shape heads are ranges of bits, and what a query-aware head's
 // map has put there stays.
-#include "cuda/sm90/keep.cuh"
-#include "cuda/sm90/lines.h"
+#include "cuda/sm90/energies/keep.cuh"
+#include "cuda/sm90/vertical_slash/args.h"
 
 namespace flashprefill::cuda {
 namespace {
@@ -18,18 +18,18 @@ __device__ inline uint32_t Backwards(const uint32_t* bits, int last) {
   return __brev(__funnelshift_l(low, high, 31 - last % 32));
 }
 
-__global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant__ LineMaskArgs args) {
+__global__ void __launch_bounds__(kThreads) VerticalSlashMaskKernel(const __grid_constant__ VerticalSlashMaskArgs args) {
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
   const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
   const TileRules& rules = a.rules;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  auto keeps_all = [&](const DeviceSequence& s) { return args.nothing_chosen || KeepsAll(a, s); };
+  auto keeps_everything = [&](const DeviceSequence& s) { return args.keeps_everything || KeepsEverything(a, s); };
   if (args.fallback && thread < p.batch) {
     const DeviceSequence s = SequenceAt(a.d, static_cast<int>(thread));
-    args.fallback[thread] = s.bad ? FP_BAD_SEQUENCE : keeps_all(s) ? FP_FALLBACK_SHORT : FP_SELECTED;
+    args.fallback[thread] = s.bad ? FP_BAD_SEQUENCE : keeps_everything(s) ? FP_FALLBACK_SHORT : FP_SELECTED;
   }
-  if (args.zeroed && thread == 0) *args.zeroed = 0;
+  if (args.attend_counter && thread == 0) *args.attend_counter = 0;
   const int64_t row = thread / 32;
   if (row >= int64_t{p.q_heads} * rules.tile_rows) return;
   const int head = static_cast<int>(row / rules.tile_rows), tile_row = static_cast<int>(row % rules.tile_rows);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant
   if (m < 0 || m >= s.Tiles(rules)) return;
 
   const DeviceTile tile = TileAt(p, rules, s, m);
-  const bool all = keeps_all(s) || m >= FirstDenseTile(rules, s);
+  const bool all = keeps_everything(s) || m >= FirstDenseTile(rules, s);
   const int own = args.table ? head : 0, size = rules.block_size;
   const int64_t index = s.index * p.q_heads + head;
   const bool has_bits = args.aware && !all && args.aware[index];
@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant
 
   // Blocks [32 group, 32 group + 32) that distances cross.
   auto by_blocks = [&](int group) {
-    const uint32_t* const distances = args.choice.distances + index * args.choice.distance_words;
+    const uint32_t* const distances = args.choice.slashes + index * args.choice.slash_words;
     uint32_t word = 0;
     for (int d = first_block - args.cover_both; d <= last_block; ++d) word |= Backwards(distances, d - 32 * group);
     return word;
   };
   auto by_tokens = [&](int group) {
-    const uint32_t* const tokens = args.distance_tokens + index * args.token_words;
+    const uint32_t* const tokens = args.slash_tokens + index * args.token_words;
     auto crossed = [&](int b) {
       return AnyBit(tokens, max(0, first - min((b + 1) * size, s.k_len) + 1), last - b * size);
     };
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant
       return word;
     }
     const int phases = size / args.phase_step, phase = (first - first_block * size) / args.phase_step;
-    word = Backwards(args.choice.distances + (index * phases + phase) * args.choice.distance_words,
+    word = Backwards(args.choice.slashes + (index * phases + phase) * args.choice.slash_words,
                      first_block + kCrossingsBefore - 32 * group);
     const int end = tile.visible - 1; // the last block may be short
     if (end / 32 == group && (end + 1) * size > s.k_len) {
@@ -73,13 +73,13 @@ __global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant
     return word;
   };
   auto chosen = [&](int group) {
-    if (args.pattern[own] == kNearAndFirst) {
+    if (args.pattern[own] == kAShape) {
       const int near = max(0, first - args.nearest[own] + 1) / size; // positions are below 2^30
       const int until = min(rules.by_block(min(args.first[own], 1 << 30) + size - 1), tile.visible);
       return RangeBits(0, until, 32 * group) | RangeBits(near, tile.visible, 32 * group);
     }
-    const uint32_t columns = args.choice.columns[index * 2 * args.choice.words + group];
-    return columns | (args.distance_tokens ? by_tokens(group) : by_blocks(group));
+    const uint32_t columns = args.choice.verticals[index * 2 * args.choice.words + group];
+    return columns | (args.slash_tokens ? by_tokens(group) : by_blocks(group));
   };
 
   uint32_t* const bits = reinterpret_cast<uint32_t*>(args.bits + row * args.words);
@@ -102,12 +102,12 @@ __global__ void __launch_bounds__(kThreads) LineMaskKernel(const __grid_constant
 
 } // namespace
 
-cudaError_t LaunchLineMask(const LineMaskArgs& args, cudaStream_t stream) {
+cudaError_t LaunchVerticalSlashMask(const VerticalSlashMaskArgs& args, cudaStream_t stream) {
   const Problem& p = args.shape.d.p;
   const int64_t rows = int64_t{p.q_heads} * args.shape.rules.tile_rows;
   const int64_t grid = std::max(DivUp<int64_t>(rows, kWarps), DivUp<int64_t>(p.batch, kThreads));
   if (grid == 0) return cudaSuccess;
-  LineMaskKernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args);
+  VerticalSlashMaskKernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

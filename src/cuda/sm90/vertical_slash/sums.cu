@@ -15,19 +15,17 @@
 // the lower key in the next is the same distance, so that half of the sums are made before. A lane adds up three
 // distances, 64 apart, over half of the rows; a distance that the next step's keys find too is carried there. Every sum
 // has one order, whatever else runs: no atomics.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <limits>
 
-#include "cuda/sm90/lines.h"
-#include "cuda/sm90/panels.cuh"
+#include "cuda/common/launch.h"
+#include "cuda/common/numbers.cuh"
+#include "cuda/common/swizzled_rows.cuh"
+#include "cuda/sm90/vertical_slash/args.h"
 
 namespace flashprefill::cuda {
 namespace {
 
 constexpr int kWarps = kPanelThreads / 32;
-constexpr float kLargeSum = 1.2e30f; // 2^100: some hundred million such sums still fit a float
 constexpr int kRingStages = 2;
 constexpr int kShareRows = 32; // 8 warp + lane / 4: a thread's lower key, whose upper one has joined it
 
@@ -35,10 +33,8 @@ constexpr int kShareRows = 32; // 8 warp + lane / 4: a thread's lower key, whose
 // each, falls on all banks.
 constexpr int SharePitch(int columns) { return columns + 71; }
 
-__device__ inline bool IsFinite(float x) { return fabsf(x) < INFINITY; }
-
 // The work of a CTA.
-struct LineUnit {
+struct SumsUnit {
   DeviceSequence sequence;
   int kv, head, first_row; // the first of its rows
   int slot, first_slot;    // of the sequence
@@ -46,7 +42,7 @@ struct LineUnit {
   int64_t index;           // (head, part)
 };
 
-__device__ inline bool PlaceUnit(const LineSumsArgs& args, LineUnit& unit) {
+__device__ inline bool PlaceUnit(const SumsArgs& args, SumsUnit& unit) {
   const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;
   const int units_per_kv = p.q_heads / p.kv_heads * a.parts;
@@ -56,8 +52,8 @@ __device__ inline bool PlaceUnit(const LineSumsArgs& args, LineUnit& unit) {
   unit.index = int64_t{unit.kv} * units_per_kv + of_kv;
   unit.head = static_cast<int>(unit.index / a.parts);
   unit.first_row = static_cast<int>(unit.index % a.parts) * a.columns;
-  if (TestBit(args.skipped, unit.head % kMaxLineHeads)) return false;
-  const bool packed = p.cu_seqlens_k && !p.block_table;
+  if (TestBit(args.skipped, unit.head % kMaxTableHeads)) return false;
+  const bool packed = PackedKeys(p);
   const int b =
       packed ? SequenceOfSlot(p.batch, unit.slot, [&](int i) { return SlotBase(a, i); }) : a.by_slots(unit.slot);
   unit.sequence = SequenceAt(a.d, b);
@@ -65,7 +61,7 @@ __device__ inline bool PlaceUnit(const LineSumsArgs& args, LineUnit& unit) {
   const int index = unit.slot - unit.first_slot;
   unit.begin = index * a.chunk;
   const int keys = min(a.chunk, unit.sequence.k_len - unit.begin);
-  if (index < 0 || keys <= 0 || KeepsAll(a, unit.sequence)) return false;
+  if (index < 0 || keys <= 0 || KeepsEverything(a, unit.sequence)) return false;
   unit.steps = (keys + kProductRows - 1) / kProductRows;
   return true;
 }
@@ -73,13 +69,13 @@ __device__ inline bool PlaceUnit(const LineSumsArgs& args, LineUnit& unit) {
 // The ring of keys and the rows, in shared memory. A thread copies the same 16 bytes of keys a fixed number apart, so
 // that where keys lie evenly it finds the next one by an addition.
 template <typename T, int PANELS, int COLUMNS>
-struct LineProduct {
+struct SumsProduct {
   static constexpr int kRowBytes = kPanelBytes<PANELS, COLUMNS>, kStageBytes = kPanelBytes<PANELS, kProductRows>;
   static constexpr int kBytes = kRowBytes + kRingStages * kStageBytes;
   static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
 
   const VerticalSlashShape& a;
-  const LineUnit& unit;
+  const SumsUnit& unit;
   char* shared;
   int chunk, key;       // of 16 bytes; the next key to be copied
   bool wanted;          // whether rows have that chunk
@@ -88,7 +84,7 @@ struct LineProduct {
   uint32_t ring, place; // of shared memory; of the first key's chunk in a stage, but for the swizzle
   int swizzle;
 
-  __device__ LineProduct(const VerticalSlashShape& shape, const LineUnit& u, char* memory)
+  __device__ SumsProduct(const VerticalSlashShape& shape, const SumsUnit& u, char* memory)
       : a(shape), unit(u), shared(memory) {
     const Problem& p = a.d.p;
     const int first = threadIdx.x / kChunks;
@@ -124,12 +120,10 @@ struct LineProduct {
       for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce, next += apart) copy(i, next);
       return;
     }
-    const int32_t* const table = p.block_table + unit.sequence.index * p.block_table_stride;
 #pragma unroll 8
     for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce) {
-      const int index = a.by_page(min(key, unit.sequence.k_len - 1)), page = table[index];
-      const int64_t in_cache = page >= 0 && page < p.page_count ? page : 0;
-      copy(i, next + in_cache * p.k.stride[0] + (key - index * p.page_size) * p.k.stride[1]);
+      const int index = a.by_page(min(key, unit.sequence.k_len - 1));
+      copy(i, next + PageAt(p, unit.sequence.index, index) * p.k.stride[0] + (key - index * p.page_size) * p.k.stride[1]);
     }
   }
 
@@ -154,13 +148,13 @@ template <typename T, int PANELS, int COLUMNS>
 __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
                                                  : COLUMNS == 64 ? 4
                                                                  : 3)
-    RowSumsKernel(const __grid_constant__ LineSumsArgs args) {
+    RowSumsKernel(const __grid_constant__ SumsArgs args) {
   extern __shared__ char raw[];
   __shared__ float reference[kWarps][COLUMNS], partial[kWarps][COLUMNS];
   const VerticalSlashShape& a = args.shape;
-  LineUnit unit;
+  SumsUnit unit;
   if (!PlaceUnit(args, unit)) return;
-  LineProduct<T, PANELS, COLUMNS> product(a, unit, AlignedShared(raw));
+  SumsProduct<T, PANELS, COLUMNS> product(a, unit, AlignedShared(raw));
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
   float* const mine = reference[warp];
   for (int j = lane; j < COLUMNS; j += 32) mine[j] = -INFINITY;
@@ -179,7 +173,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
       for (int e = 0; e < 2; ++e) {
         const float offset = e ? -base.y : -base.x;
         x[2 * c + e] =
-            Exp2(fmaf(d[4 * c + e], a.scale_log2, offset)) + Exp2(fmaf(d[4 * c + 2 + e], a.scale_log2, offset));
+            Exp2(fmaf(d[4 * c + e], a.exponent_scale, offset)) + Exp2(fmaf(d[4 * c + 2 + e], a.exponent_scale, offset));
         check += x[2 * c + e];
       }
     }
@@ -196,7 +190,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
       float z[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.scale_log2;
+        const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.exponent_scale;
         z[half] = j + 8 * half < seen && IsFinite(score) ? score : -INFINITY;
       }
       const float old = mine[j];
@@ -234,7 +228,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
 
 // Where the softmax of row j is measured from, so that its shares sum to 1 / rows: of all chunks together. A row that
 // is not there, or has no finite score, gets +inf: its shares are 0.
-__device__ inline float Denominator(const LineSumsArgs& args, const LineUnit& unit, int j) {
+__device__ inline float Denominator(const SumsArgs& args, const SumsUnit& unit, int j) {
   const VerticalSlashShape& a = args.shape;
   const int rows = min(a.rows, unit.sequence.q_len);
   if (unit.first_row + j >= rows) return INFINITY;
@@ -253,14 +247,14 @@ template <typename T, int PANELS, int COLUMNS>
 __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
                                                  : COLUMNS == 64 ? 3
                                                                  : 2)
-    LineSumsKernel(const __grid_constant__ LineSumsArgs args) {
+    ShareSumsKernel(const __grid_constant__ SumsArgs args) {
   extern __shared__ char raw[];
   __shared__ float denominator[COLUMNS];
   const VerticalSlashShape& a = args.shape;
-  LineUnit unit;
+  SumsUnit unit;
   if (!PlaceUnit(args, unit)) return;
   char* const memory = AlignedShared(raw);
-  LineProduct<T, PANELS, COLUMNS> product(a, unit, memory);
+  SumsProduct<T, PANELS, COLUMNS> product(a, unit, memory);
   float* const shares = reinterpret_cast<float*>(memory + product.kBytes);
   if (threadIdx.x < COLUMNS) denominator[threadIdx.x] = Denominator(args, unit, threadIdx.x);
 
@@ -275,8 +269,8 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
   constexpr int kTurns = COLUMNS == 64 ? 2 : 3;
   float carry[3] = {}; // of the distances `from` of the steps to come
   const int64_t slot = unit.index * a.slot_count + unit.slot;
-  float* const column = args.column + slot * a.chunk;
-  float* const diagonal = args.diagonal + slot * (a.chunk + COLUMNS);
+  float* const column = args.vertical_sums + slot * a.chunk;
+  float* const diagonal = args.slash_sums + slot * (a.chunk + COLUMNS);
 
   // Shares into shared memory, and their sums by key.
   float d[COLUMNS / 2], by_key[2];
@@ -292,8 +286,8 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float score = d[4 * c + 2 * half + e];
-          x[half][e] = Exp2(fmaf(score, a.scale_log2, e ? -base.y : -base.x));
-          if (careful && !(8 * c + pair + e + 8 * half < seen && IsFinite(score * a.scale_log2))) x[half][e] = 0;
+          x[half][e] = Exp2(fmaf(score, a.exponent_scale, e ? -base.y : -base.x));
+          if (careful && !(8 * c + pair + e + 8 * half < seen && IsFinite(score * a.exponent_scale))) x[half][e] = 0;
           by_key[half] += x[half][e];
         }
       }
@@ -338,29 +332,29 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
   if (COLUMNS > 64) store(carry[1], (unit.steps + 1) * kProductRows);
 }
 
-using Kernel = void (*)(LineSumsArgs);
+using Kernel = void (*)(SumsArgs);
 
 template <typename T, int PANELS, int COLUMNS>
-cudaError_t LaunchBoth(const LineSumsArgs& args, int64_t grid, cudaStream_t stream) {
-  constexpr int kRows = LineProduct<T, PANELS, COLUMNS>::kBytes + 1024;
-  constexpr int kLines = kRows + kShareRows * SharePitch(COLUMNS) * 4;
+cudaError_t LaunchBoth(const SumsArgs& args, int64_t grid, cudaStream_t stream) {
+  constexpr int kRows = SumsProduct<T, PANELS, COLUMNS>::kBytes + kOperandAlign;
+  constexpr int kVerticalSlash = kRows + kShareRows * SharePitch(COLUMNS) * 4;
   const auto launch = [&](Kernel kernel, int bytes) {
-    if (cudaError_t e = UseShared(kernel, bytes)) return e;
+    if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;
     kernel<<<static_cast<unsigned>(grid), kPanelThreads, static_cast<size_t>(bytes), stream>>>(args);
     return cudaGetLastError();
   };
   if (cudaError_t e = launch(RowSumsKernel<T, PANELS, COLUMNS>, kRows)) return e;
-  return launch(LineSumsKernel<T, PANELS, COLUMNS>, kLines);
+  return launch(ShareSumsKernel<T, PANELS, COLUMNS>, kVerticalSlash);
 }
 
 template <typename T, int PANELS>
-cudaError_t LaunchColumns(const LineSumsArgs& args, int64_t grid, cudaStream_t stream) {
+cudaError_t LaunchColumns(const SumsArgs& args, int64_t grid, cudaStream_t stream) {
   return args.shape.columns == 64 ? LaunchBoth<T, PANELS, 64>(args, grid, stream)
                                   : LaunchBoth<T, PANELS, 128>(args, grid, stream);
 }
 
 template <typename T>
-cudaError_t LaunchPanels(const LineSumsArgs& args, int64_t grid, cudaStream_t stream) {
+cudaError_t LaunchPanels(const SumsArgs& args, int64_t grid, cudaStream_t stream) {
   const int head_dim = args.shape.d.p.head_dim;
   return head_dim <= 64    ? LaunchColumns<T, 1>(args, grid, stream)
          : head_dim <= 128 ? LaunchColumns<T, 2>(args, grid, stream)
@@ -369,7 +363,7 @@ cudaError_t LaunchPanels(const LineSumsArgs& args, int64_t grid, cudaStream_t st
 
 } // namespace
 
-cudaError_t LaunchLineSums(const LineSumsArgs& args, cudaStream_t stream) {
+cudaError_t LaunchSums(const SumsArgs& args, cudaStream_t stream) {
   const Problem& p = args.shape.d.p;
   const int64_t grid = int64_t{args.shape.slot_count} * p.q_heads * args.shape.parts;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;

@@ -6,11 +6,11 @@
  *
  * Conventions
  *   - Descriptors are plain structs whose first field is their own size: set it with sizeof. The functions fp_*_init do
- *     that and fill the defaults; later versions of the library append fields and read only what the caller's size
- * covers.
+ *     that and fill the defaults; later versions of the library append fields and read only what the
+ *     caller's size covers.
  *   - Strides count elements, not bytes. Lengths count tokens.
- *   - No call allocates, synchronises or reads an environment variable: results, masks and scratch memory are the
- * caller's.
+ *   - No call allocates, synchronises or reads an environment variable: results, masks and scratch memory are
+ *     the caller's.
  *   - A bad argument is refused before any work, with nothing written; fp_last_error() then says in one line which
  *     argument, what it was and what it must be.
  *   - Functions may be called from many threads at once, on different outputs and workspaces.
@@ -21,6 +21,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "policies.h"
 
 #if defined(_WIN32)
 #define FP_API __declspec(dllexport)
@@ -105,7 +107,7 @@ typedef struct fp_problem {
   const int32_t* block_table;  /* [batch, pages_per_seq]: page of each run of page_size tokens; or NULL */
   int64_t block_table_stride;  /* elements from one sequence's row to the next */
   int32_t pages_per_seq;       /* columns of block_table */
-  int32_t page_size;           /* tokens a page */
+  int32_t page_size;           /* tokens per page */
   int64_t page_count;          /* pages in the cache; entries of block_table are below it */
   const uint8_t* final_chunks; /* [batch], host memory: final_chunk of each sequence; NULL: final_chunk holds for all */
 } fp_problem;
@@ -130,179 +132,32 @@ typedef struct fp_exec {
 
 /* ---------------------------------------------------------------- policies */
 
-typedef enum fp_policy_kind {
-  FP_DENSE = 0,
-  FP_STREAMING = 1,
-  FP_FLASHPREFILL = 2,
-  FP_SKETCH = 3,
-  FP_FLEXPREFILL = 4,
-  FP_MINFERENCE = 5,
-  FP_XATTENTION = 8,
-  FP_RRATTENTION = 9,
-  FP_SPARGE_ATTN = 10,
-  FP_PRISM = 11,
-  FP_SAMPLE_ATTENTION = 12
-} fp_policy_kind;
-
-/* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
- * tile below is the key block of its last row. */
-typedef struct fp_policy {
-  uint32_t struct_size;      /* of the whole policy, this head included */
-  int32_t kind;              /* fp_policy_kind */
-  int32_t block_size;        /* keys a block: a multiple of 16 from 16 to 1024 */
-  int32_t sink_blocks;       /* the first so many blocks are kept */
-  int32_t window_blocks;     /* from window_blocks - 1 before the block of the tile's first row up to the last block */
-  int32_t dense_tail_blocks; /* the last ceil(dense_tail_blocks * block_size / tile rows) tiles of a final chunk are
-                                dense */
-  int32_t share_heads;       /* 1: the query heads of a KV head share one list, their rows packed into tiles of 128 */
-  int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
-} fp_policy;
-
-/* Everything is kept. */
-typedef struct fp_dense {
-  fp_policy common;
-} fp_dense;
-
-/* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
-typedef struct fp_streaming {
-  fp_policy common;
-} fp_streaming;
-
-/* FlashPrefill, arXiv 2603.06199: mean-pooled keys, energies summed over the rows of a tile, kept from alpha times the
- * tile's largest energy. query_pool = 1 is the paper; larger values score means of so many query rows. */
-typedef struct fp_flashprefill {
-  fp_policy common;
-  float alpha;        /* in [0, inf) */
-  int32_t query_pool; /* rows a mean: 1 .. 128 */
-  int32_t min_blocks; /* at least the top so many visible blocks */
-  int32_t reserved;
-} fp_flashprefill;
-
-/* Sketch: FlashPrefill whose key blocks are described by their outliers (the keys farthest from the mean) beside the
- * mean and variance of the rest. One of alpha, mass and gain decides; the others are NaN.
- *
- * gain: from the largest energy down, a block is kept while share * sqrt(rest) >= gain, where share is the block's
- * share of the tile's energy and rest the share of all blocks from it on. query_metric: distances from the mean weigh
- * dimension d by the sum of q_d^2 over the last rows of all tiles of the KV head's query heads, so that outliers are
- * keys that some query can tell from the mean. */
-typedef struct fp_sketch {
-  fp_policy common;
-  float alpha;        /* in [0, inf), or NaN */
-  float mass;         /* in (0, 1]: the smallest set of blocks with this share of the tile's energy; or NaN */
-  int32_t outliers;   /* 0 .. 16 */
-  int32_t query_pool; /* 1 .. 128 */
-  int32_t min_blocks;
-  float gain;           /* in (0, 1), or NaN */
-  int32_t query_metric; /* 0 or 1 */
-  int32_t reserved;
-} fp_sketch;
-
-/* FlexPrefill, arXiv 2502.20766: each head looks at the softmax of its last block_size query rows. Where pooled queries
- * and keys foretell it (Jensen-Shannon distance below tau) the head is query-aware, and blocks are kept by pooled
- * scores until they hold the share gamma of the head's whole map; else it keeps columns of blocks and diagonals of
- * blocks, as many as it takes tokens to hold gamma of those rows' mass. Heads choose for themselves: share_heads must
- * be 0. */
-typedef enum fp_flex_cover {
-  FP_COVER_FIRST = 0, /* a slash line keeps the nearer one of the two block diagonals that it crosses, as published */
-  FP_COVER_BOTH = 1   /* both */
-} fp_flex_cover;
-
-typedef struct fp_flexprefill {
-  fp_policy common;
-  float gamma; /* in (0, 1] */
-  float tau;   /* at least 0; 0: no head is query-aware */
-  int32_t
-      min_budget; /* tokens: at least so many in columns and in diagonals, rounded up to blocks, at least one block */
-  int32_t max_budget; /* tokens: at most so many; 0: no limit */
-  int32_t cover;      /* fp_flex_cover */
-  int32_t reserved;
-} fp_flexprefill;
-
-/* MInference, arXiv 2407.02490: each head has a pattern of its own, found once for a model. Heads choose for
- * themselves: share_heads must be 0. */
-typedef enum fp_minference_pattern {
-  FP_VERTICAL_SLASH = 0, /* a columns and b diagonals of tokens, by the softmax of the last 64 query rows */
-  FP_A_SHAPE = 1,        /* the first a tokens and the nearest b */
-  FP_BLOCK_SPARSE = 2    /* a blocks of each block of queries, by pooled scores; b is not read */
-} fp_minference_pattern;
-
-typedef struct fp_minference_head {
-  int32_t pattern; /* fp_minference_pattern */
-  int32_t a, b;    /* at least 0 */
-} fp_minference_head;
-
-typedef enum fp_rounding {
-  FP_ROUND_BLOCKS = 0, /* columns and diagonals become the blocks that hold some of them */
-  FP_ROUND_TOKENS = 1  /* they stay tokens: the mask's verticals and slashes. Without mean_correction; on FP_CPU */
-} fp_rounding;
-
-typedef struct fp_minference {
-  fp_policy common;
-  int32_t vertical; /* without a list of heads all are FP_VERTICAL_SLASH with a = vertical, b = slash */
-  int32_t slash;
-  int32_t head_count;              /* q_heads, or 0: no list */
-  int32_t rounding;                /* fp_rounding */
-  const fp_minference_head* heads; /* [head_count], host memory that lives until the call returns; or NULL */
-} fp_minference;
-
-/* XAttention, arXiv 2503.16428: queries and keys in cells of `stride` tokens, a pair of cells scored by the sum of its
- * anti-diagonal, softmax over each row of cells, and blocks kept by descending mass until they hold `threshold` of the
- * tile's; the forced blocks are counted first. Heads choose for themselves: share_heads must be 0. */
-typedef struct fp_xattention {
-  fp_policy common;
-  float threshold;              /* in [0, 1]; 0: the forced blocks alone */
-  float norm;                   /* scores are divided by stride * norm; above 0 */
-  int32_t stride;               /* tokens a cell: 4, 8, 16, 32, 64 or 128, and a divisor of block_size */
-  int32_t head_count;           /* q_heads, or 0: no list */
-  const float* head_thresholds; /* [head_count], in place of threshold; host memory that lives until the call returns;
-                                   or NULL */
-} fp_xattention;
-
-/* RRAttention, arXiv 2602.05853: as XAttention, but a row of the grid is one query, whose place in its cell moves on
- * from head to head, and a key cell is its mean. The smallest set of blocks with `threshold` of the tile's mass is
- * kept. share_heads must be 0. */
-typedef struct fp_rrattention {
-  fp_policy common;
-  float threshold; /* in (0, 1] */
-  int32_t stride;  /* as XAttention's */
-} fp_rrattention;
-
-/* SpargeAttn, arXiv 2502.18137, its first stage: blocks by the softmax of mean query times mean key, where the tokens
- * of a block are alike. Key blocks of tokens that are not alike are kept; and so is everything for such a tile of
- * queries. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
-typedef struct fp_sparge_attn {
-  fp_policy common;
-  float similarity; /* in [-1, 1]: tokens are alike where their mean cosine is above it */
-  float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
-  float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
-  int32_t reserved;
-} fp_sparge_attn;
-
-/* Prism, arXiv 2602.08426: mean query times mean key in two bands of rotary frequencies, each with a softmax of its
- * own, and the union of what they keep. share_heads must be 0. */
-typedef struct fp_prism {
-  fp_policy common;
-  float mass;          /* in (0, 1]: the smallest set of blocks with this share of a band's probability */
-  int32_t rotary_dim;  /* the first so many dimensions are rotated; even, at most head_dim; 0: head_dim */
-  int32_t high_pairs;  /* rotary pairs of the high band, fastest first; 0: half of them */
-  int32_t low_pairs;   /* of the low band, slowest first, beside what is not rotated; 0: three quarters of them */
-  int32_t interleaved; /* 0: dimension i is paired with i + rotary_dim / 2; 1: 2i with 2i + 1 */
-  int32_t reserved;
-} fp_prism;
-
-/* SampleAttention, arXiv 2406.15486: the exact softmax of sampled query rows, summed by key block and by distance in
- * blocks; the smallest sets of columns and of diagonals with `coverage` of the mass are kept, beside a window.
- * share_heads must be 0. */
-typedef struct fp_sample_attention {
-  fp_policy common;
-  float coverage;      /* in (0, 1] */
-  float sample_ratio;  /* in (0, 1]: share of the query rows that are sampled */
-  float window_ratio;  /* in [0, 1]: tokens before a tile that are kept, as a share of the sequence's keys */
-  int32_t sample_rows; /* rows sampled at the end of each segment of about sample_rows / sample_ratio rows: 1 .. 128 */
-} fp_sample_attention;
-
-/* Fill a policy with its published defaults. policy points at the struct of that kind, size is its sizeof. */
+/* The structs of all policies are in policies.h. Fill one with its published defaults: policy points at the struct of
+ * that kind, size is its sizeof. */
 FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);
+
+/* The name of a method in text ("prism"), by index from 0 on; NULL past the end. *kind, if kind is not NULL, becomes
+ * its fp_policy_kind. */
+FP_API const char* fp_policy_name(int32_t index, int32_t* kind);
+
+/* Describe a field of the policies of this kind, by index from 0 on: the method's own fields first, then those of
+ * fp_policy that it has. FP_INVALID_ARGUMENT past the end. */
+FP_API fp_status fp_policy_field_at(int32_t kind, int32_t index, fp_policy_field* field);
+
+/* Read a policy from text, such as "prism" or "prism(mass=0.9, sink_blocks=2)". The name may be in upper or lower case.
+ * Fields that are not named keep their defaults, and a given alternative (Sketch's alpha) unsets the others. Values are
+ * numbers, true and false, the names of a choice, none where a field may be unset, and lists for tables
+ * ("xattention(head_thresholds=[0.9, 0.8])", "minference(heads=[[0, 1000, 6096], [1, 128, 1024]])").
+ *
+ * *needed, if needed is not NULL, becomes the bytes that the policy takes: its struct, and its tables behind it. With
+ * policy NULL nothing is written. Otherwise policy points at size bytes, aligned to 8, and size must be at least that;
+ * pointers to tables lead into the same memory. */
+FP_API fp_status fp_policy_parse(const char* text, void* policy, size_t size, size_t* needed);
+
+/* Write a policy as text that fp_policy_parse reads back: what decides (alpha, mass, ...) and what is not a default.
+ * Returns the length of the whole text; writes at most size bytes of it, with a final zero. 0 for a policy that
+ * fp_policy_parse would refuse. */
+FP_API size_t fp_policy_print(const fp_policy* policy, char* text, size_t size);
 
 /* ---------------------------------------------------------------- block mask */
 
@@ -321,19 +176,19 @@ typedef enum fp_fallback {
  *
  * A mask head is a query head, or with share_heads a KV head. A tile is tile_tokens query tokens of one sequence: 128,
  * or with share_heads floor(128 / group), whose rows are those tokens times the group's heads, heads fastest. Tile m of
- * sequence b is row fp_tile_base(b) + m, where fp_tile_base(b) = (rows of q before sequence b) / tile_tokens + b. So
- * rows need no prefix sums, a few of them stay unused, and tile_rows = total_q / tile_tokens + batch. Bit j of word w
- * of a row is block 64 w + j. Bits of blocks that no row of the tile may see are zero when select wrote the mask, and
+ * sequence b is row base + m of each head, with base = (rows of q before sequence b) / tile_tokens + b. So rows need no
+ * prefix sums, at most one per sequence stays unused, and tile_rows = total_q / tile_tokens + batch. Bit j of word w of
+ * a row is block 64 w + j. Bits of blocks that no row of the tile may see are zero when select wrote the mask, and
  * ignored when attend reads it. */
 typedef struct fp_block_mask {
   uint32_t struct_size;
   int32_t heads;           /* mask heads */
-  int32_t tile_tokens;     /* query tokens a tile */
-  int32_t block_size;      /* keys a block */
+  int32_t tile_tokens;     /* query tokens per tile */
+  int32_t block_size;      /* keys per block */
   int32_t share_heads;     /* 0 or 1 */
   int32_t mean_correction; /* 0 or 1: blocks whose bit is zero, and visible to the whole tile, count by their means */
   int64_t tile_rows;
-  int64_t words;     /* 64-bit words a row */
+  int64_t words;     /* 64-bit words per row */
   uint64_t* bits;    /* [heads, tile_rows, words] */
   int32_t* counts;   /* [heads, tile_rows]: bits set; written by select; may be NULL */
   int32_t* fallback; /* [batch]: fp_fallback; written by select; may be NULL */

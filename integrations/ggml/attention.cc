@@ -114,7 +114,7 @@ Attention::~Attention() {
 ggml_status Attention::Compute(ggml_tensor* node, int64_t full_batch, Stats& stats) try {
   const ggml_tensor *q = node->src[0], *mask = node->src[3];
   const int64_t rows = q->ne[1], streams = q->ne[3];
-  const fp_policy& policy = options_.policy.common;
+  const fp_policy& policy = options_.policy();
   const int64_t sink_keys = int64_t{policy.sink_blocks} * policy.block_size;
   // Engines fill a batch with one sequence after the other. So a run that ends before its micro-batch does, or in one
   // that is not full, ends its prompt. Streams share a micro-batch equally; what is left over is less than a row each.
@@ -184,7 +184,7 @@ void Attention::SetKeys(const ggml_tensor* tensor, int64_t stream, const Run& ru
 // False, after a warning, if flashprefill refuses: then nothing has been written.
 bool Attention::ComputeRun(ggml_tensor* node, int64_t stream, const Run& run, bool final_chunk, Stats& stats) {
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2];
-  const fp_policy& policy = options_.policy.common;
+  const fp_policy& policy = options_.policy();
   const int32_t keys = static_cast<int32_t>(run.cells.size());
   const bool gathered = !run.contiguous();
 

@@ -1,21 +1,16 @@
-// Options are read in two passes: `policy` first, wherever it stands, because it says which of the others there are.
+// Reads options: the plugin's own here, those of policies by the library's one text form.
 #include "options.h"
 
-#include <cmath>
 #include <cstdlib>
 #include <fstream>
-#include <functional>
-#include <limits>
-#include <map>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace flashprefill::ggml {
 namespace {
 
-constexpr const char* kPolicyNames[] = {"dense", "streaming", "flashprefill", "sketch"}; // by fp_policy_kind
-constexpr const char* kFinalNames[] = {"never", "short", "always"};                      // by FinalChunk
-constexpr float kUnset = std::numeric_limits<float>::quiet_NaN();
+constexpr const char* kFinalNames[] = {"never", "short", "always"}; // by FinalChunk
 
 std::string Trim(const std::string& text) {
   const size_t begin = text.find_first_not_of(" \t\r"), end = text.find_last_not_of(" \t\r");
@@ -30,13 +25,6 @@ int64_t WholeNumber(const std::string& name, const std::string& value) {
   char* end;
   const long long number = std::strtoll(value.c_str(), &end, 10);
   if (value.empty() || *end || number < 0 || number > 1 << 24) Refuse(name, value, "a whole number from 0 to 2^24");
-  return number;
-}
-
-float Number(const std::string& name, const std::string& value) {
-  char* end;
-  const float number = std::strtof(value.c_str(), &end);
-  if (value.empty() || *end || !std::isfinite(number)) Refuse(name, value, "a number");
   return number;
 }
 
@@ -62,102 +50,105 @@ std::vector<int64_t> Layers(const std::string& name, const std::string& value) {
   return layers;
 }
 
-using Setter = std::function<void(const std::string& name, const std::string& value)>;
-
-// What there is to set, for the policy that is chosen.
-std::map<std::string, Setter> Setters(Options& o) {
-  std::map<std::string, Setter> all;
-  const auto whole = [&](const char* name, int32_t& field) {
-    all[name] = [&field](auto& n, auto& value) { field = static_cast<int32_t>(WholeNumber(n, value)); };
-  };
-  const auto number = [&](const char* name, float& field, float* other = nullptr) {
-    all[name] = [&field, other](auto& n, auto& value) {
-      field = Number(n, value);
-      if (other) *other = kUnset;
-    };
-  };
-  fp_policy& common = o.policy.common;
-  all["policy"] = [](auto&, auto&) {}; // set before the others
-  all["min_rows"] = [&o](auto& n, auto& value) { o.min_rows = WholeNumber(n, value); };
-  all["min_keys"] = [&o](auto& n, auto& value) { o.min_keys = WholeNumber(n, value); };
-  all["dense_layers"] = [&o](auto& n, auto& value) { o.dense_layers = Layers(n, value); };
-  all["final_chunk"] = [&o](auto& n, auto& value) {
-    o.final_chunk = static_cast<FinalChunk>(Choice(n, value, kFinalNames));
-  };
-  all["log"] = [&o](auto& n, auto& value) { o.log = Choice(n, value, {"0", "1"}) == 1; };
-  whole("block_size", common.block_size);
-  if (common.kind == FP_DENSE) return all;
-  whole("sink_blocks", common.sink_blocks);
-  whole("window_blocks", common.window_blocks);
-  whole("dense_tail_blocks", common.dense_tail_blocks);
-  whole("share_heads", common.share_heads);
-  whole("mean_correction", common.mean_correction);
-  if (common.kind == FP_FLASHPREFILL) {
-    number("alpha", o.policy.flashprefill.alpha);
-    whole("query_pool", o.policy.flashprefill.query_pool);
-    whole("min_blocks", o.policy.flashprefill.min_blocks);
-  } else if (common.kind == FP_SKETCH) {
-    number("alpha", o.policy.sketch.alpha, &o.policy.sketch.mass);
-    number("mass", o.policy.sketch.mass, &o.policy.sketch.alpha);
-    whole("outliers", o.policy.sketch.outliers);
-    whole("query_pool", o.policy.sketch.query_pool);
-    whole("min_blocks", o.policy.sketch.min_blocks);
+// Calls body(name, value) for each option of a text. Commas inside brackets belong to the value.
+template <typename Body>
+void ForOptions(const std::string& text, const Body& body) {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    line = line.substr(0, line.find('#')) + ",";
+    int depth = 0;
+    for (size_t begin = 0, i = 0; i < line.size(); ++i) {
+      depth += (line[i] == '(' || line[i] == '[') - (line[i] == ')' || line[i] == ']');
+      if (line[i] != ',' || (depth > 0 && i + 1 < line.size())) continue;
+      const std::string item = Trim(line.substr(begin, i - begin));
+      begin = i + 1;
+      if (item.empty()) continue;
+      const size_t equals = item.find('=');
+      if (equals == std::string::npos) Refuse("an option", item, "name = value");
+      body(Trim(item.substr(0, equals)), Trim(item.substr(equals + 1)));
+    }
   }
-  return all;
 }
 
-// Lets the library judge the policy's numbers, on the smallest problem that there is.
-void CheckPolicy(const fp_policy& policy) {
-  fp_problem p;
-  fp_problem_init(&p);
-  float element = 0;
-  p.batch = p.q_heads = p.kv_heads = p.head_dim = 1;
-  p.total_q = p.max_seqlen_q = p.max_seqlen_k = 1;
-  p.softmax_scale = 1;
-  p.q = p.k = p.v = {&element, FP_F32, 0, {1, 1, 1, 1}};
-  size_t bytes;
-  if (fp_select_workspace(&p, &policy, nullptr, &bytes) != FP_OK) throw std::invalid_argument(fp_last_error());
+// The fields of a method, by name.
+std::map<std::string, fp_policy_field> FieldsOf(int32_t kind) {
+  std::map<std::string, fp_policy_field> fields;
+  fp_policy_field field;
+  for (int32_t i = 0; fp_policy_field_at(kind, i, &field) == FP_OK; ++i) fields[field.name] = field;
+  return fields;
+}
+
+// The plugin's own options. Returns false for a name that is none of them.
+bool SetOwn(Options& o, const std::string& name, const std::string& value) {
+  if (name == "min_rows") {
+    o.min_rows = WholeNumber(name, value);
+  } else if (name == "min_keys") {
+    o.min_keys = WholeNumber(name, value);
+  } else if (name == "dense_layers") {
+    o.dense_layers = Layers(name, value);
+  } else if (name == "final_chunk") {
+    o.final_chunk = static_cast<FinalChunk>(Choice(name, value, kFinalNames));
+  } else if (name == "log") {
+    o.log = Choice(name, value, {"0", "1"}) == 1;
+  } else {
+    return false;
+  }
+  return true;
 }
 
 } // namespace
 
-Options::Options() { fp_policy_init(FP_FLASHPREFILL, &policy, sizeof(fp_flashprefill)); }
+Options::Options() { SetPolicy("flashprefill"); }
 
+// A name alone, or a policy as text, "sketch(alpha=0.3)". Its fields begin from their defaults.
+void Options::SetPolicy(const std::string& text) {
+  const size_t open = text.find('(');
+  name_ = Trim(text.substr(0, open));
+  fields_.clear();
+  ParsePolicy();
+  if (open == std::string::npos) return;
+  if (text.back() != ')') Refuse("policy", text, "a name, or a name with fields in brackets");
+  ForOptions(text.substr(open + 1, text.size() - open - 2),
+             [&](const std::string& name, const std::string& value) { SetField(name, value); });
+}
+
+void Options::SetField(const std::string& name, const std::string& value) {
+  const std::map<std::string, fp_policy_field> known = FieldsOf(policy().kind);
+  const auto field = known.find(name);
+  if (field == known.end()) {
+    std::string all;
+    for (const auto& [other, unused] : known) all += (all.empty() ? "" : ", ") + other;
+    throw std::invalid_argument("there is no option '" + name + "'; policy " + name_ + " has " + all +
+                                ", and the plugin policy, min_rows, min_keys, dense_layers, final_chunk, log");
+  }
+  for (const auto& [other, about] : known) { // one alternative takes the place of another
+    if (about.flags & field->second.flags & FP_FIELD_ALTERNATIVE) fields_.erase(other);
+  }
+  fields_[name] = value;
+}
+
+void Options::ParsePolicy() {
+  std::string text;
+  for (const auto& [name, value] : fields_) text += (text.empty() ? "" : ", ") + name + "=" + value;
+  text = name_ + "(" + text + ")";
+  size_t bytes;
+  if (fp_policy_parse(text.c_str(), nullptr, 0, &bytes) != FP_OK) throw std::invalid_argument(fp_last_error());
+  auto storage = std::make_shared<std::vector<uint64_t>>((bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t));
+  fp_policy_parse(text.c_str(), storage->data(), bytes, nullptr);
+  storage_ = std::move(storage); // copies of these options share it, since its tables are pointed to from inside
+}
+
+// `policy` comes first, wherever it stands, because it says which fields there are.
 void Options::Apply(const std::string& text, const std::string& from) try {
-  std::vector<std::pair<std::string, std::string>> pairs;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    std::istringstream items(line.substr(0, line.find('#')));
-    for (std::string item; std::getline(items, item, ',');) {
-      if (Trim(item).empty()) continue;
-      const size_t equals = item.find('=');
-      if (equals == std::string::npos) Refuse("an option", Trim(item), "name = value");
-      pairs.emplace_back(Trim(item.substr(0, equals)), Trim(item.substr(equals + 1)));
-    }
-  }
   Options changed = *this;
-  for (const auto& [name, value] : pairs) {
-    if (name != "policy") continue;
-    const int kind = Choice(name, value, kPolicyNames);
-    fp_policy_init(kind, &changed.policy,
-                   kind == FP_SKETCH         ? sizeof(fp_sketch)
-                   : kind == FP_FLASHPREFILL ? sizeof(fp_flashprefill)
-                   : kind == FP_STREAMING    ? sizeof(fp_streaming)
-                                             : sizeof(fp_dense));
-  }
-  const std::map<std::string, Setter> setters = Setters(changed);
-  for (const auto& [name, value] : pairs) {
-    const auto setter = setters.find(name);
-    if (setter == setters.end()) {
-      std::string all;
-      for (const auto& [known, unused] : setters) all += (all.empty() ? "" : ", ") + known;
-      throw std::invalid_argument("there is no option '" + name + "'; policy " +
-                                  kPolicyNames[changed.policy.common.kind] + " has " + all);
-    }
-    setter->second(name, value);
-  }
-  CheckPolicy(changed.policy.common);
-  *this = changed;
+  ForOptions(text, [&](const std::string& name, const std::string& value) {
+    if (name == "policy") changed.SetPolicy(value);
+  });
+  ForOptions(text, [&](const std::string& name, const std::string& value) {
+    if (name != "policy" && !SetOwn(changed, name, value)) changed.SetField(name, value);
+  });
+  changed.ParsePolicy();
+  *this = std::move(changed);
 } catch (const std::invalid_argument& error) {
   throw std::invalid_argument(from + ": " + error.what());
 }
@@ -169,25 +160,10 @@ void Options::ApplyFile(const std::string& path) {
 }
 
 std::string Options::Describe() const {
-  std::ostringstream line;
-  const fp_policy& p = policy.common;
-  line << "policy=" << kPolicyNames[p.kind];
-  if (p.kind == FP_FLASHPREFILL) {
-    line << " alpha=" << policy.flashprefill.alpha << " query_pool=" << policy.flashprefill.query_pool;
-  } else if (p.kind == FP_SKETCH) {
-    const bool by_mass = !std::isnan(policy.sketch.mass);
-    line << (by_mass ? " mass=" : " alpha=") << (by_mass ? policy.sketch.mass : policy.sketch.alpha)
-         << " query_pool=" << policy.sketch.query_pool;
-  }
-  line << " block_size=" << p.block_size;
-  if (p.kind != FP_DENSE) {
-    line << " sink_blocks=" << p.sink_blocks << " window_blocks=" << p.window_blocks
-         << " dense_tail_blocks=" << p.dense_tail_blocks << " share_heads=" << p.share_heads
-         << " mean_correction=" << p.mean_correction;
-  }
-  line << " final_chunk=" << kFinalNames[static_cast<int>(final_chunk)] << " min_rows=" << min_rows
-       << " min_keys=" << min_keys;
-  return line.str();
+  std::string text(fp_policy_print(&policy(), nullptr, 0), ' ');
+  fp_policy_print(&policy(), text.data(), text.size() + 1);
+  return "policy=" + text + " final_chunk=" + kFinalNames[static_cast<int>(final_chunk)] +
+         " min_rows=" + std::to_string(min_rows) + " min_keys=" + std::to_string(min_keys);
 }
 
 } // namespace flashprefill::ggml

@@ -1,5 +1,4 @@
 // The C ABI: each function checks its arguments, finds the backend and calls it. No exception leaves this file.
-#include <bit>
 #include <chrono>
 #include <cstring>
 #include <new>
@@ -7,11 +6,11 @@
 
 #include "core/backend.h"
 #include "core/error.h"
-#include "core/policies.h"
+#include "core/mask_stats.h"
+#include "core/method.h"
 #include "core/threads.h"
 #include "core/types.h"
 #include "core/validate.h"
-#include "core/vertical_slash.h"
 #include "flashprefill/flashprefill.h"
 
 namespace flashprefill {
@@ -37,68 +36,12 @@ fp_status Guard(Body&& body) {
   }
 }
 
-const Backend* FindBackend(const char* name) {
-  for (const Backend* backend : Backends()) {
-    if (name && std::strcmp(backend->name, name) == 0) return backend;
-  }
-  return nullptr;
-}
-
-std::string BackendNames() {
-  std::string names;
-  for (const Backend* backend : Backends()) names += (names.empty() ? "" : ", ") + std::string(backend->name);
-  return names;
-}
-
-std::string Joined(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
-  return text;
-}
-
 Exec ExecOf(const Exec* exec) {
   ValidateExec(exec);
   Exec e{};
   fp_exec_init(&e);
   if (exec) e = *exec;
   return e;
-}
-
-// The backend that exec names, or the best available one for the problem's memory.
-const Backend& BackendFor(const Problem& p, const Exec& exec) {
-  const Backend* chosen = nullptr;
-  if (exec.backend) {
-    chosen = FindBackend(exec.backend);
-    if (!chosen) Refuse("exec.backend", exec.backend, "one of " + BackendNames());
-    if (chosen->device != p.device) {
-      Refuse("exec.backend", exec.backend,
-             std::string("a backend for ") + (p.device == FP_CUDA ? "CUDA" : "CPU") + " memory");
-    }
-    if (!chosen->available())
-      Refuse("exec.backend", exec.backend, "one that can run here: " + chosen->describe(), FP_UNSUPPORTED);
-  } else {
-    for (const Backend* backend : Backends()) {
-      if (backend->device == p.device && backend->available() && (!chosen || backend->rank > chosen->rank))
-        chosen = backend;
-    }
-    if (!chosen) {
-      std::string why;
-      for (const Backend* backend : Backends()) {
-        if (backend->device == p.device) why += std::string("; ") + backend->name + ": " + backend->describe();
-      }
-      throw Error(FP_UNSUPPORTED, std::string("device is ") + (p.device == FP_CUDA ? "FP_CUDA" : "FP_CPU") +
-                                      "; no backend here can work on that memory (built: " + BackendNames() + ")" +
-                                      why);
-    }
-  }
-  if (exec.target) {
-    const std::vector<std::string> targets = chosen->targets();
-    if (std::find(targets.begin(), targets.end(), exec.target) == targets.end()) {
-      Refuse("exec.target", exec.target,
-             "one that backend " + std::string(chosen->name) + " has here: " + Joined(targets));
-    }
-  }
-  return *chosen;
 }
 
 BlockMask DescribeMask(const Problem& p, const Policy& policy) {
@@ -112,7 +55,7 @@ BlockMask DescribeMask(const Problem& p, const Policy& policy) {
   m.mean_correction = policy.mean_correction;
   m.tile_rows = g.tile_rows;
   m.words = g.words;
-  const VerticalSlashRoom room = VerticalSlashRoom::Of(p, policy);
+  const VerticalSlashRoom room = VerticalSlashRoomOf(p, policy);
   m.max_verticals = static_cast<int32_t>(room.verticals);
   m.max_slashes = static_cast<int32_t>(room.slashes);
   return m;
@@ -157,10 +100,10 @@ size_t CopyText(const std::string& text, char* to, size_t size) {
   return text.size();
 }
 
-const Backend& NamedBackend(const char* name) {
-  const Backend* backend = FindBackend(name);
-  if (!backend) Refuse("backend", name ? name : "NULL", "one of " + BackendNames());
-  return *backend;
+const Method& MethodOfKind(int32_t kind) {
+  const Method* method = FindMethod(kind);
+  if (!method) Refuse("kind", kind, "one of fp_policy_kind");
+  return *method;
 }
 
 template <typename T>
@@ -210,12 +153,42 @@ void fp_stats_init(fp_stats* stats) {
 
 fp_status fp_policy_init(int32_t kind, void* policy, size_t size) {
   return Guard([&] {
-    const size_t needed = PolicySize(kind);
-    if (needed == 0) Refuse("kind", kind, "one of fp_policy_kind");
+    const Method& method = MethodOfKind(kind);
     if (!policy) Refuse("policy", "NULL", "the address of a policy");
-    if (size < needed) Refuse("size", size, "the size of that policy's struct (" + std::to_string(needed) + ")");
-    InitPolicy(kind, policy);
+    if (size < method.size)
+      Refuse("size", size, "the size of that policy's struct (" + std::to_string(method.size) + ")");
+    InitPolicy(method, *static_cast<Policy*>(policy));
   });
+}
+
+const char* fp_policy_name(int32_t index, int32_t* kind) {
+  const auto methods = Methods();
+  if (index < 0 || static_cast<size_t>(index) >= methods.size()) return nullptr;
+  if (kind) *kind = methods[index]->kind;
+  return methods[index]->name;
+}
+
+fp_status fp_policy_field_at(int32_t kind, int32_t index, fp_policy_field* field) {
+  return Guard([&] {
+    const Field* found = FieldAt(MethodOfKind(kind), index);
+    if (!found) Refuse("index", index, "from 0 to the number of fields less 1");
+    CheckPointer("field", field);
+    *field = *found;
+  });
+}
+
+fp_status fp_policy_parse(const char* text, void* policy, size_t size, size_t* needed) {
+  return Guard([&] {
+    if (!text) Refuse("text", "NULL", "a policy as text");
+    const size_t bytes = ParsePolicy(text, policy, size);
+    if (needed) *needed = bytes;
+  });
+}
+
+size_t fp_policy_print(const fp_policy* policy, char* text, size_t size) {
+  size_t length = 0;
+  Guard([&] { length = CopyText(PrintPolicy(*policy), text, size); });
+  return length;
 }
 
 fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, fp_block_mask* mask) {
@@ -240,25 +213,7 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
     CheckPointer("stats", stats);
     const Problem& p = *problem;
     if (p.device != FP_CPU) Refuse("device", p.device, "FP_CPU (0): copy the mask to the host first");
-    const Geometry g = Geometry::Of(p, *mask);
-    for (int b = 0; b < p.batch; ++b) {
-      const Sequence s = SequenceOf(p, b);
-      int64_t total = 0;
-      for (int64_t m = 0; m < g.Tiles(s); ++m) total += g.TileOf(p, s, m).visible;
-      if (stats->total) stats->total[b] = total;
-      if (stats->fallback) stats->fallback[b] = mask->fallback ? mask->fallback[b] : FP_SELECTED;
-      for (int h = 0; stats->kept && h < g.mask_heads; ++h) {
-        int64_t kept = 0;
-        for (int64_t m = 0; m < g.Tiles(s); ++m) {
-          const uint64_t* row = mask->bits + g.Row(s, h, m) * g.words;
-          const Tile tile = g.TileOf(p, s, m);
-          for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, tile.visible));
-          if (HasVerticalSlash(*mask))
-            kept += DivUp<int64_t>(VerticalSlashKeys(g, s, tile, VerticalSlash::Of(*mask, b, h), row), g.block_size);
-        }
-        stats->kept[int64_t{b} * g.mask_heads + h] = kept;
-      }
-    }
+    CountKept(p, *mask, *stats);
   });
 }
 
@@ -384,7 +339,7 @@ size_t fp_backend_describe(const char* backend, char* text, size_t size) {
 
 size_t fp_backend_targets(const char* backend, char* text, size_t size) {
   size_t length = 0;
-  Guard([&] { length = CopyText(Joined(NamedBackend(backend).targets()), text, size); });
+  Guard([&] { length = CopyText(Joined(NamedBackend(backend).targets(), " "), text, size); });
   return length;
 }
 

@@ -36,6 +36,10 @@ struct Backend {
 // All of this build, in no order.
 std::span<const Backend* const> Backends();
 
+// The backend that exec names, or the best available one for the problem's memory. Refuses what is not there.
+const Backend& BackendFor(const Problem& p, const Exec& exec);
+const Backend& NamedBackend(const char* name);
+
 // Cuts a workspace into aligned parts. With a null base it only adds up sizes, so that the query and the call share
 // code.
 class Workspace {

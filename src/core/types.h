@@ -20,7 +20,8 @@ using BlockMask = fp_block_mask;
 using Stats = fp_stats;
 using Output = fp_output;
 
-constexpr int kTileRows = 128;         // rows of a query tile: what Hopper's matrix units want, and the papers tune for
+constexpr int kTileRows = 128; // rows of a query tile: what Hopper's matrix units want, and the papers tune for
+constexpr double kLog2E = 1.4426950408889634;
 constexpr size_t kWorkspaceAlign = 64; // a cache line; every part of a workspace starts on one
 
 template <typename T>
@@ -53,6 +54,9 @@ inline Sequence SequenceOf(const Problem& p, int b) {
   s.final_chunk = p.final_chunks ? p.final_chunks[b] != 0 : p.final_chunk != 0;
   return s;
 }
+
+// What a product of q and k is multiplied by to become an exponent of two.
+inline float ExponentScale(const Problem& p) { return static_cast<float>(p.softmax_scale * kLog2E); }
 
 // Element offset of (row i of sequence s, head h) in q or out.
 inline int64_t RowOffset(const Problem& p, const int64_t* stride, const Sequence& s, int64_t i, int64_t h) {
@@ -87,7 +91,7 @@ struct Tile {
 // The geometry that a mask and a problem share.
 struct Geometry {
   int mask_heads;     // query heads, or KV heads if shared
-  int group;          // query heads a KV head
+  int group;          // query heads per KV head
   int heads_per_tile; // query heads whose rows lie in one tile: group if shared, else 1
   int tile_tokens;
   int block_size;
@@ -152,7 +156,7 @@ inline bool IsForced(const Policy& policy, const Tile& t, int64_t block) {
 }
 
 // Whether sink, window and dense tail leave nothing to select in the whole sequence.
-inline bool AllForced(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s) {
+inline bool KeepsEverything(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s) {
   for (int64_t m = g.Tiles(s) - 1; m >= 0; --m) {
     if (InDenseTail(g, policy, s, m)) continue;
     const Tile t = g.TileOf(p, s, m); // the last tile outside the tail sees the most blocks, so it decides

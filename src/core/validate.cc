@@ -7,16 +7,13 @@
 #include <string>
 
 #include "core/error.h"
-#include "core/policies.h"
-#include "core/vertical_slash.h"
+#include "core/method.h"
 
 namespace flashprefill {
 namespace {
 
-constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max(); // lengths travel as int32 in cu_seqlens
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxHeads = 65536;
-constexpr int kMaxForcedBlocks = 1 << 24; // more blocks than the longest sequence has; keeps products inside int64
 
 void CheckSize(const std::string& name, uint32_t size, size_t least) {
   if (size < least || size > least + 4096)
@@ -119,102 +116,6 @@ void CheckIndexArrays(const Problem& p) {
   }
 }
 
-// Policies whose heads choose each for itself.
-void CheckOwnHeads(const Policy& policy) {
-  if (policy.share_heads) Refuse("share_heads", 1, "0 for this policy: each of its query heads has a list of its own");
-}
-
-void CheckFlexPrefill(const fp_flexprefill& f) {
-  if (!(f.gamma > 0 && f.gamma <= 1)) Refuse("gamma", f.gamma, "above 0 and at most 1");
-  if (!(f.tau >= 0) || !std::isfinite(f.tau)) Refuse("tau", f.tau, "finite and at least 0");
-  CheckRange("min_budget", f.min_budget, 0, kMaxTokens);
-  CheckRange("max_budget", f.max_budget, 0, kMaxTokens);
-  if (f.max_budget > 0 && f.max_budget < f.min_budget) {
-    Refuse("max_budget", f.max_budget, "at least min_budget (" + std::to_string(f.min_budget) + "), or 0: no limit");
-  }
-  CheckRange("cover", f.cover, FP_COVER_FIRST, FP_COVER_BOTH);
-}
-
-void CheckMInference(const fp_minference& m, const Problem& p) {
-  CheckRange("vertical", m.vertical, 0, kMaxTokens);
-  CheckRange("slash", m.slash, 0, kMaxTokens);
-  if (m.head_count != 0 && m.head_count != p.q_heads) {
-    Refuse("head_count", m.head_count, "the problem's q_heads (" + std::to_string(p.q_heads) + "), or 0: no list");
-  }
-  CheckRange("rounding", m.rounding, FP_ROUND_BLOCKS, FP_ROUND_TOKENS);
-  if (m.rounding == FP_ROUND_TOKENS && m.common.mean_correction) {
-    Refuse("mean_correction", 1, "0 with FP_ROUND_TOKENS: parts of blocks have no mean");
-  }
-  if (m.head_count > 0 && !m.heads) Refuse("heads", "NULL", "the address of the patterns of all heads");
-  for (int h = 0; h < m.head_count; ++h) {
-    const std::string at = "heads[" + std::to_string(h) + "].";
-    CheckRange(at + "pattern", m.heads[h].pattern, FP_VERTICAL_SLASH, FP_BLOCK_SPARSE);
-    CheckRange(at + "a", m.heads[h].a, 0, kMaxTokens);
-    CheckRange(at + "b", m.heads[h].b, 0, kMaxTokens);
-  }
-}
-
-void CheckShare(const std::string& name, float value, bool zero_too) {
-  if (!(value >= 0 && value <= 1) || (!zero_too && value == 0)) {
-    Refuse(name, value, zero_too ? "at least 0 and at most 1" : "above 0 and at most 1");
-  }
-}
-
-void CheckStride(int32_t stride, int32_t block_size) {
-  if (stride < 4 || stride > kTileRows || (stride & (stride - 1)) != 0) {
-    Refuse("stride", stride, "4, 8, 16, 32, 64 or 128");
-  }
-  if (block_size % stride != 0) {
-    Refuse("stride", stride, "a divisor of block_size (" + std::to_string(block_size) + ")");
-  }
-}
-
-void CheckXAttention(const fp_xattention& x, const Problem& p) {
-  CheckShare("threshold", x.threshold, true);
-  if (!(x.norm > 0) || !std::isfinite(x.norm)) Refuse("norm", x.norm, "finite and above 0");
-  CheckStride(x.stride, x.common.block_size);
-  if (x.head_count != 0 && x.head_count != p.q_heads) {
-    Refuse("head_count", x.head_count, "the problem's q_heads (" + std::to_string(p.q_heads) + "), or 0: no list");
-  }
-  if (x.head_count > 0 && !x.head_thresholds) {
-    Refuse("head_thresholds", "NULL", "the address of the thresholds of all heads");
-  }
-  for (int h = 0; h < x.head_count; ++h) {
-    CheckShare("head_thresholds[" + std::to_string(h) + "]", x.head_thresholds[h], true);
-  }
-}
-
-void CheckRRAttention(const fp_rrattention& r) {
-  CheckShare("threshold", r.threshold, false);
-  CheckStride(r.stride, r.common.block_size);
-}
-
-void CheckSpargeAttn(const fp_sparge_attn& s) {
-  if (!(s.similarity >= -1 && s.similarity <= 1)) Refuse("similarity", s.similarity, "at least -1 and at most 1");
-  if (std::isnan(s.cdf) == std::isnan(s.topk)) {
-    Refuse("cdf", s.cdf, "given where topk is not, and NaN where topk is given: one of the two decides");
-  }
-  if (!std::isnan(s.cdf)) CheckShare("cdf", s.cdf, true);
-  if (!std::isnan(s.topk)) CheckShare("topk", s.topk, true);
-}
-
-void CheckPrism(const fp_prism& f, const Problem& p) {
-  CheckShare("mass", f.mass, false);
-  CheckRange("rotary_dim", f.rotary_dim, 0, p.head_dim);
-  if (f.rotary_dim % 2 != 0) Refuse("rotary_dim", f.rotary_dim, "even");
-  const int32_t pairs = (f.rotary_dim > 0 ? f.rotary_dim : p.head_dim) / 2;
-  CheckRange("high_pairs", f.high_pairs, 0, pairs);
-  CheckRange("low_pairs", f.low_pairs, 0, pairs);
-  CheckFlag("interleaved", f.interleaved);
-}
-
-void CheckSampleAttention(const fp_sample_attention& s) {
-  CheckShare("coverage", s.coverage, false);
-  CheckShare("sample_ratio", s.sample_ratio, false);
-  CheckShare("window_ratio", s.window_ratio, true);
-  CheckRange("sample_rows", s.sample_rows, 1, kTileRows);
-}
-
 } // namespace
 
 void ValidateProblem(const Problem* problem) {
@@ -274,63 +175,15 @@ void ValidateProblem(const Problem* problem) {
 
 void ValidatePolicy(const Policy* policy, const Problem& p) {
   if (!policy) Refuse("policy", "NULL", "a policy");
-  const size_t size = PolicySize(policy->kind);
-  if (size == 0) Refuse("policy.kind", policy->kind, "one of fp_policy_kind");
-  CheckSize("policy", policy->struct_size, size);
-  CheckRange("block_size", policy->block_size, 16, 1024);
-  if (policy->block_size % 16 != 0) Refuse("block_size", policy->block_size, "a multiple of 16");
-  CheckRange("sink_blocks", policy->sink_blocks, 0, kMaxForcedBlocks);
-  CheckRange("window_blocks", policy->window_blocks, 0, kMaxForcedBlocks);
-  CheckRange("dense_tail_blocks", policy->dense_tail_blocks, 0, kMaxForcedBlocks);
-  CheckFlag("share_heads", policy->share_heads);
-  CheckFlag("mean_correction", policy->mean_correction);
+  const Method* method = FindMethod(policy->kind);
+  if (!method) Refuse("policy.kind", policy->kind, "one of fp_policy_kind");
+  CheckSize("policy", policy->struct_size, method->size);
+  CheckFields(*method, *policy);
   if (policy->share_heads && p.q_heads / p.kv_heads > kTileRows) {
     Refuse("share_heads", 1, "0 where more than " + std::to_string(kTileRows) + " query heads share a KV head");
   }
-  if (!p.causal && policy->kind != FP_DENSE) Refuse("causal", 0, "1 for every policy but Dense");
-
-  const auto check_alpha = [](float alpha) {
-    if (!(alpha >= 0) || !std::isfinite(alpha)) Refuse("alpha", alpha, "finite and at least 0");
-  };
-  if (policy->kind == FP_FLASHPREFILL) {
-    const auto& f = *reinterpret_cast<const fp_flashprefill*>(policy);
-    check_alpha(f.alpha);
-    CheckRange("query_pool", f.query_pool, 1, kTileRows);
-    CheckRange("min_blocks", f.min_blocks, 0, kMaxForcedBlocks);
-  } else if (policy->kind == FP_SKETCH) {
-    const auto& s = *reinterpret_cast<const fp_sketch*>(policy);
-    if (!std::isnan(s.alpha) + !std::isnan(s.mass) + !std::isnan(s.gain) != 1) {
-      Refuse("mass", s.mass, "given where alpha and gain are NaN, and NaN where one of them is given: one decides");
-    }
-    if (!std::isnan(s.alpha)) check_alpha(s.alpha);
-    if (!std::isnan(s.mass) && !(s.mass > 0 && s.mass <= 1)) Refuse("mass", s.mass, "above 0 and at most 1");
-    if (!std::isnan(s.gain) && !(s.gain > 0 && s.gain < 1)) Refuse("gain", s.gain, "above 0 and below 1");
-    CheckFlag("query_metric", s.query_metric);
-    CheckRange("outliers", s.outliers, 0, 16);
-    CheckRange("query_pool", s.query_pool, 1, kTileRows);
-    CheckRange("min_blocks", s.min_blocks, 0, kMaxForcedBlocks);
-  } else if (policy->kind == FP_FLEXPREFILL) {
-    CheckOwnHeads(*policy);
-    CheckFlexPrefill(*reinterpret_cast<const fp_flexprefill*>(policy));
-  } else if (policy->kind == FP_MINFERENCE) {
-    CheckOwnHeads(*policy);
-    CheckMInference(*reinterpret_cast<const fp_minference*>(policy), p);
-  } else if (policy->kind == FP_XATTENTION) {
-    CheckOwnHeads(*policy);
-    CheckXAttention(*reinterpret_cast<const fp_xattention*>(policy), p);
-  } else if (policy->kind == FP_RRATTENTION) {
-    CheckOwnHeads(*policy);
-    CheckRRAttention(*reinterpret_cast<const fp_rrattention*>(policy));
-  } else if (policy->kind == FP_SPARGE_ATTN) {
-    CheckOwnHeads(*policy);
-    CheckSpargeAttn(*reinterpret_cast<const fp_sparge_attn*>(policy));
-  } else if (policy->kind == FP_PRISM) {
-    CheckOwnHeads(*policy);
-    CheckPrism(*reinterpret_cast<const fp_prism*>(policy), p);
-  } else if (policy->kind == FP_SAMPLE_ATTENTION) {
-    CheckOwnHeads(*policy);
-    CheckSampleAttention(*reinterpret_cast<const fp_sample_attention*>(policy));
-  }
+  if (!p.causal && !method->keeps_everything) Refuse("causal", 0, "1 for every policy but Dense");
+  if (method->check_problem) method->check_problem(*policy, p);
 }
 
 void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
@@ -394,7 +247,7 @@ void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& 
   check("mask.block_size", mask.block_size, policy.block_size);
   check("mask.share_heads", mask.share_heads, policy.share_heads);
   check("mask.mean_correction", mask.mean_correction, policy.mean_correction);
-  const VerticalSlashRoom room = VerticalSlashRoom::Of(p, policy);
+  const VerticalSlashRoom room = VerticalSlashRoomOf(p, policy);
   check("mask.max_verticals", mask.max_verticals, static_cast<int32_t>(room.verticals));
   check("mask.max_slashes", mask.max_slashes, static_cast<int32_t>(room.slashes));
 }

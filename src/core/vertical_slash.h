@@ -3,7 +3,6 @@
 #ifndef FLASHPREFILL_CORE_VERTICAL_SLASH_H_
 #define FLASHPREFILL_CORE_VERTICAL_SLASH_H_
 
-#include "core/minference.h"
 #include "core/types.h"
 
 namespace flashprefill {
@@ -22,22 +21,6 @@ inline int32_t* VerticalSlashAt(const BlockMask& m, int64_t sequence, int64_t he
 // What a policy's mask needs room for: as many as any of its heads may choose.
 struct VerticalSlashRoom {
   int64_t verticals = 0, slashes = 0;
-
-  static VerticalSlashRoom Of(const Problem& p, const Policy& policy) {
-    VerticalSlashRoom room;
-    if (policy.kind != FP_MINFERENCE) return room;
-    const auto& m = reinterpret_cast<const fp_minference&>(policy);
-    if (m.rounding != FP_ROUND_TOKENS) return room;
-    for (int64_t h = 0; h < (m.head_count > 0 ? p.q_heads : 1); ++h) {
-      const fp_minference_head head = MInferenceHead(m, h);
-      if (head.pattern != FP_VERTICAL_SLASH) continue;
-      room.verticals = std::max(room.verticals, std::max<int64_t>(head.a, kMInferenceColumns));
-      room.slashes = std::max(room.slashes, std::max<int64_t>(head.b, kMInferenceLeastDistances));
-    }
-    room.verticals = std::min(room.verticals, p.max_seqlen_k);
-    room.slashes = std::min(room.slashes, p.max_seqlen_k);
-    return room;
-  }
 };
 
 struct VerticalSlash {

@@ -139,9 +139,9 @@ void AddVerticalSlash(const AttendCall& call, const TileRows& rows, const uint64
       }
       return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], scratch.line_offset};
     };
-    call.kernels.pack_keys(rows_of(p.k), p.head_dim, 0, scratch.vertical_slash.k);
-    call.kernels.pack_values(rows_of(p.v), p.head_dim, 0, scratch.vertical_slash.v);
-    Chunk chunk = {scratch.vertical_slash.k, scratch.vertical_slash.v, count, 1, {}, nullptr, -1, nullptr};
+    call.kernels.pack_keys(rows_of(p.k), p.head_dim, 0, scratch.gathered.k);
+    call.kernels.pack_values(rows_of(p.v), p.head_dim, 0, scratch.gathered.v);
+    Chunk chunk = {scratch.gathered.k, scratch.gathered.v, count, 1, {}, nullptr, -1, nullptr};
     chunk.run[0] = {0, 0, count};
     if (scratch.line_key[count - 1] > s.prefix + rows.tile.begin) {
       for (int32_t r = 0; r < rows.count(); ++r) {
@@ -222,7 +222,7 @@ TileScratch TileScratch::Take(Workspace& memory, const AttendKernels& kernels, i
   if (has_lines) {
     t.line_key = memory.Take<int64_t>(kChunk);
     t.line_offset = memory.Take<int64_t>(kChunk);
-    t.vertical_slash = Packed::Take(memory, kernels, head_dim, kGroup);
+    t.gathered = Packed::Take(memory, kernels, head_dim, kGroup);
   }
   return t;
 }

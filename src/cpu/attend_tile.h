@@ -45,10 +45,10 @@ struct TileScratch {
   float* bias;     // [kChunk]
   float* lse;      // [kTileRows]
   float* mean;     // [kMaxHeadDim]
-  // Where the mask has lines: a chunk of keys from anywhere.
+  // Where the mask has verticals or slashes: a chunk of keys from anywhere.
   int64_t* line_key;    // [kChunk]
   int64_t* line_offset; // [kChunk]
-  Packed lines;
+  Packed gathered;
 
   static TileScratch Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim, bool has_lines);
 };

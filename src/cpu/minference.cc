@@ -1,8 +1,7 @@
 // MInference's choice for one head: see reference/minference.cc for the rules, docs/methods/minference.md for why.
-#include "core/minference.h"
-
 #include "core/vertical_slash.h"
 #include "cpu/vertical_slash.h"
+#include "methods/minference/patterns.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -21,17 +20,18 @@ void WriteLine(const HeadCall& call, int list, int64_t count) {
 void VerticalSlash(const HeadCall& call, int64_t a, int64_t b) {
   const VerticalSlashScratch& t = call.scratch;
   const int64_t keys = call.s.k_len, size = call.block_size();
-  SumVerticalSlash(call, kMInferenceRows, false);
+  SumVerticalSlash(call, methods::minference::kRows, false);
   std::reverse(t.diagonal, t.diagonal + keys); // now by distance
 
   std::fill_n(t.columns, DivUp<int64_t>(call.blocks(), 64), uint64_t{0});
   const bool in_blocks = reinterpret_cast<const fp_minference&>(call.policy).rounding == FP_ROUND_BLOCKS;
-  const int64_t columns = Best(t.column, 1, keys, kMInferenceColumns, std::max(a, kMInferenceColumns), t.ranks);
+  const int64_t columns = Best(t.column, 1, keys, methods::minference::kFirstVerticals,
+                               std::max(a, methods::minference::kFirstVerticals), t.ranks);
   if (!in_blocks) WriteLine(call, 0, columns);
   for (int64_t i = 0; in_blocks && i < columns; ++i) SetBit(t.columns, static_cast<int64_t>(t.ranks[i]) / size);
 
-  const int64_t distances =
-      Best(t.diagonal, 1, keys, kMInferenceDistances, std::max(b, kMInferenceLeastDistances), t.ranks);
+  const int64_t distances = Best(t.diagonal, 1, keys, methods::minference::kNearSlashes,
+                                 std::max(b, methods::minference::kLeastSlashes), t.ranks);
   if (!in_blocks) {
     WriteLine(call, 1, distances);
     for (int64_t m = 0; m < call.g.Tiles(call.s); ++m) FillRow(call.Row(m), call.g.words, 0);
@@ -89,7 +89,8 @@ void BlockSparse(const HeadCall& call, int64_t count) {
 } // namespace
 
 void ChooseMInference(const HeadCall& call) {
-  const fp_minference_head own = MInferenceHead(reinterpret_cast<const fp_minference&>(call.policy), call.head);
+  const fp_minference_head own =
+      methods::minference::PatternOf(reinterpret_cast<const fp_minference&>(call.policy), call.head);
   switch (own.pattern) {
     case FP_A_SHAPE:
       return AShape(call, own.a, own.b);

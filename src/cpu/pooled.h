@@ -122,7 +122,7 @@ class Pooled {
       }
     });
     for (int b = 0; mask.fallback && b < p_.batch; ++b) {
-      mask.fallback[b] = AllForced(p_, plan_.g, policy_, SequenceOf(p_, b)) ? FP_FALLBACK_SHORT : FP_SELECTED;
+      mask.fallback[b] = KeepsEverything(p_, plan_.g, policy_, SequenceOf(p_, b)) ? FP_FALLBACK_SHORT : FP_SELECTED;
     }
   }
 
@@ -157,7 +157,7 @@ class Pooled {
     const Sequence s = SequenceOf(p_, b - 1);
     Share next = before;
     next.item += plan_.g.Tiles(s) * p_.kv_heads;
-    if (AllForced(p_, plan_.g, policy_, s)) return next;
+    if (KeepsEverything(p_, plan_.g, policy_, s)) return next;
     next.run += RunsOf(s) * p_.kv_heads;
     next.panel += plan_.Panels(s);
     next.block += plan_.g.Blocks(s);

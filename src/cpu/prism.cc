@@ -2,9 +2,9 @@
 // are zero, so both bands read the same panels of mean keys; two rows a tile are too few for that to matter.
 #include <cmath>
 
-#include "core/rotary_bands.h"
 #include "cpu/policies.h"
 #include "cpu/pooled.h"
+#include "methods/prism/rotary_bands.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -19,7 +19,7 @@ class PrismSelection {
   PrismSelection(const Problem& p, const Policy& policy, const Exec& exec, void* workspace)
       : p_(p),
         policy_(reinterpret_cast<const fp_prism&>(policy)),
-        bands_(RotaryBands::Of(policy_, p.head_dim)),
+        bands_(methods::prism::RotaryBands::Of(policy_, p.head_dim)),
         parts_(workspace),
         pooled_(p, policy, exec, 0, parts_),
         squares_(parts_.Take<Squares>(pooled_.blocks() * p.kv_heads)) {}
@@ -85,7 +85,7 @@ class PrismSelection {
 
   const Problem& p_;
   const fp_prism& policy_;
-  const RotaryBands bands_;
+  const methods::prism::RotaryBands bands_;
   Workspace parts_;
   Pooled pooled_;
   Squares* squares_; // [blocks of all sequences][kv_heads]

@@ -5,12 +5,12 @@
 #include <algorithm>
 
 #include "core/backend.h"
-#include "core/row_sample.h"
 #include "cpu/policies.h"
 #include "cpu/select_keep.h"
 #include "cpu/select_kernels.h"
 #include "cpu/strided_kernels.h"
 #include "cpu/work.h"
+#include "methods/sample_attention/row_sample.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -60,7 +60,7 @@ class SampleSelection {
       SelectHead(static_cast<int>(i / p_.q_heads), static_cast<int>(i % p_.q_heads), ScratchOf(thread), mask);
     });
     for (int b = 0; mask.fallback && b < p_.batch; ++b) {
-      mask.fallback[b] = AllForced(p_, g_, policy_.common, SequenceOf(p_, b)) ? FP_FALLBACK_SHORT : FP_SELECTED;
+      mask.fallback[b] = KeepsEverything(p_, g_, policy_.common, SequenceOf(p_, b)) ? FP_FALLBACK_SHORT : FP_SELECTED;
     }
   }
 
@@ -68,7 +68,7 @@ class SampleSelection {
   // The share of sequence b, from that of the one before it.
   Share ShareOf(int b, const Share& before) const {
     const Sequence s = SequenceOf(p_, b - 1);
-    if (AllForced(p_, g_, policy_.common, s)) return before;
+    if (KeepsEverything(p_, g_, policy_.common, s)) return before;
     return {before.unit + p_.q_heads * kPairs, before.block + g_.Blocks(s)};
   }
 
@@ -106,7 +106,7 @@ class SampleSelection {
     const int64_t pair = (i - shares_[b].unit) % kPairs, blocks = g_.Blocks(s);
     float* columns = SumsOf(b, blocks, head, pair);
     std::fill_n(columns, 2 * blocks, 0.f);
-    const RowSample sample = RowSample::Of(policy_, s);
+    const methods::sample_attention::RowSample sample = methods::sample_attention::RowSample::Of(policy_, s);
     for (int64_t panel = pair; panel < sample.segments * panels_a_segment_; panel += kPairs) {
       const int64_t segment = panel / panels_a_segment_;
       const int64_t begin = sample.Begin(segment) + panel % panels_a_segment_ * kStridedLanes;
@@ -164,7 +164,7 @@ class SampleSelection {
   void SelectHead(int b, int head, const Scratch& scratch, BlockMask& mask) const {
     const Sequence s = SequenceOf(p_, b);
     const int64_t blocks = g_.Blocks(s);
-    const bool forced = AllForced(p_, g_, policy_.common, s);
+    const bool forced = KeepsEverything(p_, g_, policy_.common, s);
     if (!forced) {
       KeepItems(b, blocks, head, 0, scratch, scratch.columns);
       KeepItems(b, blocks, head, blocks, scratch, scratch.diagonals);
@@ -182,7 +182,8 @@ class SampleSelection {
             if (TestBit(scratch.diagonals, distance)) SetBit(row, own - distance);
           }
         }
-        for (int64_t block = WindowBegin(policy_, s, tile, g_.block_size); block < tile.visible; ++block) {
+        for (int64_t block = methods::sample_attention::WindowBegin(policy_, s, tile, g_.block_size);
+             block < tile.visible; ++block) {
           SetBit(row, block);
         }
         KeepForced(policy_.common, tile, row);

@@ -78,7 +78,7 @@ Memory MemoryOf(const Problem& p, const SelectPlan& plan, const Policy& policy, 
   for (int b = 0; b < p.batch; ++b) {
     const Sequence s = SequenceOf(p, b);
     items += plan.g.Tiles(s) * p.kv_heads * plan.Splits();
-    if (!plan.scores || AllForced(p, plan.g, policy, s)) continue;
+    if (!plan.scores || KeepsEverything(p, plan.g, policy, s)) continue;
     longest = std::max(longest, plan.Panels(s));
     all += plan.Panels(s);
   }
@@ -146,7 +146,7 @@ class Selection {
     int b = begin;
     for (; b < p_.batch; ++b) {
       const Sequence s = SequenceOf(p_, b);
-      const bool forced = AllForced(p_, plan_.g, policy_, s);
+      const bool forced = KeepsEverything(p_, plan_.g, policy_, s);
       const bool scored = plan_.scores && !forced;
       const int64_t panels = scored ? plan_.Panels(s) : 0;
       if (next.panel + panels > memory_.capacity) break;

@@ -4,7 +4,7 @@
 
 #include <atomic>
 
-#include "core/fallback.h"
+#include "core/method.h"
 #include "core/threads.h"
 #include "core/vertical_slash.h"
 #include "cpu/select_keep.h"

@@ -1,11 +1,11 @@
 // SpargeAttn's first stage (arXiv 2502.18137) on the CPU. K is read twice more than FlashPrefill reads it: once for its
 // mean over the sequence, and once for how much the keys of a block, less that mean, are alike. Scores need no such
 // mean: it would add the same to all scores of a row.
-#include "core/policies.h"
 #include "cpu/policies.h"
 #include "cpu/pooled.h"
 #include "cpu/similarity_kernels.h"
 #include "cpu/strided_kernels.h"
+#include "methods/sparge_attn/top_blocks.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -87,7 +87,8 @@ class SpargeSelection {
       if (!similar[block]) scratch.energies[block] = kUnranked, SetBit(row, block);
     }
     if (std::isnan(policy_.cdf)) {
-      TopK(scratch.energies, visible, TopBlocks(policy_, pooled_.plan().g.Blocks(item.s)), scratch.keys, row);
+      TopK(scratch.energies, visible, methods::sparge_attn::TopBlocks(policy_, pooled_.plan().g.Blocks(item.s)),
+           scratch.keys, row);
     } else {
       TopPExclusive(scratch.energies, visible, policy_.cdf, scratch.keys, row);
     }

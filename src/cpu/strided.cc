@@ -62,7 +62,7 @@ class StridedSelection {
     ForAll(memory_.threads, total.run, [&](int64_t i, int) { Average(i); });
     ForAll(memory_.threads, total.unit, [&](int64_t i, int thread) { SelectUnit(i, ScratchOf(thread), mask); });
     for (int b = 0; mask.fallback && b < p_.batch; ++b) {
-      mask.fallback[b] = AllForced(p_, g_, policy_, SequenceOf(p_, b)) ? FP_FALLBACK_SHORT : FP_SELECTED;
+      mask.fallback[b] = KeepsEverything(p_, g_, policy_, SequenceOf(p_, b)) ? FP_FALLBACK_SHORT : FP_SELECTED;
     }
   }
 
@@ -74,7 +74,7 @@ class StridedSelection {
   int64_t Units(const Sequence& s) const { return DivUp(g_.Tiles(s) * g_.group, int64_t{lists_a_unit_}); }
   // Cells of a sequence that are averaged.
   int64_t Averaged(const Sequence& s) const {
-    return method_.cell_means && !AllForced(p_, g_, policy_, s) ? Cells(s) : 0;
+    return method_.cell_means && !KeepsEverything(p_, g_, policy_, s) ? Cells(s) : 0;
   }
 
   // The share of sequence b, from that of the one before it.

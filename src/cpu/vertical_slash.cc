@@ -5,7 +5,7 @@
 #include <functional>
 #include <limits>
 
-#include "core/minference.h"
+#include "methods/minference/patterns.h"
 
 namespace flashprefill::cpu {
 namespace {
@@ -51,7 +51,7 @@ VerticalSlashScratch VerticalSlashScratch::Take(Workspace& memory, const Problem
   const int64_t keys = p.max_seqlen_k, depth = p.head_dim, size = policy.block_size;
   const int64_t blocks = DivUp<int64_t>(keys, size);
   const int64_t query_lanes = DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_q, size), kPanelRows) * kPanelRows;
-  const int64_t rows = policy.kind == FP_FLEXPREFILL ? size : kMInferenceRows;
+  const int64_t rows = policy.kind == FP_FLEXPREFILL ? size : methods::minference::kRows;
   const int64_t lanes = DivUp<int64_t>(rows, kPanelRows) * kPanelRows;
   const bool tokens = policy.kind == FP_MINFERENCE; // chooses among tokens
   VerticalSlashScratch t{};

@@ -59,7 +59,7 @@ void SumVerticalSlash(const HeadCall& call, int64_t rows, bool with_means);
 // Fills key_means alone.
 void MeanKeys(const HeadCall& call);
 
-// The mean of query rows [begin, end), at most as many as a block or kMInferenceRows, rounded to q's dtype.
+// The mean of query rows [begin, end), at most as many as a block or methods::minference::kRows, rounded to q's dtype.
 void MeanQueries(const HeadCall& call, int64_t begin, int64_t end, float* mean);
 
 // Fills query_panels and query_seen. Needs nothing.

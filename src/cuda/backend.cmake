@@ -14,8 +14,7 @@ file(GLOB FLASHPREFILL_CUDA_SOURCES CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_L
      ${CMAKE_CURRENT_LIST_DIR}/*.cc ${CMAKE_CURRENT_LIST_DIR}/common/*.cc
      ${CMAKE_CURRENT_LIST_DIR}/sm90/*/*.cc ${CMAKE_CURRENT_LIST_DIR}/sm90/*/*.cu)
 flashprefill_add_backend(Cuda SOURCES ${FLASHPREFILL_CUDA_SOURCES})
-file(GLOB FLASHPREFILL_CUDA_METHODS CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/methods/*/cuda.cc)
-target_sources(flashprefill_objects PRIVATE ${FLASHPREFILL_CUDA_METHODS})
+flashprefill_add_selectors(cuda Cuda)
 set_target_properties(flashprefill_objects PROPERTIES
   CUDA_ARCHITECTURES OFF CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(flashprefill_objects PRIVATE

@@ -1,3 +1,3 @@
-flashprefill_add_backend(Reference SOURCES backend.cc rows.cc select.cc energies.cc flashprefill.cc sketch.cc
-                         vertical_slash.cc flexprefill.cc minference.cc attend.cc
-                         top_p.cc strided.cc xattention.cc rrattention.cc sparge_attn.cc prism.cc sample_attention.cc)
+flashprefill_add_backend(Reference SOURCES backend.cc rows.cc select.cc attend.cc energies.cc top_p.cc strided.cc
+                         vertical_slash.cc)
+flashprefill_add_selectors(reference Reference)

@@ -2,7 +2,7 @@
 // fast: scalar loops over double copies of the inputs, two-pass softmax, one function for each rule. It is also the one
 // backend that allocates inside a call, because scratch memory from the caller would only hide the mathematics.
 //
-// A new policy is one file here: a HeadSelector and its maker, and the maker's line in select.cc.
+// A method is a HeadSelector: see selector.h.
 #ifndef FLASHPREFILL_REFERENCE_REFERENCE_H_
 #define FLASHPREFILL_REFERENCE_REFERENCE_H_
 
@@ -77,19 +77,9 @@ class HeadSelector {
  public:
   virtual ~HeadSelector() = default;
   virtual TileChoice Choose(const Tile& tile) const = 0;
-  // Keys finer than blocks, for all tiles: columns and distances, ascending.
-  virtual void ChooseVerticalSlash(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const {}
+  // Keys finer than blocks, for all tiles: verticals and slashes, ascending.
+  virtual void ChooseVerticalSlash(std::vector<int32_t>& /*verticals*/, std::vector<int32_t>& /*slashes*/) const {}
 };
-
-std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeFlexPrefill(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeMInference(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeXAttention(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeRRAttention(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeSpargeAttn(const HeadView& head);
-std::unique_ptr<HeadSelector> MakePrism(const HeadView& head);
-std::unique_ptr<HeadSelector> MakeSampleAttention(const HeadView& head);
 
 // Scored blocks by energy, largest first, equal ones by index: the order that mass, gain and min_blocks go by.
 std::vector<int64_t> Ranking(const TileChoice& choice);

@@ -1,39 +1,8 @@
 // Select: the policy's own choice for each tile, joined with the forced blocks (Rule 3), as bits.
-#include "core/fallback.h"
-#include "core/vertical_slash.h"
-#include "reference/reference.h"
+#include "core/method.h"
+#include "reference/selector.h"
 
 namespace flashprefill::reference {
-namespace {
-
-// A policy that has nothing to say beyond the forced blocks has no selector.
-std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
-  switch (head.policy.kind) {
-    case FP_FLASHPREFILL:
-      return MakeFlashPrefill(head);
-    case FP_SKETCH:
-      return MakeSketch(head);
-    case FP_FLEXPREFILL:
-      return MakeFlexPrefill(head);
-    case FP_MINFERENCE:
-      return MakeMInference(head);
-    case FP_XATTENTION:
-      return MakeXAttention(head);
-    case FP_RRATTENTION:
-      return MakeRRAttention(head);
-    case FP_SPARGE_ATTN:
-      return MakeSpargeAttn(head);
-    case FP_PRISM:
-      return MakePrism(head);
-    case FP_SAMPLE_ATTENTION:
-      return MakeSampleAttention(head);
-    default:
-      return nullptr;
-  }
-}
-
-} // namespace
-
 void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer) {
   const Geometry g = Geometry::Of(p, policy);
 
@@ -46,7 +15,7 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Obser
     if (!everything) {
       for (int64_t h = first_head; h < first_head + g.heads_per_tile; ++h) queries.push_back(LoadQueries(p, s, h));
       keys = LoadKeys(p, p.k, s, first_head / g.group);
-      selector = MakeSelector(view);
+      if (const Selector* method = SelectorOf(policy)) selector = method->make(view);
     }
     if (HasVerticalSlash(mask)) {
       std::vector<int32_t> columns, distances;

@@ -106,7 +106,7 @@ TEST(Geometry, AllForcedMeansThatNothingIsLeftToSelect) {
         const Tile t = g.TileOf(p, s, m);
         for (int64_t b = 0; b < t.visible; ++b) left |= !IsForced(policy.common, t, b);
       }
-      ASSERT_EQ(AllForced(p, g, policy.common, s), !left) << Name(policy) << ", " << s.q_len << "/" << s.k_len;
+      ASSERT_EQ(KeepsEverything(p, g, policy.common, s), !left) << Name(policy) << ", " << s.q_len << "/" << s.k_len;
       ++(left ? some : all);
     }
   });

@@ -12,10 +12,6 @@ namespace flashprefill::cuda {
 
 constexpr int kMaxFinalChunks = 4096; // sequences a batch may have if they differ in final_chunk: 512 bytes of bits
 
-// log2(e) times a factor of scores: the exponential of a scaled score is Exp2(score * exponent_scale).
-constexpr float kLog2E = 1.44269504f;
-inline float ExponentScale(float factor) { return factor * kLog2E; }
-
 // A problem as a kernel argument. fp_problem's final_chunks is host memory, so it travels as bits.
 struct DeviceProblem {
   Problem p;

@@ -3,25 +3,19 @@
 #include <limits>
 #include <numeric>
 
-#include "core/minference.h"
 #include "cuda/sm90/vertical_slash/plan.h"
+#include "methods/minference/patterns.h"
 
 namespace flashprefill::methods::minference {
 namespace {
 
-// Heads that a table names one by one, or one that stands for all.
-int PatternCount(const Problem& p, const fp_minference& m) { return m.head_count > 0 ? p.q_heads : 1; }
-
 // The most keys that a sequence may have and be too short to select for: some head asks for all keys anyway.
 int64_t DenseUpToKeys(const Problem& p, const fp_minference& m) {
   int64_t least = std::numeric_limits<int32_t>::max();
-  for (int h = 0; h < PatternCount(p, m); ++h) {
-    const fp_minference_head head = MInferenceHead(m, h);
-    const int64_t all =
-        head.pattern == FP_A_SHAPE
-            ? int64_t{head.a} + head.b
-            : std::max({int64_t{head.a}, int64_t{head.b}, kMInferenceColumns, kMInferenceLeastDistances});
-    least = std::min(least, all);
+  for (int h = 0; h < PatternCount(m, p); ++h) {
+    const fp_minference_head head = PatternOf(m, h);
+    const bool is_a_shape = head.pattern == FP_A_SHAPE;
+    least = std::min(least, is_a_shape ? int64_t{head.a} + head.b : std::max(VerticalsOf(head), SlashesOf(head)));
   }
   return least;
 }
@@ -30,7 +24,7 @@ class Plan {
  public:
   static Plan Of(const Problem& p, const Policy& policy) {
     const auto& m = reinterpret_cast<const fp_minference&>(policy);
-    return {m, cuda::VerticalSlashPlan::Of(p, policy, static_cast<int>(kMInferenceRows), DenseUpToKeys(p, m))};
+    return {m, cuda::VerticalSlashPlan::Of(p, policy, static_cast<int>(kRows), DenseUpToKeys(p, m))};
   }
 
   const char* Unsupported() const {
@@ -38,7 +32,7 @@ class Plan {
     if (policy_.rounding == FP_ROUND_TOKENS) return "MInference's rounding by tokens is for the CPU: give blocks";
     if (policy_.head_count > cuda::kMaxTableHeads) return "MInference takes a list of at most 256 heads on CUDA";
     for (int h = 0; h < Patterns(); ++h) {
-      if (MInferenceHead(policy_, h).pattern == FP_BLOCK_SPARSE) {
+      if (PatternOf(policy_, h).pattern == FP_BLOCK_SPARSE) {
         return "MInference's block_sparse heads select on the CPU only";
       }
     }
@@ -63,7 +57,7 @@ class Plan {
     mask.table = HasTable();
     bool any_sums = false;
     for (int h = 0; h < Patterns(); ++h) {
-      const fp_minference_head head = MInferenceHead(policy_, h);
+      const fp_minference_head head = PatternOf(policy_, h);
       const bool needs_sums = head.pattern == FP_VERTICAL_SLASH;
       any_sums |= needs_sums;
       mask.pattern[h] = needs_sums ? cuda::kVerticalSlash : cuda::kAShape;
@@ -84,7 +78,7 @@ class Plan {
   Plan(const fp_minference& policy, const cuda::VerticalSlashPlan& family) : policy_(policy), family_(family) {}
 
   bool HasTable() const { return policy_.head_count > 0; }
-  int Patterns() const { return PatternCount(family_.p, policy_); }
+  int Patterns() const { return static_cast<int>(PatternCount(policy_, family_.p)); }
   // Block sizes that are no divisors of a tile's meet it in several ways.
   int PhaseStep() const { return std::gcd(kTileRows, policy_.common.block_size); }
 
@@ -96,12 +90,12 @@ class Plan {
     std::copy(std::begin(sums.skipped), std::end(sums.skipped), args.skipped);
     args.table = HasTable();
     for (int h = 0; h < Patterns(); ++h) {
-      const fp_minference_head head = MInferenceHead(policy_, h);
-      args.verticals[h] = cuda::ToInt(std::max<int64_t>(head.a, kMInferenceColumns));
-      args.slashes[h] = cuda::ToInt(std::max<int64_t>(head.b, kMInferenceLeastDistances));
+      const fp_minference_head head = PatternOf(policy_, h);
+      args.verticals[h] = cuda::ToInt(VerticalsOf(head));
+      args.slashes[h] = cuda::ToInt(SlashesOf(head));
     }
-    args.first_verticals = static_cast<int>(kMInferenceColumns);
-    args.near_slashes = static_cast<int>(kMInferenceDistances);
+    args.first_verticals = static_cast<int>(kFirstVerticals);
+    args.near_slashes = static_cast<int>(kNearSlashes);
     args.vertical_tokens = vertical_tokens_;
     args.slash_tokens = slash_tokens_;
     args.token_words = family_.token_words;

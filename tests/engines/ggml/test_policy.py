@@ -130,9 +130,9 @@ def test_min_rows_and_min_keys() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("policy=best", "policy is 'best' and must be one of dense, streaming, flashprefill, sketch"),
+        ("policy=best", "the name must be one of dense, flashprefill, "),
         ("alpha=-1", "alpha"),
-        ("alpha=much", "alpha is 'much' and must be a number"),
+        ("alpha=much", "alpha must be a plain value"),
         ("block_size=100", "block_size"),
         ("policy=dense, alpha=0.1", "there is no option 'alpha'; policy dense has block_size, "),
         ("fast", "an option is 'fast' and must be name = value"),

@@ -148,7 +148,7 @@ def test_missing_library(tmp_path: Path, stock_text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("policy = best", "policy is 'best' and must be one of"),
+        ("policy = best", "the name must be one of"),
         ("alpha = 0.1\nwindow = 3", "there is no option 'window'; policy flashprefill has alpha, "),
         ("block_size = 100", "block_size"),
         (None, "can't be read"),

@@ -160,7 +160,7 @@ void AttendPlan::FillParams(const Output& output, const Means& means, AttendPara
   a.total_k = static_cast<int>(p.total_k);
   a.max_q = static_cast<int>(p.max_seqlen_q);
   a.max_k = static_cast<int>(p.max_seqlen_k);
-  a.exponent_scale = ExponentScale(p.softmax_scale);
+  a.exponent_scale = ExponentScale(p);
   a.mean_bias_log2 = std::log2(static_cast<float>(mask.block_size));
   a.mean_bias = a.mean_bias_log2 / a.exponent_scale;
   a.minus_one = -1;

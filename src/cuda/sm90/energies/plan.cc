@@ -97,7 +97,7 @@ cudaError_t EnergiesPlan::LaunchScores(const SelectTarget& target, const TileRul
   a.d = d_;
   a.rules = rules;
   a.keep = scores_.keep;
-  a.exponent_scale = ExponentScale(p.softmax_scale);
+  a.exponent_scale = ExponentScale(p);
   a.query_pool = scores_.query_pool;
   a.rows_per_head = rows_per_head_;
   a.unit_rows = unit_rows_;

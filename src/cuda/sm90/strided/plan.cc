@@ -123,7 +123,7 @@ cudaError_t StridedPlan::Launch(const SelectTarget& target) const {
   common.sums = static_cast<__half*>(sums_);
   common.stats = static_cast<float2*>(stats_);
   StridedScoreArgs score{};
-  score.exponent_scale = ExponentScale(scores_.factor);
+  score.exponent_scale = static_cast<float>(scores_.factor * kLog2E);
   if (cudaError_t e = MakeMaps(score)) return e;
   StridedKeepArgs keep{};
   keep.forced_first = scores_.forced_first;

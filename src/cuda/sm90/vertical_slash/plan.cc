@@ -15,7 +15,7 @@ VerticalSlashShape ShapeOf(const Problem& p, const TileRules& rules, int rows) {
   VerticalSlashShape a{};
   a.d = DeviceProblem::Of(p);
   a.rules = rules;
-  a.exponent_scale = ExponentScale(p.softmax_scale);
+  a.exponent_scale = ExponentScale(p);
   a.rows = rows;
   a.columns = a.rows <= 64 ? 64 : 128;
   a.parts = DivUp(a.rows, a.columns);

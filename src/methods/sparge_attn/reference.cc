@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/policies.h"
+#include "methods/sparge_attn/top_blocks.h"
+#include "reference/selector.h"
 #include "reference/top_p.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::sparge_attn {
 namespace {
+
+using namespace reference;
 
 // The mean of all entries of the cosine matrix of rows [begin, end) minus `center`, which is the squared length of the
 // mean of their unit vectors. A row of length zero has the unit vector zero.
@@ -97,6 +100,6 @@ class SpargeAttn : public HeadSelector {
 
 } // namespace
 
-std::unique_ptr<HeadSelector> MakeSpargeAttn(const HeadView& head) { return std::make_unique<SpargeAttn>(head); }
+extern const reference::Selector kReference = {Make<SpargeAttn>};
 
-} // namespace flashprefill::reference
+} // namespace flashprefill::methods::sparge_attn

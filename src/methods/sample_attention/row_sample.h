@@ -1,14 +1,14 @@
 // Which query rows SampleAttention looks at, and how far its window reaches: the same for all backends, because a row
 // more or less changes everything that follows.
-#ifndef FLASHPREFILL_CORE_ROW_SAMPLE_H_
-#define FLASHPREFILL_CORE_ROW_SAMPLE_H_
+#ifndef FLASHPREFILL_METHODS_SAMPLE_ATTENTION_ROW_SAMPLE_H_
+#define FLASHPREFILL_METHODS_SAMPLE_ATTENTION_ROW_SAMPLE_H_
 
 #include <algorithm>
 #include <cmath>
 
 #include "core/types.h"
 
-namespace flashprefill {
+namespace flashprefill::methods::sample_attention {
 
 // The rows of a sequence are cut into equal segments, as many as make the last sample_rows of each about sample_ratio
 // of all rows.
@@ -30,6 +30,6 @@ inline int64_t WindowBegin(const fp_sample_attention& policy, const Sequence& s,
   return std::min(tile.diagonal, std::max<int64_t>(0, s.prefix + tile.begin - tokens + 1) / block_size);
 }
 
-} // namespace flashprefill
+} // namespace flashprefill::methods::sample_attention
 
-#endif // FLASHPREFILL_CORE_ROW_SAMPLE_H_
+#endif // FLASHPREFILL_METHODS_SAMPLE_ATTENTION_ROW_SAMPLE_H_

@@ -1,11 +1,14 @@
 // SampleAttention (arXiv 2406.15486): sampled rows attend to all their keys; their mass by key block and by distance in
 // blocks says which columns and which diagonals the head needs.
-#include "core/row_sample.h"
+#include "methods/sample_attention/row_sample.h"
+#include "reference/selector.h"
 #include "reference/strided.h"
 #include "reference/top_p.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::sample_attention {
 namespace {
+
+using namespace reference;
 
 class SampleAttention : public HeadSelector {
  public:
@@ -64,8 +67,6 @@ class SampleAttention : public HeadSelector {
 
 } // namespace
 
-std::unique_ptr<HeadSelector> MakeSampleAttention(const HeadView& head) {
-  return std::make_unique<SampleAttention>(head);
-}
+extern const reference::Selector kReference = {Make<SampleAttention>};
 
-} // namespace flashprefill::reference
+} // namespace flashprefill::methods::sample_attention

@@ -14,10 +14,13 @@
 #include <cmath>
 #include <numeric>
 
+#include "reference/selector.h"
 #include "reference/vertical_slash.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::flexprefill {
 namespace {
+
+using namespace reference;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kBudgetTokens = 128; // tokens that their code takes for a block's, whatever the block size
@@ -198,6 +201,6 @@ class FlexSelector : public HeadSelector {
 
 } // namespace
 
-std::unique_ptr<HeadSelector> MakeFlexPrefill(const HeadView& head) { return std::make_unique<FlexSelector>(head); }
+extern const reference::Selector kReference = {Make<FlexSelector>};
 
-} // namespace flashprefill::reference
+} // namespace flashprefill::methods::flexprefill

@@ -1,10 +1,13 @@
 // XAttention (arXiv 2503.16428): a pair of cells is scored by its anti-diagonal, so that every query and every key of
 // the two is looked at once, and every line through them, vertical or slash, is crossed.
+#include "reference/selector.h"
 #include "reference/strided.h"
 #include "reference/top_p.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::xattention {
 namespace {
+
+using namespace reference;
 
 class XAttention : public HeadSelector {
  public:
@@ -55,6 +58,6 @@ class XAttention : public HeadSelector {
 
 } // namespace
 
-std::unique_ptr<HeadSelector> MakeXAttention(const HeadView& head) { return std::make_unique<XAttention>(head); }
+extern const reference::Selector kReference = {Make<XAttention>};
 
-} // namespace flashprefill::reference
+} // namespace flashprefill::methods::xattention

@@ -9,15 +9,17 @@
 //
 // Blocks of queries are counted from the sequence's first query row, and a tile keeps what each of those that it
 // overlaps would keep.
-#include "core/minference.h"
-
 #include <algorithm>
 #include <cmath>
 
+#include "methods/minference/patterns.h"
+#include "reference/selector.h"
 #include "reference/vertical_slash.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::minference {
 namespace {
+
+using namespace reference;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -26,7 +28,7 @@ Count Exactly(int64_t count) { return {count, count, count}; }
 class VerticalSlash : public HeadSelector {
  public:
   VerticalSlash(const HeadView& head, int64_t a, int64_t b)
-      : VerticalSlash(head, a, b, SumVerticalSlash(head, kMInferenceRows)) {}
+      : VerticalSlash(head, a, b, SumVerticalSlash(head, kRows)) {}
 
   TileChoice Choose(const Tile& tile) const override {
     TileChoice choice;
@@ -52,8 +54,8 @@ class VerticalSlash : public HeadSelector {
  private:
   VerticalSlash(const HeadView& head, int64_t a, int64_t b, VerticalSlashSums sums)
       : head_(head),
-        columns_(Best(sums.column, kMInferenceColumns, std::max(a, kMInferenceColumns))),
-        distances_(Best(sums.diagonal, kMInferenceDistances, std::max(b, kMInferenceLeastDistances))) {}
+        columns_(Best(sums.column, kFirstVerticals, std::max(a, kFirstVerticals))),
+        distances_(Best(sums.diagonal, kNearSlashes, std::max(b, kLeastSlashes))) {}
 
   static Chosen Best(std::vector<double>& sums, int64_t forced, int64_t count) {
     std::fill_n(sums.begin(), std::min(forced, static_cast<int64_t>(sums.size())), kInfinity);
@@ -138,10 +140,8 @@ class BlockSparse : public HeadSelector {
   std::vector<Chosen> rows_;
 };
 
-} // namespace
-
-std::unique_ptr<HeadSelector> MakeMInference(const HeadView& head) {
-  const fp_minference_head own = MInferenceHead(reinterpret_cast<const fp_minference&>(head.policy), head.first_head);
+std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
+  const fp_minference_head own = PatternOf(reinterpret_cast<const fp_minference&>(head.policy), head.first_head);
   switch (own.pattern) {
     case FP_A_SHAPE:
       return std::make_unique<AShape>(head, own.a, own.b);
@@ -152,4 +152,8 @@ std::unique_ptr<HeadSelector> MakeMInference(const HeadView& head) {
   }
 }
 
-} // namespace flashprefill::reference
+} // namespace
+
+extern const reference::Selector kReference = {MakeSelector};
+
+} // namespace flashprefill::methods::minference

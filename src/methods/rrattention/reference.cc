@@ -1,10 +1,13 @@
 // RRAttention (arXiv 2602.05853): one query of each cell against the means of cells of keys. Which one moves on from
 // head to head, so that together the heads look at all of them.
+#include "reference/selector.h"
 #include "reference/strided.h"
 #include "reference/top_p.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::rrattention {
 namespace {
+
+using namespace reference;
 
 class RRAttention : public HeadSelector {
  public:
@@ -50,6 +53,6 @@ class RRAttention : public HeadSelector {
 
 } // namespace
 
-std::unique_ptr<HeadSelector> MakeRRAttention(const HeadView& head) { return std::make_unique<RRAttention>(head); }
+extern const reference::Selector kReference = {Make<RRAttention>};
 
-} // namespace flashprefill::reference
+} // namespace flashprefill::methods::rrattention

@@ -1,10 +1,10 @@
 // Prism's two bands of dimensions, by the speed at which rotary embedding turns them. They may overlap.
-#ifndef FLASHPREFILL_CORE_ROTARY_BANDS_H_
-#define FLASHPREFILL_CORE_ROTARY_BANDS_H_
+#ifndef FLASHPREFILL_METHODS_PRISM_ROTARY_BANDS_H_
+#define FLASHPREFILL_METHODS_PRISM_ROTARY_BANDS_H_
 
 #include "core/types.h"
 
-namespace flashprefill {
+namespace flashprefill::methods::prism {
 
 struct RotaryBands {
   int head_dim, rotary_dim, pairs, high, low;
@@ -29,6 +29,6 @@ struct RotaryBands {
   int Pair(int dim) const { return interleaved ? dim / 2 : dim % pairs; }
 };
 
-} // namespace flashprefill
+} // namespace flashprefill::methods::prism
 
-#endif // FLASHPREFILL_CORE_ROTARY_BANDS_H_
+#endif // FLASHPREFILL_METHODS_PRISM_ROTARY_BANDS_H_

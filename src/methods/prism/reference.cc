@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/rotary_bands.h"
+#include "methods/prism/rotary_bands.h"
+#include "reference/selector.h"
 #include "reference/top_p.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::prism {
 namespace {
+
+using namespace reference;
 
 class Prism : public HeadSelector {
  public:
@@ -86,6 +89,6 @@ class Prism : public HeadSelector {
 
 } // namespace
 
-std::unique_ptr<HeadSelector> MakePrism(const HeadView& head) { return std::make_unique<Prism>(head); }
+extern const reference::Selector kReference = {Make<Prism>};
 
-} // namespace flashprefill::reference
+} // namespace flashprefill::methods::prism

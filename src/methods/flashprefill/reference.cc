@@ -1,9 +1,13 @@
 // FlashPrefill (arXiv 2603.06199): a key block is its mean.
 #include "reference/energies.h"
+#include "reference/selector.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::flashprefill {
+namespace {
 
-std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head) {
+using namespace reference;
+
+std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
   const auto& policy = reinterpret_cast<const fp_flashprefill&>(head.policy);
   const Matrix means = BlockMeans(head.geometry, head.sequence, head.keys, head.problem.k.dtype);
   std::vector<std::vector<Point>> blocks(static_cast<size_t>(means.rows));
@@ -16,4 +20,8 @@ std::unique_ptr<HeadSelector> MakeFlashPrefill(const HeadView& head) {
   return std::make_unique<EnergySelector>(head, std::move(blocks), policy.query_pool, rule);
 }
 
-} // namespace flashprefill::reference
+} // namespace
+
+extern const reference::Selector kReference = {MakeSelector};
+
+} // namespace flashprefill::methods::flashprefill

@@ -5,9 +5,12 @@
 #include <cmath>
 
 #include "reference/energies.h"
+#include "reference/selector.h"
 
-namespace flashprefill::reference {
+namespace flashprefill::methods::sketch {
 namespace {
+
+using namespace reference;
 
 // What a dimension counts in a distance: 1, or with query_metric the sum of squares that the last row of each tile, of
 // all query heads of the KV head, has there. What is not finite is left out.
@@ -61,9 +64,7 @@ Point Spread(const Matrix& keys, const std::vector<int64_t>& some, int32_t dtype
   return point;
 }
 
-} // namespace
-
-std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head) {
+std::unique_ptr<HeadSelector> MakeSelector(const HeadView& head) {
   const auto& policy = reinterpret_cast<const fp_sketch&>(head.policy);
   const Geometry& g = head.geometry;
   const std::vector<double> weight = Metric(head);
@@ -88,4 +89,8 @@ std::unique_ptr<HeadSelector> MakeSketch(const HeadView& head) {
   return std::make_unique<EnergySelector>(head, std::move(blocks), policy.query_pool, rule);
 }
 
-} // namespace flashprefill::reference
+} // namespace
+
+extern const reference::Selector kReference = {MakeSelector};
+
+} // namespace flashprefill::methods::sketch

@@ -1,0 +1,215 @@
+/* The structs of all policies. A policy is a method with its parameters: the head that all share, and the method's own.
+ *
+ * Fill one with fp_policy_init or fp_policy_parse and change what you like. The names, defaults and ranges of all
+ * fields are told by fp_policy_field_at; what each method computes is in docs/methods. */
+#ifndef FLASHPREFILL_POLICIES_H_
+#define FLASHPREFILL_POLICIES_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum fp_policy_kind {
+  FP_DENSE = 0,
+  FP_STREAMING = 1,
+  FP_FLASHPREFILL = 2,
+  FP_SKETCH = 3,
+  FP_FLEXPREFILL = 4,
+  FP_MINFERENCE = 5,
+  FP_XATTENTION = 8,
+  FP_RRATTENTION = 9,
+  FP_SPARGE_ATTN = 10,
+  FP_PRISM = 11,
+  FP_SAMPLE_ATTENTION = 12
+} fp_policy_kind;
+
+/* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
+ * tile below is the key block of its last row. */
+typedef struct fp_policy {
+  uint32_t struct_size;      /* of the whole policy, this head included */
+  int32_t kind;              /* fp_policy_kind */
+  int32_t block_size;        /* keys per block: a multiple of 16 from 16 to 1024 */
+  int32_t sink_blocks;       /* the first sink_blocks blocks are always kept */
+  int32_t window_blocks;     /* from window_blocks - 1 before the block of the tile's first row up to the last block */
+  int32_t dense_tail_blocks; /* the last ceil(dense_tail_blocks * block_size / tile rows) tiles of a final chunk are
+                                dense */
+  int32_t share_heads;       /* 1: the query heads of a KV head share one list, their rows packed into tiles of 128 */
+  int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
+} fp_policy;
+
+/* Everything is kept. */
+typedef struct fp_dense {
+  fp_policy common;
+} fp_dense;
+
+/* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
+typedef struct fp_streaming {
+  fp_policy common;
+} fp_streaming;
+
+/* FlashPrefill, arXiv 2603.06199: mean-pooled keys, energies summed over the rows of a tile, kept from alpha times the
+ * tile's largest energy. query_pool = 1 is the paper; larger values score means of query_pool query rows. */
+typedef struct fp_flashprefill {
+  fp_policy common;
+  float alpha;        /* in [0, inf) */
+  int32_t query_pool; /* rows per mean: 1 .. 128 */
+  int32_t min_blocks; /* the top min_blocks visible blocks are always kept */
+  int32_t reserved;
+} fp_flashprefill;
+
+/* Sketch: FlashPrefill whose key blocks are described by their outliers (the keys farthest from the mean) beside the
+ * mean and variance of the rest. One of alpha, mass and gain decides; the others are NaN.
+ *
+ * gain: from the largest energy down, a block is kept while share * sqrt(rest) >= gain, where share is the block's
+ * share of the tile's energy and rest the share of all blocks from it on. query_metric: distances from the mean weigh
+ * dimension d by the sum of q_d^2 over the last rows of all tiles of the KV head's query heads, so that outliers are
+ * keys that some query can tell from the mean. */
+typedef struct fp_sketch {
+  fp_policy common;
+  float alpha;        /* in [0, inf), or NaN */
+  float mass;         /* in (0, 1]: the smallest set of blocks with this share of the tile's energy; or NaN */
+  int32_t outliers;   /* 0 .. 16 */
+  int32_t query_pool; /* 1 .. 128 */
+  int32_t min_blocks;
+  float gain;           /* in (0, 1), or NaN */
+  int32_t query_metric; /* 0 or 1 */
+  int32_t reserved;
+} fp_sketch;
+
+/* FlexPrefill, arXiv 2502.20766: each head looks at the softmax of its last block_size query rows. If pooled queries
+ * and keys predict it (Jensen-Shannon distance below tau), the head is query-aware: it keeps blocks by pooled scores
+ * until they hold the share gamma of the head's whole map. Otherwise it keeps verticals and slashes of blocks, as many
+ * as it takes tokens to hold gamma of those rows' mass. Each query head selects for itself: share_heads must be 0. */
+typedef enum fp_flex_cover {
+  FP_COVER_FIRST = 0, /* a slash line keeps the nearer one of the two block diagonals that it crosses, as published */
+  FP_COVER_BOTH = 1   /* both */
+} fp_flex_cover;
+
+typedef struct fp_flexprefill {
+  fp_policy common;
+  float gamma;        /* in (0, 1] */
+  float tau;          /* at least 0; 0: no head is query-aware */
+  int32_t min_budget; /* tokens: the least in verticals and in slashes, rounded up to blocks, at least one block */
+  int32_t max_budget; /* tokens: the most; 0: no limit */
+  int32_t cover;      /* fp_flex_cover */
+  int32_t reserved;
+} fp_flexprefill;
+
+/* MInference, arXiv 2407.02490: each head has a pattern of its own, found once for a model. Each query
+ * head selects for itself: share_heads must be 0. */
+typedef enum fp_minference_pattern {
+  FP_VERTICAL_SLASH = 0, /* a columns and b diagonals of tokens, by the softmax of the last 64 query rows */
+  FP_A_SHAPE = 1,        /* the first a tokens and the nearest b */
+  FP_BLOCK_SPARSE = 2    /* a blocks of each block of queries, by pooled scores; b is not read */
+} fp_minference_pattern;
+
+typedef struct fp_minference_head {
+  int32_t pattern; /* fp_minference_pattern */
+  int32_t a, b;    /* at least 0 */
+} fp_minference_head;
+
+typedef enum fp_rounding {
+  FP_ROUND_BLOCKS = 0, /* columns and diagonals become the blocks that hold some of them */
+  FP_ROUND_TOKENS = 1  /* they stay tokens: the mask's verticals and slashes. Without mean_correction; on FP_CPU */
+} fp_rounding;
+
+typedef struct fp_minference {
+  fp_policy common;
+  int32_t vertical; /* without a list of heads all are FP_VERTICAL_SLASH with a = vertical, b = slash */
+  int32_t slash;
+  int32_t head_count;              /* q_heads, or 0: no list */
+  int32_t rounding;                /* fp_rounding */
+  const fp_minference_head* heads; /* [head_count], host memory that lives until the call returns; or NULL */
+} fp_minference;
+
+/* XAttention, arXiv 2503.16428: queries and keys are cut into cells of `stride` tokens, a pair of cells scored by the
+ * sum of its anti-diagonal, softmax over each row of cells, and blocks kept by descending mass until they hold
+ * `threshold` of the tile's; the forced blocks are counted first. Each query head selects for itself: share_heads must
+ * be 0. */
+typedef struct fp_xattention {
+  fp_policy common;
+  float threshold;              /* in [0, 1]; 0: the forced blocks alone */
+  float norm;                   /* scores are divided by stride * norm; above 0 */
+  int32_t stride;               /* tokens per cell: 4, 8, 16, 32, 64 or 128, and a divisor of block_size */
+  int32_t head_count;           /* q_heads, or 0: no list */
+  const float* head_thresholds; /* [head_count], in place of threshold; host memory that lives until the call returns;
+                                   or NULL */
+} fp_xattention;
+
+/* RRAttention, arXiv 2602.05853: as XAttention, but a row of the grid is one query, whose place in its cell moves on
+ * from head to head, and a key cell is its mean. The smallest set of blocks with `threshold` of the tile's mass is
+ * kept. share_heads must be 0. */
+typedef struct fp_rrattention {
+  fp_policy common;
+  float threshold; /* in (0, 1] */
+  int32_t stride;  /* as XAttention's */
+} fp_rrattention;
+
+/* SpargeAttn, arXiv 2502.18137, its first stage: blocks by the softmax of mean query times mean key, where the tokens
+ * of a block are similar to each other. Key blocks without self-similarity are kept, and a tile of queries without it
+ * keeps everything. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
+typedef struct fp_sparge_attn {
+  fp_policy common;
+  float similarity; /* in [-1, 1]: a block is self-similar where the mean cosine of its tokens is above this */
+  float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
+  float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
+  int32_t reserved;
+} fp_sparge_attn;
+
+/* Prism, arXiv 2602.08426: mean query times mean key in two bands of rotary frequencies, each with a softmax of its
+ * own, and the union of what they keep. share_heads must be 0. */
+typedef struct fp_prism {
+  fp_policy common;
+  float mass;          /* in (0, 1]: the smallest set of blocks with this share of a band's probability */
+  int32_t rotary_dim;  /* the first rotary_dim dimensions are rotated; even, at most head_dim; 0: head_dim */
+  int32_t high_pairs;  /* rotary pairs of the high band, fastest first; 0: half of them */
+  int32_t low_pairs;   /* of the low band, slowest first, besides what is not rotated; 0: three quarters of them */
+  int32_t interleaved; /* 0: dimension i is paired with i + rotary_dim / 2; 1: 2i with 2i + 1 */
+  int32_t reserved;
+} fp_prism;
+
+/* SampleAttention, arXiv 2406.15486: the exact softmax of sampled query rows, summed by key block and by distance in
+ * blocks; the smallest sets of columns and of diagonals with `coverage` of the mass are kept, beside a window.
+ * share_heads must be 0. */
+typedef struct fp_sample_attention {
+  fp_policy common;
+  float coverage;      /* in (0, 1] */
+  float sample_ratio;  /* in (0, 1]: share of the query rows that are sampled */
+  float window_ratio;  /* in [0, 1]: tokens before a tile that are kept, as a share of the sequence's keys */
+  int32_t sample_rows; /* rows sampled at the end of each segment of about sample_rows / sample_ratio rows: 1 .. 128 */
+} fp_sample_attention;
+
+/* ---------------------------------------------------------------- fields */
+
+typedef enum fp_field_type {
+  FP_FIELD_INT = 0,        /* int32_t */
+  FP_FIELD_FLOAT = 1,      /* float */
+  FP_FIELD_BOOL = 2,       /* int32_t, 0 or 1 */
+  FP_FIELD_CHOICE = 3,     /* int32_t, an index into choices */
+  FP_FIELD_INT_TABLE = 4,  /* const int32_t*, rows of `columns` values; their number is the int32_t at count_offset */
+  FP_FIELD_FLOAT_TABLE = 5 /* const float*, the same */
+} fp_field_type;
+
+typedef enum fp_field_flags {
+  FP_FIELD_ALTERNATIVE = 1,  /* one of several that exclude each other; NaN where another one is given */
+  FP_FIELD_DECIDES = 2,      /* what the policy is known by: always printed */
+  FP_FIELD_ZERO_IS_NONE = 4, /* 0 is no value: text may say none */
+  FP_FIELD_ABOVE_LEAST = 8,  /* the value must be above `least`, not at it */
+  FP_FIELD_BELOW_MOST = 16   /* the value must be below `most`, not at it */
+} fp_field_flags;
+
+/* What a field of a policy is. The strings are the library's. */
+typedef struct fp_policy_field {
+  const char* name;
+  const char* about;   /* one line: what it is, with its unit */
+  const char* choices; /* FP_FIELD_CHOICE: the names of its values, separated by spaces; else "" */
+  double initial;      /* the default; NaN: not given. Tables are empty by default */
+  double least, most;  /* the range; infinity: finite, without a bound on that side */
+  size_t offset;       /* in the policy's struct, in bytes */
+  size_t count_offset; /* of tables */
+  int32_t type;        /* fp_field_type */
+  int32_t flags;       /* fp_field_flags */
+  int32_t columns;     /* of tables: values per row */
+  int32_t reserved;
+} fp_policy_field;
+
+#endif /* FLASHPREFILL_POLICIES_H_ */

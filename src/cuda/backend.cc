@@ -32,7 +32,7 @@ std::string Describe() {
 
 std::vector<std::string> Targets() { return {}; }
 
-// "head_dim is 300; ..." comes from the kernels' own files, which know what they can do.
+// The text comes from the kernels' own files, which know their limits.
 void Demand(const char* unsupported) {
   if (unsupported) throw Error(FP_UNSUPPORTED, unsupported);
 }

@@ -144,9 +144,9 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// Keeps the arithmetic that makes a and b in front of this point. ptxas moves arithmetic behind waits for products that it
-// doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it is, also one that never
-// happens, because a is not `never`; only the compiler must not know that.
+// Keeps the arithmetic that makes a and b in front of this point. ptxas moves arithmetic behind waits for products that
+// it doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it is, also one that
+// never happens, because a is not `never`; only the compiler must not know that.
 __device__ __forceinline__ void HoldBack(float a, float b, float never, float* nowhere) {
   if (a == never) asm volatile("st.shared.f32 [%0], %1;" ::"r"(SharedAddress(nowhere)), "f"(b) : "memory");
 }

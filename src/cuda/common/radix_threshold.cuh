@@ -1,4 +1,4 @@
-// The largest of a set of values, by number or by what they sum to, without a sort: a radix select over the bits of
+// The largest of a set of values, by number or by their sum, without a sort: a radix select over the bits of
 // floats that are not negative and below 2, which order as they do. Three passes over the values take ten bits each. A
 // pass puts each value that has the digits found so far into one of 1024 bins, which count them and add up their lower
 // bits: integers, so that it doesn't matter which thread comes first, and a bin's mass follows exactly. Then the bins
@@ -65,9 +65,10 @@ struct RadixScan {
 
 // Finds the digit of one level. All threads of the CTA; `threshold`, in shared memory, is
 // the state before and after.
-// bin(digit, count, mass) sets what a bin holds. Ends with a barrier passed.
+// bin(digit, count, mass) reads a bin. Ends with a barrier passed.
 template <int THREADS, typename Bin>
-__device__ inline void Descend(RadixThreshold& threshold, int level, double limit, RadixScan<THREADS>& scan, Bin&& bin) {
+__device__ inline void Descend(RadixThreshold& threshold, int level, double limit, RadixScan<THREADS>& scan,
+                               Bin&& bin) {
   constexpr int kEach = kRadixBins / THREADS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = threadIdx.x * kEach; // from the largest on
   uint32_t count[kEach], counts = 0;

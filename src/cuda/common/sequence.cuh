@@ -1,4 +1,4 @@
-// Where a sequence lies and which blocks a tile of it may see, on the device: SequenceOf, Geometry::TileOf and the
+// Where a sequence lies and which blocks per tile of it may see, on the device: SequenceOf, Geometry::TileOf and the
 // forced blocks of core/types.h, for lengths and page tables that only the device can read. They come from users, so
 // they are never trusted: whatever they hold, every index made here stays inside the arrays that the host has
 // described. A sequence whose lengths had to be corrected is marked, and select reports it as FP_BAD_SEQUENCE.
@@ -198,8 +198,8 @@ __device__ inline int FirstDenseTile(const TileRules& r, const DeviceSequence& s
 // First block of the window; below it and from sink_blocks on nothing is forced.
 __device__ inline int WindowBegin(const TileRules& r, const DeviceTile& t) { return t.diagonal - r.window_reach; }
 
-// Whether nothing is selected: the sequence is to stay dense, or sink, window and dense tail leave nothing out. The last
-// tile before the tail sees the most, so it decides.
+// Whether nothing is selected: the sequence is to stay dense, or sink, window and dense tail leave nothing out. The
+// last tile before the tail sees the most, so it decides.
 __device__ inline bool KeepsEverything(const Problem& p, const TileRules& r, const DeviceSequence& s) {
   const int tiles = FirstDenseTile(r, s);
   if (tiles == 0 || s.k_len <= r.dense_up_to_keys) return true;
@@ -208,10 +208,10 @@ __device__ inline bool KeepsEverything(const Problem& p, const TileRules& r, con
 
 // The reason that select reports for a sequence.
 __device__ inline int32_t FallbackOf(const DeviceProblem& d, const TileRules& r, const DeviceSequence& s) {
-  return s.bad                    ? FP_BAD_SEQUENCE
-         : r.keeps_everything                ? FP_FALLBACK_DENSE
+  return s.bad                        ? FP_BAD_SEQUENCE
+         : r.keeps_everything         ? FP_FALLBACK_DENSE
          : KeepsEverything(d.p, r, s) ? FP_FALLBACK_SHORT
-                                  : FP_SELECTED;
+                                      : FP_SELECTED;
 }
 
 #endif // __CUDACC__

@@ -1,6 +1,7 @@
-// Rows of 16-bit values in shared memory as wgmma reads them, copied 16 bytes a thread from wherever they lie, and the
-// product of two such sets. For kernels whose rows come one by one (pages of any size, the last rows of a sequence) and
-// whose products are small: no producer warp, no tensor maps; several CTAs a multiprocessor hide each other's waits.
+// Rows of 16-bit values in shared memory as wgmma reads them, copied 16 bytes per thread from wherever they lie, and
+// the product of two such sets. For kernels whose rows come one by one (pages of any size, the last rows of a sequence)
+// and whose products are small: no producer warp, no tensor maps; several CTAs per multiprocessor hide each other's
+// waits.
 #ifndef FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_
 #define FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_
 
@@ -19,7 +20,7 @@ constexpr int kPanelBytes = PANELS* ROWS* kPanelRowBytes;
 // multiple of 8, are zeros.
 template <int PANELS, int ROWS, typename Address>
 __device__ __forceinline__ void CopyRows(char* to, int head_dim, const void* anywhere, Address&& address) {
-  constexpr int kChunks = PANELS * 8; // of 16 bytes a row: a power of two
+  constexpr int kChunks = PANELS * 8; // of 16 bytes per row: a power of two
   const int chunk = threadIdx.x % kChunks;
   const uint32_t panel = SharedAddress(to) + chunk / 8 * (ROWS * kPanelRowBytes);
 #pragma unroll 4

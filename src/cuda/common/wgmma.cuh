@@ -1,5 +1,5 @@
 // The warpgroup matrix product, wgmma: D (64 x N, fp32 in registers) = A (64 x 16) B (16 x N) + D, N = 64, 128 or 256,
-// for bf16 and fp16. Operands in shared memory lie in panels of 64 columns (128 bytes a row, 128-byte swizzle,
+// for bf16 and fp16. Operands in shared memory lie in panels of 64 columns (128 bytes per row, 128-byte swizzle,
 // 1024-byte aligned), as bulk tensor copies with boxes of 64 columns leave them. In such a panel 8 rows are 1024 bytes.
 //
 // Registers: lane l of warp w of the warpgroup holds of D, for each 8 columns c, the values
@@ -96,7 +96,7 @@ __device__ __forceinline__ void KeepInPlace(float (&d)[COUNT]) {
     FP_PRODUCT_RS(N, TYPE, D0, D1, D2, D3, D4, D5);                                                            \
   }
 
-// SS: A and B from shared memory, both K-major. RS: A from four registers a lane, B N-major. accumulate = 0: D's old
+// SS: A and B from shared memory, both K-major. RS: A from four registers per lane, B N-major. accumulate = 0: D's old
 // value is not read.
 template <typename T>
 struct Wgmma;

@@ -1,5 +1,5 @@
-// XAttention on CUDA: whole cells of `stride` tokens, summed over antidiagonals by the product of a cell's queries, last
-// to first, with a cell's keys.
+// XAttention on CUDA: whole cells of `stride` tokens, summed over antidiagonals by the product of a cell's queries,
+// last to first, with a cell's keys.
 #include "cuda/sm90/strided/plan.h"
 
 namespace flashprefill::methods::xattention {

@@ -1,5 +1,5 @@
 // Exact softmax attention over the kept blocks of a mask, for Hopper. One persistent CTA an SM: a producer warpgroup
-// (attend_producer.cuh) and two math warpgroups of 64 query rows each.
+// (producer.cuh) and two math warpgroups of 64 query rows each.
 //
 // Why it is fast. The matrix units are kept busy from two sides. Inside a math warpgroup, the next Q K^T is issued
 // before the P V of this step and both run while the softmax of the next scores is computed. Between the two, turns
@@ -89,7 +89,7 @@ class AttendMath {
   static constexpr int kHeadDim = SHAPE::kHeadDim;
   static constexpr int kMathWarp0 = (kAttendThreads - kMathThreads) / 32;
   using Memory = SharedMemory<SHAPE>;
-  // What a lane's sum of 32 or 16 weights must stay below. fp16 weights end at 65504; fp32 sums, and bf16 weights, bear
+  // The limit of a lane's sum of 32 or 16 weights. fp16 weights end at 65504; fp32 sums, and bf16 weights, bear
   // much more without loss.
   static constexpr float kLargestSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p40f;
 
@@ -110,7 +110,7 @@ class AttendMath {
     }
   }
 
-  // A bit for each of this lane's two rows. Found anew where it is needed, which is seldom.
+  // A bit for each of this lane's two rows. Computed where it is needed, which is seldom.
   __device__ __forceinline__ static int RowsExist(int rows) {
     const int thread = ThreadAgain(), row = (thread / 32 - kMathWarp0) * 16 + thread % 32 / 4;
     return (row < rows ? 1 : 0) | (row + 8 < rows ? 2 : 0);
@@ -122,7 +122,7 @@ class AttendMath {
   __device__ __forceinline__ void WaitTurn() { NamedBarrierSync(kTurnBarrier + group_, kMathThreads); }
   __device__ __forceinline__ void PassTurn() { NamedBarrierArrive(kTurnBarrier + 1 - group_, kMathThreads); }
 
-  // One arrival a warp: a warp's part of a product may be done before its neighbours'.
+  // One arrival per warp: a warp's part of a product may be done before its neighbours'.
   __device__ __forceinline__ void Release(uint64_t* empty) {
     __syncwarp();
     if (lane_ == 0) BarrierArrive(empty);
@@ -236,7 +236,7 @@ class AttendMath {
     sum_[1] += part[1];
   }
 
-  // What a row's scores are taken against, scaled; a row may have seen nothing yet. A mean counts for a block of keys.
+  // The reference of a row's scores, scaled; a row may have seen nothing yet. A mean counts for a block of keys.
   __device__ __forceinline__ void References(float (&reference)[2], bool means) const {
     const float bias = means ? p_.mean_bias_log2 : 0;
 #pragma unroll
@@ -325,7 +325,7 @@ class AttendMath {
 
   // ---------------------------------------------------------------- out
 
-  // Normalises O and packs it, straight: ptxas lets nothing branch while it reads O beside an unfinished product.
+  // Normalises O and packs it, straight: ptxas lets nothing branch while it reads O during an unfinished product.
   __device__ __forceinline__ void PackOutput() {
     float inverse[2];
 #pragma unroll
@@ -341,7 +341,7 @@ class AttendMath {
     }
   }
 
-  // O leaves by bulk copies, 16 rows a warp. A tile that is not full would write over what follows it, so its rows go
+  // O leaves by bulk copies, 16 rows per warp. A tile that is not full would write over what follows it, so its rows go
   // one by one, as do those of groups that 16 rows don't hold whole.
   __device__ __forceinline__ void StoreTile(const TileInfo& tile) {
     constexpr int kColumns = SHAPE::kOutColumns;
@@ -391,7 +391,7 @@ class AttendMath {
     }
   }
 
-  // A warp's 16 rows, columns from `first_column` on, whole rows at a time, 16 bytes a lane.
+  // A warp's 16 rows, columns from `first_column` on, whole rows at a time, 16 bytes per lane.
   template <class At>
   __device__ __forceinline__ void StoreRows(const TileInfo& tile, At at, int lane, int first_row, int first_column) {
     constexpr int kPieces = SHAPE::kOutColumns / 8;
@@ -448,7 +448,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     FenceBarrierInit();
   }
   __syncthreads();
-  cudaGridDependencySynchronize(); // what select wrote, if this launch was let in before its end
+  cudaGridDependencySynchronize(); // select's results, if this launch was let in before its end
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
     if (threadIdx.x < AttendProducer<SHAPE, LOADING>::kThreads) AttendProducer<SHAPE, LOADING>(p, sm).Run();
@@ -465,7 +465,7 @@ AttendKernelSet KernelsOf() {
           AttendSm90<T, SHAPE, Loading::kRows>, static_cast<int>(sizeof(SharedMemory<SHAPE>)) + kOperandAlign};
 }
 
-// What an instantiation file holds: a dtype's kernels for a head dimension.
+// The content of an instantiation file: a dtype's kernels for a head dimension.
 #define FLASHPREFILL_INSTANTIATE_ATTEND(T, HEAD_DIM) \
   template <>                                        \
   AttendKernelSet AttendKernels<T, HEAD_DIM>() {     \

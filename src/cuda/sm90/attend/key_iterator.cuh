@@ -1,4 +1,4 @@
-// The order in which a query tile gets its keys. A loading warp holds the tile's bitmap, a word a lane, and walks it
+// The order in which a query tile gets its keys. A loading warp holds the tile's bitmap, a word per lane, and walks it
 // from the diagonal down; with mean correction the blocks that were left out follow, as tiles of their means. The K
 // warps and the V warps walk the same bitmap, each by itself.
 //

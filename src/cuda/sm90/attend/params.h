@@ -1,4 +1,4 @@
-// What the attend kernel is launched with: tensor maps made on the host, device arrays, and the numbers that both sides
+// Arguments of the attend kernel: tensor maps made on the host, device arrays, and the numbers that both sides
 // must agree on. Sizes that depend on the head dimension are AttendShape, so that host and device share them.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_PARAMS_H_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_PARAMS_H_
@@ -12,7 +12,7 @@
 
 namespace flashprefill::cuda {
 
-constexpr int kPanelColumns = 64; // a panel is what one 128-byte swizzle row holds of 16-bit values
+constexpr int kPanelColumns = 64; // of a panel: 16-bit values in one 128-byte swizzle row
 constexpr int kTileRowsSm90 = 128;
 constexpr int kMeanPartRows = 16;
 constexpr int kMathThreads = 256;
@@ -32,13 +32,14 @@ struct AttendShape {
   static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to these");
   static constexpr int kHeadDim = HEAD_DIM;
   static constexpr int kPanels = HEAD_DIM / kPanelColumns;
-  static constexpr int kKeys = HEAD_DIM == 256 ? 64 : 128; // keys a step: S and O must share the 224 registers
+  static constexpr int kKeys = HEAD_DIM == 256 ? 64 : 128; // keys per step: S and O must share the 224 registers
   static constexpr int kStages = HEAD_DIM == 64 ? 4 : 2;   // K tiles, and V tiles, in flight; steps of d64 are shorter
   static constexpr int kQStages = HEAD_DIM == 256 ? 1 : 2; // 2: the next tile's Q is there before this one is done
   // Products of P V that are still to be issued when the turn is passed. d64's are so short that it does harm.
   static constexpr int kEarlyTurn = HEAD_DIM == 64 ? 0 : HEAD_DIM == 128 ? 2 : 1;
   static constexpr int kOutColumns = HEAD_DIM < 128 ? HEAD_DIM : 128; // of O staged at a time
-  // The kernel starts with 168 registers a thread, 384 * 168 = 64,512; the producer's 128 threads give some to the 256.
+  // The kernel starts with 168 registers per thread, 384 * 168 = 64,512; the producer's 128 threads give some to the
+  // 256.
   static constexpr int kProducerRegisters = HEAD_DIM == 256 ? 56 : 88;
   static constexpr int kMathRegisters = HEAD_DIM == 256 ? 224 : 208;
   static_assert(128 * kProducerRegisters + 256 * kMathRegisters == 64512, "all registers are used");
@@ -68,7 +69,7 @@ struct AttendParams {
   int batch;
   int kv_heads;
   int section_heads;  // KV heads that are worked on together; divides kv_heads
-  int group;          // query heads a KV head
+  int group;          // query heads per KV head
   int heads_per_tile; // group or 1
   int mask_heads;     // of a KV head: group / heads_per_tile
   int token_of_row;   // ceil(65536 / heads_per_tile)
@@ -88,7 +89,7 @@ struct AttendParams {
   int mean_rows_each; // rows of means a sequence, unless K is packed
   int total_q, total_k;
   int max_q, max_k;
-  int bulk_out;     // 16 rows of a tile are whole tokens
+  int bulk_out;         // 16 rows of a tile are whole tokens
   float exponent_scale; // softmax_scale * log2(e)
   // A block's mean stands for block_size keys: log2 of that, in exponents and in units of raw scores.
   float mean_bias_log2, mean_bias;

@@ -1,9 +1,9 @@
 // The producer of the attend kernel: one warp that keeps the ring of K full, and one for V (two each where tiles come
-// in pieces). They take tiles, walk their bitmap (attend_walk.cuh), and alone know block ids: the math side sees a
+// in pieces). They take tiles, walk their bitmap (key_iterator.cuh), and alone know block ids: the math side sees a
 // stream of key tiles and is told which of them need a mask. So sparse attention runs at the speed of dense.
 //
-// A warp by itself takes some 8 cycles an instruction, and has 2,000 to 3,000 a step. When one warp did all of this for
-// K and V in turn, it was the slowest part of the kernel; so the common step is kept short, K and V have their own
+// A warp by itself takes some 8 cycles per instruction, and has 2,000 to 3,000 a step. When one warp did all of this
+// for K and V in turn, it was the slowest part of the kernel; so the common step is kept short, K and V have their own
 // warps, and page numbers are asked for a step before they are needed.
 //
 // Bulk copies write whole chunks, so the last chunk of a sequence may bring keys past its end. K's are masked. V's
@@ -157,7 +157,7 @@ class AttendProducer {
                           (p_.page_size || p_.cu_seqlens_k || work.k_len < p_.max_k);
       by_rows = __ballot_sync(~0u, ragged) & ((2u << (chunks - 1)) - 1);
     }
-    // So that the compiler knows that they are uniform, and before the wait: what follows it delays the copy.
+    // So that the compiler knows that they are uniform, and before the wait: any instruction after it delays the copy.
     const int stage = __shfl_sync(~0u, ring_position_.stage, 0), head = __shfl_sync(~0u, work.kv_head, 0);
     BarrierWait(&empty_[stage], ring_position_.parity ^ 1);
     uint8_t* const to = stages_ + stage * Memory::kKeyBytes;
@@ -187,7 +187,7 @@ class AttendProducer {
     ring_position_.Advance(SHAPE::kStages);
   }
 
-  // A bulk copy a panel for each chunk of this warp: lane c holds chunk c's coordinates. One lane starts all of them,
+  // A bulk copy per panel for each chunk of this warp: lane c holds chunk c's coordinates. One lane starts all of them,
   // after the coordinates of several have come to it at once; lanes that each start theirs take turns of 100 ns.
   __device__ __forceinline__ void SendEach(uint8_t* to, uint64_t* full, int head, int token, int page,
                                            uint32_t left_out) {
@@ -223,7 +223,7 @@ class AttendProducer {
     }
   }
 
-  // The arrivals on a full barrier beside the team leader's, which says how many bytes will come.
+  // The arrivals on a full barrier besides the team leader's, which says how many bytes will come.
   __device__ __forceinline__ void ArriveToo(uint64_t* full) {
     if constexpr (kRows) {
       BarrierArriveAfterCopies(full);
@@ -242,7 +242,7 @@ class AttendProducer {
   }
 
   // Keys row by row, half of them each warp, whatever the pages are like. A lane finds the addresses of one or
-  // two rows. Eight lanes copy a row's panel, so that an address serves all panels of four rows; the swizzle repeats
+  // two rows. Eight lanes copy per row's panel, so that an address serves all panels of four rows; the swizzle repeats
   // every 8 rows, so that there are two addresses to write to, but for constants. Addresses go from the lanes that know
   // them to those that copy through shared memory, four at once: by shuffles each needs an index of its own.
   __device__ __forceinline__ void SendRows(const int (&token)[kPlaces], const int (&page)[kPlaces]) {
@@ -394,8 +394,9 @@ class AttendProducer {
     for (int i = lane_; i < count * kPieces; i += 32) {
       const int of_count = i / kPieces, row = row0 + of_count;
       const int piece = i % kPieces;
-      AsyncCopy16(base + piece / 8 * Memory::kKeyPanelBytes + row * Memory::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
-                  from + of_count * stride + piece * 8, of_count >= begin && of_count < end && piece < p_.head_dim / 8);
+      AsyncCopy16(
+          base + piece / 8 * Memory::kKeyPanelBytes + row * Memory::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4),
+          from + of_count * stride + piece * 8, of_count >= begin && of_count < end && piece < p_.head_dim / 8);
     }
     AsyncCopyWaitAll();
     FenceAsyncProxy();

@@ -1,4 +1,5 @@
-// The shared-memory plan of the attend kernel, and the words that its two kinds of warpgroups speak to each other.
+// Shared memory of the attend kernel: the stages of Q, K and V, and the structs that producer and math warpgroups
+// exchange.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 
@@ -38,13 +39,13 @@ enum class KeyMode : int {
   kMeans = 2   // columns are block means, of which `wanted` are corrected for
 };
 
-// A key tile: what its columns are. Sixteen consecutive columns always lie together.
+// A key tile: the meaning of its columns. Sixteen consecutive columns always lie together.
 struct alignas(64) KeyTile {
   KeyMode mode;
-  float short_bias;   // kMeans: what is to be added to the score of this
+  float short_bias;   // kMeans: is added to the score of this
   int short_column;   // column, a block that is shorter than the others; -1: there is none
   int position[8];    // kMasked: of columns 16 i
-  uint32_t wanted[4]; // kMeans: [l]: bits of columns 8 i + 2 l and the next, for all i: what lane l of four holds
+  uint32_t wanted[4]; // kMeans: [l]: bits of columns 8 i + 2 l and the next, for all i: those that lane l of four holds
 };
 
 template <class SHAPE>

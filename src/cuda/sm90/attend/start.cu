@@ -1,5 +1,5 @@
-// What runs in front of attend where no select does: the counter of tiles handed out becomes 0. A kernel and not a
-// memset, because attend may be launched while it runs: some 2 us less between the two.
+// The kernel in front of an attend that follows no select: it sets the counter of tiles handed out to 0. A kernel and
+// not a memset, because attend may be launched while it runs: some 2 us less between the two.
 #include "cuda/sm90/attend/params.h"
 
 namespace flashprefill::cuda {

@@ -1,7 +1,7 @@
-// Which query tile is whose turn. Items are numbered so that those that follow each other share keys and values in L2:
-// KV heads first, in each of them the sequences, in each of them the tiles from the last (heaviest) to the first, and
-// of a tile the query heads of the KV head next to each other. A persistent CTA takes the next number from one counter.
-// Device arrays are clamped, never trusted.
+// Tile scheduler: the order in which CTAs take query tiles. Items are numbered so that those that follow each other
+// share keys and values in L2: KV heads first, in each of them the sequences, in each of them the tiles from the last
+// (heaviest) to the first, and of a tile the query heads of the KV head next to each other. A persistent CTA takes the
+// next number from one counter. Device arrays are clamped, never trusted.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_
 
@@ -117,10 +117,10 @@ __device__ __forceinline__ uint64_t MaskWord(const AttendParams& p, const Work& 
   return left >= 64 ? word : word & ((uint64_t{1} << left) - 1);
 }
 
-constexpr int kGroupBlocks = 32 * 64; // blocks of which a warp holds the mask, a word a lane
+constexpr int kGroupBlocks = 32 * 64; // blocks of which a warp holds the mask, a word per lane
 
 // One warp takes tiles, one ahead of those that load them: its arithmetic and its loads are some thousands of cycles.
-// What it must remember is in shared memory, to spare registers.
+// Its state is in shared memory, to spare registers.
 template <class SHAPE>
 __device__ __forceinline__ void StartTaking(const AttendParams& p, SharedMemory<SHAPE>& sm) {
   const int tiles = TilesOfBatch(p);

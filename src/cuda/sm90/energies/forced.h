@@ -1,5 +1,5 @@
-// Selection without scores: Dense, Streaming, and any policy whose forced blocks are everything, which the host can tell
-// from its bounds. Also the means of blocks alone, for an attend with mean correction. Plain C++.
+// Selection without scores: Dense, Streaming, and any policy whose forced blocks are everything, which the host can
+// tell from its bounds. Also the means of blocks alone, for an attend with mean correction. Plain C++.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_FORCED_H_
 #define FLASHPREFILL_CUDA_SM90_ENERGIES_FORCED_H_
 
@@ -29,16 +29,16 @@ bool KeepsEverything(const Problem& p, const Policy& policy);
 // A selector over the plan of a method that scores, and over ForcedPlan where there is nothing to score for.
 template <auto PLAN_OF>
 constexpr Selector SelectorOverScores(int dense_up_to_keys = 0) {
-  return {[](const Problem& p, const Policy& policy) {
-            if (KeepsEverything(p, policy)) return ForcedPlan::Of(p, policy).Unsupported();
-            return PLAN_OF(p, policy).Unsupported();
-          },
-          [](const Problem& p, const Policy& policy, bool correction, Workspace& workspace,
-             const SelectTarget* target) {
-            if (KeepsEverything(p, policy)) return SelectBy(ForcedPlan::Of(p, policy), correction, workspace, target);
-            return SelectBy(PLAN_OF(p, policy), correction, workspace, target);
-          },
-          dense_up_to_keys};
+  return {
+      [](const Problem& p, const Policy& policy) {
+        if (KeepsEverything(p, policy)) return ForcedPlan::Of(p, policy).Unsupported();
+        return PLAN_OF(p, policy).Unsupported();
+      },
+      [](const Problem& p, const Policy& policy, bool correction, Workspace& workspace, const SelectTarget* target) {
+        if (KeepsEverything(p, policy)) return SelectBy(ForcedPlan::Of(p, policy), correction, workspace, target);
+        return SelectBy(PLAN_OF(p, policy), correction, workspace, target);
+      },
+      dense_up_to_keys};
 }
 
 // Writes the forced blocks, and everything for sequences of at most rules.dense_up_to_keys keys.

@@ -1,11 +1,11 @@
 // From energies to bits, by one warp for one tile: the threshold of alpha, the smallest set of a given mass, the blocks
 // of at least a given gain, the top few, joined with the forced ones. The energies of the tile lie in shared memory, so
-// a pass over 1024 blocks is 32 loads a lane. cut.cuh finds the largest ones that reach a target.
+// a pass over 1024 blocks is 32 loads per lane. threshold.cuh finds the largest ones that reach a target.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_KEEP_CUH_
 #define FLASHPREFILL_CUDA_SM90_ENERGIES_KEEP_CUH_
 
-#include "cuda/sm90/energies/threshold.cuh"
 #include "cuda/sm90/energies/keep.h"
+#include "cuda/sm90/energies/threshold.cuh"
 
 namespace flashprefill::cuda {
 
@@ -16,7 +16,7 @@ __device__ inline uint32_t RangeBits(int begin, int end, int first) {
   return (high == 32 ? ~0u : (1u << high) - 1) & (~0u << low);
 }
 
-// What a tile's row of the mask is made of, beside its energies.
+// A tile's row of the mask, apart from its energies.
 struct MaskRow {
   int scored;       // blocks that have an energy; 0 if nothing is chosen by score
   int visible;      // blocks that may be kept
@@ -30,9 +30,9 @@ constexpr float kBinnedMass = 0.99f;
 
 // Writes a row of `half_words` 32-bit words and returns the number of bits set. energies: base-2 logarithms in shared
 // memory, floats, which a rule by gain or without bins overwrites, or __half where there is no room for them. `bins`:
-// kThresholdBins words of this warp there, or null. 1, 2 or 4 (1 << log2_parts) warps share a row, and each returns its part
-// of the number; where an earlier block's fate decides a later one's, the first warp does it alone. TO_MASS: the rule
-// may be by mass or gain.
+// kThresholdBins words of this warp there, or null. 1, 2 or 4 (1 << log2_parts) warps share a row, and each returns its
+// part of the number; where an earlier block's fate decides a later one's, the first warp does it alone. TO_MASS: the
+// rule may be by mass or gain.
 template <bool TO_MASS, typename Stored>
 __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Stored* energies, uint32_t* bits,
                                    int half_words, int part, int log2_parts, uint32_t* bins = nullptr) {
@@ -59,7 +59,7 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
       TO_MASS && (rule.by_mass || by_gain) ? -INFINITY : largest + rule.alpha_log2; // by alpha: everything from here on
   constexpr bool kOverwrites = sizeof(Stored) == sizeof(float);
   Threshold cuts[2] = {}; // by mass, by number
-  // What is compared: energies, or masses.
+  // Energies are compared, or masses.
   bool masses = to_mass && scored > 0;
   if (masses && bins && !by_gain && rule.mass <= kBinnedMass && largest > -INFINITY) {
     masses = !FindMassThreshold(energy_of, scored, -WarpMax(-smallest), largest, rule.mass, bins, cuts[0]);
@@ -111,7 +111,8 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const bool valid = 32 * (group + j + i) + lane < scored;
-          uint32_t chosen = to_mass ? Reaches(cuts[0], valid, value[i]) : __ballot_sync(~0u, valid && value[i] >= least);
+          uint32_t chosen =
+              to_mass ? Reaches(cuts[0], valid, value[i]) : __ballot_sync(~0u, valid && value[i] >= least);
           if (rule.min_blocks > 0) chosen |= Reaches(cuts[1], valid, value[i]);
           if (j + i == lane) mine = chosen;
         }

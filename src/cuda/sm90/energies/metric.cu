@@ -1,6 +1,7 @@
-// Sketch's query metric: what a dimension counts in the distances of keys, the sum of squares that the last row of each
-// tile has there, over the query heads of a KV head. Its own launch before the pooling pass, for a hundredth of Q's
-// bytes. A head's rows are dealt out to kMetricParts CTAs, whose sums the pooling pass adds up, always in one order.
+// Sketch's query metric: the weight of a dimension in the distances of keys, the sum of squares that the last row of
+// each tile has there, over the query heads of a KV head. Its own launch before the pooling pass, for a hundredth of
+// Q's bytes. A head's rows are dealt out to kMetricParts CTAs, whose sums the pooling pass adds up, always in one
+// order.
 #include "cuda/sm90/energies/pool.h"
 #include "cuda/sm90/energies/pool_rows.cuh"
 
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) MetricKernel(const __grid_constant__
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         const float square = ToFloat(chunk.value[i]) * ToFloat(chunk.value[i]);
-        sum[i] += square < INFINITY ? square : 0.f; // what is not finite is left out
+        sum[i] += square < INFINITY ? square : 0.f; // non-finite values are left out
       }
     }
   }

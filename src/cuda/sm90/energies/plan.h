@@ -9,12 +9,12 @@
 
 namespace flashprefill::cuda {
 
-// In a prefill sequences of at most this many keys are attended to densely: on an H200, with 32 heads of 128, select and
-// attend take 0.030 ms more than attend over the same density, and at 3072 keys dense attention takes 0.121 ms and the
-// density of real text, about 0.8, saves no more than that.
+// In a prefill sequences of at most this many keys are attended to densely: on an H200, with 32 heads of 128, select
+// and attend take 0.030 ms more than attend over the same density, and at 3072 keys dense attention takes 0.121 ms and
+// the density of real text, about 0.8, saves no more than that.
 constexpr int kEnergiesDenseUpToKeys = 3072;
 
-// What a method of this family asks for.
+// The parameters of a method of this family.
 struct EnergyScores {
   KeepRule keep;
   int query_pool = 1;        // rows of q per scored row

@@ -1,12 +1,12 @@
 // Pooling: the means of K's blocks (of V's too, for the mean correction), Sketch's outliers, mean and variance, and the
 // means of runs of query rows where the score kernel does not make them itself, all in one launch.
 //
-// The pass is bound by memory, so it is built around loads: 16 bytes a thread, consecutive threads on consecutive
+// The pass is bound by memory, so it is built around loads: 16 bytes per thread, consecutive threads on consecutive
 // addresses, eight loads in flight before the first is used. The two halves differ in who adds up. A key block has 128
 // or so rows for one result, so the 256 threads of a CTA share them (16 rows at a time for head_dim 128) and meet in
 // shared memory; 4K tokens then still make 256 CTAs. A pooled query row is 16 tokens or so, so a thread adds up its own
-// eight columns of all of them and meets nobody; neighbouring threads take neighbouring heads, so that a CTA reads
-// whole rows of tokens. Sums are fp32, in an order that depends on nothing but shapes, rounded once.
+// eight columns of all of them without meeting another thread; neighbouring threads take neighbouring heads, so that a
+// CTA reads whole rows of tokens. Sums are fp32, in an order that depends on nothing but shapes, rounded once.
 //
 // Sketch goes over its block twice: for the mean, then for distances and squares about it. 128 keys stay in registers
 // meanwhile; of larger blocks the second pass comes from L2.
@@ -23,16 +23,16 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kInFlight = 8; // loads before the first use
 constexpr int kMaxBlock = 1024;
-constexpr int kMaxDim = 256; // 32 threads a row
+constexpr int kMaxDim = 256; // 32 threads per row
 
-// What the CTAs of a launch do, by number: blocks of K, blocks of V, rows of Q, and the last one writes fallbacks.
+// The work of the CTAs of a launch, by number: blocks of K, blocks of V, rows of Q, and the last one writes fallbacks.
 struct Jobs {
   int blocks;      // of a sequence at most
-  int lanes;       // threads a row of K or V: a power of two
+  int lanes;       // threads per row of K or V: a power of two
   int q_row_count; // pooled rows of one head in a tile
   uint32_t k_end, v_end, q_end;
-  // blocks, kv_heads, page_size; CTAs for the rows of a tile, threads a row of Q (head_dim / 8), q_heads,
-  // query heads a KV head, and a tile
+  // blocks, kv_heads, page_size; CTAs for the rows of a tile, threads per row of Q (head_dim / 8), q_heads,
+  // query heads per KV head, and a tile
   Divider by_blocks, by_kv, by_page, by_parts, by_chunks, by_heads, by_group, by_tile_heads;
   int q_parts, chunks;
 };
@@ -56,8 +56,8 @@ __device__ inline Block BlockOfSlot(const PoolArgs& a, const Jobs& jobs, int slo
   block.begin = index * r.block_size;
   block.keys = min(r.block_size, block.sequence.k_len - block.begin);
   block.row = slot;
-  block.wanted =
-      index >= 0 && block.keys > 0 && block.sequence.q_len > 0 && !(a.skip_forced && KeepsEverything(p, r, block.sequence));
+  block.wanted = index >= 0 && block.keys > 0 && block.sequence.q_len > 0 &&
+                 !(a.skip_forced && KeepsEverything(p, r, block.sequence));
   return block;
 }
 
@@ -73,7 +73,7 @@ struct BlockReader {
   int group, groups; // rows group, group + groups, ... are this thread's
   int column;
   bool active;
-  int batches;    // of kInFlight rows a thread
+  int batches;    // of kInFlight rows per thread
   const T* start; // of row 0, where there are no pages
   Chunk<T> held[kInFlight];
 
@@ -286,7 +286,7 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
   if (threadIdx.x < 32) FindOutliers(shared, keys, outliers);
   const float squares_of_all = SumOverRows(square, lanes, shared.partial);
 
-  // Eight columns of an outlier a thread, and zeros for those that a short block has not.
+  // Each thread takes eight columns of an outlier; outliers that a short block lacks are zeros.
   const int column = reader.column;
   auto put = [&](int r, const uint4& raw) {
     *reinterpret_cast<uint4*>(planes + (2 + r) * plane + column) = raw;
@@ -384,7 +384,7 @@ __device__ void WriteFallbacks(const PoolArgs& a) {
   }
 }
 
-// Four CTAs of 64 registers a thread on a multiprocessor, three of 80 where more is held at a time.
+// Four CTAs of 64 registers per thread on a multiprocessor, three of 80 where more is held at a time.
 template <typename T, bool VECTOR, bool SKETCH, bool METRIC>
 __global__ void __launch_bounds__(kThreads, METRIC || !VECTOR ? 3 : 4)
     PoolKernel(const __grid_constant__ PoolArgs a, const __grid_constant__ Jobs jobs) {

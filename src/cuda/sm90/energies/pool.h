@@ -17,7 +17,8 @@ constexpr int kMetricParts = 16; // sums that make a metric
 //          the outliers, the farthest first
 //   metric [batch, kv_heads, kMetricParts, pitch]: added up over parts, the weight of each dimension in distances
 //   q rows [kv_heads, tile_rows, units_per_kv, unit_rows, pitch]: the pooled rows of a tile of a mask head lie
-//          together, heads fastest; rows without a token are not written. Squares follow as a second array of that shape
+//          together, heads fastest; rows without a token are not written. Squares follow as a second array of that
+//          shape
 struct PoolArgs {
   static PoolArgs Of(const DeviceProblem& d, const TileRules& rules) {
     PoolArgs a{};
@@ -43,8 +44,8 @@ struct PoolArgs {
   int unit_rows;  // rows that a tile of a mask head has room for
   bool squares;   // also q^2 * square_scale, rounded
   float square_scale;
-  bool skip_forced;  // sequences in which everything is forced need no means
-  int32_t* fallback; // [batch]
+  bool skip_forced;    // sequences in which everything is forced need no means
+  int32_t* fallback;   // [batch]
   int* attend_counter; // set to zero for an attend that follows, or null; only with fallback
 };
 

@@ -1,4 +1,4 @@
-// Rows of 16-bit values as the pooling passes read them: 16 bytes a thread, and the mean of consecutive rows.
+// Rows of 16-bit values as the pooling passes read them: 16 bytes per thread, and the mean of consecutive rows.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_POOL_ROWS_CUH_
 #define FLASHPREFILL_CUDA_SM90_ENERGIES_POOL_ROWS_CUH_
 
@@ -57,7 +57,7 @@ __device__ inline void AddRows(const T*& row, int64_t row_stride, int column, in
 }
 
 // The mean of `count` rows, eight columns of it, not rounded. There is one path for eight rows and one for a single
-// one: a path for what is left over, with a condition at each load, was measured to spill registers in all of them.
+// one: a path for the remaining rows, with a condition at each load, was measured to spill registers in all of them.
 template <typename T, bool VECTOR>
 __device__ inline void MeanOfRows(const T* row, int64_t row_stride, int count, int column, int head_dim, int64_t stride,
                                   float (&mean)[kColumns]) {

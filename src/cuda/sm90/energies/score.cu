@@ -1,5 +1,5 @@
 // Scores, energies, threshold and bitmap of FlashPrefill and Sketch, in one kernel: its idea, its frame and its launch.
-// score_plan.cuh has its shared memory, score_load.cuh who brings data, score_math.cuh its arithmetic.
+// score_plan.cuh has its shared memory, score_load.cuh its loads, score_math.cuh its arithmetic.
 //
 // The product is made transposed: 64 key blocks are the rows of a wgmma, query rows its columns. A block's energy is
 // the sum over a row, so it is added up inside a thread and between the four lanes that share the row, every energy
@@ -9,7 +9,7 @@
 // Exponentials need a common reference, and any will do: a warp keeps one for each of its units, the largest score of
 // the first 16 blocks it sees. An energy is stored as its logarithm with the reference added back, so warps need not
 // agree. Only where a sum gets too large, or is no number, the step is done again carefully: that sets a new reference
-// and leaves out what is not finite. So the loop has no maximum in it: a multiply-add, an exp2 and an add for each
+// and leaves out non-finite scores. So the loop has no maximum in it: a multiply-add, an exp2 and an add for each
 // score, and a comparison more in the steps that the diagonal cuts.
 //
 // A CTA is persistent; items come heaviest first (PlaceScoreItem). Key data streams through a ring of 64-block stages
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
   } else if (warp < 4 * (Shape::kMathGroups + 1)) {
     ShrinkRegisters<Shape::kCopyRegisters>();
     if (threadIdx.x == 128 * Shape::kMathGroups) {
-      cudaGridDependencySynchronize(); // what the pooling pass wrote
+      cudaGridDependencySynchronize(); // the pooling pass has written its results
       ProduceKeys(a, plan, layout, shared, c);
     } else if (threadIdx.x == 128 * Shape::kMathGroups + 32) {
       if (!Shape::kPoolGroups && !a.rows_in_q) cudaGridDependencySynchronize();
@@ -93,7 +93,7 @@ struct Groups {
 };
 
 // The largest plan that fits in shared memory: as many units as can be, in as few sets as hold them, so that no column
-// is idle. What does not fit goes in this order: the fourth stage of keys, buffers of queries down to one a set
+// is idle. To fit, these go in this order: the fourth stage of keys, buffers of queries down to one a set
 // (where two products are in flight: three for two sets), floats as energies and the other buffers there, the third
 // stage of keys elsewhere, units.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {

@@ -1,4 +1,4 @@
-// The score kernel: what it is asked for, and its launch. Plain C++.
+// The score kernel: its arguments and its launch. Plain C++.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_
 #define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_
 
@@ -10,7 +10,7 @@
 
 namespace flashprefill::cuda {
 
-constexpr int kStepBlocks = 64; // key blocks a step: the box of k_map has so many rows
+constexpr int kStepBlocks = 64; // key blocks per step: the box of k_map has as many rows
 
 // A *unit* is one tile of one mask head. A KV head's units of a sequence are counted tile by tile, the tile's mask
 // heads next to each other, as LaunchPool lays out pooled rows.
@@ -25,7 +25,7 @@ struct ScoreArgs {
   bool rows_in_q;    // query_pool is 1 and rows come from q itself; else from pooled rows, where unit_rows is 128
   bool rows_aligned; // 16 bytes of a row of q may be loaded at once
   bool sketch;
-  int outliers;       // Sketch's planes beside mean and variance
+  int outliers;       // Sketch's planes besides mean and variance
   float square_scale; // of the squares of its rows
   int64_t mean_rows;  // of a KV head in a plane of key data
   int64_t unit_count; // of pooled rows' units, all KV heads together: where their squares begin
@@ -35,10 +35,10 @@ struct ScoreArgs {
   int64_t words;
 };
 
-// Null if the kernel can do a problem of this shape, else what it would need, in words.
+// Null if the kernel does a problem of this shape, else the requirement that is not met, in words.
 const char* ScoreUnsupported(int head_dim, int64_t max_blocks, int unit_rows, bool sketch);
 
-// Columns of the product that a warpgroup makes: the box of q_map has so many rows.
+// Columns of the product that a warpgroup makes: the box of q_map has as many rows.
 int ScoreColumns(int unit_rows);
 
 cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Of the score kernel: who brings what is multiplied. One thread streams key data. Rows of queries come as they are, by
+// Loads of the score kernel. One thread streams key data. Rows of queries come as they are, by
 // a second thread, or are made here: warps read the raw rows, add them up and write the means as products want them, so
 // that the memory's work and the arithmetic of the item before run side by side.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_LOAD_CUH_
@@ -149,7 +149,7 @@ struct RowPooler {
         *reinterpret_cast<uint4*>(part.to + plan.panels * COLUMNS * kScorePanelBytes) = Rounded<T>(mean);
       }
     }
-    FenceAsyncProxy(); // the products read what was written
+    FenceAsyncProxy(); // before the products read these rows
     return i - count;
   }
 

@@ -11,7 +11,7 @@ namespace flashprefill::cuda {
 template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
 struct Scorer {
   static constexpr int kUnits = COLUMNS / ROWS;
-  static constexpr int kSlices = ROWS / 8; // of 8 columns a unit: 2 scores of each of two rows a thread
+  static constexpr int kSlices = ROWS / 8; // of 8 columns per unit: 2 scores of each of two rows per thread
   static constexpr bool kHalfEnergies = ScoreShape<COLUMNS, SKETCH>::kHalfEnergies;
   using Scores = float[COLUMNS / 2];
 
@@ -20,10 +20,10 @@ struct Scorer {
   const ScoreLayout& layout;
   char* shared;
   ScoreControl& c;
-  int group, warp, lane;        // warpgroup, warp in it, lane
-  int set, member;              // of units, and which of its team this warpgroup is
+  int group, warp, lane;           // warpgroup, warp in it, lane
+  int set, member;                 // of units, and which of its team this warpgroup is
   RingPosition k_next, k_released; // stages: to be multiplied, to be given back
-  char* energies;               // of the set: floats, or (kHalfEnergies) 16 bits each, relative to c.base
+  char* energies;                  // of the set: floats, or (kHalfEnergies) 16 bits each, relative to c.base
 
   uint32_t q_address, k_address;
   unsigned live; // bit u: unit u is scored
@@ -94,7 +94,7 @@ struct Scorer {
     BarrierWait(&c.k_full[k_next.stage], k_next.parity);
     constexpr int kStage = PANELS * kStepBlocks * kScorePanelBytes;
     const uint64_t k = DescribeKMajor(k_address + k_next.stage * kStage);
-    // Made anew for each product: eight slices' descriptors, kept, would push others out to local memory.
+    // Made again for each product: eight slices' descriptors, kept, would push others out to local memory.
     uint32_t q_rows = q_address + rows * PANELS * COLUMNS * kScorePanelBytes;
     if constexpr (SKETCH) asm volatile("" : "+r"(q_rows));
     const uint64_t q = DescribeKMajor(q_rows);
@@ -200,9 +200,8 @@ struct Scorer {
     }
   }
 
-  // What energies of 16 bits are relative to: the references with which the warpgroup's first warp began, in the name
-  // of about as many keys as the first product speaks for, so that they are small and their eleven bits good for a
-  // thousandth.
+  // Sets the base of energies of 16 bits: the references with which the warpgroup's first warp began, weighted by the
+  // keys of the first product, so that energies are small and their eleven bits good for a thousandth.
   __device__ void ShareBase() {
     if (plan.energy_bytes == sizeof(float)) return;
     if (warp == 0 && lane == 0) {
@@ -338,7 +337,7 @@ struct Scorer {
     }
   }
 
-  // Bits from complete energies: a warp takes every so manyth unit; one or two units are shared by four warps.
+  // Bits from complete energies: the warps take units in turn; one or two units are shared by four warps.
   __device__ void WriteUnits() {
     const bool share = plan.log2_units < 2;
     const int log2_parts = share ? 2 - plan.log2_units : 0;

@@ -1,5 +1,5 @@
-// Of the score kernel: what the host chooses, shared memory, the words that its warps speak to each other, and where a
-// number of work leads.
+// Plan of the score kernel: the host's choices, shared memory, the structs that warps exchange in it, and how a work
+// index maps to units.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_PLAN_CUH_
 #define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_PLAN_CUH_
 
@@ -11,17 +11,17 @@
 namespace flashprefill::cuda {
 
 constexpr int kScoreGroups = 4;        // math warpgroups at most
-constexpr int kScorePanelColumns = 64; // 128 bytes a row
+constexpr int kScorePanelColumns = 64; // 128 bytes per row
 constexpr int kScorePanelBytes = 128;  // of one row
 constexpr int kScoreStages = 4;        // of keys at most
 constexpr int kScoreBuffers = 8;       // of queries at most
 constexpr int kScoreUnits = 8;         // of a set
 
 // Warpgroups of a kernel, and the registers that a thread of each has: math, one that starts copies, and those that
-// pool query rows, where rows are made here (64 columns). FlashPrefill's math is little beside its loads, so loads get
-// most threads, and math the registers for one product at a time. Sketch's math is more, and holds two products. With
-// 128 columns there are registers for one, and four warpgroups to take turns. What all have together is what the launch
-// gave, and nobody but math gets more than that.
+// pool query rows, where rows are made here (64 columns). FlashPrefill's math is little compared to its loads, so loads
+// get most threads, and math the registers for one product at a time. Sketch's math is more, and holds two products.
+// With 128 columns there are registers for one, and four warpgroups to take turns. Together they have what the launch
+// gave, and only math gets more than that.
 template <int COLUMNS, bool SKETCH>
 struct ScoreShape {
   static constexpr bool kTwoProducts = COLUMNS == 64 && SKETCH;
@@ -35,10 +35,10 @@ struct ScoreShape {
       (kAtLaunch * kGroups - kCopyRegisters - kPoolGroups * kPoolRegisters) / kMathGroups / 8 * 8;
 };
 
-// What the host has chosen beside the arguments. Units that are worked on together are a *set*; a set belongs to one or
+// The host's choices besides the arguments. Units that are worked on together are a *set*; a set belongs to one or
 // more math warpgroups, its *team*, which take turns at the steps. With 64 columns a team is one warpgroup.
 struct ScorePlan {
-  int panels;   // of 64 columns a row of q or k
+  int panels;   // of 64 columns per row of q or k
   int q_panels; // twice as many with squares
   int units;    // of a set, a power of two: fewer than fit where energies need the room
   int log2_units;
@@ -48,8 +48,8 @@ struct ScorePlan {
   int k_stages;
   int energy_stride, energy_bytes;             // of a unit; 4, or 2 where floats leave no room (__half)
   int bin_warps;                               // that may look for a mass
-  int slots;                                   // items a KV head, at most
-  Divider by_item, by_kv, by_heads, by_chunks; // units an item, kv_heads, heads_per_tile, 16-byte pieces of a row of q
+  int slots;                                   // items per KV head, at most
+  Divider by_item, by_kv, by_heads, by_chunks; // units per item, kv_heads, heads_per_tile, 16-byte pieces of a row of q
 };
 
 // One piece of work: consecutive units of one KV head of one sequence.
@@ -73,7 +73,7 @@ struct ScoreControl {
   uint64_t k_full[kScoreStages], k_empty[kScoreStages];
   ScoreItem item[kScoreBuffers];
   ScoreUnit unit[kScoreGroups][kScoreUnits];
-  float base[kScoreGroups][kScoreUnits];    // of each unit: what energies of 16 bits are relative to
+  float base[kScoreGroups][kScoreUnits];    // of each unit: the base of energies of 16 bits
   int kept[kScoreGroups][4];                // bits that each warp has set, where several share a unit
   alignas(16) int limit[kScoreGroups][128]; // of each column: it sees blocks [0, limit)
 };
@@ -95,9 +95,9 @@ __host__ __device__ inline ScoreLayout ScoreLayoutOf(const ScorePlan& plan, int 
   return l;
 }
 
-// Where an item's number leads. Items of a sequence begin at (its first mask row * mask heads a KV head) / units an
+// The item of a number. Items of a sequence begin at (its first mask row * mask heads per KV head) / units an
 // item
-// + b, which leaves room for all of them without prefix sums, as fp_tile_base does for tiles. Higher numbers are
+// + b, which leaves room for all of them without prefix sums, as Geometry::TileBase does for tiles. Higher numbers are
 // earlier tiles, because the last tiles have the most blocks to score.
 __device__ inline bool PlaceScoreItem(const ScoreArgs& a, const ScorePlan& plan, int id, ScoreItem& item) {
   const TileRules& r = a.rules;

@@ -28,11 +28,11 @@ struct Threshold {
 
 // The smallest set of largest values that reaches a target: `target` of them, or by mass that share of their sum. With
 // a gain: those v, from the largest down, for which v sqrt(rest) reaches it, both as shares of the sum, where rest is
-// what v and the smaller ones sum to. The interval in which the set's smallest member lies is cut in four at each pass
-// over the values, first where masses lie. value_of(b) is block b's.
+// the sum of v and the smaller ones. The interval in which the set's smallest member lies is divided in four at each
+// pass over the values, first where masses lie. value_of(b) is block b's.
 template <typename Value>
 __device__ inline Threshold FindThreshold(Value&& value_of, int count, float largest, bool by_mass, float target,
-                                    float gain = 0) {
+                                          float gain = 0) {
   const int lane = threadIdx.x % 32;
   float sum[3];
   int number[3];
@@ -133,7 +133,7 @@ __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float le
   // Bin i: energies from (origin + i / bins_per_octave) below the largest on. A power of two, so all of this is exact.
   const float spread = fminf(fmaxf(largest - least, 0x1p-4f), 15.5f);
   float origin = 0, bins_per_octave = __uint_as_float((127 + 127 + 7 - (__float_as_uint(spread) >> 23)) << 23);
-  uint32_t before = 0, target = 0; // what larger energies sum to, and what has to be reached
+  uint32_t before = 0, target = 0; // the sum of larger energies, and the sum to be reached
 #pragma unroll 1
   for (int level = 0;; ++level) {
     const bool first = level == 0;

@@ -1,5 +1,5 @@
-// Selection over a grid of cells, XAttention's and RRAttention's: what its three kernels are asked for, and their
-// launches. Plain C++. grid.cuh says what the words mean on the device, docs/hopper-select.md how it goes together.
+// Strided selection, XAttention's and RRAttention's: the arguments of its three kernels, and their launches. Plain C++.
+// cells.cuh has the geometry on the device, docs/hopper-select.md the schedule.
 #ifndef FLASHPREFILL_CUDA_SM90_STRIDED_ARGS_H_
 #define FLASHPREFILL_CUDA_SM90_STRIDED_ARGS_H_
 
@@ -12,17 +12,17 @@
 namespace flashprefill::cuda {
 
 constexpr int kStripRows = 128;         // rows of the grid that a CTA scores at once
-constexpr int kStridedPanel = 64;       // columns of a bulk copy: 128 bytes a row
-constexpr int kKeyTileCells = 256;      // key cells that it scores them against: the box of k_map has so many rows
+constexpr int kStridedPanel = 64;       // columns of a bulk copy: 128 bytes per row
+constexpr int kKeyTileCells = 256;      // key cells that it scores them against: the box of k_map has as many rows
 constexpr int kMaxHeadThresholds = 512; // heads that may have a threshold each: they travel as a kernel argument
 
 // A tile of a query head is a *unit*, of 128 / stride rows. Units go tile by tile, the heads of a KV head next to each
 // other; a *strip* is `stride` units, 128 rows. A *key tile* is whole blocks, at most 256 cells.
 //
-// Tiles are selected for in *chunks* of consecutive rows of the mask, so that what lies between the kernels stays
+// Tiles are selected for in *chunks* of consecutive rows of the mask, so that the arrays between the kernels stay
 // small:
-//   q_rows  [kv_heads, q_tiles, heads of a KV head, rows a unit, pitch]
-//   sums    [kv_heads, tiles, heads of a KV head, rows a unit, key_tiles, block_pitch]: of a row's powers of two, by
+//   q_rows  [kv_heads, q_tiles, heads of a KV head, rows per unit, pitch]
+//   sums    [kv_heads, tiles, heads of a KV head, rows per unit, key_tiles, block_pitch]: of a row's powers of two, by
 //           block, relative to the largest of the row in that key tile
 //   stats   the same without the last axis: that largest exponent, and the sum over the key tile
 struct StridedShape {
@@ -32,7 +32,7 @@ struct StridedShape {
   int columns;   // of a cell
   int pitch;     // columns rounded up to 8 elements
   int box_units; // units that one bulk copy brings
-  // Rows of whole tiles are read from q itself, and whole key tiles from k. What has copies then is the last one of
+  // Rows of whole tiles are read from q itself, and whole key tiles from k. Copied then is only the last one of
   // each sequence, if it is short: q_rows a tile for each sequence, k_cells a key tile for each.
   bool direct_q, direct_k;
   int cells_per_block, key_tile_blocks, key_tile_cells, block_pitch;
@@ -62,7 +62,7 @@ struct StridedScoreArgs {
   // Of q and k themselves: column, cell, head, token of the first cell. Boxes are one tile's cells of box_units heads,
   // and a key tile's cells.
   CUtensorMap q_direct_map, k_direct_map;
-  float exponent_scale; // what turns a product into an exponent of two
+  float exponent_scale; // turns a product into an exponent of two
 };
 
 cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream);
@@ -79,7 +79,7 @@ struct StridedKeepArgs {
   float head_threshold[kMaxHeadThresholds];
 };
 
-// Whether the masses of a tile of so many blocks fit in shared memory.
+// Whether the masses of a tile of this many blocks fit in shared memory.
 bool StridedKeeps(int64_t max_blocks);
 
 cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// What the three kernels of the grid agree on: which units of a sequence lie in a chunk, and which cells a row sees.
+// Geometry that the three strided kernels share: the units of a sequence in a chunk, and the cells that a row sees.
 #ifndef FLASHPREFILL_CUDA_SM90_STRIDED_CELLS_CUH_
 #define FLASHPREFILL_CUDA_SM90_STRIDED_CELLS_CUH_
 
@@ -6,7 +6,7 @@
 
 namespace flashprefill::cuda {
 
-// The part of a sequence that lies in a chunk.
+// The tiles of a sequence that lie in a chunk.
 struct StridedRange {
   int first_tile; // of the sequence
   int local_tile; // where that one lies in the chunk

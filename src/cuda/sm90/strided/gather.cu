@@ -1,5 +1,5 @@
 // Cells of keys and rows of queries as two matrices, so that the score kernel is a plain product of them, whatever the
-// layout, the pages and the lengths are: what lies past the end of a sequence becomes zeros here. XAttention's cells
+// layout, the pages and the lengths are: past the end of a sequence there are zeros. XAttention's cells
 // are copied as they are, token after token, and its rows from the cell's last query to its first; RRAttention's cells
 // are averaged and its rows are single queries.
 //
@@ -71,7 +71,8 @@ __device__ GatherRow QueryRow(const StridedArgs& a, const GatherJobs& jobs, int 
   row.head = head;
   row.sequence = SequenceAt(a.d, b);
   const int tiles = row.sequence.Tiles(r), m = g.direct_q ? tiles - 1 : slot - row.sequence.TileBase(r);
-  row.wanted = q_tile < g.q_tiles && m >= 0 && m < FirstDenseTile(r, row.sequence) && !KeepsEverything(p, r, row.sequence);
+  row.wanted =
+      q_tile < g.q_tiles && m >= 0 && m < FirstDenseTile(r, row.sequence) && !KeepsEverything(p, r, row.sequence);
   if (!row.wanted) return row;
   const DeviceTile tile = TileAt(p, r, row.sequence, m);
   row.begin = tile.begin + (i << g.log2_stride);
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kThreads)
       offset = RowOffsetAt(p, tensor.stride, s, token, row.head);
     } else if (p.block_table) {
       const int index = jobs.by_page(token);
-      offset = PageAt(p, s.index, index) * tensor.stride[0] +
-               (token - index * p.page_size) * tensor.stride[1] + row.head * tensor.stride[2];
+      offset = PageAt(p, s.index, index) * tensor.stride[0] + (token - index * p.page_size) * tensor.stride[1] +
+               row.head * tensor.stride[2];
     } else {
       offset = KeyOffsetAt(p, tensor.stride, s, token, row.head);
     }
@@ -204,7 +205,7 @@ cudaError_t LaunchStridedGather(const StridedArgs& args, bool keys, bool queries
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto kernel = p.q.dtype == FP_BF16 ? (vector ? GatherKernel<__nv_bfloat16, 8> : GatherKernel<__nv_bfloat16, 1>)
                                            : (vector ? GatherKernel<__half, 8> : GatherKernel<__half, 1>);
-  // What comes before the first chunk is the caller's.
+  // The kernel before the first chunk is not of this family, and may not let another one start early.
   return LaunchOverlapped(kernel, !keys, grid, kThreads, 0, stream, args, jobs);
 }
 

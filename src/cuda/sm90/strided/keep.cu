@@ -1,6 +1,6 @@
-// From the sums of rows to bits, a warp for each tile of a head. A first pass over a row's key tiles gives its
+// From the sums of rows to bits, one warp per tile of a head. A first pass over a row's key tiles gives its
 // softmax's reference and sum; a second one adds up the shares of all rows by block, 256 blocks at a time, 16 bytes a
-// lane and row. These masses lie in shared memory, where keep.cuh finds the smallest set that holds what is asked for.
+// lane and row. These masses lie in shared memory, where keep.cuh finds the smallest set of the wanted share.
 // Where the forced blocks count first their mass is taken off both sides, and they compete no more.
 #include "cuda/common/launch.h"
 #include "cuda/sm90/energies/keep.cuh"
@@ -14,7 +14,7 @@ constexpr int kSumsPerLoad = 8;
 
 struct KeepPlan {
   int warps;       // units of a CTA
-  int mass_stride; // floats a unit
+  int mass_stride; // floats per unit
   Divider by_heads;
 };
 
@@ -144,7 +144,7 @@ cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, cudaStream_t stream) 
   KeepPlan plan{};
   plan.mass_stride = MassStride(DivUp<int64_t>(a.d.p.max_seqlen_k, a.rules.block_size));
   plan.warps = std::clamp(kMaxSharedBytes / 4 / plan.mass_stride, 1, kMostWarps);
-  // Eight CTAs a multiprocessor: waits for memory then hide behind each other.
+  // Eight CTAs per multiprocessor: waits for memory then hide behind each other.
   while (plan.warps > 1 && 8 * plan.warps * plan.mass_stride * 4 > kMaxSharedBytes) plan.warps /= 2;
   plan.by_heads = Divider::Of(a.d.p.q_heads);
   const int bytes = plan.warps * plan.mass_stride * 4;

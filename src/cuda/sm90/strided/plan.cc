@@ -44,7 +44,8 @@ StridedPlan StridedPlan::Of(const Problem& p, const Policy& policy, const Stride
   g.columns = g.means ? p.head_dim : g.stride * p.head_dim;
   g.pitch = DivUp(g.columns, 8) * 8;
   g.direct_q = !g.means && QueryTokens(p) >= kTileRows && ReadsCells(p, p.q, p.cu_seqlens_q, p.max_seqlen_q);
-  g.box_units = g.direct_q ? std::gcd(p.q_heads / p.kv_heads, g.stride) : g.stride; // in q itself a box lies in one tile
+  g.box_units =
+      g.direct_q ? std::gcd(p.q_heads / p.kv_heads, g.stride) : g.stride; // in q itself a box lies in one tile
   g.cells_per_block = policy.block_size / g.stride;
   g.key_tile_blocks = kKeyTileCells / g.cells_per_block;
   g.key_tile_cells = g.key_tile_blocks * g.cells_per_block;
@@ -52,7 +53,7 @@ StridedPlan StridedPlan::Of(const Problem& p, const Policy& policy, const Stride
   g.key_tiles = static_cast<int>(
       std::max<int64_t>(1, DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_k, g.stride), g.key_tile_cells)));
   g.cell_rows = MeanRows(p, g.stride);
-  // Not where sequences are so many and short that a key tile for each is more than all cells.
+  // Not for many short sequences: one key tile for each of them would be more than all cells.
   g.direct_k = !g.means && !p.block_table && g.key_tile_cells == kKeyTileCells &&
                KeyTokens(p) >= kKeyTileCells * g.stride && p.batch * kKeyTileCells < g.cell_rows &&
                ReadsCells(p, p.k, p.cu_seqlens_k, p.max_seqlen_k);

@@ -1,5 +1,5 @@
-// Selection over strided cells, XAttention's and RRAttention's, from the host's side: shapes, scratch memory and launches.
-// Plain C++. args.h has the shapes, docs/hopper-select.md the schedule.
+// Selection over strided cells, XAttention's and RRAttention's, from the host's side: shapes, scratch memory and
+// launches. Plain C++. args.h has the shapes, docs/hopper-select.md the schedule.
 #ifndef FLASHPREFILL_CUDA_SM90_STRIDED_PLAN_H_
 #define FLASHPREFILL_CUDA_SM90_STRIDED_PLAN_H_
 
@@ -8,13 +8,13 @@
 
 namespace flashprefill::cuda {
 
-// What a method of this family asks for.
+// The parameters of a method of this family.
 struct StridedScores {
   int stride;
-  bool means;         // cells of keys are averaged and rows are single queries, else cells are taken whole
-  bool forced_first;  // forced blocks count towards the threshold
-  float factor;       // of a product
-  float threshold;    // share of a tile's sum to be kept
+  bool means;        // cells of keys are averaged and rows are single queries, else cells are taken whole
+  bool forced_first; // forced blocks count towards the threshold
+  float factor;      // of a product
+  float threshold;   // share of a tile's sum to be kept
   const float* head_thresholds = nullptr; // one per query head in place of `threshold`, or null
 };
 

@@ -1,10 +1,11 @@
-// Scores of strips of rows against key tiles of cells, their powers of two, and what is kept of them: for each row and
-// key tile the largest exponent and the sum, for each row and block the sum relative to it. A row's softmax needs its
-// sum over all keys, which no CTA sees; with these, grid_keep.cu makes shares of a whole row without a second product.
+// Scores of strips of rows against key tiles of cells, and their powers of two. Kept of them are, for each row and key
+// tile, the largest exponent and the sum, and for each row and block the sum relative to it. A row's softmax needs its
+// sum over all keys, which no CTA sees; with these, keep.cu makes shares of a whole row without a second product.
 //
-// It is a matrix product as those of textbooks: 128 rows times 256 cells over columns of stride * head_dim, 32 steps of
-// 64 columns at stride 16 and head_dim 128. Two math warpgroups have 64 rows each and read the same cells; a producer
-// warp keeps a ring of stages full. What comes after a product is done once every 32 steps: a twentieth of the time.
+// Fast, because it is a textbook matrix product: 128 rows times 256 cells over columns of stride * head_dim, 32 steps
+// of 64 columns at stride 16 and head_dim 128. Two math warpgroups have 64 rows each and read the same cells; a
+// producer warp keeps a ring of stages full. The work after a product comes once every 32 steps: a twentieth of the
+// time.
 //
 // Strips and key tiles that causality leaves are numbered by every producer for itself, in groups of 32 strips of one
 // KV head, key tile after key tile, and CTA c takes the numbers c, c + CTAs, ... So all CTAs get the same number of
@@ -64,7 +65,7 @@ struct Scorer {
     KeepInPlace(scores);
   }
 
-  // The largest and the sum of a row's exponents and powers: over what a thread has of it, then over its four lanes.
+  // The largest and the sum of a row's exponents and powers: first inside a thread, then over the row's four lanes.
   static __device__ __forceinline__ float RowMax(const float (&part)[4]) {
     float x = MaxOrNan(MaxOrNan(part[0], part[1]), MaxOrNan(part[2], part[3]));
     x = MaxOrNan(x, __shfl_xor_sync(~0u, x, 1));
@@ -156,7 +157,7 @@ struct Scorer {
     }
   }
 
-  // The same for any multiple of 8 cells a block.
+  // The same for any multiple of 8 cells per block.
   __device__ __forceinline__ void BlockSums(const float (&scores)[kKeyTileCells / 2], int groups_per_block) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -248,7 +249,7 @@ struct Scorer {
       BlockSums(scores, g.cells_per_block / 8);
     }
     __syncwarp();
-    const int pieces = g.block_pitch / 8; // of 16 bytes a row
+    const int pieces = g.block_pitch / 8; // of 16 bytes per row
     for (int i = lane; i < min(live_rows, kStridedWarpRows) * pieces; i += 32) {
       const int in_warp = i / pieces, piece = i - in_warp * pieces;
       const char* const from = staging + in_warp * plan.staging_row;
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(kStridedThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.stages; ++i) {
       BarrierInit(&c.full[i], 1);
-      BarrierInit(&c.empty[i], 4 * kStridedGroups); // an arrival a warp
+      BarrierInit(&c.empty[i], 4 * kStridedGroups); // an arrival per warp
     }
     for (int i = 0; i < kStridedItems; ++i) {
       BarrierInit(&c.item_full[i], 1);
@@ -338,8 +339,8 @@ cudaError_t LaunchStridedScore(const StridedScoreArgs& args, cudaStream_t stream
   int processors = 0;
   if (cudaError_t e = CountProcessors(&processors)) return e;
   const auto kernel = p.q.dtype == FP_BF16 ? ScoreKernel<__nv_bfloat16> : ScoreKernel<__half>;
-  const int bytes =
-      plan.stages * kStridedStage + StridedStagingBytes(plan) + static_cast<int>(sizeof(StridedControl)) + kOperandAlign;
+  const int bytes = plan.stages * kStridedStage + StridedStagingBytes(plan) + static_cast<int>(sizeof(StridedControl)) +
+                    kOperandAlign;
   if (cudaError_t e = AllowShared(kernel, bytes)) return e;
   const int64_t most = int64_t{plan.slots} * g.key_tiles * p.kv_heads;
   return LaunchOverlapped(kernel, true, std::min<int64_t>(processors, most), kStridedThreads, bytes, stream, args,

@@ -4,8 +4,8 @@
 // A head's *probe rows* are its last `rows` query rows (all of a shorter sequence), counted from the last one: row r
 // stands at position k_len - 1 - r, so it sees key t if t + r < k_len, and the key lies k_len - 1 - (t + r) behind it.
 // Sums by slash are therefore kept by t + r, "from the far end". A product takes `columns` rows; a head's rows are
-// `parts` products. Keys are cut into chunks, one per CTA; chunk i of sequence b is *slot* MeanBase(..) + i, as blocks of
-// that size would be.
+// `parts` products. Keys are cut into chunks, one per CTA; chunk i of sequence b is *slot* MeanBase(..) + i, as blocks
+// of that size would be.
 #ifndef FLASHPREFILL_CUDA_SM90_VERTICAL_SLASH_ARGS_H_
 #define FLASHPREFILL_CUDA_SM90_VERTICAL_SLASH_ARGS_H_
 
@@ -67,8 +67,8 @@ struct BlockChoiceArgs {
 cudaError_t LaunchBlockChoice(const BlockChoiceArgs& args, cudaStream_t stream);
 
 // MInference's best verticals and slashes of tokens. Whether a slash crosses a block on its way through a whole tile
-// depends on how far the tile's first position x lies behind the block's first key alone. So that is found out once, for
-// x / B - block + kCrossingsBefore, and each `phase` of x % B: there are B / phase_step of them.
+// depends on how far the tile's first position x lies behind the block's first key alone. So that is found out once,
+// for x / B - block + kCrossingsBefore, and each `phase` of x % B: there are B / phase_step of them.
 constexpr int kCrossingsBefore = 8; // blocks that begin inside a tile, at most
 struct TokenChoiceArgs {
   VerticalSlashShape shape;
@@ -150,7 +150,9 @@ __device__ inline int SlotBase(const VerticalSlashShape& a, int b) {
   return PackedKeys(p) ? a.by_chunk(ClampTo(int64_t{p.cu_seqlens_k[b]}, p.total_k)) + b : b * a.slots_per_batch;
 }
 
-__device__ inline bool TestBit(const uint64_t (&set)[kMaxTableHeads / 64], int i) { return set[i / 64] >> (i % 64) & 1; }
+__device__ inline bool TestBit(const uint64_t (&set)[kMaxTableHeads / 64], int i) {
+  return set[i / 64] >> (i % 64) & 1;
+}
 
 // Whether one of bits [first, last] is set.
 __device__ inline bool AnyBit(const uint32_t* bits, int first, int last) {

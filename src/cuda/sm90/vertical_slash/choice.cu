@@ -1,7 +1,8 @@
-// From sums by line to lines: FlexPrefill's budgets, pattern and best lines of blocks, MInference's best lines of
-// tokens. Nothing is sorted (radix.cuh), and of values that tie the first by index win. The sums of a head by token are
-// the work of a cluster of CTAs for each kind of line, each with a part of the tokens: every one of them adds up the
-// bins of all, so they come to the same cut without telling each other. Sums by block are one CTA's.
+// From sums to the choice of verticals and slashes: FlexPrefill's budgets, pattern and best blocks, MInference's best
+// tokens. Nothing is sorted (radix_threshold.cuh), and of values that tie the first by index win. The sums of a head by
+// token are the work of a cluster of CTAs for verticals and one for slashes, each with a part of the tokens: every one
+// of them adds up the bins of all, so they come to the same threshold without telling each other. Sums by block are one
+// CTA's.
 #include <cooperative_groups.h>
 
 #include "cuda/common/numbers.cuh"
@@ -225,7 +226,7 @@ __device__ inline bool Place(const VerticalSlashShape& a, DeviceSequence& s) {
   return !KeepsEverything(a, s);
 }
 
-// Sums of a kind of line by block, and how many blocks of it the tokens make that hold gamma.
+// Sums of verticals or slashes by block, and the number of blocks of the tokens that hold gamma.
 template <int RANKS>
 __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
     BudgetKernel(const __grid_constant__ BlockChoiceArgs args) {
@@ -265,7 +266,7 @@ __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(kThreads, 2)
   }
 }
 
-// Whether pooled keys foretell the columns: the Jensen-Shannon distance of the two is below tau.
+// Whether pooled keys predict the verticals: the Jensen-Shannon distance of the two is below tau.
 template <typename T>
 __device__ bool IsQueryAware(const BlockChoiceArgs& args, ChoiceShared& shared, float (&partial)[kThreads / 256][256],
                              const DeviceSequence& s, int head, const float* by_column, float* logits) {
@@ -290,7 +291,7 @@ __device__ bool IsQueryAware(const BlockChoiceArgs& args, ChoiceShared& shared, 
 
   const int64_t base = kv * args.mean_rows + MeanBase(p, s, a.rules.block_size);
   const T* const means = static_cast<const T*>(args.k_means) + base * args.pitch;
-  // Some lanes a row, 16 bytes each; several rows are on their way before the first is used.
+  // Several lanes per row, 16 bytes each; several rows are on their way before the first is used.
   constexpr int kInFlight = 4;
   int lanes = 4;
   while (lanes * kColumns < p.head_dim) lanes *= 2;
@@ -332,9 +333,9 @@ __device__ bool IsQueryAware(const BlockChoiceArgs& args, ChoiceShared& shared, 
   for (int c = threadIdx.x; c < blocks; c += kThreads) total += share(c);
   total = SumOfAll(shared, total);
   for (int c = threadIdx.x; c < blocks; c += kThreads) {
-    const float foretold = total > 0 ? static_cast<float>(share(c) / total) : 0.f, found = by_column[c];
-    const float middle = (foretold + found) / 2;
-    if (foretold > 0) divergence += foretold * logf(foretold / middle) / 2; // 0 ln 0 = 0
+    const float predicted = total > 0 ? static_cast<float>(share(c) / total) : 0.f, found = by_column[c];
+    const float middle = (predicted + found) / 2;
+    if (predicted > 0) divergence += predicted * logf(predicted / middle) / 2; // 0 ln 0 = 0
     if (found > 0) divergence += found * logf(found / middle) / 2;
   }
   divergence = SumOfAll(shared, divergence);

@@ -1,13 +1,13 @@
 // The map of a query-aware head: softmax of pooled blocks of query rows against pooled blocks of keys, of which the
 // largest entries of all rows together are kept, up to gamma of their sum. The map is never stored: it is N^2 / 2 small
-// products of means that lie in L2, so each look at it makes it anew, the same way and to the same bits.
+// products of means that lie in L2, so each pass over it computes it again, to the same bits.
 //
-//     launch     a look at the map                                   then, by the last CTA of the head
+//     launch     a pass over the map                                 then, by the last CTA of the head
 //     pool       (means of blocks of query rows)
-//     start      rows' denominators; first digit of every entry      the crossing entry's first digit
+//     start      rows' denominators; first digit of every entry      the first digit of the threshold
 //     search     second digit; another launch: third                 the next digit; how many of the equal ones fit
-//     equal      how many entries of a row equal the crossing one    how many of them each row keeps: by row, by block
-//     bits       what is above, and the first of the equal ones, as bits of the mask
+//     equal      how many entries of a row equal the threshold      how many of them each row keeps: by row, by block
+//     bits       entries above, and the first of the equal ones, as bits of the mask
 //
 // A CTA is one warpgroup with 64 rows of one head, and steps over the key blocks that they see, 64 at a time: a word of
 // the mask. Heads that are not query-aware end at once, so a launch costs them a few microseconds.
@@ -35,7 +35,7 @@ __device__ inline int RowBase(const VerticalSlashShape& a, int b) { // of the ma
   return a.rules.by_block(QueryBegin(a.d.p, b)) + b;
 }
 
-// A warp: the mean of one block of query rows, rounded once. The first of a head also clears what is added up later.
+// A warp: the mean of one block of query rows, rounded once. The first of a head also clears the sums of later passes.
 template <typename T>
 __global__ void __launch_bounds__(kPanelThreads) PoolRowsKernel(const __grid_constant__ MapArgs args) {
   const VerticalSlashShape& a = args.shape;
@@ -95,9 +95,7 @@ struct MapPanel {
   __device__ int SeenBy(int r) const { // key blocks
     return a.rules.by_block(s.prefix + min((r + 1) * a.rules.block_size, s.q_len) - 1) + 1;
   }
-  __device__ int PanelBase(int b) const {
-    return args.by_panel(QueryBegin(a.d.p, b)) + b;
-  }
+  __device__ int PanelBase(int b) const { return args.by_panel(QueryBegin(a.d.p, b)) + b; }
 
   __device__ bool Place(char* memory) {
     const Problem& p = a.d.p;
@@ -169,7 +167,7 @@ __device__ __forceinline__ int KeyOfEntry(int i) {
 }
 __device__ __forceinline__ int RowOfEntry(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
-// True for the CTA that is the last of its head to come here: then what the others have added up is there.
+// True for the CTA that is the last of its head to come here: then the sums of the others are complete.
 __device__ inline bool IsLast(MapState& state, int panels, MapShared& shared) {
   __threadfence();
   __syncthreads();
@@ -182,28 +180,24 @@ __device__ inline bool IsLast(MapState& state, int panels, MapShared& shared) {
   return shared.last;
 }
 
-template <typename T, int PANELS, MapPass PASS>
-__global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant__ MapArgs args, int level) {
-  extern __shared__ char raw[];
-  __shared__ MapShared shared;
-  MapPanel<T, PANELS> panel(args);
-  if (!panel.Place(AlignedShared(raw))) return;
-  const VerticalSlashShape& a = args.shape;
-  MapState& state = args.state[panel.index];
-  if ((PASS == kSearch && !state.passes) || (PASS == kEqual && (!state.passes || state.equal == 0))) return;
-  const bool all = PASS == kStart ? args.gamma >= 1 : !state.passes;
-  const uint32_t prefix = PASS == kStart ? 0 : state.prefix;
-  const int panels = (QueryBlocks(a, panel.s) + kRows - 1) / kRows;
-  const double limit = static_cast<double>(args.gamma) * QueryBlocks(a, panel.s);
-  const int j = threadIdx.x;
-  if (j < kRows) {
-    shared.seen[j] = j < panel.rows ? panel.SeenBy(panel.first + j) : 0;
-    shared.lse[j] = PASS != kStart && j < panel.rows ? args.lse[panel.row + j] : INFINITY;
-    shared.number[j] = PASS == kBits && j < panel.rows && !all && state.equal > 0 ? args.equal[panel.row + j] : 0;
-  }
-  __syncthreads();
+// One pass over the map by one CTA: its 64 rows, and what it knows of the head.
+template <typename T, int PANELS>
+struct MapRun {
+  const MapArgs& args;
+  const VerticalSlashShape& a;
+  MapPanel<T, PANELS>& panel;
+  MapShared& shared;
+  MapState& state;
+  int level;       // of the digit that is searched for
+  bool all;        // every entry is kept
+  uint32_t prefix; // digits found so far
+  int panels;      // CTAs of the head
+  double limit;    // of the sum of kept entries
+  int j;           // this thread
 
-  auto for_entries = [&](int step, const float(&d)[kRows / 2], auto&& body) { // those that are seen
+  // body(entry, share) for the entries of a step that are seen.
+  template <typename Body>
+  __device__ __forceinline__ void ForEntries(int step, const float (&d)[kRows / 2], Body&& body) const {
 #pragma unroll
     for (int i = 0; i < kRows / 2; ++i) {
       if (step * kRows + KeyOfEntry(i) < shared.seen[RowOfEntry(i)]) {
@@ -211,9 +205,9 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
         body(i, fabsf(score) < INFINITY ? Exp2(score - shared.lse[RowOfEntry(i)]) : 0.f);
       }
     }
-  };
+  }
 
-  auto denominators = [&] {
+  __device__ __forceinline__ void Denominators() const {
     float2 sum[kRows / 4];
 #pragma unroll
     for (float2& x : sum) x = {-INFINITY, 0};
@@ -244,26 +238,28 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
       if (j < panel.rows) args.lse[panel.row + j] = shared.lse[j];
     }
     __syncthreads();
-  };
+  }
 
   // Rows of the mask that belong to the panel's rows.
-  auto for_tiles = [&](int r, auto&& body) {
+  template <typename Body>
+  __device__ __forceinline__ void ForTiles(int r, Body&& body) const {
     const int size = a.rules.block_size, last = min((r + 1) * size, panel.s.q_len) - 1;
     for (int m = a.rules.by_tile(r * size); m <= a.rules.by_tile(last); ++m) {
       const int tile_row = panel.s.TileBase(a.rules) + m;
       if (tile_row < a.rules.tile_rows)
         body(args.bits + (int64_t{panel.head} * a.rules.tile_rows + tile_row) * args.words);
     }
-  };
-  auto clear_mask = [&] {
+  }
+
+  __device__ __forceinline__ void ClearMask() const {
     for (int r = panel.first; r < panel.first + panel.rows; ++r) {
-      for_tiles(r, [&](uint64_t* words) {
+      ForTiles(r, [&](uint64_t* words) {
         for (int w = j; w < args.words; w += kPanelThreads) words[w] = 0;
       });
     }
-  };
+  }
 
-  auto flush = [&] {
+  __device__ __forceinline__ void Flush() const {
     __syncthreads();
     for (int i = j; i < kRadixBins; i += kPanelThreads) {
       if (shared.bins.count[i] == 0) continue;
@@ -273,20 +269,23 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
       shared.bins.count[i] = shared.bins.low[i] = shared.bins.high[i] = 0;
     }
     __syncthreads();
-  };
-  auto digits = [&] {
+  }
+
+  __device__ __forceinline__ void Digits() const {
     for (int i = j; i < kRadixBins; i += kPanelThreads)
       shared.bins.count[i] = shared.bins.low[i] = shared.bins.high[i] = 0;
     __syncthreads();
     panel.ForSteps([&](int step, const float(&d)[kRows / 2]) {
-      for_entries(step, d, [&](int, float x) { AddToBins(shared.bins, level, prefix, RadixOrder(x)); });
-      if (step % kFlushSteps == kFlushSteps - 1) flush();
+      ForEntries(step, d, [&](int, float x) { AddToBins(shared.bins, level, prefix, RadixOrder(x)); });
+      if (step % kFlushSteps == kFlushSteps - 1) Flush();
     });
-    flush();
-  };
-  auto next_digit = [&] {
+    Flush();
+  }
+
+  __device__ __forceinline__ void NextDigit() const {
     if (!IsLast(state, panels, shared)) return;
-    if (j == 0) shared.threshold = level == 0 ? RadixThreshold::Start() : RadixThreshold{state.sum, state.above, prefix, true};
+    if (j == 0)
+      shared.threshold = level == 0 ? RadixThreshold::Start() : RadixThreshold{state.sum, state.above, prefix, true};
     __syncthreads();
     uint32_t* const counts = args.counts + panel.index * kRadixBins;
     uint64_t* const rests = args.rests + panel.index * kRadixBins;
@@ -303,12 +302,12 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
       state.passes = shared.threshold.passes;
       state.equal = level == kRadixLevels - 1 ? shared.threshold.Equal(limit, false) : 0;
     }
-  };
+  }
 
-  // Equal ones go by row: what is left of them goes to this row, as far as it has any.
-  auto equal_of_rows = [&] {
+  // Equal ones go by row: those left go to this row, as far as it has any.
+  __device__ __forceinline__ void EqualOfRows() const {
     panel.ForSteps([&](int step, const float(&d)[kRows / 2]) {
-      for_entries(step, d, [&](int i, float x) {
+      ForEntries(step, d, [&](int i, float x) {
         if (RadixOrder(x) == prefix) atomicAdd(&shared.number[RowOfEntry(i)], 1);
       });
     });
@@ -329,13 +328,13 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
       if (r < QueryBlocks(a, panel.s)) equal[r] = min(own, left - before);
       left -= min(left, __shfl_sync(~0u, up_to, 31));
     }
-  };
+  }
 
-  auto bits = [&] {
+  __device__ __forceinline__ void Bits() const {
     panel.ForSteps([&](int step, const float(&d)[kRows / 2]) {
       if (j < kRows) shared.above[j][0] = shared.above[j][1] = shared.equal[j][0] = shared.equal[j][1] = 0;
       __syncthreads();
-      for_entries(step, d, [&](int i, float x) {
+      ForEntries(step, d, [&](int i, float x) {
         const uint32_t order = RadixOrder(x);
         const int key = KeyOfEntry(i), r = RowOfEntry(i);
         if (all || order > prefix) {
@@ -350,28 +349,51 @@ __global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant
         uint64_t equal = uint64_t{shared.equal[j][1]} << 32 | shared.equal[j][0];
         for (; shared.number[j] > 0 && equal; equal &= equal - 1, --shared.number[j]) word |= equal & (0 - equal);
         if (word) {
-          for_tiles(panel.first + j,
-                    [&](uint64_t* words) { atomicOr(reinterpret_cast<unsigned long long*>(words + step), word); });
+          ForTiles(panel.first + j,
+                   [&](uint64_t* words) { atomicOr(reinterpret_cast<unsigned long long*>(words + step), word); });
         }
       }
     });
-  };
+  }
+};
 
+template <typename T, int PANELS, MapPass PASS>
+__global__ void __launch_bounds__(kPanelThreads) MapKernel(const __grid_constant__ MapArgs args, int level) {
+  extern __shared__ char raw[];
+  __shared__ MapShared shared;
+  MapPanel<T, PANELS> panel(args);
+  if (!panel.Place(AlignedShared(raw))) return;
+  const VerticalSlashShape& a = args.shape;
+  MapState& state = args.state[panel.index];
+  if ((PASS == kSearch && !state.passes) || (PASS == kEqual && (!state.passes || state.equal == 0))) return;
+  const bool all = PASS == kStart ? args.gamma >= 1 : !state.passes;
+  const uint32_t prefix = PASS == kStart ? 0 : state.prefix;
+  const int panels = (QueryBlocks(a, panel.s) + kRows - 1) / kRows;
+  const double limit = static_cast<double>(args.gamma) * QueryBlocks(a, panel.s);
+  const int j = threadIdx.x;
+  if (j < kRows) {
+    shared.seen[j] = j < panel.rows ? panel.SeenBy(panel.first + j) : 0;
+    shared.lse[j] = PASS != kStart && j < panel.rows ? args.lse[panel.row + j] : INFINITY;
+    shared.number[j] = PASS == kBits && j < panel.rows && !all && state.equal > 0 ? args.equal[panel.row + j] : 0;
+  }
+  __syncthreads();
+
+  const MapRun<T, PANELS> run{args, a, panel, shared, state, level, all, prefix, panels, limit, j};
   if constexpr (PASS == kStart) {
-    clear_mask();
+    run.ClearMask();
     if (all) {
       if (j == 0) state.passes = 0;
       return;
     }
-    denominators();
+    run.Denominators();
   }
   if constexpr (PASS == kStart || PASS == kSearch) {
-    digits();
-    next_digit();
+    run.Digits();
+    run.NextDigit();
   } else if constexpr (PASS == kEqual) {
-    equal_of_rows();
+    run.EqualOfRows();
   } else {
-    bits();
+    run.Bits();
   }
 }
 

@@ -1,7 +1,7 @@
-// From chosen lines to the mask: a warp for each of its rows, a lane for each 32 blocks. Where a tile's first position
-// is in block f, its block b is crossed by what lies f - b back: so the blocks of a row are a set of distances, read
-// backwards. Forced blocks and dense tails join here, A-shape heads are ranges of bits, and what a query-aware head's
-// map has put there stays.
+// From chosen verticals and slashes to the mask: one warp per row, one lane per 32 blocks. Where a tile's first
+// position is in block f, its block b is crossed by slashes f - b back: so the blocks of a row are a set of distances,
+// read backwards. Forced blocks and dense tails join here, A-shape heads are ranges of bits, and the bits of a
+// query-aware head's map stay.
 #include "cuda/sm90/energies/keep.cuh"
 #include "cuda/sm90/vertical_slash/args.h"
 
@@ -18,7 +18,8 @@ __device__ inline uint32_t Backwards(const uint32_t* bits, int last) {
   return __brev(__funnelshift_l(low, high, 31 - last % 32));
 }
 
-__global__ void __launch_bounds__(kThreads) VerticalSlashMaskKernel(const __grid_constant__ VerticalSlashMaskArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    VerticalSlashMaskKernel(const __grid_constant__ VerticalSlashMaskArgs args) {
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
   const VerticalSlashShape& a = args.shape;
   const Problem& p = a.d.p;

@@ -25,7 +25,7 @@ struct VerticalSlashPlan {
   float *lse = nullptr, *vertical_sums = nullptr, *slash_sums = nullptr;
   VerticalSlashChoice choice = {};
 
-  // `rows`: query rows that are looked at. Sequences of at most `dense_up_to_keys` keys are too short to select for.
+  // `rows`: probe rows per head. Sequences of at most `dense_up_to_keys` keys are too short to select for.
   static VerticalSlashPlan Of(const Problem& p, const Policy& policy, int rows, int64_t dense_up_to_keys);
   const char* Unsupported() const;
 

@@ -1,20 +1,20 @@
 // The softmax of a head's last rows over all keys, added up by key and by distance: two launches, each of which makes
-// the product of those rows with every key anew, because writing 128 x Lk scores a head down would cost more than
-// making them twice. A CTA is one warpgroup with one product's rows and one chunk of keys.
+// the product of those rows with every key, because writing 128 x Lk scores per head would cost more than making them
+// twice. A CTA is one warpgroup with one product's rows and one chunk of keys.
 //
 //     D[64 keys, 64 or 128 rows] = K[64, d] . Q[rows, d]^T
 //
-// First launch: the rows' denominators. A thread adds up its own two keys a step for each of its columns and meets the
-// others once a chunk. Exponentials need a common reference, and any will do that keeps the sum in range: a warp's own,
-// the largest score of its first keys; where a sum gets too large or is no number the step is done again with a new
-// one, and without what is not finite. Results are logarithms, so references need not agree.
+// First launch: the rows' denominators. A thread adds up its own two keys per step for each of its columns and meets
+// the others once a chunk. Exponentials need a common reference, and any will do that keeps the sum in range: a warp's
+// own, the largest score of its first keys; where a sum gets too large or is no number the step is done again with a
+// new one, and without non-finite scores. Results are logarithms, so references need not agree.
 //
 // Second launch: shares. Columns are sums over a row of D: inside a thread, then over four lanes. Distances run across
-// D, so shares go through shared memory, sheared: row t of it has at y = t + r what row r of Q found at key t, and a
-// distance is one y. A thread's two keys lie 8 apart, and so do its columns: what the upper key has in one column and
-// the lower key in the next is the same distance, so that half of the sums are made before. A lane adds up three
-// distances, 64 apart, over half of the rows; a distance that the next step's keys find too is carried there. Every sum
-// has one order, whatever else runs: no atomics.
+// D, so shares go through shared memory, sheared: row t of it has at y = t + r the share of row r of Q at key t, and a
+// distance is one y. A thread's two keys lie 8 apart, and so do its columns: the upper key's share in one column
+// and the lower key's in the next have the same distance, so that half of the sums are made before. A lane adds up
+// three distances, 64 apart, over half of the rows; a distance that the next step's keys find too is carried there.
+// Every sum has one order, whatever else runs: no atomics.
 #include <limits>
 
 #include "cuda/common/launch.h"
@@ -29,7 +29,7 @@ constexpr int kWarps = kPanelThreads / 32;
 constexpr int kRingStages = 2;
 constexpr int kShareRows = 32; // 8 warp + lane / 4: a thread's lower key, whose upper one has joined it
 
-// Floats a row of shares: as far as its keys reach, and 8 modulo 32 but for one, so that what 16 lanes store, 8 bytes
+// Floats per row of shares: as far as its keys reach, and 8 modulo 32 but for one, so that what 16 lanes store, 8 bytes
 // each, falls on all banks.
 constexpr int SharePitch(int columns) { return columns + 71; }
 
@@ -79,7 +79,7 @@ struct SumsProduct {
   char* shared;
   int chunk, key;       // of 16 bytes; the next key to be copied
   bool wanted;          // whether rows have that chunk
-  const T* next;        // where keys lie evenly, what is copied next; else the chunk of the first page's first key
+  const T* next;        // where keys lie evenly, the next source; else the chunk of the first page's first key
   int64_t apart;        // elements
   uint32_t ring, place; // of shared memory; of the first key's chunk in a stage, but for the swizzle
   int swizzle;
@@ -123,7 +123,8 @@ struct SumsProduct {
 #pragma unroll 8
     for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce) {
       const int index = a.by_page(min(key, unit.sequence.k_len - 1));
-      copy(i, next + PageAt(p, unit.sequence.index, index) * p.k.stride[0] + (key - index * p.page_size) * p.k.stride[1]);
+      copy(i,
+           next + PageAt(p, unit.sequence.index, index) * p.k.stride[0] + (key - index * p.page_size) * p.k.stride[1]);
     }
   }
 
@@ -261,9 +262,10 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
   const int key = 16 * warp + lane / 4; // of the step, and the one 8 on
   constexpr int kPitch = SharePitch(COLUMNS);
-  for (int i = threadIdx.x; i < kShareRows * kPitch; i += kPanelThreads) shares[i] = 0; // what no key reaches stays so
+  for (int i = threadIdx.x; i < kShareRows * kPitch; i += kPanelThreads)
+    shares[i] = 0; // places that no key reaches stay so
   float2* const place = reinterpret_cast<float2*>(shares + (8 * warp + lane / 4) * kPitch + key + pair);
-  // What this thread adds up: distances `from`, and 64 and 128 on, in half of the rows of shares.
+  // This thread adds up distances `from`, and 64 and 128 on, in half of the rows of shares.
   const int from = 16 * warp + lane % 16;
   const float* const column_of = shares + lane / 16 * (kShareRows / 2 * kPitch) + from;
   constexpr int kTurns = COLUMNS == 64 ? 2 : 3;
@@ -328,7 +330,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
     carry[1] = carry[2];
     carry[2] = 0;
   }
-  store(carry[0], unit.steps * kProductRows); // what passes the chunk's end
+  store(carry[0], unit.steps * kProductRows); // the part past the chunk's end
   if (COLUMNS > 64) store(carry[1], (unit.steps + 1) * kProductRows);
 }
 

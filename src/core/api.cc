@@ -71,7 +71,7 @@ BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
   return m;
 }
 
-// What select and attend, one after the other, or a fused prefill, use beside the mask.
+// Scratch memory besides the mask: of select and then attend, or of a fused prefill.
 size_t PrefillScratch(const Backend& backend, const Problem& p, const Policy& policy, const BlockMask& mask,
                       const Exec& exec) {
   if (backend.prefill) return backend.prefill_workspace(p, policy, mask, exec);

@@ -69,7 +69,10 @@ def faults() -> Iterator[str]:
         if path.suffix not in CODE or name.startswith("bench/results"):
             continue
         text = (ROOT / path).read_text()
-        if name.startswith(("src/", "python/", "include/", "integrations/")) and text.count("\n") > MOST_LINES:
+        if (
+            name.startswith(("src/", "python/", "include/", "integrations/"))
+            and text.count("\n") > MOST_LINES
+        ):
             yield f"{path}: {text.count(chr(10))} lines, more than {MOST_LINES}"
         yield from includes(path, text)
         for number, line in enumerate(text.splitlines(), 1):

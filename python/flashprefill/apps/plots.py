@@ -101,7 +101,7 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
                 axis.imshow(
                     shown, cmap="magma_r", norm=norm, extent=extent, aspect="auto", interpolation="nearest"
                 )
-                axis.set_title("where the attention is\n(dense, log scale)", loc="left", fontsize=8.5)
+                axis.set_title("true attention: darker is more\n(dense, log scale)", loc="left", fontsize=8.5)
                 _axis(axis, tokens)
             for axis, panel in zip(places, row.panels, strict=False):
                 _draw_mask(axis, panel, extent)

@@ -14,8 +14,8 @@ int64_t DenseUpToKeys(const Problem& p, const fp_minference& m) {
   int64_t least = std::numeric_limits<int32_t>::max();
   for (int h = 0; h < PatternCount(m, p); ++h) {
     const fp_minference_head head = PatternOf(m, h);
-    const bool is_a_shape = head.pattern == FP_A_SHAPE;
-    least = std::min(least, is_a_shape ? int64_t{head.a} + head.b : std::max(VerticalsOf(head), SlashesOf(head)));
+    const bool fixed = head.pattern == FP_A_SHAPE;
+    least = std::min(least, fixed ? int64_t{head.a} + head.b : std::max(VerticalsOf(head), SlashesOf(head)));
   }
   return least;
 }

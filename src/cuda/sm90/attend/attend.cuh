@@ -430,6 +430,7 @@ template <class T, class SHAPE, Loading LOADING>
 __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
   extern __shared__ uint8_t raw[];
   auto& sm = *reinterpret_cast<SharedMemory<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
+  // Set up barriers.
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
     constexpr int kFullArrivals = AttendProducer<SHAPE, LOADING>::kFullArrivals;
@@ -449,6 +450,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   }
   __syncthreads();
   cudaGridDependencySynchronize(); // select's results, if this launch was let in before its end
+  // Split up: one warpgroup loads, two compute.
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
     if (threadIdx.x < AttendProducer<SHAPE, LOADING>::kThreads) AttendProducer<SHAPE, LOADING>(p, sm).Run();

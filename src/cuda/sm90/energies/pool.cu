@@ -250,6 +250,7 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
   T* const planes = static_cast<T*>(a.sketch) + row * a.pitch;
   const int outliers = min(a.outliers, keys);
 
+  // Share the mean and the weights.
   if (threadIdx.x < lanes * kColumns) {
     shared.mean[threadIdx.x] = mean;
     if constexpr (METRIC) {
@@ -262,6 +263,7 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
     }
   }
   __syncthreads();
+  // Add up distances from the mean by row, and squares by column.
   float center[kColumns], square[kColumns] = {};
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) center[i] = shared.mean[reader.column + i];
@@ -283,10 +285,11 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
     StoreDistances(distance, lanes, first, stride, keys, shared.distance);
   });
   __syncthreads();
+  // Find the outliers.
   if (threadIdx.x < 32) FindOutliers(shared, keys, outliers);
   const float squares_of_all = SumOverRows(square, lanes, shared.partial);
 
-  // Each thread takes eight columns of an outlier; outliers that a short block lacks are zeros.
+  // Copy the outliers. Each thread takes eight columns of one; outliers that a short block lacks are zeros.
   const int column = reader.column;
   auto put = [&](int r, const uint4& raw) {
     *reinterpret_cast<uint4*>(planes + (2 + r) * plane + column) = raw;
@@ -309,6 +312,7 @@ __device__ void SketchBlock(const PoolArgs& a, BlockReader<T, VECTOR>& reader, f
     put(r, chunk.raw);
   }
   __syncthreads();
+  // Take the outliers out of mean and variance.
   if (threadIdx.x < a.pitch) {
     float offset = 0, squares = squares_of_all; // about the mean all keys together have no offset
     for (int r = 0; r < outliers; ++r) {

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
   ScoreControl& c = *reinterpret_cast<ScoreControl*>(shared + layout.control);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0); // the compiler sees that a warp agrees
 
+  // Set up barriers.
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.q_buffers; ++i) {
       BarrierInit(&c.q_full[i], Shape::kPoolGroups ? 128 * Shape::kPoolGroups : 1);
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(ScoreShape<COLUMNS, SKETCH>::kThreads, 1)
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion(); // attend may take its place as soon as there is room
 
+  // Split up: products and energies, bulk copies, pooled rows.
   if (warp < 4 * Shape::kMathGroups) {
     GrowRegisters<Shape::kMathRegisters>();
     const int group = warp / 4;

@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads)
   cudaGridDependencySynchronize();           // and the last chunk's must be done with the rows
   const Problem& p = a.d.p;
   const StridedShape& g = a.shape;
+  // Place the CTA's rows.
   const bool keys = blockIdx.x < jobs.keys;
   if (threadIdx.x < jobs.rows) {
     const int number = static_cast<int>(keys ? blockIdx.x : blockIdx.x - jobs.keys) * jobs.rows + threadIdx.x;
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const int pieces = jobs.rows * jobs.pieces_per_row;
 
-  if (keys && g.means) { // a thread adds up its columns of all keys of a cell
+  // Average cells of keys: a thread adds up its columns of all keys of a cell.
+  if (keys && g.means) {
     for (int index = threadIdx.x; index < pieces; index += kThreads) {
       const int r = jobs.by_row(index), column = (index - r * jobs.pieces_per_row) * WIDTH;
       const GatherRow& row = rows[r];
@@ -153,6 +155,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
 
+  // Copy everything else.
   for (int first = threadIdx.x; first < pieces; first += kThreads * kInFlight) {
     P piece[kInFlight];
     P* to[kInFlight];

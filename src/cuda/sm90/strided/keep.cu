@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const TileRules& r = a.rules;
   const Problem& p = a.d.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Report reasons.
   if (blockIdx.x == 0) {
     if (args.attend_counter && threadIdx.x == 0) *args.attend_counter = 0;
     for (int b = threadIdx.x; args.fallback && b < p.batch; b += blockDim.x) {
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     }
   }
 
-  // Later tiles have more to add up, so they come first.
+  // Find the tile. Later tiles have more to add up, so they come first.
   const int number = blockIdx.x * plan.warps + warp;
   const int turn = plan.by_heads(number), head = number - turn * p.q_heads;
   const int tile_row = a.first_tile + a.tiles - 1 - turn;
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     const int64_t unit =
         (int64_t{kv} * a.tiles + tile_row - a.first_tile) * r.units_per_kv + head - kv * r.units_per_kv;
     AddUpMasses(a, unit * g.rows_per_unit, KeyTilesSeen(g, s, tile), tile.visible, masses);
+    // Take the forced blocks' mass off both sides.
     float forced = 0, rest = 0;
     for (int b = lane; b < tile.visible; b += 32) {
       const float mass = masses[b];
@@ -129,6 +131,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
       rule.mass = fminf(wanted / rest, 1.f - 0x1p-24f); // 1 would mean blocks without mass too
     }
   }
+  // Write the bits.
   const int64_t row = int64_t{head} * r.tile_rows + tile_row;
   const int kept = WriteMaskRow<true>(rule, what, masses, reinterpret_cast<uint32_t*>(args.bits + row * args.words),
                                       static_cast<int>(2 * args.words), 0, 0);

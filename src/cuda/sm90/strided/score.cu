@@ -219,6 +219,7 @@ struct Scorer {
     const int64_t row =
         ((int64_t{strip.kv} * a.tiles + strip.local_tile) * units + strip.unit) * g.rows_per_unit + first_row;
 
+    // Find the cells that each row sees.
     int seen[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -230,6 +231,7 @@ struct Scorer {
           in_warp < live_rows ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_per_unit - 1), head) : 0;
       seen[half] = min(limit - item.key_tile * g.key_tile_cells, g.key_tile_cells);
     }
+    // Make powers of two, and keep the largest exponent and the sum of each row.
     float2 stats[2];
     const bool whole = __all_sync(~0u, min(seen[0], seen[1]) == kKeyTileCells);
     if (!(whole && Exponentials(scores, stats))) CarefulExponentials(scores, seen, stats);
@@ -238,6 +240,7 @@ struct Scorer {
       const int in_warp = lane / 4 + 8 * half;
       if (lane % 4 == 0 && in_warp < live_rows) a.stats[(row + in_warp) * g.key_tiles + item.key_tile] = stats[half];
     }
+    // Add up by block.
     __syncwarp(); // the staging memory has been read
     if (!plan.whole_groups) {
       AllPowers(scores);
@@ -249,6 +252,7 @@ struct Scorer {
       BlockSums(scores, g.cells_per_block / 8);
     }
     __syncwarp();
+    // Write the sums.
     const int pieces = g.block_pitch / 8; // of 16 bytes per row
     for (int i = lane; i < min(live_rows, kStridedWarpRows) * pieces; i += 32) {
       const int in_warp = i / pieces, piece = i - in_warp * pieces;
@@ -285,6 +289,7 @@ __global__ void __launch_bounds__(kStridedThreads, 1)
   StridedControl& c = *reinterpret_cast<StridedControl*>(staging + StridedStagingBytes(plan));
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0); // the compiler sees that a warp agrees
 
+  // Set up barriers.
   if (threadIdx.x == 0) {
     for (int i = 0; i < plan.stages; ++i) {
       BarrierInit(&c.full[i], 1);
@@ -303,6 +308,7 @@ __global__ void __launch_bounds__(kStridedThreads, 1)
   __syncthreads();
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize(); // rows and cells are there, and the last chunk's sums have been read
+  // Split up: one warp copies, two warpgroups multiply.
   if (warp >= 4 * kStridedGroups) {
     ShrinkRegisters<40>();
     if (warp == 4 * kStridedGroups) ProduceStrided(args, plan, shared, c);

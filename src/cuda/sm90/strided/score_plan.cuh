@@ -155,8 +155,6 @@ __device__ __forceinline__ void LoadPiece(const StridedScoreArgs& args, const St
 __device__ inline void ProduceStrided(const StridedScoreArgs& args, const StridedScorePlan& plan, char* shared,
                                       StridedControl& c) {
   const StridedArgs& a = args.common;
-  const StridedShape& g = a.shape;
-  const TileRules& r = a.rules;
   const Problem& p = a.d.p;
   const int lane = threadIdx.x % 32;
   RingPosition ring, items;

@@ -355,11 +355,11 @@ __global__ void __launch_bounds__(kThreads, 1) ChooseBlocksKernel(const __grid_c
   const bool aware =
       args.tau > 0 && IsQueryAware<T>(args, shared, partial, s, head, by_block, by_block + 2 * args.block_room);
   if (threadIdx.x == 0) args.aware[index] = aware;
-  for (int kind = 0; kind < 2; ++kind) {
-    const int budget = aware ? min(args.least_blocks, blocks) : args.budget[index * 2 + kind];
-    uint32_t* const bits = kind == 0 ? args.choice.verticals + index * 2 * args.choice.words
-                                     : args.choice.slashes + index * args.choice.slash_words;
-    const float* const values = by_block + kind * args.block_room;
+  for (int which = 0; which < 2; ++which) {
+    const int budget = aware ? min(args.least_blocks, blocks) : args.budget[index * 2 + which];
+    uint32_t* const bits = which == 0 ? args.choice.verticals + index * 2 * args.choice.words
+                                      : args.choice.slashes + index * args.choice.slash_words;
+    const float* const values = by_block + which * args.block_room;
     WriteLargest<1>(shared, blocks, 1, budget, bits, [&](int i) { return values[i]; });
     __syncthreads();
   }

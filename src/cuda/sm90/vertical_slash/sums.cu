@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
   for (int step = 0; step < unit.steps; ++step) {
     float d[COLUMNS / 2];
     product.Step(step, d);
+    // Add up against the references, as far as that goes.
     float x[COLUMNS / 4], check = 0;
 #pragma unroll
     for (int c = 0; c < COLUMNS / 8; ++c) {
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
       for (int i = 0; i < COLUMNS / 4; ++i) sum[i] += x[i];
       continue;
     }
-    // Again, with a mask and new references.
+    // Else again, with a mask and new references.
     const int seen = unit.sequence.k_len - unit.first_row - (unit.begin + step * kProductRows + 16 * warp + lane / 4);
 #pragma unroll
     for (int i = 0; i < COLUMNS / 4; ++i) {
@@ -207,6 +208,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
     __syncwarp();
   }
 
+  // Join lanes, then warps.
 #pragma unroll
   for (int i = 0; i < COLUMNS / 4; ++i) {
 #pragma unroll
@@ -307,12 +309,14 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
 #pragma unroll 1
   for (int step = 0; step < unit.steps; ++step) {
     product.Step(step, d);
+    // Put shares into shared memory.
     const int begin = step * kProductRows;
     const bool whole = product.Whole(step);
     if (whole) share(0, false);
     if (!__all_sync(~0u, whole && by_key[0] + by_key[1] < kLargeSum)) {
       share(unit.sequence.k_len - unit.first_row - (unit.begin + begin + key), true);
     }
+    // Store sums by key.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       by_key[half] += __shfl_xor_sync(~0u, by_key[half], 1);
@@ -320,6 +324,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
       if (lane % 4 == 0) column[begin + key + 8 * half] = by_key[half];
     }
     __syncthreads();
+    // Add up by slash.
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
 #pragma unroll

@@ -12,7 +12,7 @@ struct AttendParams;
 // The arguments are those of fp_attend, checked by core/validate.cc; every array they name is device memory.
 class AttendPlan {
  public:
-  // The mask's geometry; bits == nullptr: every block is kept, and nothing is read.
+  // The mask's bits may be null where it has no words: then no key is seen.
   static AttendPlan Of(const Problem& p, const BlockMask& mask);
 
   // Null if the kernel does this problem, else the requirement that is not met, in words.

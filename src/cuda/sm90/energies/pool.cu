@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "cuda/common/launch.h"
+#include "cuda/common/tensor_access.h"
 #include "cuda/sm90/energies/pool.h"
 #include "cuda/sm90/energies/pool_rows.cuh"
 
@@ -413,12 +414,6 @@ auto KernelOf(bool vector, bool sketch, bool metric) {
                 : (sketch ? PoolKernel<T, false, true, false> : PoolKernel<T, false, false, false>);
 }
 
-bool Aligned(const Tensor& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[3] == 1;
-  for (int axis = 0; axis < 3; ++axis) aligned &= t.stride[axis] % kColumns == 0;
-  return aligned;
-}
-
 } // namespace
 
 const char* PoolUnsupported(int head_dim) {
@@ -451,8 +446,8 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
   jobs.v_end = static_cast<uint32_t>(jobs.k_end + (args.v_means ? blocks : 0));
   jobs.q_end = static_cast<uint32_t>(jobs.v_end + tiles);
 
-  const bool vector = p.head_dim % kColumns == 0 && (!args.q_rows || Aligned(p.q)) && (!keys || Aligned(p.k)) &&
-                      (!args.v_means || Aligned(p.v));
+  const bool vector = p.head_dim % kColumns == 0 && (!args.q_rows || ReadsBy16Bytes(p.q)) &&
+                      (!keys || ReadsBy16Bytes(p.k)) && (!args.v_means || ReadsBy16Bytes(p.v));
   const bool bf16 = p.k.dtype == FP_BF16, sketch = args.sketch != nullptr, metric = args.metric != nullptr;
   const auto kernel = bf16 ? KernelOf<__nv_bfloat16>(vector, sketch, metric) : KernelOf<__half>(vector, sketch, metric);
   // Sketch's pass is long enough to be launched early. CTAs then crowd on the multiprocessors that are free first: good

@@ -10,6 +10,7 @@
 
 #include "cuda/common/launch.h"
 #include "cuda/common/numbers.cuh"
+#include "cuda/common/tensor_access.h"
 #include "cuda/sm90/strided/cells.cuh"
 
 namespace flashprefill::cuda {
@@ -179,18 +180,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool Aligned(const Tensor& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[3] == 1;
-  for (int axis = 0; axis < 3; ++axis) aligned &= t.stride[axis] % 8 == 0;
-  return aligned;
-}
-
 } // namespace
 
 cudaError_t LaunchStridedGather(const StridedArgs& args, bool keys, bool queries, cudaStream_t stream) {
   const Problem& p = args.d.p;
   const StridedShape& g = args.shape;
-  const bool vector = p.head_dim % 8 == 0 && Aligned(p.q) && Aligned(p.k);
+  const bool vector = p.head_dim % 8 == 0 && ReadsBy16Bytes(p.q) && ReadsBy16Bytes(p.k);
   GatherJobs jobs{};
   jobs.pieces_per_token = vector ? p.head_dim / 8 : p.head_dim;
   jobs.pieces_per_row = g.means ? jobs.pieces_per_token : g.stride * jobs.pieces_per_token;

@@ -87,7 +87,8 @@ const Method& MethodOf(const Policy& policy) { return *FindMethod(policy.kind); 
 bool IsTable(const Field& field) { return field.type == FP_FIELD_INT_TABLE || field.type == FP_FIELD_FLOAT_TABLE; }
 
 double FieldValue(const Policy& policy, const Field& field) {
-  return field.type == FP_FIELD_FLOAT ? At<float>(policy, field.offset) : At<int32_t>(policy, field.offset);
+  if (field.type == FP_FIELD_FLOAT) return At<float>(policy, field.offset);
+  return At<int32_t>(policy, field.offset);
 }
 
 void SetField(Policy& policy, const Field& field, double value) {

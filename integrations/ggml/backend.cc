@@ -177,6 +177,7 @@ ggml_backend_buffer_t BufferFromPointer(ggml_backend_dev_t, void* pointer, size_
 }
 
 bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* node) {
+  KeepWrittenCells(node);
   if (node->op != GGML_OP_FLASH_ATTN_EXT) return false;
   const int64_t rows = node->src[0]->ne[1] * node->src[0]->ne[3];
   for (int64_t most = g_full_batch.load(); rows > most && !g_full_batch.compare_exchange_weak(most, rows);) {

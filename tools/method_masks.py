@@ -1,12 +1,15 @@
-"""Draws the pictures of docs/methods/: masks of real heads, beside where their attention is.
+"""Draws the pictures of docs/methods/ and the README: masks of real heads next to their true attention.
 
     .venv/bin/python tools/method_masks.py docs/images/methods "flexprefill=flexprefill;flexprefill(tau=1.0)"
+    .venv/bin/python tools/method_masks.py docs/images "masks:local,hardest=flashprefill;sketch"
 
 Each argument after the folder is a picture's name and its policies, as `flashprefill inspect` spells them,
-separated by semicolons. The model is SmolLM2-135M-Instruct over 7600 tokens of text that is on the machine,
-in the demo's six layers; of their 54 heads the same three are shown whatever the policy, one that returns to
-a few places, one that picks here and there and one that looks nearly everywhere. Figures of all 54 are
-printed: mean density, and the mean share of the true attention that the mask holds, over 512 rows a head.
+separated by semicolons; `LABEL:=policy` gives a panel a shorter title. The model is SmolLM2-135M-Instruct
+over 7600 tokens of text that is on the machine, in the lab's six layers. Of their 54 heads the same three are
+shown whatever the policy: one that returns to a few places, one that picks here and there and one that looks
+nearly everywhere. Kinds after a colon (the keys of apps/heads.py's KINDS) show others. Figures of all 54
+heads are printed: mean density, and the mean share of the true attention that the mask holds, over 512 rows
+per head.
 """
 
 from __future__ import annotations
@@ -15,54 +18,58 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from flashprefill.apps import heads as kinds
 from flashprefill.apps import measure, models, pictures, plots, prompt
-from flashprefill.apps.spec import parse_policy, spell
+from flashprefill.apps.spec import parse_policy
 from flashprefill.policies import FlashPrefill
 
-TOKENS, LAYERS, SHOWN = 7600, 6, ("columns", "scattered", "broad")
+TOKENS, LAYERS = 7600, frozenset((2, 7, 13, 19, 25, 29))
+SHOWN = ("columns", "scattered", "broad")
 
 
 def main() -> None:
     """Run the model once and draw every picture that was asked for."""
-    import torch
-
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = models.load(None, "auto")
-    ids = torch.tensor([prompt.build(loaded.tokenizer, TOKENS, None).ids])
-    last = loaded.model.config.num_hidden_layers - 1
-    layers = frozenset(int(layer) for layer in np.linspace(1, last, LAYERS).round())
-    captured = measure.run(loaded.model, ids, 1, layers)[1].captured
+    loaded = models.load(None, "bf16")
+    text = prompt.build(loaded.tokenizer, TOKENS, None)
+    captured = measure.run(loaded, text.ids, 1, LAYERS)[1].captured
     found = kinds.choose(*pictures.candidates_of(captured, FlashPrefill()))
-    shown = [(layer, head, kind) for layer, head, kind in found if kind in SHOWN]
-
+    print(f"{loaded.name}, {loaded.dtype}, {len(text.ids)} tokens of {text.source}; layers {sorted(LAYERS)}")
     for argument in sys.argv[2:]:
         name, _, specs = argument.partition("=")
-        policies = [parse_policy(spec) for spec in specs.split(";")]
-        for policy in policies:
+        name, _, wanted = name.partition(":")
+        shown = [one for one in found if one[2] in (wanted.split(",") if wanted else SHOWN)]
+        named = []
+        for spec in specs.split(";"):
+            label, _, policy = spec.rpartition(":=")
+            named.append((label or parse_policy(policy).text, parse_policy(policy)))
+        for _, policy in named:
             heads, _, visible = pictures.candidates_of(captured, policy)
             density = np.mean([(one.kept & visible).sum() / visible.sum() for one in heads])
             recall = [one.recall for one in heads]
             print(
-                f"{spell(policy)}: density {density:.3f}, attention held {np.mean(recall):.3f}, "
+                f"{policy}: density {density:.3f}, attention held {np.mean(recall):.3f}, "
                 f"5th percentile of heads {np.percentile(recall, 5):.3f}"
             )
         rows = []
         for layer, head, kind in shown:
-            query, key, scale = captured[layer]
+            query, key, _, scale = captured[layer]
             group = query.shape[1] // key.shape[1]
 
             def mass(tile: int, block: int, q: object = query[:, head], k: object = key[:, head // group]):  # type: ignore[no-untyped-def]
-                return kinds.attention_mass(q, k, scale, tile, block)  # type: ignore[arg-type]  # noqa: B023
+                return pictures.host(kinds.attention_mass(q, k, scale, tile, block).double())  # type: ignore[arg-type]  # noqa: B023
 
-            named = [(spell(policy), policy) for policy in policies]
             panels = pictures.mask_panels(query, key, scale, head, group, named, mass)
             rows.append(
                 plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels)
             )
-        plots.masks(folder / f"{name}.png", rows, TOKENS)
+        path = folder / f"{name}.png"
+        plots.masks(path, rows, TOKENS)
+        picture = Image.open(path).convert("RGB")
+        picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":

@@ -20,8 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 HEAD = """# How good the selections are
 
-Made by `tools/quality.py` from `bench/results/lab-*.json`; each file holds the machine, versions, command
-and date of its run.
+![Attention held over density, by method](images/quality.png)
+
+{summary}
+
+## How it is measured
+
+Made by `tools/quality.py` from `bench/results/lab-*.json` and the files named below; each file
+holds the machine, versions, command and date of its run. The chart is made by `tools/charts.py`
+from `lab-long.json`.
 
     flashprefill lab                               # all of it, on a GPU if there is one
     flashprefill lab --text long --device cuda     # the tables at 24K tokens: a minute on an H200
@@ -29,32 +36,53 @@ and date of its run.
     flashprefill lab --text long --device cpu      # 30 minutes there
     flashprefill lab --quick                       # does it run?
 
-out/lab/report.html has curves, density maps and the mask viewer. `tools/quality.py out/lab/results.json long`
-takes a run into this page.
+out/lab/report.html has curves, density maps and the mask viewer. `tools/quality.py
+out/lab/results.json long` takes a run into this page.
 
-A model reads real texts. For the queries, keys and values of six of its layers (all heads), every method
-is asked which blocks it would keep, over a sweep of its main parameter:
+A model reads real texts. For the queries, keys and values of six of its layers (all heads), every
+method is asked which blocks it would keep, over a sweep of its main parameter:
 
 | | |
 |---|---|
 | density | kept blocks over causal blocks, all layers and heads |
-| recall | share of the true softmax mass on the kept blocks, by tile of 128 queries: mean / 5th percentile |
-| error | norm of out - dense over that of dense, by tile, mean: without / with `mean_correction` |
+| recall | share of the true softmax mass on the kept blocks, by tile of 128 queries: mean (5th percentile) |
+| error | norm of out - dense over that of dense, by tile, mean: without (with) `mean_correction` |
 
-Figures at one density lie between the two points of the sweep around it, linear in the logarithm of the
-density: within .0007 of the recall of masks cut at exactly that density, the root mean square over 18 that
-were. "-" is a density that the sweep does not reach. Forced blocks are the same for all: 1 sink, 2 window, no
-dense tail.
-FlashPrefill's defaults (2, 4 and a tail of 2) keep a quarter of the causal blocks at 7.6K tokens whatever
-the scores say, and hide what a selector does. *Oracle* knows the true masses; *bounds* is a scorer of the
-lab's own, a box around a block's keys in the manner of Quest. One small model: take the order as a lead,
-and run the lab on yours.
+Figures at one density lie between the two points of the sweep around it, linear in the logarithm of
+the density: within 0.0007 of the recall of masks made for exactly that density (root mean square
+over 18). "-" is a density that the sweep does not reach. Forced blocks are the same for all: 1
+sink, 2 window, no dense tail. FlashPrefill's defaults (2, 4 and a tail of 2) keep a quarter of the
+causal blocks at 7.6K tokens whatever the scores say, and would hide the differences between
+selectors. *Oracle* knows the true masses. *Bounds* is a scorer of the lab's own, a box around a
+block's keys in the manner of Quest.
 
-Each section names the machine that made it. On a GPU the model and its attention are bf16 and the masks are
-the CUDA kernels', but for the methods that select on the CPU only: their masks are made there, from the same
-queries and keys, and judged on the GPU like the others. Times on a GPU are events around a call that finds
-the GPU busy and its cache empty.
+Each section names the machine that made it. On a GPU the model and its attention are bf16 and the
+masks are the CUDA kernels', except for the methods that select on the CPU only: their masks are
+made there, from the same queries and keys, and judged on the GPU like the others. Times on a GPU
+are events around a call that finds the GPU busy and its cache empty.
 """
+SUMMARY = """At a density of 0.15, on 24,355 tokens of licences read by SmolLM2-135M (the chart):
+
+- **Sketch** comes nearest to the oracle. With `gain` and `query_metric` it holds {gain} of the true
+  attention on average, {gain_p5} in the 5th percentile of tiles; its default {mass} and {mass_p5}.
+  Blocks chosen by their true masses (the *oracle*) hold {oracle} and {oracle_p5}.
+- **FlashPrefill** holds {v1} and {v1_p5}, with queries pooled by 16 {pooled} and {pooled_p5}:
+  pooling queries costs nothing, pooling keys costs the worst tiles.
+- **RRAttention** ({rr}, {rr_p5}) and **XAttention** ({x}, {x_p5}) are between the two in the worst
+  tiles.
+- **FlexPrefill** ({flex}, {flex_p5}) and **MInference** ({mi}, {mi_p5}) decide for a head as a
+  whole, and need more blocks for the same recall. **Streaming** ({streaming}, {streaming_p5}) is
+  the floor.
+- **The mean correction** lowers the output error: FlashPrefill's from {v1_error} to {v1_corrected},
+  Sketch's from {mass_error} to {mass_corrected}.
+- **Predictions** at 7,600 tokens, defaults, bf16: the same most likely token as dense attention at
+  {flash_top1} of 512 positions with FlashPrefill, {sketch_top1} with Sketch
+  ([below](#predictions-and-a-models-time-on-a-gpu)).
+- **Hidden facts**: of the {dense_found} that dense attention finds between 4K and 24K tokens,
+  FlashPrefill's defaults find {flash_found}, Sketch's {sketch_found}
+  ([below](#needles-and-a-models-time-on-a-gpu)).
+
+This is one small model. Take the order as a lead, and run the lab on yours."""
 SHORT = ("0.15", "0.2", "0.25", "0.3")
 LONG = ("0.05", "0.1", "0.15", "0.2", "0.25")
 # A file, the densities that are shown of it, and whether its studies are.
@@ -64,6 +92,39 @@ SHOWN = {
     "long": (LONG, True),
     "long-cpu": (LONG, False),
 }
+
+
+def summary() -> str:
+    """The ten lines above the tables."""
+    text = json.loads((RESULTS / "lab-long.json").read_text(encoding="utf-8"))["texts"][0]
+    at = {curve["label"]: curve["at"]["0.15"] for curve in text["methods"]}
+    names = {
+        "gain": "Sketch, gain, query metric, pool 64",
+        "mass": "Sketch, mass",
+        "oracle": "Oracle, share",
+        "v1": "FlashPrefill (V1)",
+        "pooled": "FlashPrefill, query_pool=16",
+        "rr": "RRAttention, stride 8",
+        "x": "XAttention, stride 16",
+        "flex": "FlexPrefill",
+        "mi": "MInference, vertical-slash",
+        "streaming": "Streaming",
+    }
+    figures = {}
+    for key, label in names.items():
+        figures[key], figures[f"{key}_p5"] = f"{at[label]['recall']:.3f}", f"{at[label]['recall_p5']:.2f}"
+        figures[f"{key}_error"] = f"{at[label]['error']:.3f}"
+        figures[f"{key}_corrected"] = f"{at[label]['error_corrected']:.3f}"
+    demo = json.loads((RESULTS / "demo-h200.json").read_text(encoding="utf-8"))["runs"]
+    top1 = {run["label"]: f"{run['top1_agreement']:.0%}".replace("%", " %") for run in demo}
+    figures["flash_top1"], figures["sketch_top1"] = top1["FlashPrefill, published"], top1["Sketch"]
+    cases = json.loads((RESULTS / "try-h200.json").read_text(encoding="utf-8"))["cases"]
+    found = {(case["method"].lower(), case["tokens"], case["depth"]) for case in cases if case["found"]}
+    sure = {(tokens, depth) for method, tokens, depth in found if method == "dense attention"}
+    figures["dense_found"] = str(len(sure))
+    for key, method in (("flash", "flashprefill(alpha=0.12)"), ("sketch", "sketch(mass=0.95)")):
+        figures[f"{key}_found"] = str(sum((method, *place) in found for place in sure))
+    return SUMMARY.format(**figures)
 
 
 def take(path: Path, name: str) -> None:
@@ -82,7 +143,7 @@ def ran(results: dict[str, Any]) -> str:
     on = f"{machine['cpu']}, {threads} threads" if threads else machine["cpu"]
     if "gpu" in machine:
         gpu = machine["gpu"]
-        on = f"{gpu['name']} (CUDA {gpu['cuda']}, driver {gpu['driver']}, {gpu['clock_mhz']} MHz) beside {on}"
+        on = f"{gpu['name']} (CUDA {gpu['cuda']}, driver {gpu['driver']}, {gpu['clock_mhz']} MHz) with {on}"
     seconds = results.get("seconds", 0.0)
     took = (
         f", {seconds / 60:.0f} minutes" if seconds >= 120 else f", {seconds:.0f} seconds" if seconds else ""
@@ -105,16 +166,12 @@ def cell(at: dict[str, float] | None) -> str:
     """Recall and error at a density."""
     if at is None:
         return "-"
-    recall, error = (
-        f"{at['recall']:.3f}/{at['recall_p5']:.2f}",
-        f"{at['error']:.3f}/{at['error_corrected']:.3f}",
-    )
-    return f"{recall} {error}".replace("0.", ".")
+    return f"{at['recall']:.3f} ({at['recall_p5']:.2f}); {at['error']:.3f} ({at['error_corrected']:.3f})"
 
 
 def curves_table(found: list[dict[str, Any]], densities: tuple[str, ...]) -> list[str]:
     """Curves down, densities to the right."""
-    heads = ["recall, 5 % / error, corrected", *(f"density {d.replace('0.', '.')}" for d in densities)]
+    heads = ["recall (5th percentile); error (corrected)", *(f"density {d}" for d in densities)]
     return header(heads) + [row([c["label"], *(cell(c["at"][d]) for d in densities)]) for c in found] + [""]
 
 
@@ -169,10 +226,10 @@ VERDICT = {
 ORDER = """
 ## The order of the methods
 
-Recall at equal density on the long text (SmolLM2-135M, {tokens} tokens of licences, rotary base scaled four
-times), each method cut at exactly that density by prototypes in fp32; and what the lab has at density .15 in
-its run above. The study that Sketch came from found the same order: oracle, Sketch, pooled V1 and V1 alike,
-bounds.
+Recall at equal density on the long text (SmolLM2-135M, {tokens} tokens of licences, rotary base
+scaled four times), each method at exactly that density by prototypes in fp32; and the lab's figures
+at density 0.15 from its run above. The study that Sketch came from found the same order: oracle,
+Sketch, pooled V1 equal to V1, bounds.
 """
 COMPARED = {
     "oracle, alpha": "Oracle, alpha",
@@ -185,45 +242,48 @@ COMPARED = {
 NEEDLES = """
 ## Needles, and a model's time on a GPU
 
-Prompts of real text with a sentence hidden at .1, .5 or .9 of them, by `flashprefill try`. Times are medians
-over the three; the policies have their defaults. The model was made for 8K tokens. Past that its rotary base
-is scaled by the next power of two: it finds what is near the end up to 24K, and nothing from 32K on, with
-dense attention or without, so from there on only the times say something.
+Prompts of real text with a sentence hidden 10 %, 50 % or 90 % into them, by `flashprefill try`.
+Times are medians over the three; the policies have their defaults. The model was made for 8K
+tokens. Past that its rotary base is scaled by the next power of two: it finds sentences near the
+end up to 24K, and nothing from 32K on, with dense attention or without, so from there on only the
+times mean something.
 """
 DEMOS = """
 ## Predictions, and a model's time on a GPU
 
-The last 512 positions of one prompt, by `flashprefill demo`, medians of three turns. Attention is the time
-between two events around each layer's call, selection alone is what its name says. 135M parameters and 7,600
-tokens are too little for an H200: it has nothing queued and waits for the host, and what is compared there is
-how many lines of Python a layer takes (until all was asked of the GPU a later run spent 100 % of the time to
-the first token, and `flashprefill demo` says so). At 24,000 tokens dense attention keeps the GPU busy.
+The last 512 positions of one prompt, by `flashprefill demo`, medians of three turns. Attention is
+the time between two events around each layer's call; selection was also timed alone. 135M
+parameters and 7,600 tokens are too little for an H200: its queue is empty and it waits for the
+host, so the times there compare how many lines of Python a layer takes (the host was busy launching
+for 100 % of the time to the first token in a later run, and `flashprefill demo` says so). At 24,000
+tokens dense attention keeps the GPU busy.
 """
 SKETCH = """
 ## Making Sketch better
 
-One change at a time, by prototypes in torch (`bench/lab/sketch_prototypes.py`, which takes a folder of
-`flashprefill lab --dump`). Each keeps exactly the blocks of highest worth up to the density. *Units* are
-products of a pooled query row with a vector, for a tile and a block: V1 takes 128. Rows with a ring come from
-the scripts that this bench was made of, over the same Q, K and V and with the same kernel; where both ran
-they agree to .001 (5th percentile: .003), and the bench measures all rows again. *The policy itself* is
-the library's own select and attend on the CPU, at densities of .1499 to .1502, forced blocks as above.
+One change at a time, by prototypes in torch (`bench/lab/sketch_prototypes.py`, which takes a folder
+of `flashprefill lab --dump`). Each keeps exactly the blocks of highest worth up to the density.
+*Units* are products of a pooled query row with a vector, per tile and block: V1 takes 128. Rows
+with a ring come from the scripts that this bench was made of, over the same Q, K and V and with the
+same kernel; where both ran they agree to 0.001 (5th percentile: 0.003), and the bench measures all
+rows again. *The policy itself* is the library's own select and attend on the CPU, at densities of
+0.1499 to 0.1502, forced blocks as above.
 """
 SKETCH_END = """
-What it says:
-- **The metric** is most of it. A key far from its block's mean matters if a query can tell; distances weighed
-  by the squares of the queries find those keys, and a row of queries a tile is sample enough. Built as
-  `query_metric`. The queries' whole covariance is hardly better; the block's own principal direction or
-  variance, or the distance from zero, are much worse.
-- **Rows can be pooled by 64 or 128**, not 16: with all keys given exactly, one or two mean rows a tile select
-  as well as eight. So the arithmetic belongs to the keys, and an eighth of V1's is enough; more than six to
-  ten outliers add little.
-- **The rule.** A threshold on shares keeps the most mass on average, mass serves the worst tiles best.
-  share * rest^g goes from one to the other; g = 1/2 is built as `gain`. Normalising rows first, or estimating
-  the diagonal block so that local heads get less, is not worth its cost: recall hardly moves, or output error
-  rises.
-- **Descriptions.** Consecutive means, centroids and principal directions do not beat outliers; leaving the
-  variance out is worse.
+Conclusions:
+- **The metric** is most of it. A key far from its block's mean matters if a query can tell;
+  distances weighed by the squares of the queries find those keys, and one row of queries per tile
+  is sample enough. Built as `query_metric`. The queries' whole covariance is hardly better; the
+  block's own principal direction or variance, or the distance from zero, are much worse.
+- **Rows can be pooled by 64 or 128**, not only 16: with all keys given exactly, one or two mean
+  rows per tile select as well as eight. So the arithmetic is better spent on keys, and an eighth of
+  V1's is enough; more than six to ten outliers add little.
+- **How to keep.** A threshold on shares keeps the most mass on average, mass serves the worst tiles
+  best. share * rest^g goes from one to the other; g = 1/2 is built as `gain`. Normalising rows
+  first, or estimating the diagonal block so that local heads get less, is not worth its cost:
+  recall hardly moves, or output error rises.
+- **Descriptions.** Consecutive means, centroids and principal directions do not beat outliers;
+  leaving the variance out is worse.
 """
 
 
@@ -241,9 +301,9 @@ def both_machines(short: dict[str, Any], others: list[dict[str, Any]]) -> list[s
     ]
     most = {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ("density", "recall", "error")}
     return [
-        f"On {short['name']} both machines swept {len(pairs)} values alike. There fp32 on the CPU and bf16 "
-        f"on the GPU differ by at most {most['density']:.4f} in density, {most['recall']:.4f} in recall and "
-        f"{most['error']:.4f} in error, the model's own rounding included.\n"
+        f"On {short['name']} both machines swept the same {len(pairs)} values. There fp32 on the CPU and "
+        f"bf16 on the GPU differ by at most {most['density']:.4f} in density, {most['recall']:.4f} in recall "
+        f"and {most['error']:.4f} in error, the model's own rounding included.\n"
     ]
 
 
@@ -253,12 +313,12 @@ def order(results: dict[str, Any], long: dict[str, Any] | None) -> list[str]:
     densities = results["order"][0]["densities"]
     lines = [ORDER.format(tokens=f"{results['tokens']['long']:,}")]
     heads = [f"density {density:.2f}" for density in densities]
-    lines += header(["recall, mean / 5th percentile", "units", *heads, "the lab at .15"])
+    lines += header(["recall, mean (5th percentile)", "units", *heads, "the lab at 0.15"])
     for one in results["order"]:
         pairs = zip(one["recall"], one["recall_p5"], strict=True)
-        cells = (f"{mean:.3f}/{low:.2f}".replace("0.", ".") for mean, low in pairs)
+        cells = (f"{mean:.3f} ({low:.2f})" for mean, low in pairs)
         at = here.get(COMPARED[one["name"]])
-        lab = "" if at is None else f"{at['recall']:.3f}/{at['recall_p5']:.2f}".replace("0.", ".")
+        lab = "" if at is None else f"{at['recall']:.3f} ({at['recall_p5']:.2f})"
         lines.append(row([one["name"], str(one["units"] or ""), *cells, lab]))
     return lines
 
@@ -349,7 +409,7 @@ def main() -> None:
     """Read all results, write the page."""
     if len(sys.argv) == 3:
         take(Path(sys.argv[1]), sys.argv[2])
-    lines = [HEAD]
+    lines = [HEAD.format(summary=summary())]
     runs = {}
     for name in SHOWN:
         path = RESULTS / f"lab-{name}.json"

@@ -9,7 +9,7 @@
 
 #include "benches.h"
 #include "core/half.h"
-#include "cpu/attend_tile.h"
+#include "cpu/attend/tile.h"
 #include "peak.h"
 
 namespace flashprefill::bench {

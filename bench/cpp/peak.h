@@ -3,7 +3,7 @@
 #ifndef FLASHPREFILL_BENCH_PEAK_H_
 #define FLASHPREFILL_BENCH_PEAK_H_
 
-#include "cpu/targets.h"
+#include "cpu/simd/targets.h"
 
 namespace flashprefill::bench {
 

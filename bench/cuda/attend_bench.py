@@ -2,8 +2,9 @@
 
 python3 attend_bench.py [case ...]: cases are names of the table below; default all. CUDA events, medians of
 interleaved runs; the SM clock and power are sampled while the kernel runs again. TFLOP/s count kept blocks of
-128 keys whole (sparse), or the causal half (dense). BESIDE names folders with other builds of the kernel,
-with colons between them, which take their turns too. Prints a table and writes $OUT/attend_bench.json.
+128 keys whole (sparse), or the causal half (dense). BESIDE names other builds' libflashprefill.so, as
+NAME=PATH with commas between them, which take their turns too. With the correction a call pools K and V
+first. Prints a table and writes $OUT/attend_bench.json.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
-from attend_lib import Case, load
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
+
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from attend_case import Case, load  # noqa: E402
 
 BF16, F16 = torch.bfloat16, torch.float16
 G = torch.Generator(device="cuda").manual_seed(2)
-BESIDE = {os.path.basename(f): load(f) for f in os.environ.get("BESIDE", "").split(":") if f}
+OTHERS = [one.split("=", 1) for one in os.environ.get("BESIDE", "").split(",") if one]
+BESIDE = {name: load(path) for name, path in OTHERS}
 
 
 def clock() -> tuple[int, int]:
@@ -46,7 +53,7 @@ def inputs(
 def random_mask(case: Case, density: float, groups: bool) -> int:
     """Random blocks at this density of the causal triangle, the diagonal inside; returns how many.
 
-    A list a head, or with `groups` one for the heads of a group.
+    A list per head, or with `groups` one for the heads of a group.
     """
     tiles, blocks = case.tiles(0), -(-case.k_len[0] // case.block_size)
     heads = case.hk if groups else case.mask_heads
@@ -128,7 +135,7 @@ def make_paged(case: Case, page: int, ordered: bool = False) -> Case:
 
 
 def row_of(cases: dict[str, Case], flop: float, repeats: int, **others) -> dict:
-    """Times of the first case as "ms", of the others by name, interleaved; other builds' by folder."""
+    """Times of the first case as "ms", of the others by name, interleaved; other builds' by their name."""
     runs = {}
     for name, case in cases.items():
         case.prepare()
@@ -168,7 +175,7 @@ def pages_row(n: int, density: float) -> dict:
 
 
 def masks_row(n: int, density: float) -> dict:
-    """A list a head, lists that are equal in a group, and shared tiles, at one density."""
+    """A list per head, lists that are equal in a group, and shared tiles, at one density."""
     own = Case(*inputs(n))
     cases = {"": own, "group": Case(own.q, own.k, own.v), "shared": Case(own.q, own.k, own.v, share=True)}
     kept = {name: random_mask(case, density, name == "group") for name, case in cases.items()}
@@ -245,7 +252,7 @@ def main() -> None:
             for key, x in row.items()
             if key.endswith(" ms")
         )
-        kept = f" {row['kept_per_tile']:5.1f} blocks a tile" if "kept_per_tile" in row else ""
+        kept = f" {row['kept_per_tile']:5.1f} blocks per tile" if "kept_per_tile" in row else ""
         print(
             f"{name:16s} {row['ms']:8.3f} ms {row['tflops']:6.1f} TFLOP/s{kept}  {others} "
             f" {row['clock_mhz']} MHz {row['watts']} W  ({time.time() - started:.1f} s)",

@@ -1,4 +1,6 @@
-// The C++ API: select once, look at the mask, attend; then both verbs in one call, which must give the same bits.
+// The C++ API: select once, read the mask's density, attend; then both verbs in one call, which must give the same
+// bits. The inputs are noise, in which no block matters more than another, so alpha is far above its default, which
+// would keep everything.
 #include <cstdio>
 #include <flashprefill/flashprefill.hpp>
 #include <random>

@@ -107,7 +107,7 @@ typedef struct fp_problem {
   const int32_t* block_table;  /* [batch, pages_per_seq]: page of each run of page_size tokens; or NULL */
   int64_t block_table_stride;  /* elements from one sequence's row to the next */
   int32_t pages_per_seq;       /* columns of block_table */
-  int32_t page_size;           /* tokens a page */
+  int32_t page_size;           /* tokens per page */
   int64_t page_count;          /* pages in the cache; entries of block_table are below it */
   const uint8_t* final_chunks; /* [batch], host memory: final_chunk of each sequence; NULL: final_chunk holds for all */
 } fp_problem;
@@ -167,7 +167,7 @@ typedef enum fp_fallback {
   FP_FALLBACK_SHORT = 1, /* the forced blocks alone are all there is, or the policy asks for more tokens than there are,
                             or (fp_prefill on CUDA) the sequence has too few keys for a selection to pay: nothing was
                             scored, everything is kept */
-  FP_FALLBACK_DENSE = 2, /* the policy is Dense */
+  FP_FALLBACK_DENSE = 2, /* the policy keeps everything: Dense, or a share of 1 */
   FP_BAD_SEQUENCE = -1 /* CUDA: its lengths in device memory are impossible (out of range, or fewer keys than rows with
                           causal); nothing was selected or computed for it */
 } fp_fallback;
@@ -176,19 +176,19 @@ typedef enum fp_fallback {
  *
  * A mask head is a query head, or with share_heads a KV head. A tile is tile_tokens query tokens of one sequence: 128,
  * or with share_heads floor(128 / group), whose rows are those tokens times the group's heads, heads fastest. Tile m of
- * sequence b is row fp_tile_base(b) + m, where fp_tile_base(b) = (rows of q before sequence b) / tile_tokens + b. So
- * rows need no prefix sums, a few of them stay unused, and tile_rows = total_q / tile_tokens + batch. Bit j of word w
- * of a row is block 64 w + j. Bits of blocks that no row of the tile may see are zero when select wrote the mask, and
+ * sequence b is row base + m of each head, with base = (rows of q before sequence b) / tile_tokens + b. So rows need no
+ * prefix sums, at most one per sequence stays unused, and tile_rows = total_q / tile_tokens + batch. Bit j of word w of
+ * a row is block 64 w + j. Bits of blocks that no row of the tile may see are zero when select wrote the mask, and
  * ignored when attend reads it. */
 typedef struct fp_block_mask {
   uint32_t struct_size;
   int32_t heads;           /* mask heads */
-  int32_t tile_tokens;     /* query tokens a tile */
-  int32_t block_size;      /* keys a block */
+  int32_t tile_tokens;     /* query tokens per tile */
+  int32_t block_size;      /* keys per block */
   int32_t share_heads;     /* 0 or 1 */
   int32_t mean_correction; /* 0 or 1: blocks whose bit is zero, and visible to the whole tile, count by their means */
   int64_t tile_rows;
-  int64_t words;     /* 64-bit words a row */
+  int64_t words;     /* 64-bit words per row */
   uint64_t* bits;    /* [heads, tile_rows, words] */
   int32_t* counts;   /* [heads, tile_rows]: bits set; written by select; may be NULL */
   int32_t* fallback; /* [batch]: fp_fallback; written by select; may be NULL */

@@ -59,7 +59,7 @@ struct FlashPrefill : fp_flashprefill {
   explicit FlashPrefill(float keep_from) : FlashPrefill() { alpha = keep_from; }
 };
 
-// Decided by mass (the default, .95) or, after KeepFrom, by alpha, or after KeepGain, by gain.
+// Decided by mass (the default, 0.95) or, after KeepFrom, by alpha, or after KeepGain, by gain.
 struct Sketch : fp_sketch {
   Sketch() { Check(fp_policy_init(FP_SKETCH, this, sizeof(fp_sketch))); }
   Sketch& KeepMass(float share) {
@@ -111,7 +111,7 @@ struct RRAttention : fp_rrattention {
   RRAttention() { Check(fp_policy_init(FP_RRATTENTION, this, sizeof(fp_rrattention))); }
 };
 
-// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, .98) or, after TopK, by topk.
+// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, 0.98) or, after TopK, by topk.
 struct SpargeAttn : fp_sparge_attn {
   SpargeAttn() { Check(fp_policy_init(FP_SPARGE_ATTN, this, sizeof(fp_sparge_attn))); }
   SpargeAttn& TopK(float share_of_blocks) {

@@ -1,5 +1,4 @@
 // The C ABI: each function checks its arguments, finds the backend and calls it. No exception leaves this file.
-#include <bit>
 #include <chrono>
 #include <cstring>
 #include <new>
@@ -7,6 +6,7 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "core/mask_stats.h"
 #include "core/method.h"
 #include "core/threads.h"
 #include "core/types.h"
@@ -36,68 +36,12 @@ fp_status Guard(Body&& body) {
   }
 }
 
-const Backend* FindBackend(const char* name) {
-  for (const Backend* backend : Backends()) {
-    if (name && std::strcmp(backend->name, name) == 0) return backend;
-  }
-  return nullptr;
-}
-
-std::string BackendNames() {
-  std::string names;
-  for (const Backend* backend : Backends()) names += (names.empty() ? "" : ", ") + std::string(backend->name);
-  return names;
-}
-
-std::string Joined(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
-  return text;
-}
-
 Exec ExecOf(const Exec* exec) {
   ValidateExec(exec);
   Exec e{};
   fp_exec_init(&e);
   if (exec) e = *exec;
   return e;
-}
-
-// The backend that exec names, or the best available one for the problem's memory.
-const Backend& BackendFor(const Problem& p, const Exec& exec) {
-  const Backend* chosen = nullptr;
-  if (exec.backend) {
-    chosen = FindBackend(exec.backend);
-    if (!chosen) Refuse("exec.backend", exec.backend, "one of " + BackendNames());
-    if (chosen->device != p.device) {
-      Refuse("exec.backend", exec.backend,
-             std::string("a backend for ") + (p.device == FP_CUDA ? "CUDA" : "CPU") + " memory");
-    }
-    if (!chosen->available())
-      Refuse("exec.backend", exec.backend, "one that can run here: " + chosen->describe(), FP_UNSUPPORTED);
-  } else {
-    for (const Backend* backend : Backends()) {
-      if (backend->device == p.device && backend->available() && (!chosen || backend->rank > chosen->rank))
-        chosen = backend;
-    }
-    if (!chosen) {
-      std::string why;
-      for (const Backend* backend : Backends()) {
-        if (backend->device == p.device) why += std::string("; ") + backend->name + ": " + backend->describe();
-      }
-      throw Error(FP_UNSUPPORTED, std::string("device is ") + (p.device == FP_CUDA ? "FP_CUDA" : "FP_CPU") +
-                                      "; no backend here can work on that memory (built: " + BackendNames() + ")" +
-                                      why);
-    }
-  }
-  if (exec.target) {
-    const std::vector<std::string> targets = chosen->targets();
-    if (std::find(targets.begin(), targets.end(), exec.target) == targets.end()) {
-      Refuse("exec.target", exec.target,
-             "one that backend " + std::string(chosen->name) + " has here: " + Joined(targets));
-    }
-  }
-  return *chosen;
 }
 
 BlockMask DescribeMask(const Problem& p, const Policy& policy) {
@@ -127,7 +71,7 @@ BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
   return m;
 }
 
-// What select and attend, one after the other, or a fused prefill, use beside the mask.
+// Scratch memory besides the mask: of select and then attend, or of a fused prefill.
 size_t PrefillScratch(const Backend& backend, const Problem& p, const Policy& policy, const BlockMask& mask,
                       const Exec& exec) {
   if (backend.prefill) return backend.prefill_workspace(p, policy, mask, exec);
@@ -154,12 +98,6 @@ size_t CopyText(const std::string& text, char* to, size_t size) {
     to[n] = 0;
   }
   return text.size();
-}
-
-const Backend& NamedBackend(const char* name) {
-  const Backend* backend = FindBackend(name);
-  if (!backend) Refuse("backend", name ? name : "NULL", "one of " + BackendNames());
-  return *backend;
 }
 
 const Method& MethodOfKind(int32_t kind) {
@@ -278,25 +216,7 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
     CheckPointer("stats", stats);
     const Problem& p = *problem;
     if (p.device != FP_CPU) Refuse("device", p.device, "FP_CPU (0): copy the mask to the host first");
-    const Geometry g = Geometry::Of(p, *mask);
-    for (int b = 0; b < p.batch; ++b) {
-      const Sequence s = SequenceOf(p, b);
-      int64_t total = 0;
-      for (int64_t m = 0; m < g.Tiles(s); ++m) total += g.TileOf(p, s, m).visible;
-      if (stats->total) stats->total[b] = total;
-      if (stats->fallback) stats->fallback[b] = mask->fallback ? mask->fallback[b] : FP_SELECTED;
-      for (int h = 0; stats->kept && h < g.mask_heads; ++h) {
-        int64_t kept = 0;
-        for (int64_t m = 0; m < g.Tiles(s); ++m) {
-          const uint64_t* row = mask->bits + g.Row(s, h, m) * g.words;
-          const Tile tile = g.TileOf(p, s, m);
-          for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, tile.visible));
-          if (HasVerticalSlash(*mask))
-            kept += DivUp<int64_t>(VerticalSlashKeys(g, s, tile, VerticalSlash::Of(*mask, b, h), row), g.block_size);
-        }
-        stats->kept[int64_t{b} * g.mask_heads + h] = kept;
-      }
-    }
+    CountKept(p, *mask, *stats);
   });
 }
 
@@ -422,7 +342,7 @@ size_t fp_backend_describe(const char* backend, char* text, size_t size) {
 
 size_t fp_backend_targets(const char* backend, char* text, size_t size) {
   size_t length = 0;
-  Guard([&] { length = CopyText(Joined(NamedBackend(backend).targets()), text, size); });
+  Guard([&] { length = CopyText(Joined(NamedBackend(backend).targets(), " "), text, size); });
   return length;
 }
 

@@ -1,7 +1,6 @@
-// What a backend is to the rest of the library: a row of function pointers. CMake collects the folders of src/ that
-// call flashprefill_add_backend(NAME ...) and writes the table of them, so a new backend is files added and no code
-// changed. A backend defines `extern const Backend kNAMEBackend` and may trust everything that core/validate.cc
-// checked.
+// The interface of a backend: a row of function pointers. CMake collects the folders of src/ that call
+// flashprefill_add_backend(NAME ...) and writes the table of them, so a new backend adds files and changes no code. A
+// backend defines `extern const Backend kNAMEBackend` and may rely on everything that core/validate.cc checked.
 #ifndef FLASHPREFILL_CORE_BACKEND_H_
 #define FLASHPREFILL_CORE_BACKEND_H_
 
@@ -18,23 +17,27 @@ struct Backend {
   int32_t device;   // fp_device whose memory it works on
   int32_t rank;     // among the backends of a device the available one with the highest rank is the default
   bool (*available)();
-  std::string (*describe)();             // one line; where it isn't available, why not
+  std::string (*describe)();             // one line; if it is not available, why not
   std::vector<std::string> (*targets)(); // instruction sets on this machine, best first; empty if there is no choice
-  // Throws Error(FP_UNSUPPORTED) for what is valid but not done here, naming it. Called before any other function
-  // below.
+  // Throws Error(FP_UNSUPPORTED), which names it, for a valid call that this backend does not do. Called before the
+  // functions below.
   void (*check)(const Problem&, const Policy*, const BlockMask*, const Exec&);
   // Scratch memory. Masks come without their bits here.
   size_t (*select_workspace)(const Problem&, const Policy&, const Exec&);
   size_t (*attend_workspace)(const Problem&, const BlockMask&, const Exec&);
   void (*select)(const Problem&, const Policy&, const Exec&, BlockMask&, void* workspace);
   void (*attend)(const Problem&, const BlockMask&, const Exec&, const Output&, void* workspace);
-  // Both in one, where something can be shared between them; null: select, then attend, over the same scratch memory.
+  // Both in one call, if they can share work; null: select, then attend, over the same scratch memory.
   size_t (*prefill_workspace)(const Problem&, const Policy&, const BlockMask&, const Exec&);
   void (*prefill)(const Problem&, const Policy&, const Exec&, BlockMask&, const Output&, void* workspace);
 };
 
 // All of this build, in no order.
 std::span<const Backend* const> Backends();
+
+// The backend that exec names, or the best available one for the problem's memory. Refuses what is not there.
+const Backend& BackendFor(const Problem& p, const Exec& exec);
+const Backend& NamedBackend(const char* name);
 
 // Cuts a workspace into aligned parts. With a null base it only adds up sizes, so that the query and the call share
 // code.

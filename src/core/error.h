@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "flashprefill/flashprefill.h"
 
@@ -26,6 +27,13 @@ template <typename Value>
   std::ostringstream message;
   message << argument << " is " << value << "; it must be " << must_be;
   throw Error(status, message.str());
+}
+
+// Words in a row, for messages.
+inline std::string Joined(const std::vector<std::string>& words, const char* between) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
+  return text;
 }
 
 } // namespace flashprefill

@@ -33,12 +33,6 @@ std::vector<std::string> Words(const char* text) {
   return words;
 }
 
-std::string Joined(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
-  return text;
-}
-
 std::vector<std::string> FieldNames(const Method& method) {
   std::vector<std::string> names;
   for (int32_t i = 0; FieldAt(method, i); ++i) names.emplace_back(FieldAt(method, i)->name);
@@ -73,7 +67,7 @@ class Reader {
     std::vector<std::string> names;
     for (const Method* method : Methods()) names.emplace_back(method->name);
     Fail(name.empty() ? "write a name with or without arguments, like flashprefill(alpha=0.2)"
-                      : "the name must be one of " + Joined(names));
+                      : "the name must be one of " + Joined(names, ", "));
   }
 
   // Reads "(name=value, ...)" into a policy that holds the defaults. Tables are returned.
@@ -85,7 +79,7 @@ class Reader {
         const std::string name = Word();
         if (name.empty() || !Take('=')) Fail("arguments are given by name, like alpha=0.2");
         const Field* field = FindField(method, name);
-        if (!field) Fail(name + " is unknown; " + method.name + " takes " + Joined(FieldNames(method)));
+        if (!field) Fail(name + " is unknown; " + method.name + " takes " + Joined(FieldNames(method), ", "));
         if (IsTable(*field)) {
           tables.push_back(ReadTable(*field));
         } else {
@@ -163,7 +157,7 @@ class Reader {
       const auto found = std::find(choices.begin(), choices.end(), word);
       if (found != choices.end()) return static_cast<double>(found - choices.begin());
       if (word.empty() || !std::isdigit(static_cast<unsigned char>(word[0]))) {
-        Fail(std::string(field.name) + " must be one of " + Joined(choices));
+        Fail(std::string(field.name) + " must be one of " + Joined(choices, ", "));
       }
     }
     if (field.type == FP_FIELD_BOOL && (lower == "true" || lower == "false")) return lower == "true";
@@ -299,7 +293,7 @@ std::string PrintPolicy(const Policy& policy) {
     const bool shown = field.flags & FP_FIELD_DECIDES || value != FieldValue(initial, field);
     if (shown && !std::isnan(value)) arguments.push_back(std::string(field.name) + "=" + Spelled(policy, field));
   }
-  return std::string(method->name) + (arguments.empty() ? "" : "(" + Joined(arguments) + ")");
+  return std::string(method->name) + (arguments.empty() ? "" : "(" + Joined(arguments, ", ") + ")");
 }
 
 } // namespace flashprefill

@@ -1,13 +1,16 @@
-// A process often holds two OpenMP runtimes: torch's wheel brings its own libgomp under a name of its own, a C++
-// program has the system's, LLVM users have libomp. Two pools of threads that both spin after their parallel regions
-// fight for the cores: the next region of one runtime waits for the other's spinning threads. So this library is linked
-// with none. It looks for the runtime that the process has already loaded, prefers torch's, and enters it through
-// GOMP_parallel, the entry that GCC's compiled regions call and that libgomp, libomp and libiomp5 all export. Without
-// any it starts threads of its own, which costs some 20 us a call each.
+// Threads from the OpenMP runtime that the process already has. A process often holds several: torch's wheel brings its
+// own libgomp under another name, a C++ program has the system's, LLVM users have libomp, and vLLM's guide preloads
+// libiomp5. Two pools of threads that both spin after their parallel regions fight for the cores, and a runtime that is
+// loaded but unused may have bound this thread to one core. So this library is linked with none. It takes the runtime
+// that the process's own code would enter, the one that the symbol GOMP_parallel resolves to; libgomp, libomp and
+// libiomp5 all export it. If none is visible to all, it takes a loaded one, torch's first. Without any it starts
+// threads of its own, at some 20 us per thread and call. A forked child does so too: libgomp's threads are not there
+// after a fork, and its next parallel region would wait for them for ever.
 #include "core/threads.h"
 
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -25,7 +28,7 @@ struct Runtime {
   std::string name = "none: threads of our own";
 };
 
-// How much we want the runtime in this file: 0 for files that are none.
+// The preference for the runtime in this file; 0 if it is none.
 int Preference(const char* path) {
   const char* slash = std::strrchr(path, '/');
   const char* file = slash ? slash + 1 : path;
@@ -35,8 +38,8 @@ int Preference(const char* path) {
   return starts("libgomp") ? 1 : 2;
 }
 
+// Takes the runtime behind this handle (which may be RTLD_DEFAULT) if it has what is needed.
 bool Bind(void* handle, const char* path, Runtime& runtime) {
-  if (!handle) return false;
   const auto parallel = reinterpret_cast<decltype(runtime.parallel)>(dlsym(handle, "GOMP_parallel"));
   const auto max_threads = reinterpret_cast<decltype(runtime.max_threads)>(dlsym(handle, "omp_get_max_threads"));
   if (!parallel || !max_threads) return false;
@@ -53,8 +56,13 @@ struct Candidate {
   std::string path;
 };
 
-// The best runtime among the loaded libraries; failing that, one that the loader can find.
+// The runtime that the process's own regions enter; else the best among the loaded libraries; else one that the loader
+// can find.
 Runtime Find() {
+  Runtime runtime;
+  Dl_info visible;
+  void* entry = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (entry && dladdr(entry, &visible) && Bind(RTLD_DEFAULT, visible.dli_fname, runtime)) return runtime;
   Candidate best;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* data) {
@@ -64,19 +72,33 @@ Runtime Find() {
         return 0;
       },
       &best);
-  Runtime runtime;
-  if (best.preference && Bind(dlopen(best.path.c_str(), RTLD_NOW | RTLD_NOLOAD), best.path.c_str(), runtime)) {
-    return runtime;
-  }
+  const auto open = [&](const char* path, int flags) {
+    void* handle = dlopen(path, flags);
+    return handle && Bind(handle, path, runtime);
+  };
+  if (best.preference && open(best.path.c_str(), RTLD_NOW | RTLD_NOLOAD)) return runtime;
   for (const char* name : {"libgomp.so.1", "libomp.so.5", "libomp.so"}) {
-    if (Bind(dlopen(name, RTLD_NOW | RTLD_LOCAL), name, runtime)) break;
+    if (open(name, RTLD_NOW | RTLD_LOCAL)) break;
   }
   return runtime;
 }
 
-// Looked up anew only after the process has loaded further libraries: torch may come after us.
+std::mutex current_mutex;
+std::atomic<bool> forked{false};
+
+// A fork holds the mutex, so that the child does not inherit it locked by a thread that it does not have.
+void WatchForks() {
+  static const int watching = pthread_atfork([] { current_mutex.lock(); }, [] { current_mutex.unlock(); },
+                                             [] {
+                                               forked = true;
+                                               current_mutex.unlock();
+                                             });
+  static_cast<void>(watching);
+}
+
+// Looked up again only after the process has loaded further libraries: torch may come after us.
 const Runtime& Current() {
-  static std::mutex mutex;
+  WatchForks();
   static unsigned long long seen = ~0ull;
   static std::atomic<const Runtime*> current{nullptr};
   unsigned long long loaded = 0;
@@ -86,7 +108,7 @@ const Runtime& Current() {
         return 1; // the count of loads is the same in every entry
       },
       &loaded);
-  const std::lock_guard lock(mutex);
+  const std::lock_guard lock(current_mutex);
   if (!current || seen != loaded) {
     const Runtime found = Find();
     // Callers hold references without the lock, so a runtime that has been handed out is never changed or freed; there
@@ -118,7 +140,7 @@ void ParallelRaw(int threads, void (*body)(void*, int), void* context) {
     void Enter() { body(context, next.fetch_add(1, std::memory_order_relaxed)); }
   } region{body, context};
   const Runtime& runtime = Current();
-  if (runtime.parallel) {
+  if (runtime.parallel && !forked) {
     runtime.parallel([](void* r) { static_cast<Region*>(r)->Enter(); }, &region, static_cast<unsigned>(threads), 0);
     return;
   }
@@ -128,6 +150,6 @@ void ParallelRaw(int threads, void (*body)(void*, int), void* context) {
   for (std::thread& other : others) other.join();
 }
 
-std::string ThreadRuntime() { return Current().name; }
+std::string ThreadRuntime() { return forked ? "none after a fork: threads of our own" : Current().name; }
 
 } // namespace flashprefill

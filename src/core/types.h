@@ -1,5 +1,5 @@
-// The words of the library, as its own code uses them: the C ABI's structs under their C++ names, and the few questions
-// that everybody asks of them (where a sequence lies, where a key lies, what a tile may see). Nothing here allocates.
+// The C ABI's structs under their C++ names, and the arithmetic that all code shares: where a sequence lies, where a
+// key lies, what a tile may see. Nothing here allocates.
 #ifndef FLASHPREFILL_CORE_TYPES_H_
 #define FLASHPREFILL_CORE_TYPES_H_
 
@@ -95,8 +95,8 @@ struct Geometry {
   int heads_per_tile; // query heads whose rows lie in one tile: group if shared, else 1
   int tile_tokens;
   int block_size;
-  int64_t tile_rows; // rows of the mask a head
-  int64_t words;     // 64-bit words a row
+  int64_t tile_rows; // rows of the mask per head
+  int64_t words;     // 64-bit words per row
 
   static Geometry Of(const Problem& p, int block_size, bool share_heads) {
     Geometry g{};

@@ -1,5 +1,5 @@
-// Every check of every argument: see validate.h. Index arrays are read here only where they are host memory; CUDA
-// kernels clamp theirs.
+// Checks of all arguments: see validate.h. Index arrays are read only if they are in host memory; CUDA kernels clamp
+// theirs.
 #include "core/validate.h"
 
 #include <cmath>
@@ -31,7 +31,7 @@ void CheckFlag(const std::string& name, int32_t value) {
   if (value != 0 && value != 1) Refuse(name, value, "0 or 1");
 }
 
-// Whether `count` elements `stride` apart starting within int64 can be addressed at all.
+// Whether `count` elements, `stride` apart, fit into the address space.
 bool Addressable(int64_t count, int64_t stride) {
   int64_t product;
   return !__builtin_mul_overflow(std::max<int64_t>(0, count - 1), stride, &product) && product > -(int64_t{1} << 59) &&
@@ -182,7 +182,7 @@ void ValidatePolicy(const Policy* policy, const Problem& p) {
   if (policy->share_heads && p.q_heads / p.kv_heads > kTileRows) {
     Refuse("share_heads", 1, "0 where more than " + std::to_string(kTileRows) + " query heads share a KV head");
   }
-  if (!p.causal && !method->keeps_everything) Refuse("causal", 0, "1 for every policy but Dense");
+  if (!p.causal && method->selects) Refuse("causal", 0, "1 for every policy but Dense");
   if (method->check_problem) method->check_problem(*policy, p);
 }
 

@@ -1,5 +1,5 @@
-// Every check of every argument (Rule 7), before any work. Each throws Error with one line that names the argument as
-// the header does, what it was and what it must be.
+// Checks of all arguments (Rule 7), before any work. Each throws Error with one line: the argument as the header names
+// it, its value and what it must be.
 #ifndef FLASHPREFILL_CORE_VALIDATE_H_
 #define FLASHPREFILL_CORE_VALIDATE_H_
 

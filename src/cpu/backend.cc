@@ -1,10 +1,11 @@
 // The CPU backend: select and attend by SIMD kernels, on threads of whichever OpenMP runtime the process has.
 #include "core/backend.h"
 
+#include "core/error.h"
 #include "core/threads.h"
-#include "cpu/attend.h"
-#include "cpu/select.h"
-#include "cpu/targets.h"
+#include "cpu/attend/attend.h"
+#include "cpu/selector.h"
+#include "cpu/simd/targets.h"
 
 namespace flashprefill {
 namespace {
@@ -23,12 +24,22 @@ std::string Describe() {
   return line + "; " + std::to_string(ThreadCount(0)) + " threads of " + ThreadRuntime();
 }
 
-void Check(const Problem&, const Policy*, const BlockMask*, const Exec&) {} // all that is valid is done
+void Check(const Problem&, const Policy* policy, const BlockMask*, const Exec&) {
+  if (policy && !cpu::SelectorOf(*policy)) throw Error(FP_UNSUPPORTED, "policy: the CPU does not select by it");
+}
+
+size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
+  return cpu::SelectorOf(policy)->workspace(p, policy, exec);
+}
+
+void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
+  cpu::SelectorOf(policy)->select(p, policy, exec, mask, workspace);
+}
 
 } // namespace
 
 extern const Backend kCpuBackend = {
-    "cpu",       FP_CPU,      1,       Available, Describe, Targets, Check, cpu::SelectWorkspace, cpu::AttendWorkspace,
-    cpu::Select, cpu::Attend, nullptr, nullptr};
+    "cpu",  FP_CPU,      1,       Available, Describe, Targets, Check, SelectWorkspace, cpu::AttendWorkspace,
+    Select, cpu::Attend, nullptr, nullptr};
 
 } // namespace flashprefill

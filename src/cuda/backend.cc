@@ -1,11 +1,12 @@
-// The CUDA backend: what it can do and where, its scratch memory, and the three verbs as launches on the caller's
-// stream. Nothing here allocates device memory or waits for the device.
+// The CUDA backend: its devices and limits, its scratch memory, and the three verbs as launches on the caller's stream.
+// Nothing here allocates device memory or waits for the device. A method's launches are its Selector's.
 #include "core/backend.h"
 
 #include "core/error.h"
-#include "cuda/attend.h"
 #include "cuda/devices.h"
-#include "cuda/select.h"
+#include "cuda/selector.h"
+#include "cuda/sm90/attend/plan.h"
+#include "cuda/sm90/energies/forced.h"
 
 namespace flashprefill {
 namespace cuda {
@@ -31,9 +32,15 @@ std::string Describe() {
 
 std::vector<std::string> Targets() { return {}; }
 
-// "head_dim is 300; ..." comes from the kernels' own files, which know what they can do.
+// The text comes from the kernels' own files, which know their limits.
 void Demand(const char* unsupported) {
   if (unsupported) throw Error(FP_UNSUPPORTED, unsupported);
+}
+
+const Selector& SelectorFor(const Policy& policy) {
+  const Selector* selector = SelectorOf(policy);
+  if (!selector) throw Error(FP_UNSUPPORTED, "this policy selects on the CPU only");
+  return *selector;
 }
 
 void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const Exec&) {
@@ -53,95 +60,76 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
   };
   same("k.dtype", p.k.dtype);
   same("v.dtype", p.v.dtype);
-  if (policy) Demand(SelectUnsupported(p, *policy));
-  if (!policy && mask) Demand(AttendUnsupported(p, *mask, nullptr));
+  if (p.final_chunks && policy && p.batch > kMaxFinalChunks) {
+    SelectorFor(*policy); // first: whether there is one at all
+    Demand("final_chunks is given for more than 4096 sequences");
+  }
+  if (policy) Demand(SelectorFor(*policy).unsupported(p, *policy));
+  if (!policy && mask) Demand(AttendPlan::Of(p, *mask).Unsupported(nullptr));
 }
 
 cudaStream_t StreamOf(const Exec& exec) { return static_cast<cudaStream_t>(exec.stream); }
 
 size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec&) {
   Workspace layout(nullptr);
-  SelectScratch::Take(layout, p, policy, false);
+  SelectorFor(policy).select(p, policy, false, layout, nullptr);
   return layout.used();
 }
 
 void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
-  const SelectScratch scratch = SelectScratch::Take(layout, p, policy, false);
-  CheckCuda(LaunchSelect(p, policy, mask, scratch, false, nullptr, StreamOf(exec)), "select");
+  const SelectTarget target{mask, StreamOf(exec)};
+  SelectorFor(policy).select(p, policy, false, layout, &target);
 }
 
 // Scratch memory of an attend that has to pool K and V itself.
-struct AttendScratch {
-  void *k_means, *v_means, *scratch;
-
-  static AttendScratch Take(Workspace& workspace, const Problem& p, const BlockMask& mask) {
-    AttendScratch a{};
-    if (mask.mean_correction) {
-      a.k_means = TakeMeans(workspace, p, mask.block_size);
-      a.v_means = TakeMeans(workspace, p, mask.block_size);
-    }
-    a.scratch = workspace.Take<std::byte>(static_cast<int64_t>(AttendScratchBytes()));
-    return a;
-  }
-};
+Means TakeForAttend(Workspace& workspace, const Problem& p, const BlockMask& mask, AttendPlan& attend) {
+  attend.Take(workspace);
+  const bool correction = mask.mean_correction != 0;
+  return TakeMeans(workspace, p, mask.block_size, correction, correction);
+}
 
 size_t AttendWorkspace(const Problem& p, const BlockMask& mask, const Exec&) {
   Workspace layout(nullptr);
-  AttendScratch::Take(layout, p, mask);
+  AttendPlan attend = AttendPlan::Of(p, mask);
+  TakeForAttend(layout, p, mask, attend);
   return layout.used();
 }
 
 void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Output& output, void* workspace) {
-  Demand(AttendUnsupported(p, mask, &output));
+  AttendPlan attend = AttendPlan::Of(p, mask);
+  Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
-  const AttendScratch scratch = AttendScratch::Take(layout, p, mask);
-  if (mask.mean_correction) {
-    CheckCuda(LaunchMeans(p, mask, scratch.k_means, scratch.v_means, StreamOf(exec)), "pooling");
+  const Means means = TakeForAttend(layout, p, mask, attend);
+  if (means.k) {
+    const TileRules rules = TileRules::Of(Geometry::Of(p, mask));
+    CheckCuda(LaunchMeans(DeviceProblem::Of(p), rules, means, false, StreamOf(exec)), "pooling");
   }
-  const AttendArgs args{&p, &mask, &output, scratch.k_means, scratch.v_means, scratch.scratch};
-  CheckCuda(LaunchAttend(args, StreamOf(exec)), "attend");
+  CheckCuda(attend.Launch(output, means, false, StreamOf(exec)), "attend");
 }
-
-// Select's own means of K serve the correction too, and V's are pooled in the same pass.
-struct PrefillScratch {
-  SelectScratch select;
-  void* attend;
-
-  static PrefillScratch Take(Workspace& workspace, const Problem& p, const Policy& policy, const BlockMask& mask) {
-    PrefillScratch s{};
-    s.select = SelectScratch::Take(workspace, p, policy, mask.mean_correction != 0);
-    s.attend = workspace.Take<std::byte>(static_cast<int64_t>(AttendScratchBytes()));
-    return s;
-  }
-};
 
 size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec&) {
   Workspace layout(nullptr);
-  PrefillScratch::Take(layout, p, policy, mask);
+  AttendPlan attend = AttendPlan::Of(p, mask);
+  attend.Take(layout);
+  SelectorFor(policy).select(p, policy, mask.mean_correction != 0, layout, nullptr);
   return layout.used();
 }
 
+// Select's own means of K serve the correction too, and V's are pooled in the same pass.
 void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
              void* workspace) {
-  Demand(AttendUnsupported(p, mask, &output));
+  AttendPlan attend = AttendPlan::Of(p, mask);
+  Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
-  const PrefillScratch scratch = PrefillScratch::Take(layout, p, policy, mask);
-  const bool correction = mask.mean_correction != 0;
-  CheckCuda(
-      LaunchSelect(p, policy, mask, scratch.select, correction, static_cast<int*>(scratch.attend), StreamOf(exec)),
-      "select");
-  const AttendArgs args{&p,
-                        &mask,
-                        &output,
-                        correction ? scratch.select.k_means : nullptr,
-                        correction ? scratch.select.v_means : nullptr,
-                        scratch.attend,
-                        true};
-  CheckCuda(LaunchAttend(args, StreamOf(exec)), "attend");
+  attend.Take(layout);
+  const Selector& selector = SelectorFor(policy);
+  const SelectTarget target{mask, StreamOf(exec), {attend.counter(), selector.dense_up_to_keys}};
+  const Means means = selector.select(p, policy, mask.mean_correction != 0, layout, &target);
+  CheckCuda(attend.Launch(output, means, true, StreamOf(exec)), "attend");
 }
 
 } // namespace

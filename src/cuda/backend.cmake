@@ -11,8 +11,10 @@ if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake 3.25 does not know 
 endif()
 find_package(CUDAToolkit 12.4 REQUIRED)
 file(GLOB FLASHPREFILL_CUDA_SOURCES CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_LIST_DIR}
-     ${CMAKE_CURRENT_LIST_DIR}/*.cc ${CMAKE_CURRENT_LIST_DIR}/common/*.cc ${CMAKE_CURRENT_LIST_DIR}/sm90/*.cu)
+     ${CMAKE_CURRENT_LIST_DIR}/*.cc ${CMAKE_CURRENT_LIST_DIR}/common/*.cc
+     ${CMAKE_CURRENT_LIST_DIR}/sm90/*/*.cc ${CMAKE_CURRENT_LIST_DIR}/sm90/*/*.cu)
 flashprefill_add_backend(Cuda SOURCES ${FLASHPREFILL_CUDA_SOURCES})
+flashprefill_add_selectors(cuda Cuda)
 set_target_properties(flashprefill_objects PROPERTIES
   CUDA_ARCHITECTURES OFF CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(flashprefill_objects PRIVATE

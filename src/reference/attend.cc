@@ -19,7 +19,7 @@ struct KeyValues {
   Matrix keys, values, key_means, value_means;
 };
 
-// Which keys lie on a line of the tile: columns, and those at one of the distances behind some of its rows.
+// The keys that the mask's verticals and slashes add to a tile, as flags.
 std::vector<uint8_t> KeysOnVerticalSlash(const Sequence& s, const Tile& tile, const VerticalSlash& extra) {
   std::vector<uint8_t> on_extra(static_cast<size_t>(s.k_len));
   for (int64_t i = 0; i < extra.vertical_count; ++i) {

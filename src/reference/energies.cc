@@ -1,5 +1,5 @@
-// The energy of a key block for a tile of queries, and what to keep by it: Rules 1, 2 and 5 of the design, each a
-// function of its own.
+// The energy of a key block for a tile of queries, and which blocks to keep by it: Rules 1, 2 and 5 of the design, one
+// function each.
 #include "reference/energies.h"
 
 #include <algorithm>
@@ -12,8 +12,8 @@ EnergySelector::EnergySelector(const HeadView& head, std::vector<std::vector<Poi
                                KeepRule rule)
     : head_(head), blocks_(std::move(blocks)), query_pool_(query_pool), rule_(rule) {}
 
-// The tile's tokens of each head, query_pool of them to a row, counted from the tile's first token; the last row of a
-// head may stand for fewer. Heads are never pooled together.
+// The scored rows of a tile: means of query_pool tokens of one head, counted from the tile's first token. The last row
+// of a head may be a mean of fewer. Heads are never pooled together.
 std::vector<EnergySelector::Row> EnergySelector::RowsOf(const Tile& tile) const {
   std::vector<Row> rows;
   for (const Matrix& queries : head_.queries) {
@@ -27,8 +27,8 @@ std::vector<EnergySelector::Row> EnergySelector::RowsOf(const Tile& tile) const 
   return rows;
 }
 
-// Rule 2. A head of its own: the row sees the block's last token. Shared: it sees the first one, and the block is
-// complete at the tile's last token.
+// Rule 2. With a list per query head a row scores a block if it sees the block's last token. With shared heads it
+// scores a block if it sees the first token and the block is complete at the tile's last token.
 bool EnergySelector::Sees(const Tile& tile, int64_t position, int64_t block) const {
   const int64_t size = head_.geometry.block_size;
   if (!head_.policy.share_heads) return position >= block * size + size - 1;
@@ -58,7 +58,7 @@ TileChoice EnergySelector::Choose(const Tile& tile) const {
         for (size_t d = 0; d < point.variance.size(); ++d) {
           z += 0.5 * scale * scale * row.q[d] * row.q[d] * point.variance[d];
         }
-        if (std::isfinite(z)) exponents.push_back({b, point.weight, z}); // NaN and Inf speak for nobody
+        if (std::isfinite(z)) exponents.push_back({b, point.weight, z}); // non-finite scores are ignored
       }
     }
   }
@@ -94,7 +94,7 @@ void ApplyRule(TileChoice& choice) {
     for (const int64_t b : order) {
       choice.kept[b] = 1;
       sum += choice.energy[b];
-      if (sum >= rule.mass * total) break; // this was the crossing block
+      if (sum >= rule.mass * total) break; // this was the block that crosses p
     }
   }
   if (!std::isnan(rule.gain)) {

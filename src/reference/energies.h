@@ -1,6 +1,6 @@
-// Policies that describe each key block by a few points and sum exponentials over them: FlashPrefill and Sketch. Such a
-// policy says what the points of a block are; everything else (which rows a tile has, which of them see a block, the
-// tile's energy) is the same for all and lives in energies.cc.
+// The energies family: methods that describe each key block by a few points and sum exponentials over them
+// (FlashPrefill and Sketch). A method says what the points of a block are. Everything else (the rows of a tile, which
+// of them see a block, the tile's energy) is shared and lives in energies.cc.
 #ifndef FLASHPREFILL_REFERENCE_ENERGIES_H_
 #define FLASHPREFILL_REFERENCE_ENERGIES_H_
 

@@ -39,7 +39,7 @@ inline double Rounded(int32_t dtype, double x) { return RoundTo(dtype, static_ca
 // Mean of rows [begin, end) of m, rounded to dtype, written to mean[columns].
 void MeanOfRows(const Matrix& m, int64_t begin, int64_t end, int32_t dtype, double* mean);
 
-// One row a key block: the rounded means of the sequence's keys (or values).
+// One row per key block: the rounded means of the sequence's keys (or values).
 Matrix BlockMeans(const Geometry& g, const Sequence& s, const Matrix& keys, int32_t dtype);
 
 // Rule 4: masks agree but for scores that are within this relative error of their threshold.
@@ -53,16 +53,17 @@ struct KeepRule {
   int64_t min_blocks = 0;
 };
 
-// What a policy's score says about one tile, before forced blocks are joined. One entry a visible block.
+// What a policy selects for one tile, before forced blocks are joined. One entry per visible block.
 struct TileChoice {
   std::vector<double> energy;  // up to a factor common to the tile
   std::vector<uint8_t> scored; // some row of the tile sees the block, as far as scoring goes
   std::vector<uint8_t> kept;
   KeepRule rule;
-  std::vector<uint8_t> near_tie; // of policies that don't decide by the tile's energies: whether `kept` is near a tie
+  std::vector<uint8_t> near_tie; // of policies that don't decide by the tile's energies: whether `kept` could change
+                                 // within the tolerance
 };
 
-// All that a policy may look at when it selects for one mask head of one sequence. V is not there.
+// Everything that a method may read when it selects for one mask head of one sequence. V is not part of it.
 struct HeadView {
   const Problem& problem;
   const Policy& policy;
@@ -87,7 +88,7 @@ std::vector<int64_t> Ranking(const TileChoice& choice);
 // Sets choice.kept from energy, scored and rule.
 void ApplyRule(TileChoice& choice);
 
-// Select, with a look inside for tests: `observer` is called for each tile that was scored.
+// Select. Tests may pass an observer, which is called for each tile that was scored.
 using Observer = std::function<void(const Sequence& s, int64_t mask_head, int64_t m, const TileChoice& choice)>;
 void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer = nullptr);
 

@@ -1,5 +1,5 @@
-// See top_p.h. An answer is open unless it holds whichever of the items that are nearly alike come first, and with
-// sums a little larger or smaller.
+// See top_p.h. An item is near a tie unless the answer stays the same however items of nearly equal mass are ordered,
+// and with sums a little larger or smaller.
 #include "reference/top_p.h"
 
 #include <algorithm>
@@ -17,13 +17,13 @@ std::vector<size_t> ByMass(const std::vector<double>& mass, const std::vector<ui
   return order;
 }
 
-// What comes before an item: at least, and at most.
+// The items that rank before one: those that surely do, and those that may.
 struct Before {
   int64_t surely = 0, perhaps = 0;
   double surely_sum = 0, perhaps_sum = 0;
 };
 
-// open[i] unless surely_in or surely_out of what comes before it.
+// Sets near_tie[i] unless the item is surely in or surely out.
 void MarkNearTies(const std::vector<double>& mass, const std::vector<size_t>& order, double tolerance,
                   const std::function<bool(size_t, const Before&)>& surely_in,
                   const std::function<bool(size_t, const Before&)>& surely_out, Verdict& verdict) {
@@ -51,6 +51,10 @@ Verdict TopP(const std::vector<double>& mass, double share, const std::vector<ui
   const std::vector<size_t> order = ByMass(mass, first);
   double total = first_sum;
   for (const size_t i : order) total += mass[i];
+  if (share >= 1) { // sums of rounded masses, or masses that are 0, would end before
+    std::fill(verdict.kept.begin(), verdict.kept.end(), 1);
+    return verdict;
+  }
   double sum = first_sum;
   for (const size_t i : order) {
     if (sum >= share * total) break;

@@ -1,5 +1,5 @@
-// The rules that take items (key blocks, block distances) by descending mass, as each method's paper has them, and
-// which of their answers would change if masses were known only to within a tolerance.
+// Top-p and top-k over masses of items (key blocks, block distances), as each method's paper defines them. Each answer
+// also says which items are near a tie: they could change if masses were known only to within a tolerance.
 #ifndef FLASHPREFILL_REFERENCE_TOP_P_H_
 #define FLASHPREFILL_REFERENCE_TOP_P_H_
 
@@ -9,23 +9,22 @@
 
 namespace flashprefill::reference {
 
-// By item.
+// The answer, per item.
 struct Verdict {
   std::vector<uint8_t> kept, near_tie;
 };
 
-// The items of `first` (empty: none) are kept and counted first, then the others by descending mass, equal ones by
-// index, until what is kept holds `share` of all mass: the item that crosses it is kept too.
+// The smallest set that holds `share` of all mass: items by descending mass, equal ones by index, the item that crosses
+// the share included. The items of `first` (empty: none) are kept and counted before the others.
 Verdict TopP(const std::vector<double>& mass, double share, const std::vector<uint8_t>& first, double tolerance);
 
-// Items whose mass, added to that of those before them, is at most `share` of all: the crossing one is left out. The
-// top item is kept anyway.
+// The same without the item that crosses: the cumulative mass stays at or below `share`. The top item is always kept.
 Verdict TopPExclusive(const std::vector<double>& mass, double share, double tolerance);
 
-// The top `count` items.
+// The `count` items with the largest mass.
 Verdict TopK(const std::vector<double>& mass, int64_t count, double tolerance);
 
-// Keeps what either keeps.
+// The items that either keeps.
 Verdict Union(const Verdict& a, const Verdict& b);
 
 } // namespace flashprefill::reference

@@ -1,4 +1,4 @@
-// Sums of a head's last rows by column and diagonal, pooled logits, and the choice of the largest.
+// Sums of a head's last rows by vertical and slash, pooled logits, and the largest of a list.
 #include "reference/vertical_slash.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Whether a ranks before b for sure, or perhaps.
+// Whether a surely ranks before b, or may.
 bool Before(double a, double b, double tolerance) { return a > b + std::abs(b) * tolerance + 1e-35; }
 bool PerhapsBefore(double a, double b, double tolerance) { return a >= b - std::abs(b) * tolerance - 1e-35; }
 
@@ -28,7 +28,7 @@ VerticalSlashSums SumVerticalSlash(const HeadView& head, int64_t rows) {
     double largest = -kInfinity, sum = 0;
     for (int64_t t = 0; t <= position; ++t) {
       z[t] = head.problem.softmax_scale * Dot(queries[i], head.keys[t], queries.columns);
-      if (std::isfinite(z[t])) largest = std::max(largest, z[t]); // NaN and Inf speak for nobody
+      if (std::isfinite(z[t])) largest = std::max(largest, z[t]); // non-finite scores are ignored
     }
     for (int64_t t = 0; t <= position; ++t) z[t] = std::isfinite(z[t]) ? std::exp(z[t] - largest) : 0;
     for (int64_t t = 0; t <= position; ++t) sum += z[t];
@@ -65,7 +65,7 @@ Chosen Largest(const std::vector<double>& values, const Count& count, double tol
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return values[a] > values[b]; });
   Chosen chosen(n);
-  // In falling order both bounds move one way only.
+  // In descending order both bounds only grow.
   size_t before = 0, perhaps = 0;
   for (size_t rank = 0; rank < n; ++rank) {
     const size_t i = order[rank];
@@ -77,7 +77,7 @@ Chosen Largest(const std::vector<double>& values, const Count& count, double tol
     }
     while (before < n && (values[order[before]] == kInfinity || Before(values[order[before]], value, tolerance)))
       ++before;
-    while (perhaps < n && PerhapsBefore(values[order[perhaps]], value, tolerance)) ++perhaps; // itself among them
+    while (perhaps < n && PerhapsBefore(values[order[perhaps]], value, tolerance)) ++perhaps; // includes itself
     chosen.kept[i] = static_cast<int64_t>(rank) < count.is;
     chosen.least[i] = static_cast<int64_t>(perhaps) <= count.least;
     chosen.most[i] = static_cast<int64_t>(before) < count.most;

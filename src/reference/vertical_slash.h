@@ -1,6 +1,6 @@
-// Policies that look at a few of a head's last query rows, or at pooled blocks of all of them, and choose for the whole
-// head at once: FlexPrefill and MInference. What a tile keeps follows from what its head chose, so a choice here is a
-// set over columns, diagonals or (block of queries, block of keys), not over a tile's blocks.
+// The vertical-slash family: methods that look at a few of a head's last query rows, or at pooled blocks of all rows,
+// and select for the whole head at once (FlexPrefill and MInference). The head's verticals, slashes or (query block,
+// key block) pairs determine what each tile keeps.
 #ifndef FLASHPREFILL_REFERENCE_VERTICAL_SLASH_H_
 #define FLASHPREFILL_REFERENCE_VERTICAL_SLASH_H_
 
@@ -29,13 +29,13 @@ struct QueryBlocks {
       : first(tile.begin / g.block_size), last((tile.end - 1) / g.block_size) {}
 };
 
-// A set, and how far it is decided: what is in it however scores are off by their tolerance, and what may be in it.
+// A set of items, and its bounds within the scores' tolerance: `least` is surely in it, `most` may be in it.
 struct Chosen {
   std::vector<uint8_t> kept, least, most;
   explicit Chosen(size_t n) : kept(n), least(n), most(n) {}
 };
 
-// How many to take: the number, and between which numbers it lies.
+// How many items to take, and the bounds of that number.
 struct Count {
   int64_t is, least, most;
 };
@@ -44,7 +44,7 @@ struct Count {
 // 1e-35 not at all: fp32 ends there. -inf is never chosen, +inf always ranks first.
 Chosen Largest(const std::vector<double>& values, const Count& count, double tolerance);
 
-// Scores of tokens themselves, no means among them: what fp32 arithmetic can be off by.
+// Relative error of fp32 scores of single tokens.
 constexpr double kTokenTolerance = 2e-4;
 
 } // namespace flashprefill::reference

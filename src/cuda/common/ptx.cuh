@@ -1,4 +1,4 @@
-// Hopper's instructions that C++ has no words for, each wrapped once: mbarriers, bulk tensor copies, asynchronous
+// Hopper's instructions that C++ has no name for, each wrapped once: mbarriers, bulk tensor copies, asynchronous
 // copies, named barriers, register hand-over, stmatrix. Nothing here knows what it is used for.
 #ifndef FLASHPREFILL_CUDA_COMMON_PTX_CUH_
 #define FLASHPREFILL_CUDA_COMMON_PTX_CUH_
@@ -30,7 +30,7 @@ __device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// Arrives, and makes the phase wait for so many bytes of bulk copies too.
+// Arrives, and makes the phase wait for that many bytes of bulk copies too.
 __device__ __forceinline__ void BarrierArriveExpect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
                : "memory");
@@ -60,7 +60,7 @@ __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Four-dimensional box from global to shared memory; coordinates innermost first. What lies outside the tensor is zero.
+// Four-dimensional box from global to shared memory; coordinates innermost first. Outside the tensor there are zeros.
 __device__ __forceinline__ void BulkLoad(void* to, const CUtensorMap* map, uint64_t* barrier, int x0, int x1, int x2,
                                          int x3) {
   asm volatile(
@@ -70,7 +70,7 @@ __device__ __forceinline__ void BulkLoad(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
-// The other way: what lies outside the tensor is not written. The thread that commits is the one that waits.
+// The other way: nothing is written outside the tensor. The thread that commits is the one that waits.
 __device__ __forceinline__ void BulkStore(const CUtensorMap* map, uint32_t from, int x0, int x1, int x2, int x3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
                "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
@@ -118,7 +118,7 @@ __device__ __forceinline__ void NamedBarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// threadIdx.x, read anew where it stands: what is made from it is not kept in registers meanwhile.
+// threadIdx.x, read again at this point: values made from it need not stay in registers until then.
 __device__ __forceinline__ int ThreadAgain() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -144,9 +144,9 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// Keeps what a and b are made from in front of this point. ptxas moves arithmetic behind waits for products that it
-// doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it is, also one that never
-// happens, because a is not `never`; only the compiler must not know that.
+// Keeps the arithmetic that makes a and b in front of this point. ptxas moves arithmetic behind waits for products that
+// it doesn't depend on, out of their shadow (3 to 6 % at head_dim 256), but a store stays where it is, also one that
+// never happens, because a is not `never`; only the compiler must not know that.
 __device__ __forceinline__ void HoldBack(float a, float b, float never, float* nowhere) {
   if (a == never) asm volatile("st.shared.f32 [%0], %1;" ::"r"(SharedAddress(nowhere)), "f"(b) : "memory");
 }

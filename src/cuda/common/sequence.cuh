@@ -1,11 +1,12 @@
-// Where a sequence lies and what a tile of it may see, on the device: SequenceOf, Geometry::TileOf and the forced
-// blocks of core/types.h, for lengths and page tables that only the device can read. They come from users, so they are
-// never trusted: whatever they hold, every index made here stays inside the arrays that the host has described. A
-// sequence whose lengths had to be corrected is marked, and select reports it as FP_BAD_SEQUENCE.
+// Where a sequence lies and which blocks per tile of it may see, on the device: SequenceOf, Geometry::TileOf and the
+// forced blocks of core/types.h, for lengths and page tables that only the device can read. They come from users, so
+// they are never trusted: whatever they hold, every index made here stays inside the arrays that the host has
+// described. A sequence whose lengths had to be corrected is marked, and select reports it as FP_BAD_SEQUENCE.
 #ifndef FLASHPREFILL_CUDA_COMMON_SEQUENCE_CUH_
 #define FLASHPREFILL_CUDA_COMMON_SEQUENCE_CUH_
 
 #include "core/types.h"
+#include "cuda/common/means.h"
 
 namespace flashprefill::cuda {
 
@@ -17,18 +18,11 @@ struct DeviceProblem {
   uint64_t final_bits[kMaxFinalChunks / 64];
 
   // The host has checked that a batch with final_chunks has at most kMaxFinalChunks sequences.
-  static DeviceProblem Of(const Problem& problem) {
-    DeviceProblem d{};
-    d.p = problem;
-    for (int b = 0; problem.final_chunks && b < problem.batch; ++b) {
-      if (problem.final_chunks[b]) d.final_bits[b / 64] |= uint64_t{1} << (b % 64);
-    }
-    return d;
-  }
+  static DeviceProblem Of(const Problem& problem);
 };
 
-// Division of 0 .. 2^31 by a number that the host knows, as a multiplication: a dozen divisions stand between a tile's
-// number and what it sees, at some 40 instructions each otherwise.
+// Division of 0 .. 2^31 by a number that the host knows, as a multiplication: a dozen divisions lead from a tile's
+// number to the blocks that it sees, at some 40 instructions each otherwise.
 struct Divider {
   uint32_t multiplier, shift;
 
@@ -47,38 +41,21 @@ struct Divider {
 #endif
 };
 
-// What IsForced and InDenseTail read of a policy, and the geometry of its tiles.
+// The geometry of tiles, and a policy's forced blocks (IsForced and InDenseTail of core/types.h).
 struct TileRules {
   int block_size, tile_tokens;
   int heads_per_tile;                  // query heads whose rows lie in one tile
-  int units_per_kv;                    // mask heads a KV head
-  int tile_rows;                       // rows of the mask a head
+  int units_per_kv;                    // mask heads per KV head
+  int tile_rows;                       // rows of the mask per head
   int sink_blocks;                     // clamped to what fits an int
   int window_reach;                    // max(0, window_blocks - 1)
   int tail_tiles;                      // tiles of a dense tail
-  int short_keys;                      // sequences of at most so many keys keep everything
-  bool dense, shared;                  // the policy is Dense; share_heads
+  int dense_up_to_keys;                // sequences of at most this many keys keep everything
+  bool keeps_everything, shared;       // nothing is ever left out (Dense); share_heads
   Divider by_block, by_tile, by_units; // block_size, tile_tokens, units_per_kv
 
-  static TileRules Of(const Problem& p, const Policy& policy) {
-    const Geometry g = Geometry::Of(p, policy);
-    TileRules r{};
-    r.block_size = g.block_size;
-    r.tile_tokens = g.tile_tokens;
-    r.heads_per_tile = g.heads_per_tile;
-    r.units_per_kv = g.group / g.heads_per_tile;
-    r.tile_rows = static_cast<int>(g.tile_rows);
-    r.sink_blocks = policy.sink_blocks;
-    r.window_reach = std::max(0, policy.window_blocks - 1);
-    const int64_t tail = DivUp<int64_t>(int64_t{policy.dense_tail_blocks} * policy.block_size, g.tile_tokens);
-    r.tail_tiles = static_cast<int>(std::min<int64_t>(tail, 1 << 30));
-    r.dense = policy.kind == FP_DENSE;
-    r.shared = policy.share_heads != 0;
-    r.by_block = Divider::Of(r.block_size);
-    r.by_tile = Divider::Of(r.tile_tokens);
-    r.by_units = Divider::Of(r.units_per_kv);
-    return r;
-  }
+  static TileRules Of(const Problem& p, const Policy& policy);
+  static TileRules Of(const Geometry& geometry); // nothing is forced
 };
 
 #ifdef __CUDACC__
@@ -95,8 +72,27 @@ struct DeviceSequence {
   __device__ int TileBase(const TileRules& r) const { return r.by_tile(q_begin) + index; }
 };
 
-__device__ inline int Clamp(int64_t x, int64_t least, int64_t most) {
-  return static_cast<int>(x < least ? least : x > most ? most : x);
+// x, but from 0 to `most`.
+__device__ __forceinline__ int ClampTo(int x, int most) { return min(max(x, 0), most); }
+__device__ __forceinline__ int ClampTo(int64_t x, int64_t most) {
+  return static_cast<int>(x < 0 ? 0 : x > most ? most : x);
+}
+
+// Rows of q before sequence b.
+__device__ inline int QueryBegin(const Problem& p, int b) {
+  return p.cu_seqlens_q ? ClampTo(int64_t{p.cu_seqlens_q[b]}, p.total_q) : static_cast<int>(b * p.max_seqlen_q);
+}
+
+// Packed keys before sequence b; 0 for the other layouts.
+__device__ inline int KeyBegin(const Problem& p, int b) {
+  return PackedKeys(p) ? ClampTo(int64_t{p.cu_seqlens_k[b]}, p.total_k) : 0;
+}
+
+// The page of a paged cache that holds a sequence's keys from index * page_size on; one that the cache does not have
+// becomes its first.
+__device__ inline int64_t PageAt(const Problem& p, int sequence, int index) {
+  const int page = p.block_table[sequence * p.block_table_stride + index];
+  return page >= 0 && page < p.page_count ? page : 0;
 }
 
 __device__ inline DeviceSequence SequenceAt(const DeviceProblem& d, int b) {
@@ -105,7 +101,7 @@ __device__ inline DeviceSequence SequenceAt(const DeviceProblem& d, int b) {
   s.index = b;
   s.bad = false;
   auto checked = [&](int64_t x, int64_t most) {
-    const int y = Clamp(x, 0, most < 0 ? 0 : most);
+    const int y = ClampTo(x, most < 0 ? 0 : most);
     s.bad |= y != x;
     return y;
   };
@@ -140,7 +136,7 @@ __device__ inline DeviceSequence SequenceAt(const DeviceProblem& d, int b) {
 // The last sequence whose base(b) is at most `slot`; bases ascend if cu_seqlens do. Whatever they do, it is a sequence.
 template <typename Base>
 __device__ int SequenceOfSlot(int batch, int slot, Base&& base) {
-  int low = 0, high = batch; // base(low) <= slot < base(high), as far as that can be had
+  int low = 0, high = batch; // base(low) <= slot < base(high), where the arrays allow it
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     if (base(middle) <= slot) {
@@ -152,18 +148,20 @@ __device__ int SequenceOfSlot(int batch, int slot, Base&& base) {
   return low;
 }
 
-// Row of the mask (of one head) before sequence b: fp_tile_base.
+// Row of the mask (of one head) before sequence b: Geometry::TileBase.
 __device__ inline int TileBaseOf(const DeviceProblem& d, const TileRules& r, int b) {
-  const int64_t q_begin = d.p.cu_seqlens_q ? Clamp(d.p.cu_seqlens_q[b], 0, d.p.total_q) : b * d.p.max_seqlen_q;
-  return r.by_tile(static_cast<int>(q_begin)) + b;
+  return r.by_tile(QueryBegin(d.p, b)) + b;
 }
 
-// Element offset of key t of the sequence for KV head h; a page that the cache does not have becomes its first.
+// Row of the means of a sequence's first block of `block_size` keys.
+__device__ inline int64_t MeanBase(const Problem& p, const DeviceSequence& s, int block_size) {
+  return MeanBase(PackedKeys(p), s.index, s.k_begin, p.max_seqlen_k, block_size);
+}
+
+// Element offset of key t of the sequence for KV head h.
 __device__ inline int64_t KeyOffsetAt(const Problem& p, const int64_t* stride, const DeviceSequence& s, int t, int h) {
   if (p.block_table) {
-    const int page = p.block_table[s.index * p.block_table_stride + t / p.page_size];
-    const int64_t in_cache = page >= 0 && page < p.page_count ? page : 0;
-    return in_cache * stride[0] + (t % p.page_size) * stride[1] + h * stride[2];
+    return PageAt(p, s.index, t / p.page_size) * stride[0] + (t % p.page_size) * stride[1] + h * stride[2];
   }
   if (p.cu_seqlens_k) return (int64_t{s.k_begin} + t) * stride[1] + h * stride[2];
   return s.index * stride[0] + t * stride[1] + h * stride[2];
@@ -177,7 +175,7 @@ __device__ inline int64_t RowOffsetAt(const Problem& p, const int64_t* stride, c
 struct DeviceTile {
   int begin, end; // query tokens of the sequence
   int visible;    // blocks [0, visible) are seen by some row
-  int diagonal;   // blocks from here to visible are kept whatever happens
+  int diagonal;   // blocks [diagonal, visible) are always kept
   int scored;     // blocks [0, scored) are complete at or before the tile's last token: these get an energy
 };
 
@@ -200,20 +198,20 @@ __device__ inline int FirstDenseTile(const TileRules& r, const DeviceSequence& s
 // First block of the window; below it and from sink_blocks on nothing is forced.
 __device__ inline int WindowBegin(const TileRules& r, const DeviceTile& t) { return t.diagonal - r.window_reach; }
 
-// Whether nothing is selected: the sequence is too short to gain, or sink, window and dense tail leave nothing out. The
+// Whether nothing is selected: the sequence is to stay dense, or sink, window and dense tail leave nothing out. The
 // last tile before the tail sees the most, so it decides.
-__device__ inline bool AllForcedAt(const Problem& p, const TileRules& r, const DeviceSequence& s) {
+__device__ inline bool KeepsEverything(const Problem& p, const TileRules& r, const DeviceSequence& s) {
   const int tiles = FirstDenseTile(r, s);
-  if (tiles == 0 || s.k_len <= r.short_keys) return true;
+  if (tiles == 0 || s.k_len <= r.dense_up_to_keys) return true;
   return r.sink_blocks >= WindowBegin(r, TileAt(p, r, s, tiles - 1));
 }
 
-// What select reports of a sequence.
+// The reason that select reports for a sequence.
 __device__ inline int32_t FallbackOf(const DeviceProblem& d, const TileRules& r, const DeviceSequence& s) {
-  return s.bad                    ? FP_BAD_SEQUENCE
-         : r.dense                ? FP_FALLBACK_DENSE
-         : AllForcedAt(d.p, r, s) ? FP_FALLBACK_SHORT
-                                  : FP_SELECTED;
+  return s.bad                        ? FP_BAD_SEQUENCE
+         : r.keeps_everything         ? FP_FALLBACK_DENSE
+         : KeepsEverything(d.p, r, s) ? FP_FALLBACK_SHORT
+                                      : FP_SELECTED;
 }
 
 #endif // __CUDACC__

@@ -14,7 +14,7 @@ namespace flashprefill::cuda {
 struct TensorMapShape {
   int64_t size[4];
   int64_t stride[3];
-  int box_heads, box_tokens; // beside 64 columns and one batch entry
+  int box_heads, box_tokens; // besides 64 columns and one batch entry
 };
 
 cudaError_t MakeTensorMap(CUtensorMap* map, const void* data, int32_t dtype, const TensorMapShape& shape);

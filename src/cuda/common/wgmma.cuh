@@ -1,8 +1,8 @@
 // The warpgroup matrix product, wgmma: D (64 x N, fp32 in registers) = A (64 x 16) B (16 x N) + D, N = 64, 128 or 256,
-// for bf16 and fp16. Operands in shared memory lie in panels of 64 columns (128 bytes a row, 128-byte swizzle,
+// for bf16 and fp16. Operands in shared memory lie in panels of 64 columns (128 bytes per row, 128-byte swizzle,
 // 1024-byte aligned), as bulk tensor copies with boxes of 64 columns leave them. In such a panel 8 rows are 1024 bytes.
 //
-// What must be known of registers: lane l of warp w of the warpgroup holds of D, for each 8 columns c, the values
+// Registers: lane l of warp w of the warpgroup holds of D, for each 8 columns c, the values
 // d[4c], d[4c+1] of row 16w + l/4 and d[4c+2], d[4c+3] of row 16w + l/4 + 8, columns 8c + 2 (l%4) and the next. Packed
 // to 16 bits, d[8k .. 8k+7] are the four registers of A's k-th 64 x 16 slice: softmax feeds P V without a shuffle.
 #ifndef FLASHPREFILL_CUDA_COMMON_WGMMA_CUH_
@@ -11,6 +11,14 @@
 #include "cuda/common/ptx.cuh"
 
 namespace flashprefill::cuda {
+
+constexpr int kOperandAlign = 1024;
+
+// Dynamic shared memory from the next multiple of kOperandAlign on: ask for as much more.
+template <typename Byte>
+__device__ __forceinline__ Byte* AlignedShared(Byte* raw) {
+  return raw + (kOperandAlign - SharedAddress(raw) % kOperandAlign) % kOperandAlign;
+}
 
 // Descriptors count in units of 16 bytes from bit 0 on, so a byte offset is added as offset / 16.
 
@@ -88,7 +96,7 @@ __device__ __forceinline__ void KeepInPlace(float (&d)[COUNT]) {
     FP_PRODUCT_RS(N, TYPE, D0, D1, D2, D3, D4, D5);                                                            \
   }
 
-// SS: A and B from shared memory, both K-major. RS: A from four registers a lane, B N-major. accumulate = 0: D's old
+// SS: A and B from shared memory, both K-major. RS: A from four registers per lane, B N-major. accumulate = 0: D's old
 // value is not read.
 template <typename T>
 struct Wgmma;

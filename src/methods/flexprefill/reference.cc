@@ -1,15 +1,15 @@
 // FlexPrefill (arXiv 2502.20766), its rounding rules as its authors' code has them. One head at a time:
 //
-//   the last min(B, Lq) query rows' softmax over all keys, by column and by diagonal
+//   the last min(B, Lq) query rows' softmax over all keys, summed by vertical and by slash
 //   budgets: how many tokens of each hold gamma of it, as blocks: count / 128 + 1, between minb and maxb blocks
-//   the pattern: softmax of (mean of those rows . mean of each key block) against the columns summed to blocks
+//   the pattern: softmax of (mean of those rows . mean of each key block) against the verticals summed to blocks
 //   query-aware if their Jensen-Shannon distance is below tau; both budgets are minb then
-//   kept: the best block columns and block diagonals, the first of each always; and where query-aware, the largest
+//   kept: the best verticals and slashes of blocks, the first of each always; and if query-aware, the largest
 //   entries of the whole map of pooled softmax, up to the one that would pass gamma of the map
 //
-// Where the authors' code knows one sequence from its first token on and tiles as large as blocks, this is what carries
-// over: blocks of queries are counted from the sequence's first query row, and a tile keeps what each block of queries
-// that it overlaps would keep; a diagonal is kept for each block that holds some of the tile's positions.
+// The authors' code takes whole sequences and tiles as large as blocks. Here blocks of queries are counted from the
+// sequence's first query row, and a tile keeps what each block of queries that it overlaps would keep. A slash is kept
+// for each block that holds some of the tile's positions.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -23,7 +23,7 @@ namespace {
 using namespace reference;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kBudgetTokens = 128; // tokens that their code takes for a block's, whatever the block size
+constexpr int64_t kBudgetTokens = 128; // tokens per block in their budgets, whatever the block size
 
 // 1 + how many of the values, largest first, sum to at most gamma.
 int64_t CountTo(const std::vector<double>& falling, double gamma) {
@@ -126,13 +126,13 @@ class FlexSelector : public HeadSelector {
         policy_.max_budget == 0 ? blocks_ : std::min(blocks_, DivUp<int64_t>(policy_.max_budget, Size()));
     std::sort(sums.begin(), sums.end(), std::greater<>());
     const auto blocks = [&](double gamma) {
-      const int64_t tokens = gamma >= 1 ? K() : CountTo(sums, gamma); // all of it is all of it
+      const int64_t tokens = gamma >= 1 ? K() : CountTo(sums, gamma); // everything
       return std::min(std::max(tokens / kBudgetTokens + 1, least), most);
     };
     return {blocks(policy_.gamma), blocks(policy_.gamma - kTokenTolerance), blocks(policy_.gamma + kTokenTolerance)};
   }
 
-  // The columns that pooled keys foretell: softmax of the mean row against the mean key of each block.
+  // The verticals that pooled keys predict: softmax of the mean row against the mean key of each block.
   std::vector<double> Foretold() const {
     const Sequence& s = head_.sequence;
     const Matrix& queries = head_.queries.front();
@@ -196,7 +196,7 @@ class FlexSelector : public HeadSelector {
   Matrix key_means_;
   std::vector<double> by_column_;
   bool query_aware_ = false, pattern_near_tie_ = false;
-  std::vector<Pattern> patterns_; // of the pattern; and of the other one where the test is too close to call
+  std::vector<Pattern> patterns_; // the head's pattern, and the other one if the test is too close to call
 };
 
 } // namespace

@@ -1,9 +1,9 @@
 // MInference (arXiv 2407.02490): each head follows its own pattern, with numbers from a table. Choices of tokens are
-// rounded out to the blocks that hold them, or, of vertical and slash, become lines of the mask.
+// rounded out to the blocks that hold them, or become verticals and slashes of the mask.
 //
-//   vertical and slash: the softmax of the last min(64, Lq) query rows over all keys, by column and by distance; the
-//       first 30 columns and the nearest 100 distances rank before all; the max(a, 30) best columns are kept, and the
-//       max(b, 50) best distances
+//   vertical and slash: the softmax of the last min(64, Lq) query rows over all keys, by vertical and by slash; the
+//       first 30 verticals and the nearest 100 slashes rank before all; the max(a, 30) best verticals are kept, and the
+//       max(b, 50) best slashes
 //   A-shape: the first a tokens, and of each row the nearest b
 //   block-sparse: for each block of query rows the a best blocks by pooled score, its diagonal among them
 //
@@ -62,7 +62,7 @@ class VerticalSlash : public HeadSelector {
     return Largest(sums, Exactly(count), kTokenTolerance);
   }
 
-  // Whether a column lies in the block, or a diagonal crosses it on its way through the tile.
+  // Whether a vertical lies in the block, or a slash crosses it inside the tile.
   bool Keeps(std::vector<uint8_t> Chosen::*level, const Tile& tile, int64_t block) const {
     const int64_t begin = block * head_.geometry.block_size;
     const int64_t end = begin + head_.geometry.BlockKeys(head_.sequence, block);
@@ -110,7 +110,7 @@ class BlockSparse : public HeadSelector {
     for (int64_t r = 0; r < logits.rows; ++r) {
       std::vector<double> energy(logits[r], logits[r] + logits.columns);
       const double largest = *std::max_element(energy.begin(), energy.end());
-      // Ranks are those of the logits; as energies their tolerance is what it is everywhere.
+      // Ranks are those of the logits; as energies they have the usual tolerance.
       for (double& z : energy) z = z == -kInfinity ? z : std::max(std::exp(z - largest), 1e-300);
       rows_.push_back(Largest(energy, Exactly(count), tolerance));
     }

@@ -1,5 +1,5 @@
-// Prism (arXiv 2602.08426): the mean of a block averages out what rotary embedding turns fast, so fast and slow
-// dimensions are scored apart, each with a temperature that gives it back the energy that it lost.
+// Prism (arXiv 2602.08426): the mean of a block averages out the dimensions that rotary embedding turns fast. So fast
+// and slow dimensions are scored separately, each with a temperature that restores the energy lost.
 #include <algorithm>
 #include <cmath>
 

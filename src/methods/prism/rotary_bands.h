@@ -1,4 +1,4 @@
-// Prism's two bands of dimensions, by the speed at which rotary embedding turns them. They may overlap.
+// Prism's two bands of dimensions: those that rotary embedding turns fast and slow. They may overlap.
 #ifndef FLASHPREFILL_METHODS_PRISM_ROTARY_BANDS_H_
 #define FLASHPREFILL_METHODS_PRISM_ROTARY_BANDS_H_
 
@@ -21,7 +21,7 @@ struct RotaryBands {
     return b;
   }
 
-  // Pairs turn slower and slower; what is not rotated doesn't turn at all.
+  // Pairs are ordered from fast to slow; dimensions that are not rotated count as the slowest.
   bool InHigh(int dim) const { return dim < rotary_dim && Pair(dim) < high; }
   bool InLow(int dim) const { return dim >= rotary_dim || Pair(dim) >= pairs - low; }
 

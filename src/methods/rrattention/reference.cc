@@ -1,5 +1,5 @@
-// RRAttention (arXiv 2602.05853): one query of each cell against the means of cells of keys. Which one moves on from
-// head to head, so that together the heads look at all of them.
+// RRAttention (arXiv 2602.05853): one query of each cell is scored against the means of cells of keys. Each head takes
+// another query of the cell, so that together the heads sample all of them.
 #include "reference/selector.h"
 #include "reference/strided.h"
 #include "reference/top_p.h"
@@ -14,7 +14,8 @@ class RRAttention : public HeadSelector {
   explicit RRAttention(const HeadView& head)
       : head_(head), policy_(reinterpret_cast<const fp_rrattention&>(head.policy)), cells_(KeyCells()) {}
 
-  // Cells of queries begin at the tile's first token; a short one gives its last query where its place is past the end.
+  // Cells of queries begin at the tile's first token; if the place
+  // is past the end of a short cell, its last query is taken.
   TileChoice Choose(const Tile& tile) const override {
     const int64_t stride = policy_.stride;
     const Matrix& queries = head_.queries.front();

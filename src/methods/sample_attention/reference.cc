@@ -1,5 +1,5 @@
-// SampleAttention (arXiv 2406.15486): sampled rows attend to all their keys; their mass by key block and by distance in
-// blocks says which columns and which diagonals the head needs.
+// SampleAttention (arXiv 2406.15486): sampled rows attend to all their keys. Their mass per key block and per distance
+// in blocks decides which verticals and slashes of blocks the head keeps.
 #include "methods/sample_attention/row_sample.h"
 #include "reference/selector.h"
 #include "reference/strided.h"
@@ -49,7 +49,7 @@ class SampleAttention : public HeadSelector {
         return verdict.near_tie[item] != 0;
       };
       bool open = ask(columns_, b);
-      for (int64_t own = tile.diagonal; own < tile.visible; ++own) { // of the blocks that the tile's rows lie in
+      for (int64_t own = tile.diagonal; own < tile.visible; ++own) { // the blocks that hold the tile's rows
         if (own >= b) open |= ask(diagonals_, own - b);
       }
       choice.kept.push_back(sure || maybe);

@@ -1,6 +1,5 @@
-// Sketch: a key block is the few keys farthest from its mean, each for itself, and the mean and diagonal variance of
-// the other keys. The second-order term of the variance is what a Gaussian of that spread would add to the mean of
-// exp(s q.k).
+// Sketch: a key block is described by the few keys farthest from its mean, and by the mean and diagonal variance of the
+// other keys. The second-order term of the variance is what a Gaussian of that spread adds to the mean of exp(s q.k).
 #include <algorithm>
 #include <cmath>
 
@@ -12,8 +11,8 @@ namespace {
 
 using namespace reference;
 
-// What a dimension counts in a distance: 1, or with query_metric the sum of squares that the last row of each tile, of
-// all query heads of the KV head, has there. What is not finite is left out.
+// The weight of each dimension in a distance: 1, or with query_metric the sum of squares of the last row of each tile
+// over all query heads of the KV head. Non-finite values are left out.
 std::vector<double> Metric(const HeadView& head) {
   const Problem& p = head.problem;
   std::vector<double> weight(static_cast<size_t>(p.head_dim), 1);

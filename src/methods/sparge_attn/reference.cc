@@ -1,5 +1,5 @@
-// SpargeAttn's first stage (arXiv 2502.18137): means of blocks whose tokens are alike foretell the softmax; what they
-// cannot speak for is kept.
+// SpargeAttn's first stage (arXiv 2502.18137): the means of self-similar blocks predict the softmax. Blocks without
+// self-similarity are kept.
 #include <algorithm>
 #include <cmath>
 
@@ -31,7 +31,7 @@ class SpargeAttn : public HeadSelector {
       : head_(head),
         policy_(reinterpret_cast<const fp_sparge_attn&>(head.policy)),
         means_(BlockMeans(head.geometry, head.sequence, head.keys, head.problem.k.dtype)) {
-    // Keys without their mean over the sequence. Scores need not know: it adds the same to all scores of a row.
+    // Keys without their mean over the sequence. Scores don't need it: it adds the same to all scores of a row.
     const Matrix& keys = head.keys;
     std::vector<double> center(static_cast<size_t>(keys.columns));
     for (int64_t t = 0; t < keys.rows; ++t) {
@@ -52,12 +52,12 @@ class SpargeAttn : public HeadSelector {
     choice.kept.assign(choice.energy.size(), 0);
     choice.near_tie = choice.kept;
 
-    bool doubtful = false; // whether a block is alike: then every score of the tile is in doubt
-    const auto alike = [&](double similarity) {
+    bool doubtful = false; // whether a block is self-similar: then every score of the tile is in doubt
+    const auto similar = [&](double similarity) {
       doubtful |= std::abs(similarity - policy_.similarity) <= 1e-4; // no mean that is rounded to 16 bits is in it
       return similarity > policy_.similarity;
     };
-    const bool dense = !alike(
+    const bool dense = !similar(
         SelfSimilarity(queries, tile.begin, tile.end, std::vector<double>(static_cast<size_t>(queries.columns))));
 
     std::vector<double> q(static_cast<size_t>(queries.columns)), z(choice.energy.size());
@@ -65,7 +65,7 @@ class SpargeAttn : public HeadSelector {
     double largest = -std::numeric_limits<double>::infinity();
     for (int64_t b = 0; b < tile.visible; ++b) {
       z[b] = head_.problem.softmax_scale * Dot(q.data(), means_[b], means_.columns);
-      choice.scored[b] = alike(similarity_[b]);
+      choice.scored[b] = similar(similarity_[b]);
       if (choice.scored[b] && std::isfinite(z[b])) largest = std::max(largest, z[b]);
     }
     for (int64_t b = 0; b < tile.visible; ++b) {

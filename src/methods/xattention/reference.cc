@@ -1,5 +1,5 @@
-// XAttention (arXiv 2503.16428): a pair of cells is scored by its anti-diagonal, so that every query and every key of
-// the two is looked at once, and every line through them, vertical or slash, is crossed.
+// XAttention (arXiv 2503.16428): a pair of cells is scored by the sum over its antidiagonal. So every query and every
+// key of the two counts once, and every vertical and slash through them is crossed.
 #include "reference/selector.h"
 #include "reference/strided.h"
 #include "reference/top_p.h"
@@ -43,7 +43,7 @@ class XAttention : public HeadSelector {
   }
 
  private:
-  // The keys of a cell one after the other; zeros past the sequence's end.
+  // The keys of each cell, concatenated; zeros past the sequence's end.
   Matrix KeyCells() const {
     const int64_t d = head_.keys.columns;
     Matrix cells(DivUp<int64_t>(head_.keys.rows, policy_.stride), policy_.stride * d);

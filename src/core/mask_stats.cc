@@ -1,0 +1,32 @@
+// Counts what a mask keeps: see mask_stats.h.
+#include "core/mask_stats.h"
+
+#include <bit>
+
+#include "core/vertical_slash.h"
+
+namespace flashprefill {
+
+void CountKept(const Problem& p, const BlockMask& mask, const Stats& stats) {
+  const Geometry g = Geometry::Of(p, mask);
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    int64_t total = 0;
+    for (int64_t m = 0; m < g.Tiles(s); ++m) total += g.TileOf(p, s, m).visible;
+    if (stats.total) stats.total[b] = total;
+    if (stats.fallback) stats.fallback[b] = mask.fallback ? mask.fallback[b] : FP_SELECTED;
+    for (int h = 0; stats.kept && h < g.mask_heads; ++h) {
+      int64_t kept = 0;
+      for (int64_t m = 0; m < g.Tiles(s); ++m) {
+        const uint64_t* row = mask.bits + g.Row(s, h, m) * g.words;
+        const Tile tile = g.TileOf(p, s, m);
+        for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, tile.visible));
+        if (HasVerticalSlash(mask))
+          kept += DivUp<int64_t>(VerticalSlashKeys(g, s, tile, VerticalSlash::Of(mask, b, h), row), g.block_size);
+      }
+      stats.kept[int64_t{b} * g.mask_heads + h] = kept;
+    }
+  }
+}
+
+} // namespace flashprefill

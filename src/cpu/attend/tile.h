@@ -1,0 +1,70 @@
+// Types that the parts of attend share: packed keys of one KV head, the scratch memory of one thread, and the call that
+// does one tile.
+#ifndef FLASHPREFILL_CPU_ATTEND_TILE_H_
+#define FLASHPREFILL_CPU_ATTEND_TILE_H_
+
+#include "core/backend.h"
+#include "cpu/attend/kernels.h"
+#include "cpu/simd/targets.h"
+
+namespace flashprefill::cpu {
+
+// The kernels for an instruction set and the dtypes of a problem: bf16 products need bf16 in all of q, k and v.
+const AttendKernels& AttendKernelsFor(Isa isa, const Problem& p);
+// Those in fp32, for any dtypes.
+const AttendKernels& AttendF32KernelsFor(Isa isa);
+
+// Packed K and V of some keys.
+struct Packed {
+  std::byte* k;
+  std::byte* v;
+
+  static Packed Take(Workspace& memory, const AttendKernels& kernels, int64_t head_dim, int64_t keys) {
+    const int64_t size = DivUp<int64_t>(keys, kGroup) * kGroup * kernels.element_size;
+    std::byte* k = memory.Take<std::byte>(size * KeyDepth(head_dim));
+    return {k, memory.Take<std::byte>(size * ValueWidth(head_dim))};
+  }
+};
+
+// One call of attend, as all its tiles see it.
+struct AttendCall {
+  const Problem& p;
+  const BlockMask& mask;
+  const Output& output;
+  const Geometry g;
+  const AttendKernels& kernels;     // for packed keys
+  const AttendKernels& f32_kernels; // for keys as they lie
+  bool stream;                      // out goes past the caches
+};
+
+// A thread's own memory.
+struct TileScratch {
+  TileState state;
+  int64_t* offset; // [kTileRows]
+  int32_t* limit;  // [2][kTileRows]
+  float* bias;     // [kChunk]
+  float* lse;      // [kTileRows]
+  float* mean;     // [kMaxHeadDim]
+  // Where the mask has verticals or slashes: a chunk of keys from anywhere.
+  int64_t* extra_key;    // [kChunk]
+  int64_t* extra_offset; // [kChunk]
+  Packed gathered;
+
+  static TileScratch Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim, bool has_vertical_slash);
+};
+
+// Tile m of mask head `mask_head`; keys and means are those of its KV head. `next_key`: the first one that the tile
+// after it keeps of the same packed keys, to be fetched ahead; or -1.
+void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
+                const Packed& means, int64_t next_key, TileScratch& scratch);
+
+// The first key that tile m keeps, or -1.
+int64_t FirstKey(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m);
+
+// All query heads of a KV head, without packed keys: for kFewRows rows or fewer, and no mean correction. Block by
+// block, so that a key comes from far away for the first of its heads only.
+void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, TileScratch& scratch);
+
+} // namespace flashprefill::cpu
+
+#endif // FLASHPREFILL_CPU_ATTEND_TILE_H_

@@ -1,0 +1,479 @@
+// Exact softmax attention over the kept blocks of a mask, for Hopper. One persistent CTA an SM: a producer warpgroup
+// (producer.cuh) and two math warpgroups of 64 query rows each.
+//
+// Why it is fast. The matrix units are kept busy from two sides. Inside a math warpgroup, the next Q K^T is issued
+// before the P V of this step and both run while the softmax of the next scores is computed. Between the two, turns
+// (two named barriers) make one warpgroup's softmax fall under the other one's products. Across tiles nothing drains:
+// the first Q K^T of the next tile is issued before the last P V of this one is waited for, Q of the next tile is
+// already there, and O leaves through shared memory while that product runs. P never leaves registers (wgmma.cuh says
+// why it needn't).
+//
+// Weights are exponentials against a reference that a row keeps, the maximum of its first scores, for as long as its
+// sums stay in range: there is no maximum in the common step (NextWeights).
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
+
+#include <type_traits>
+
+#include "cuda/common/wgmma.cuh"
+#include "cuda/sm90/attend/producer.cuh"
+
+namespace flashprefill::cuda {
+
+template <class T, class SHAPE, Loading LOADING>
+class AttendMath {
+ public:
+  __device__ __forceinline__ AttendMath(const AttendParams& p, SharedMemory<SHAPE>& shared)
+      : p_(p),
+        sm_(shared),
+        group_(__shfl_sync(~0u, threadIdx.x / 128, 0) - 1), // so the compiler knows that a warp agrees on it
+        lane_(threadIdx.x % 32),
+        row_(group_ * 64 + threadIdx.x % 128 / 32 * 16 + lane_ / 4) {}
+
+  __device__ __forceinline__ void Run() {
+    if (group_ == 1) NamedBarrierArrive(kTurnBarrier, kMathThreads); // the first turn is the first group's
+    TileInfo tile = NextTile();
+    if (tile.key_tiles == 0) return;
+    IssueScores();
+    PassTurn();
+    WgmmaWait<0>();
+    while (true) { // here the first scores of the tile are there, and no product is in flight
+      StartRows(tile);
+      const KeyTile& first_keys = KeyTileBefore(0);
+      TakeScores(tile.key_tiles == 1);
+      FirstWeights(first_keys);
+      for (int j = 1; j < tile.key_tiles; ++j) {
+        IssueScores();
+        IssueValues<true>(j > 1);
+        const KeyTile& key_tile = KeyTileBefore(0);
+        const KeyMode mode = key_tile.mode; // asked while the product runs
+        WgmmaWait<1>();
+        TakeScores(j + 1 == tile.key_tiles);
+        NextWeights(key_tile, mode, tile.rows);
+      }
+      const bool several = tile.key_tiles > 1;
+      TileInfo next;
+      if constexpr (SHAPE::kQStages > 1) {
+        next = NextTile(); // asked before the products are issued: ptxas serialises them if a branch lies in between
+        if (next.key_tiles == 0) break;
+        IssueValues<false>(several);
+        IssueScores();
+        PassTurn();
+        WgmmaWait<1>();
+        TakeValues();
+        PackOutput();
+        StoreTile(tile);
+      } else { // the next Q can only come while O is written
+        IssueValues<false>(several);
+        WgmmaWait<0>();
+        TakeValues();
+        PackOutput();
+        StoreTile(tile);
+        next = NextTile();
+        if (next.key_tiles == 0) return;
+        IssueScores();
+        PassTurn();
+      }
+      WgmmaWait<0>();
+      tile = next;
+    }
+    IssueValues<false>(tile.key_tiles > 1);
+    WgmmaWait<0>();
+    TakeValues();
+    PackOutput();
+    StoreTile(tile);
+  }
+
+ private:
+  static constexpr int kKeys = SHAPE::kKeys;
+  static constexpr int kHeadDim = SHAPE::kHeadDim;
+  static constexpr int kMathWarp0 = (kAttendThreads - kMathThreads) / 32;
+  using Memory = SharedMemory<SHAPE>;
+  // The limit of a lane's sum of 32 or 16 weights. fp16 weights end at 65504; fp32 sums, and bf16 weights, bear
+  // much more without loss.
+  static constexpr float kLargestSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p40f;
+
+  // ---------------------------------------------------------------- tiles and turns
+
+  __device__ __forceinline__ TileInfo NextTile() {
+    BarrierWait(&sm_.q_full[q_.stage], q_.parity);
+    return sm_.tiles[q_.stage];
+  }
+
+  // Row numbers become the last key position that each of this lane's two rows sees.
+  __device__ __forceinline__ void StartRows(const TileInfo& tile) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int token = TokenOf(row_ + 8 * r);
+      last_key_[r] = min(tile.first_position + token, tile.last_key);
+      max_[r] = -INFINITY;
+    }
+  }
+
+  // A bit for each of this lane's two rows. Computed where it is needed, which is seldom.
+  __device__ __forceinline__ static int RowsExist(int rows) {
+    const int thread = ThreadAgain(), row = (thread / 32 - kMathWarp0) * 16 + thread % 32 / 4;
+    return (row < rows ? 1 : 0) | (row + 8 < rows ? 2 : 0);
+  }
+
+  // row / heads_per_tile, exact for the 128 rows of a tile.
+  __device__ __forceinline__ int TokenOf(int row) const { return row * p_.token_of_row >> 16; }
+
+  __device__ __forceinline__ void WaitTurn() { NamedBarrierSync(kTurnBarrier + group_, kMathThreads); }
+  __device__ __forceinline__ void PassTurn() { NamedBarrierArrive(kTurnBarrier + 1 - group_, kMathThreads); }
+
+  // One arrival per warp: a warp's part of a product may be done before its neighbours'.
+  __device__ __forceinline__ void Release(uint64_t* empty) {
+    __syncwarp();
+    if (lane_ == 0) BarrierArrive(empty);
+  }
+
+  // ---------------------------------------------------------------- products
+
+  // S = Q K^T of the next key tile, when it is this warpgroup's turn.
+  __device__ __forceinline__ void IssueScores() {
+    BarrierWait(&sm_.k_full[k_.stage], k_.parity);
+    if (LOADING == Loading::kRows) FenceAsyncProxy();
+    WaitTurn();
+    const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Memory::kPanelRowsBytes);
+    const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[k_.stage]));
+    WgmmaFence();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      Wgmma<T>::SS(s_, q + ((i / 4 * Memory::kQPanelBytes + i % 4 * 32) >> 4),
+                   k + ((i / 4 * Memory::kKeyPanelBytes + i % 4 * 32) >> 4), i > 0);
+    }
+    WgmmaCommit();
+  }
+
+  // The scores are there: K's stage, and after the last step Q's, may be filled again.
+  __device__ __forceinline__ void TakeScores(bool last) {
+    KeepInPlace(s_);
+    Release(&sm_.k_empty[k_.stage]);
+    k_.Advance(SHAPE::kStages);
+    if (last) {
+      BarrierArrive(&sm_.q_empty[q_.stage]); // each lane: they have read the tile's description too
+      q_.Advance(SHAPE::kQStages);
+    }
+  }
+
+  // O (+)= P V. The turn is passed before the last products are issued: the other warpgroup takes some 150 cycles from
+  // there to its first product, and each of these 64 (d128).
+  template <bool PASS_TURN>
+  __device__ __forceinline__ void IssueValues(bool accumulate) {
+    BarrierWait(&sm_.v_full[v_.stage], v_.parity);
+    if (LOADING == Loading::kRows) FenceAsyncProxy();
+    const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Memory::kKeyPanelBytes);
+    WgmmaFence();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      if (PASS_TURN && i == kKeys / 16 - SHAPE::kEarlyTurn) PassTurn();
+      Wgmma<T>::RS(o_, weights_ + 4 * i, v + (i * 16 * Memory::kPanelRowsBytes >> 4), i > 0 ? 1 : accumulate);
+    }
+    WgmmaCommit();
+    if (PASS_TURN && SHAPE::kEarlyTurn == 0) PassTurn();
+  }
+
+  __device__ __forceinline__ void TakeValues() {
+    KeepInPlace(o_);
+    Release(&sm_.v_empty[v_.stage]);
+    v_.Advance(SHAPE::kStages);
+  }
+
+  // ---------------------------------------------------------------- softmax
+
+  // Weights of a tile's first step: references are its maxima.
+  __device__ __forceinline__ void FirstWeights(const KeyTile& key_tile) {
+    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile, key_tile.mode);
+    const bool means = key_tile.mode == KeyMode::kMeans;
+    float grow[2], reference[2], part[2] = {0, 0};
+    FollowMaxima(3, grow, means);
+    References(reference, means);
+    Weigh<0, kKeys / 8>(weights_, reference, part);
+    sum_[0] = part[0];
+    sum_[1] = part[1];
+  }
+
+  // Weights of a later step. They are taken against the old references, without a look at the scores: where that makes
+  // a lane's sum too large, the step is done again with the row's maximum, for which the scores are kept. So no maximum
+  // stands in the common way, and P V of the step before has half of the exponentials as its shadow.
+  __device__ __forceinline__ void NextWeights(const KeyTile& key_tile, KeyMode mode, int rows) {
+    constexpr int kHalf = kKeys / 16; // of the step's groups of 8 columns
+    float reference[2] = {max_[0] * p_.exponent_scale, max_[1] * p_.exponent_scale};
+    if (mode != KeyMode::kPlain) {
+      Mask(key_tile, mode);
+      if (mode == KeyMode::kMeans) {
+        reference[0] -= p_.mean_bias_log2;
+        reference[1] -= p_.mean_bias_log2;
+      }
+    }
+    float part[2] = {0, 0};
+    uint32_t early[2 * kHalf]; // P V still reads weights_
+    Weigh<0, kHalf>(early, reference, part);
+    HoldBack(part[0], part[1], p_.minus_one, &sm_.never_written);
+    WgmmaWait<0>();
+    TakeValues();
+#pragma unroll
+    for (int i = 0; i < 2 * kHalf; ++i) weights_[i] = OpaqueCopy(early[i], p_.zero);
+    Weigh<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
+    // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
+    int large = (part[0] < kLargestSum ? 0 : 1) | (part[1] < kLargestSum ? 0 : 2);
+    if (__any_sync(~0u, large) && __any_sync(~0u, large & RowsExist(rows))) {
+      large |= __shfl_xor_sync(~0u, large, 1);
+      large |= __shfl_xor_sync(~0u, large, 2);
+      float grow[2];
+      const bool means = KeyTileBefore(1).mode == KeyMode::kMeans; // asked again: no register holds it till here
+      FollowMaxima(large, grow, means);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
+      References(reference, means);
+      part[0] = part[1] = 0;
+      Weigh<0, 2 * kHalf>(weights_, reference, part);
+      sum_[0] *= grow[0];
+      sum_[1] *= grow[1];
+    }
+    sum_[0] += part[0];
+    sum_[1] += part[1];
+  }
+
+  // The reference of a row's scores, scaled; a row may have seen nothing yet. A mean counts for a block of keys.
+  __device__ __forceinline__ void References(float (&reference)[2], bool means) const {
+    const float bias = means ? p_.mean_bias_log2 : 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : fmaf(max_[r], p_.exponent_scale, -bias);
+  }
+
+  // Moves the reference of each row that `moves` names to its maximum. Whether a row moves depends on that row alone,
+  // so its results are the same bits whatever else is in the tile.
+  __device__ __forceinline__ void FollowMaxima(int moves, float (&grow)[2], bool means) {
+    const float bias = means ? p_.mean_bias : 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) { // four chains, not one: a step of a chain takes 4 cycles or more
+      float t[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) t[c] = fmaxf(s_[4 * c + 2 * r], s_[4 * c + 2 * r + 1]);
+#pragma unroll
+      for (int i = 4; i < kKeys / 8; ++i) {
+        t[i % 4] = fmaxf(t[i % 4], fmaxf(s_[4 * i + 2 * r], s_[4 * i + 2 * r + 1]));
+      }
+      float top = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) + bias;
+      const bool grows = moves >> r & 1 && top > max_[r];
+      grow[r] = grows ? Exp2((max_[r] - top) * p_.exponent_scale) : 1.0f;
+      max_[r] = grows ? top : max_[r];
+    }
+  }
+
+  // Of columns 8 BEGIN to 8 END: the weights, packed, and their sum.
+  template <int BEGIN, int END>
+  __device__ __forceinline__ void Weigh(uint32_t* to, const float (&reference)[2], float (&part)[2]) const {
+#pragma unroll
+    for (int i = BEGIN; i < END; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float low = Exp2(fmaf(s_[4 * i + 2 * r], p_.exponent_scale, -reference[r]));
+        const float high = Exp2(fmaf(s_[4 * i + 2 * r + 1], p_.exponent_scale, -reference[r]));
+        part[r] += low;
+        part[r] += high;
+        to[2 * (i - BEGIN) + r] = Pack<T>(low, high);
+      }
+    }
+  }
+
+  // The description of the step that k_ stands at, or of one that came before it.
+  __device__ __forceinline__ const KeyTile& KeyTileBefore(uint32_t steps) const {
+    return sm_.key_tiles[(k_.stage + k_.parity * SHAPE::kStages - steps) % Memory::kKeyTiles];
+  }
+
+  __device__ __forceinline__ void Mask(const KeyTile& key_tile, KeyMode mode) {
+    if (mode == KeyMode::kMasked) {
+      MaskKeys(key_tile);
+    } else {
+      MaskMeans(key_tile);
+    }
+  }
+
+  __device__ __forceinline__ void MaskKeys(const KeyTile& key_tile) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      const int position = key_tile.position[i / 2] + i % 2 * 8 + lane_ % 4 * 2;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (position + e % 2 > last_key_[e / 2]) s_[4 * i + e] = -INFINITY;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void MaskMeans(const KeyTile& key_tile) {
+    const uint32_t wanted = key_tile.wanted[lane_ % 4];
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) { // of columns 8 (i / 2) + i % 2 from this lane's first on, both rows
+      float* const s = s_ + i / 2 * 4 + i % 2;
+      if ((wanted >> i & 1) == 0) s[0] = s[2] = -INFINITY;
+    }
+    if (key_tile.short_column >= 0) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) {
+        float* const s = s_ + i / 2 * 4 + i % 2;
+        const float bias = i / 2 * 8 + lane_ % 4 * 2 + i % 2 == key_tile.short_column ? key_tile.short_bias : 0;
+        s[0] += bias;
+        s[2] += bias;
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------- out
+
+  // Normalises O and packs it, straight: ptxas lets nothing branch while it reads O during an unfinished product.
+  __device__ __forceinline__ void PackOutput() {
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum_[r] += __shfl_xor_sync(~0u, sum_[r], 1);
+      sum_[r] += __shfl_xor_sync(~0u, sum_[r], 2);
+      inverse[r] = __fdividef(1, sum_[r]);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) {
+      const uint32_t packed = Pack<T>(o_[2 * i] * inverse[i % 2], o_[2 * i + 1] * inverse[i % 2]);
+      out_[i] = sum_[i % 2] == 0 ? 0 : packed; // a row that saw nothing
+    }
+  }
+
+  // O leaves by bulk copies, 16 rows per warp. A tile that is not full would write over what follows it, so its rows go
+  // one by one, as do those of groups that 16 rows don't hold whole.
+  __device__ __forceinline__ void StoreTile(const TileInfo& tile) {
+    constexpr int kColumns = SHAPE::kOutColumns;
+    constexpr int kPanelBytes = 16 * Memory::kPanelRowsBytes;
+    const int thread = ThreadAgain(), lane = thread % 32, warp = thread / 32 - kMathWarp0;
+    const uint32_t stage = SharedAddress(sm_.out[warp]);
+    const int first_row = warp * 16;
+    const bool bulk = tile.rows == kTileRowsSm90 && p_.bulk_out;
+    const auto at = [&](int row, int piece) { // 16 bytes of a row, in panels as everywhere
+      return stage + piece / 8 * kPanelBytes + row * Memory::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
+    };
+#pragma unroll
+    for (int pass = 0; pass < kHeadDim / kColumns; ++pass) {
+      if (ElectOne()) BulkStoresRead(); // of the tile or pass before
+      __syncwarp();
+      const int matrix_row = lane % 8 + lane / 8 % 2 * 8;
+#pragma unroll
+      for (int c = 0; c < kColumns / 8; c += 2) { // 16 columns at once: four 8x8 matrices
+        const uint32_t* o = out_ + (pass * kColumns / 8 + c) * 2;
+        StoreMatrix4(at(matrix_row, c + lane / 16), o[0], o[1], o[2], o[3]);
+      }
+      if (bulk) {
+        FenceAsyncProxy();
+        __syncwarp();
+        if (ElectOne()) {
+#pragma unroll
+          for (int i = 0; i < kColumns / kPanelColumns; ++i) {
+            BulkStore(&p_.out_map, stage + i * kPanelBytes, pass * kColumns + i * kPanelColumns, tile.head,
+                      tile.token + TokenOf(first_row), tile.batch);
+          }
+          BulkStoresCommit();
+        }
+      } else {
+        __syncwarp();
+        StoreRows(tile, at, lane, first_row, pass * kColumns);
+      }
+    }
+    // Of four lanes that share two rows the first two write a row each.
+    const int r = lane % 4, tile_row = first_row + lane / 4 + 8 * r;
+    if (p_.lse != nullptr && r < 2 && tile_row < tile.rows) {
+      const int token = TokenOf(tile_row);
+      const int head = tile.head + tile_row - token * p_.heads_per_tile;
+      const float sum = r == 0 ? sum_[0] : sum_[1], reference = r == 0 ? max_[0] : max_[1];
+      constexpr float kLn2 = 0.693147180559945f;
+      p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] =
+          sum == 0 ? -INFINITY : fmaf(reference, p_.exponent_scale, __log2f(sum)) * kLn2;
+    }
+  }
+
+  // A warp's 16 rows, columns from `first_column` on, whole rows at a time, 16 bytes per lane.
+  template <class At>
+  __device__ __forceinline__ void StoreRows(const TileInfo& tile, At at, int lane, int first_row, int first_column) {
+    constexpr int kPieces = SHAPE::kOutColumns / 8;
+    T* const out = static_cast<T*>(p_.out) + tile.batch * p_.out_stride[0] + tile.head * p_.out_stride[2];
+#pragma unroll 1
+    for (int i = lane; i < 16 * kPieces; i += 32) {
+      const int row = i / kPieces, piece = i % kPieces;
+      const int tile_row = first_row + row;
+      const int column = first_column + piece * 8;
+      if (tile_row < tile.rows && column < p_.head_dim) {
+        const int token = TokenOf(tile_row);
+        T* const to = out + (tile.token + token) * p_.out_stride[1] +
+                      (tile_row - token * p_.heads_per_tile) * p_.out_stride[2] + column;
+        *reinterpret_cast<uint4*>(to) = LoadShared16(at(row, piece));
+      }
+    }
+  }
+
+  const AttendParams& p_;
+  SharedMemory<SHAPE>& sm_;
+  const int group_; // 0 or 1: which math warpgroup
+  const int lane_;
+  const int row_; // of the tile: this lane's first; the other one is 8 below
+  RingPosition q_;
+  RingPosition k_, v_;
+
+  float s_[kKeys / 2];          // scores, then weights
+  float o_[kHeadDim / 2];       // unnormalised output
+  uint32_t weights_[kKeys / 4]; // P, packed
+  uint32_t out_[kHeadDim / 4];  // O, normalised and packed
+  int last_key_[2];
+  float max_[2], sum_[2]; // the reference maximum, raw; this lane's part of the sum
+};
+
+template <class T, class SHAPE, Loading LOADING>
+__global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
+  extern __shared__ uint8_t raw[];
+  auto& sm = *reinterpret_cast<SharedMemory<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
+  // Set up barriers.
+  if (threadIdx.x == 0) {
+    constexpr int kMathWarps = kMathThreads / 32;
+    constexpr int kFullArrivals = AttendProducer<SHAPE, LOADING>::kFullArrivals;
+    BarrierInit(&sm.work_full, 32);
+    BarrierInit(&sm.work_empty, AttendProducer<SHAPE, LOADING>::kLoaders * 32);
+    for (int i = 0; i < SHAPE::kQStages; ++i) {
+      BarrierInit(&sm.q_full[i], 1);
+      BarrierInit(&sm.q_empty[i], kMathThreads);
+    }
+    for (int i = 0; i < SHAPE::kStages; ++i) {
+      BarrierInit(&sm.k_full[i], kFullArrivals);
+      BarrierInit(&sm.v_full[i], kFullArrivals);
+      BarrierInit(&sm.k_empty[i], kMathWarps);
+      BarrierInit(&sm.v_empty[i], kMathWarps);
+    }
+    FenceBarrierInit();
+  }
+  __syncthreads();
+  cudaGridDependencySynchronize(); // select's results, if this launch was let in before its end
+  // Split up: one warpgroup loads, two compute.
+  if (threadIdx.x < 128) {
+    ShrinkRegisters<SHAPE::kProducerRegisters>();
+    if (threadIdx.x < AttendProducer<SHAPE, LOADING>::kThreads) AttendProducer<SHAPE, LOADING>(p, sm).Run();
+  } else {
+    GrowRegisters<SHAPE::kMathRegisters>();
+    AttendMath<T, SHAPE, LOADING>(p, sm).Run();
+    BulkStoresDone();
+  }
+}
+
+template <class T, class SHAPE>
+AttendKernelSet KernelsOf() {
+  return {AttendSm90<T, SHAPE, Loading::kTiles>, AttendSm90<T, SHAPE, Loading::kChunks>,
+          AttendSm90<T, SHAPE, Loading::kRows>, static_cast<int>(sizeof(SharedMemory<SHAPE>)) + kOperandAlign};
+}
+
+// The content of an instantiation file: a dtype's kernels for a head dimension.
+#define FLASHPREFILL_INSTANTIATE_ATTEND(T, HEAD_DIM) \
+  template <>                                        \
+  AttendKernelSet AttendKernels<T, HEAD_DIM>() {     \
+    return KernelsOf<T, AttendShape<HEAD_DIM>>();    \
+  }
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_

@@ -1,0 +1,45 @@
+// Attend from the host's side: its limits, its scratch memory, its tensor maps and its launch. Plain C++. The kernel is
+// attend.cuh.
+#ifndef FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_H_
+#define FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_H_
+
+#include "cuda/selector.h"
+
+namespace flashprefill::cuda {
+
+struct AttendParams;
+
+// The arguments are those of fp_attend, checked by core/validate.cc; every array they name is device memory.
+class AttendPlan {
+ public:
+  // The mask's bits may be null where it has no words: then no key is seen.
+  static AttendPlan Of(const Problem& p, const BlockMask& mask);
+
+  // Null if the kernel does this problem, else the requirement that is not met, in words.
+  const char* Unsupported(const Output* output) const;
+
+  // The counter of tiles handed out: a word that is zero when the kernel starts.
+  void Take(Workspace& workspace) { counter_ = workspace.Take<int>(1); }
+  int* counter() const { return counter_; }
+
+  // Puts the kernel on the stream. No allocation, no synchronisation; may be captured in a graph, where the device
+  // arrays' contents (lengths, page tables, masks) may change between replays. `means`: for mean_correction, the means
+  // of the blocks of K and of V; rows that are no block's are not read into products. follows_select: the launch before
+  // this one on the stream is select's, which has set the counter to zero; else a kernel that does so comes first. The
+  // kernel's start hides behind the end of either.
+  cudaError_t Launch(const Output& output, const Means& means, bool follows_select, cudaStream_t stream) const;
+
+ private:
+  void FillParams(const Output& output, const Means& means, AttendParams& a) const;
+  cudaError_t MakeMaps(const Output& output, const Means& means, AttendParams& a) const;
+
+  const Problem* p_;
+  const BlockMask* mask_;
+  bool gathers_; // keys come row by row
+  int chunk_;    // keys that lie together
+  int* counter_ = nullptr;
+};
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_ATTEND_PLAN_H_

@@ -1,8 +1,0 @@
-// The attend kernel for bf16, head_dim up to 64.
-#include "cuda/sm90/attend.cuh"
-
-namespace flashprefill::cuda {
-
-FLASHPREFILL_INSTANTIATE_ATTEND(__nv_bfloat16, 64)
-
-} // namespace flashprefill::cuda

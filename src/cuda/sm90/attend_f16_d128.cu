@@ -1,8 +1,0 @@
-// The attend kernel for fp16, head_dim up to 128.
-#include "cuda/sm90/attend.cuh"
-
-namespace flashprefill::cuda {
-
-FLASHPREFILL_INSTANTIATE_ATTEND(__half, 128)
-
-} // namespace flashprefill::cuda

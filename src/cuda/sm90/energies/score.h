@@ -1,0 +1,48 @@
+// The score kernel: its arguments and its launch. Plain C++.
+#ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_
+#define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/sequence.cuh"
+#include "cuda/sm90/energies/keep.h"
+
+namespace flashprefill::cuda {
+
+constexpr int kStepBlocks = 64; // key blocks per step: the box of k_map has as many rows
+
+// A *unit* is one tile of one mask head. A KV head's units of a sequence are counted tile by tile, the tile's mask
+// heads next to each other, as LaunchPool lays out pooled rows.
+struct ScoreArgs {
+  DeviceProblem d;
+  TileRules rules;
+  KeepRule keep;
+  float exponent_scale; // softmax_scale * log2(e)
+  int query_pool;
+  int rows_per_head; // pooled rows of a head in a whole tile
+  int unit_rows;     // rows that a unit has room for: 8, 32 or 128
+  bool rows_in_q;    // query_pool is 1 and rows come from q itself; else from pooled rows, where unit_rows is 128
+  bool rows_aligned; // 16 bytes of a row of q may be loaded at once
+  bool sketch;
+  int outliers;       // Sketch's planes besides mean and variance
+  float square_scale; // of the squares of its rows
+  int64_t mean_rows;  // of a KV head in a plane of key data
+  int64_t unit_count; // of pooled rows' units, all KV heads together: where their squares begin
+  CUtensorMap q_map, k_map;
+  uint64_t* bits;
+  int32_t* counts; // or null
+  int64_t words;
+};
+
+// Null if the kernel does a problem of this shape, else the requirement that is not met, in words.
+const char* ScoreUnsupported(int head_dim, int64_t max_blocks, int unit_rows, bool sketch);
+
+// Columns of the product that a warpgroup makes: the box of q_map has as many rows.
+int ScoreColumns(int unit_rows);
+
+cudaError_t LaunchScore(const ScoreArgs& args, cudaStream_t stream);
+
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_H_

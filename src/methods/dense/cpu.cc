@@ -1,0 +1,8 @@
+// Dense on the CPU: nothing is scored, the frame does all.
+#include "cpu/frame.h"
+
+namespace flashprefill::methods::dense {
+
+extern const cpu::Selector kCpu = cpu::SelectorBy<cpu::ForcedBlocks>();
+
+} // namespace flashprefill::methods::dense

@@ -1,0 +1,9 @@
+// Dense on CUDA: every block, without scores.
+#include "cuda/sm90/energies/forced.h"
+
+namespace flashprefill::methods::dense {
+
+extern const cuda::Selector kCuda;
+const cuda::Selector kCuda = cuda::SelectorOver<cuda::ForcedPlan::Of>();
+
+} // namespace flashprefill::methods::dense

@@ -1,0 +1,9 @@
+// Streaming on CUDA: the forced blocks, without scores.
+#include "cuda/sm90/energies/forced.h"
+
+namespace flashprefill::methods::streaming {
+
+extern const cuda::Selector kCuda;
+const cuda::Selector kCuda = cuda::SelectorOver<cuda::ForcedPlan::Of>();
+
+} // namespace flashprefill::methods::streaming

@@ -1,0 +1,81 @@
+"""The Python blocks of README.md and docs/python.md, run as they stand.
+
+The blocks of a page share their names, as they do for a reader who pastes one after the other. A line with
+print and a comment must print that comment; numbers may differ in the second digit after the point, since a
+block of keys near its threshold may fall on either side. A block after `<!-- needs: ... -->` needs what a
+test doesn't have (a model, a GPU, an engine) and is only compiled.
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/python.md")
+ALL_PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+BLOCK = re.compile(
+    r"^(?P<needs><!-- needs: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+PRINTS = re.compile(r"^print\(.*\)  # (?P<printed>.+)$", re.MULTILINE)
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="an sdist has no docs/")
+
+
+def blocks(page):
+    """Whether a block can run, the line it begins in, and its code."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        yield not found["needs"], text.count("\n", 0, found.start("code")), found["code"]
+
+
+def same(printed, said):
+    """Whether two lines differ in nothing but numbers, and in these by little."""
+    ours, theirs = (np.array(NUMBER.findall(line), float) for line in (printed, said))
+    return NUMBER.sub("#", printed) == NUMBER.sub("#", said) and np.allclose(ours, theirs, rtol=0.02)
+
+
+def test_lines_are_compared_by_their_numbers():
+    assert same("density 0.292: 4856 of 16640", "density 0.291: 4850 of 16640")
+    assert not same("density 0.292", "density 0.392") and not same("True", "False")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run_and_print_what_they_say(page):
+    names = {"__name__": page}
+    ran = 0
+    for runs, line, code in blocks(page):
+        compiled = compile("\n" * line + code, str(ROOT / page), "exec")
+        if not runs:
+            continue
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compiled, names)
+        said = [found["printed"] for found in PRINTS.finditer(code)]
+        printed = output.getvalue().splitlines()
+        if said:
+            assert len(printed) == len(said), f"{page}:{line + 1} printed {printed}"
+        for ours, theirs in zip(printed, said, strict=bool(said)):
+            assert same(ours, theirs), f"{page}:{line + 1} says {theirs!r} and prints {ours!r}"
+        ran += 1
+    assert ran
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Files exist, and headings of the pages that links name."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+            assert heading in slugs, f"{page.name}: {target}"

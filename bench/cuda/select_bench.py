@@ -7,8 +7,9 @@ makes them. Calls are captured in CUDA graphs, several in one timing so that the
 measured, medians. A graph of a selection holds ten calls into one mask, whose zeros are not made again. "even
 lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as large a
 share of what it sees, however the made-up text spreads its topics. --alone leaves all but selections out, so
-that they run on a cooler chip. --strided is XAttention and RRAttention next to FlashPrefill instead, thresholds
-tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there, zeros with it.
+that they run on a cooler chip. --strided is XAttention and RRAttention next to FlashPrefill instead,
+thresholds tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there,
+zeros with it.
 """
 
 import argparse

@@ -110,12 +110,12 @@ def prompt_length() -> None:
         left.set_title("One attention layer, selection included\nH200, 32/8 heads of 128, bf16, made-up text")
         for method, colour, label in (
             ("dense attention", GREY, "dense, PyTorch"),
-            ("Sketch(mass=0.95)", GREEN, "sparse (Sketch)"),
-            ("FlashPrefill(alpha=0.12)", ORANGE, "sparse\n(FlashPrefill)"),
+            ("sketch(mass=0.95)", GREEN, "sparse (Sketch)"),
+            ("flashprefill(alpha=0.12)", ORANGE, "sparse\n(FlashPrefill)"),
         ):
             points = []
             for tokens in sorted({case["tokens"] for case in model["cases"]}):
-                some = [c for c in model["cases"] if c["tokens"] == tokens and c["method"] == method]
+                some = [c for c in model["cases"] if c["tokens"] == tokens and c["method"].lower() == method]
                 points.append((tokens, statistics.median(c["ttft_seconds"] for c in some) * 1e3))
             line(right, points, colour, label)
         log_axes(right, [4096, 8192, 16384, 32768, 65536, 131072], [20, 50, 100, 200, 500, 1000])
@@ -155,7 +155,7 @@ def performance() -> None:
             ("Xeon (AMX), bf16", "cpu-amx-bf16-1thread", "9/3x64x8192", GREEN),
         ):
             rows = [row for row in read(name)["rows"] if row["shape"] == shape]
-            dense = next(row["speedup"] for row in rows if row["name"] == "Dense()")
+            dense = next(row["speedup"] for row in rows if row["name"].lower() in ("dense", "dense()"))
             masks = [(r["density"], r["speedup"] / dense) for r in rows if r["name"].startswith("random")]
             points = [(1.0, 1.0), *masks]
             right.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=label)

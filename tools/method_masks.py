@@ -22,7 +22,7 @@ from PIL import Image
 
 from flashprefill.apps import heads as kinds
 from flashprefill.apps import measure, models, pictures, plots, prompt
-from flashprefill.apps.spec import parse_policy, spell
+from flashprefill.apps.spec import parse_policy
 from flashprefill.policies import FlashPrefill
 
 TOKENS, LAYERS = 7600, frozenset((2, 7, 13, 19, 25, 29))
@@ -45,13 +45,13 @@ def main() -> None:
         named = []
         for spec in specs.split(";"):
             label, _, policy = spec.rpartition(":=")
-            named.append((label or spell(parse_policy(policy)), parse_policy(policy)))
+            named.append((label or parse_policy(policy).text, parse_policy(policy)))
         for _, policy in named:
             heads, _, visible = pictures.candidates_of(captured, policy)
             density = np.mean([(one.kept & visible).sum() / visible.sum() for one in heads])
             recall = [one.recall for one in heads]
             print(
-                f"{spell(policy)}: density {density:.3f}, attention held {np.mean(recall):.3f}, "
+                f"{policy}: density {density:.3f}, attention held {np.mean(recall):.3f}, "
                 f"5th percentile of heads {np.percentile(recall, 5):.3f}"
             )
         rows = []

@@ -49,13 +49,13 @@ SHOWN = (
     ("Zen 4 (AVX512_BF16), bf16", "cpu-zen4-bf16-2threads-32K", "9/3x64x32768"),
     ("Xeon (AMX), bf16", "cpu-amx-bf16-2threads", "32/8x128x32768"),
 )
-POOLED = "FlashPrefill(alpha=0.12, query_pool=16)"
+POOLED = "flashprefill(alpha=0.12, query_pool=16)"
 
 
 def factors(results: dict[str, Any], shape: str) -> tuple[float, float, float]:
     """Our dense kernel over SDPA, the policy over our dense kernel, and the density that the policy kept."""
-    rows = {row["name"]: row for row in results["rows"] if row["shape"] == shape}
-    dense, sparse = rows["Dense()"], rows[POOLED]
+    rows = {row["name"].lower(): row for row in results["rows"] if row["shape"] == shape}
+    dense, sparse = rows.get("dense") or rows["dense()"], rows[POOLED]
     return dense["speedup"], sparse["speedup"] / dense["speedup"], sparse["density"]
 
 

@@ -119,10 +119,10 @@ def summary() -> str:
     top1 = {run["label"]: f"{run['top1_agreement']:.0%}".replace("%", " %") for run in demo}
     figures["flash_top1"], figures["sketch_top1"] = top1["FlashPrefill, published"], top1["Sketch"]
     cases = json.loads((RESULTS / "try-h200.json").read_text(encoding="utf-8"))["cases"]
-    found = {(case["method"], case["tokens"], case["depth"]) for case in cases if case["found"]}
+    found = {(case["method"].lower(), case["tokens"], case["depth"]) for case in cases if case["found"]}
     sure = {(tokens, depth) for method, tokens, depth in found if method == "dense attention"}
     figures["dense_found"] = str(len(sure))
-    for key, method in (("flash", "FlashPrefill(alpha=0.12)"), ("sketch", "Sketch(mass=0.95)")):
+    for key, method in (("flash", "flashprefill(alpha=0.12)"), ("sketch", "sketch(mass=0.95)")):
         figures[f"{key}_found"] = str(sum((method, *place) in found for place in sure))
     return SUMMARY.format(**figures)
 

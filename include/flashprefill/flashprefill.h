@@ -167,7 +167,7 @@ typedef enum fp_fallback {
   FP_FALLBACK_SHORT = 1, /* the forced blocks alone are all there is, or the policy asks for more tokens than there are,
                             or (fp_prefill on CUDA) the sequence has too few keys for a selection to pay: nothing was
                             scored, everything is kept */
-  FP_FALLBACK_DENSE = 2, /* the policy is Dense */
+  FP_FALLBACK_DENSE = 2, /* the policy keeps everything: Dense, or a share of 1 */
   FP_BAD_SEQUENCE = -1 /* CUDA: its lengths in device memory are impossible (out of range, or fewer keys than rows with
                           causal); nothing was selected or computed for it */
 } fp_fallback;

@@ -5,7 +5,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -63,13 +62,6 @@ void Log(ggml_log_level level, const std::string& line) {
   callback(level, ("flashprefill: " + line + "\n").c_str(), user_data);
 }
 
-int64_t LayerOf(const ggml_tensor* node) {
-  const ggml_tensor* k = node->src[1];
-  const char* name = k->view_src ? k->view_src->name : k->name;
-  const char* layer = std::strstr(name, "cache_k_l");
-  return layer ? std::strtoll(layer + std::strlen("cache_k_l"), nullptr, 10) : -1;
-}
-
 const char* WhyDense(const ggml_tensor* node) {
   const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
   if (!mask) return "attention without a mask";
@@ -112,7 +104,7 @@ Attention::~Attention() {
 }
 
 ggml_status Attention::Compute(ggml_tensor* node, int64_t full_batch, Stats& stats) try {
-  const ggml_tensor *q = node->src[0], *mask = node->src[3];
+  const ggml_tensor* q = node->src[0];
   const int64_t rows = q->ne[1], streams = q->ne[3];
   const fp_policy& policy = options_.policy();
   const int64_t sink_keys = int64_t{policy.sink_blocks} * policy.block_size;
@@ -125,16 +117,13 @@ ggml_status Attention::Compute(ggml_tensor* node, int64_t full_batch, Stats& sta
     stats.stock_rows += count;
   };
   // The scheduler asks the device, whose options are those of the latest context; this one's may leave more.
-  const bool supported = Supports(node, options_);
+  const auto* runs = Supports(node, options_) ? &reading_.Runs(node, options_.min_rows, sink_keys, threads_) : nullptr;
   for (int64_t stream = 0; stream < streams; ++stream) {
-    if (!supported) {
+    if (!runs) {
       leave(stream, 0, rows);
       continue;
     }
-    const auto* bits = static_cast<const char*>(mask->data) + (mask->ne[3] == 1 ? 0 : stream * mask->nb[3]);
-    for (const Run& run :
-         FindRuns(reinterpret_cast<const uint16_t*>(bits), rows, mask->ne[0],
-                  static_cast<int64_t>(mask->nb[1] / sizeof(uint16_t)), options_.min_rows, sink_keys, threads_)) {
+    for (const Run& run : (*runs)[stream]) {
       const bool ends = !full || run.first + run.rows < rows;
       const bool final_chunk =
           options_.final_chunk == FinalChunk::kAlways || (options_.final_chunk == FinalChunk::kShort && ends);

@@ -4,14 +4,15 @@
 #ifndef FLASHPREFILL_INTEGRATIONS_GGML_ATTENTION_H_
 #define FLASHPREFILL_INTEGRATIONS_GGML_ATTENTION_H_
 
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "ggml-backend-impl.h"
 #include "ggml.h"
-#include "mask_runs.h"
 #include "options.h"
+#include "reading.h"
 
 namespace flashprefill::ggml {
 
@@ -34,9 +35,6 @@ const char* WhyDense(const ggml_tensor* node);
 
 // Whether the node is one of ours, by its types, shapes and parameters. The mask's contents come only with Compute.
 bool Supports(const ggml_tensor* node, const Options& options);
-
-// The layer of the node, by the name that llama.cpp gives its cache ("cache_k_l3"); -1: no such name.
-int64_t LayerOf(const ggml_tensor* node);
 
 // The memory that calls share. One call at a time.
 class Attention {
@@ -68,6 +66,7 @@ class Attention {
   const Options options_;
   int threads_ = GGML_DEFAULT_N_THREADS;
   ggml_backend_t cpu_ = nullptr; // made when it is first needed
+  Reading reading_;
   Buffer workspace_, bits_, counts_, kept_, k_, v_;
   std::string warned_; // the last warning, so that it is given once
 };

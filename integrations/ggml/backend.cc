@@ -27,7 +27,7 @@ namespace {
 std::mutex g_mutex; // of the next three
 Options g_options;
 Stats g_stats;
-std::set<std::string> g_said; // why prompts stay dense, since the newest context was made
+std::set<std::string> g_said; // warnings, since the newest context was made
 // The largest micro-batch that an engine has asked about since the newest context was made: it reserves memory for a
 // full one before it computes any.
 std::atomic<int64_t> g_full_batch{0};
@@ -176,7 +176,19 @@ ggml_backend_buffer_t BufferFromPointer(ggml_backend_dev_t, void* pointer, size_
   return ggml_backend_cpu_buffer_from_ptr(pointer, size);
 }
 
+void WarnOnce(const std::string& line) {
+  const std::lock_guard lock(g_mutex);
+  if (g_said.insert(line).second) Log(GGML_LOG_LEVEL_WARN, line);
+}
+
 bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* node) {
+  KeepWrittenCells(node);
+  // Attention over a mask, of a prompt, by other nodes than ours.
+  if (node->op == GGML_OP_SOFT_MAX && node->src[1] && node->src[0]->ne[1] >= CurrentOptions().min_rows) {
+    WarnOnce(
+        "flash attention is off, so the plugin computes nothing: turn it on (-fa on). With auto, llama.cpp turns "
+        "it off where layers are put on this device (--device with -ngl)");
+  }
   if (node->op != GGML_OP_FLASH_ATTN_EXT) return false;
   const int64_t rows = node->src[0]->ne[1] * node->src[0]->ne[3];
   for (int64_t most = g_full_batch.load(); rows > most && !g_full_batch.compare_exchange_weak(most, rows);) {
@@ -184,9 +196,7 @@ bool SupportsOp(ggml_backend_dev_t, const ggml_tensor* node) {
   const Options options = CurrentOptions();
   // The engine asks about a full micro-batch before it reads any prompt, so this is said at its start.
   if (const char* reason = WhyDense(node); reason && node->src[0]->ne[1] >= options.min_rows) {
-    const std::lock_guard lock(g_mutex);
-    if (g_said.insert(reason).second)
-      Log(GGML_LOG_LEVEL_WARN, std::string("layers with ") + reason + " stay the CPU backend's, dense");
+    WarnOnce(std::string("layers with ") + reason + " stay the CPU backend's, dense");
   }
   return Supports(node, options);
 }

@@ -1,4 +1,4 @@
-// A mask is as large as the scores of one head, and is read for every layer: 8 MB for 512 rows of 8K keys. Neighbouring
+// A mask is as large as the scores of one head: 8 MB for 512 rows of 8K keys. Neighbouring
 // rows are equal but for one cell, so runs of 64 cells are compared as bits, and only those that differ are looked at.
 #include "mask_runs.h"
 
@@ -34,20 +34,14 @@ bool IsBinary(const uint16_t* row, int64_t cells) {
 }
 
 // The cells of a run whose first row is `row` and whose later rows add `added`.
-std::vector<int32_t> CellsOf(const uint16_t* row, int64_t cells, const int64_t* added, int64_t count,
-                             int64_t sink_keys) {
-  std::vector<int32_t> order;
-  order.reserve(cells);
+std::vector<int32_t> CellsOf(const uint16_t* row, int64_t cells, const int64_t* added, int64_t count) {
+  std::vector<int32_t> all;
+  all.reserve(cells);
   for (int64_t i = 0; i < cells; ++i) {
-    if (row[i] == kSeen) order.push_back(static_cast<int32_t>(i));
+    if (row[i] == kSeen) all.push_back(static_cast<int32_t>(i));
   }
-  if (count > 0) {
-    const auto behind = std::upper_bound(order.begin(), order.end(), *std::max_element(added, added + count));
-    const auto sink = order.begin() + std::min<int64_t>(sink_keys, behind - order.begin());
-    std::rotate(sink, behind, order.end());
-  }
-  order.insert(order.end(), added, added + count);
-  return order;
+  all.insert(all.end(), added, added + count);
+  return all;
 }
 
 } // namespace
@@ -60,7 +54,7 @@ bool Run::contiguous() const {
 }
 
 std::vector<Run> FindRuns(const uint16_t* mask, int64_t rows, int64_t cells, int64_t row_stride, int64_t least_rows,
-                          int64_t sink_keys, int threads) {
+                          int threads) {
   std::vector<int64_t> added(rows, kNone); // by each row to the one before it
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 1; r < rows; ++r) {
@@ -71,9 +65,11 @@ std::vector<Run> FindRuns(const uint16_t* mask, int64_t rows, int64_t cells, int
   for (int64_t first = 0, end; first < rows; first = end) {
     for (end = first + 1; end < rows && added[end] != kNone;) ++end;
     const uint16_t* row = mask + first * row_stride;
-    Run run{first, end - first, {}};
+    Run run;
+    run.first = first;
+    run.rows = end - first;
     if (run.rows >= least_rows && IsBinary(row, cells)) {
-      run.cells = CellsOf(row, cells, added.data() + first + 1, run.rows - 1, sink_keys);
+      run.cells = CellsOf(row, cells, added.data() + first + 1, run.rows - 1);
       if (static_cast<int64_t>(run.cells.size()) < run.rows) run.cells.clear(); // its first row sees nothing
     }
     if (!run.causal() && !runs.empty() && !runs.back().causal()) {

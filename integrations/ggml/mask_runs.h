@@ -11,26 +11,30 @@
 
 namespace flashprefill::ggml {
 
+using Rank = int64_t; // how many keys of its sequence were read before a key
+constexpr Rank kNoRank = -1;
+
 // Rows [first, first + rows) of a mask.
 struct Run {
   int64_t first = 0, rows = 0;
-  // The cells that its last row sees, oldest first as far as the mask tells: row first + i sees all but the last
-  // rows - 1 - i of them. Empty: these rows are no causal sequence, or one that is shorter than was asked for.
+  // The cells that its last row sees: row first + i sees all but the last rows - 1 - i of them. Those that its first
+  // row sees are in the order of their numbers until OrderKeys has seen them (key_order.h). Empty: these rows are no
+  // causal sequence, or one that is shorter than was asked for.
   std::vector<int32_t> cells;
+  int64_t known = 0;         // so many of the first cells are in the log of ranks,
+  Rank last_known = kNoRank; // up to this rank
 
   bool causal() const { return !cells.empty(); }
+  // How many cells its first row sees.
+  int64_t seen() const { return static_cast<int64_t>(cells.size()) - (rows - 1); }
   // Whether the cells are neighbours, in order.
   bool contiguous() const;
 };
 
 // Reads mask [rows][cells] of fp16, row_stride elements apart, on `threads` threads. Runs of fewer than least_rows are
 // joined into runs that are not causal.
-//
-// The order of the cells that all rows see is that of their numbers, with one exception. Where a cache is full, or has
-// lost tokens (a context shift), engines fill the gap: then cells behind the run's own hold older keys than those
-// before it. They are put behind the first sink_keys cells.
 std::vector<Run> FindRuns(const uint16_t* mask, int64_t rows, int64_t cells, int64_t row_stride, int64_t least_rows,
-                          int64_t sink_keys, int threads);
+                          int threads);
 
 } // namespace flashprefill::ggml
 

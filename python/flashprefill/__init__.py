@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _transformers_hook
-from ._engine import Timings, collect_timings
+from . import _transformers_hook, policies
+from ._timings import Timings, collect_timings
 from .api import attend, prefill_attention, select
 from .errors import (
     ArgumentTypeError,
@@ -28,20 +28,7 @@ from .errors import (
 )
 from .info import Backend, backends, library_path, library_version, thread_runtime
 from .mask import BlockMask
-from .policies import (
-    Dense,
-    FlashPrefill,
-    FlexPrefill,
-    MInference,
-    Policy,
-    Prism,
-    RRAttention,
-    SampleAttention,
-    Sketch,
-    SpargeAttn,
-    Streaming,
-    XAttention,
-)
+from .policies import *  # noqa: F403
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -56,26 +43,14 @@ __all__ = [
     "ArgumentTypeError",
     "Backend",
     "BlockMask",
-    "Dense",
     "DeviceError",
-    "FlashPrefill",
     "FlashPrefillError",
-    "FlexPrefill",
     "InternalError",
     "InvalidArgumentError",
-    "MInference",
     "OutOfMemoryError",
-    "Policy",
-    "Prism",
-    "RRAttention",
-    "SampleAttention",
-    "Sketch",
-    "SpargeAttn",
     "Stats",
-    "Streaming",
     "Timings",
     "UnsupportedError",
-    "XAttention",
     "__version__",
     "attend",
     "backends",
@@ -86,6 +61,7 @@ __all__ = [
     "select",
     "thread_runtime",
 ]
+__all__ += policies.__all__
 
 # Not in __all__: `from flashprefill import *` must not need torch.
 _TRANSFORMERS = ("collect_stats", "patch_model", "register_transformers", "unpatch_model")

@@ -1,12 +1,12 @@
 """The C ABI as ctypes sees it: its structs, its functions, and the library itself.
 
-Nothing else in the package knows a C type. The structs must stay field for field what the header says
+No other module defines a C type. The structs must stay field for field what the header says
 (include/flashprefill/flashprefill.h); the library reads ``struct_size`` first, so an older package keeps
-working with a newer library. ``ctypes.CDLL`` gives up the GIL for the length of each call, so other Python
-threads run while attention does.
+working with a newer library. ``ctypes.CDLL`` releases the GIL during each call, so other Python threads run
+while attention does.
 
 Where the library is looked for: if the environment variable ``FLASHPREFILL_LIBRARY`` names a path, there and
-nowhere else; otherwise in ``flashprefill/lib/`` beside this file (where the wheel puts it), or ``build/`` of
+nowhere else; otherwise in ``flashprefill/lib/`` next to this file (where the wheel puts it), or ``build/`` of
 a source checkout. It is read once, at import.
 """
 
@@ -34,9 +34,8 @@ from . import errors
 
 F32, BF16, F16 = 0, 1, 2
 CPU, CUDA = 0, 1
-DENSE, STREAMING, FLASHPREFILL, SKETCH = 0, 1, 2, 3
-FLEXPREFILL, MINFERENCE = 4, 5
-XATTENTION, RRATTENTION, SPARGE_ATTN, PRISM, SAMPLE_ATTENTION = 8, 9, 10, 11, 12
+INT, FLOAT, BOOL, CHOICE, INT_TABLE, FLOAT_TABLE = range(6)  # fp_field_type
+ALTERNATIVE, DECIDES, ZERO_IS_NONE, ABOVE_LEAST, BELOW_MOST = 1, 2, 4, 8, 16  # fp_field_flags
 FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", -1: "impossible lengths"}  # fp_fallback
 
 
@@ -102,7 +101,7 @@ class Exec(Structure):
 
 
 class Policy(Structure):
-    """fp_policy, the head of every policy; also all of fp_dense and fp_streaming."""
+    """fp_policy, the head of every policy."""
 
     _fields_ = [
         ("struct_size", c_uint32),
@@ -116,121 +115,22 @@ class Policy(Structure):
     ]
 
 
-class FlashPrefill(Structure):
-    """fp_flashprefill."""
+class PolicyField(Structure):
+    """fp_policy_field."""
 
     _fields_ = [
-        ("common", Policy),
-        ("alpha", c_float),
-        ("query_pool", c_int32),
-        ("min_blocks", c_int32),
+        ("name", c_char_p),
+        ("about", c_char_p),
+        ("choices", c_char_p),
+        ("initial", c_double),
+        ("least", c_double),
+        ("most", c_double),
+        ("offset", c_size_t),
+        ("count_offset", c_size_t),
+        ("type", c_int32),
+        ("flags", c_int32),
+        ("columns", c_int32),
         ("reserved", c_int32),
-    ]
-
-
-class Sketch(Structure):
-    """fp_sketch."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("alpha", c_float),
-        ("mass", c_float),
-        ("outliers", c_int32),
-        ("query_pool", c_int32),
-        ("min_blocks", c_int32),
-        ("gain", c_float),
-        ("query_metric", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class FlexPrefill(Structure):
-    """fp_flexprefill."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("gamma", c_float),
-        ("tau", c_float),
-        ("min_budget", c_int32),
-        ("max_budget", c_int32),
-        ("cover", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class MInferenceHead(Structure):
-    """fp_minference_head."""
-
-    _fields_ = [("pattern", c_int32), ("a", c_int32), ("b", c_int32)]
-
-
-class MInference(Structure):
-    """fp_minference."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("vertical", c_int32),
-        ("slash", c_int32),
-        ("head_count", c_int32),
-        ("rounding", c_int32),
-        ("heads", POINTER(MInferenceHead)),
-    ]
-
-
-class XAttention(Structure):
-    """fp_xattention."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("threshold", c_float),
-        ("norm", c_float),
-        ("stride", c_int32),
-        ("head_count", c_int32),
-        ("head_thresholds", POINTER(c_float)),
-    ]
-
-
-class RRAttention(Structure):
-    """fp_rrattention."""
-
-    _fields_ = [("common", Policy), ("threshold", c_float), ("stride", c_int32)]
-
-
-class SpargeAttn(Structure):
-    """fp_sparge_attn."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("similarity", c_float),
-        ("cdf", c_float),
-        ("topk", c_float),
-        ("reserved", c_int32),
-    ]
-
-
-class Prism(Structure):
-    """fp_prism."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("mass", c_float),
-        ("rotary_dim", c_int32),
-        ("high_pairs", c_int32),
-        ("low_pairs", c_int32),
-        ("interleaved", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-class SampleAttention(Structure):
-    """fp_sample_attention."""
-
-    _fields_ = [
-        ("common", Policy),
-        ("coverage", c_float),
-        ("sample_ratio", c_float),
-        ("window_ratio", c_float),
-        ("sample_rows", c_int32),
     ]
 
 
@@ -326,6 +226,10 @@ _SIZE = POINTER(c_size_t)
 _declare("fp_last_error", c_char_p)
 _declare("fp_version", c_char_p)
 _declare("fp_policy_init", c_int32, c_int32, c_void_p, c_size_t)
+_declare("fp_policy_name", c_char_p, c_int32, POINTER(c_int32))
+_declare("fp_policy_field_at", c_int32, c_int32, c_int32, POINTER(PolicyField))
+_declare("fp_policy_parse", c_int32, c_char_p, c_void_p, c_size_t, _SIZE)
+_declare("fp_policy_print", c_size_t, _POLICY, c_char_p, c_size_t)
 _declare("fp_mask_describe", c_int32, _PROBLEM, _POLICY, _MASK)
 _declare("fp_mask_stats", c_int32, _PROBLEM, _MASK, POINTER(Stats))
 _declare("fp_select_workspace", c_int32, _PROBLEM, _POLICY, _EXEC, _SIZE)

@@ -1,8 +1,8 @@
-"""Where the sequences of a batch lie in q and k, and how many tiles and blocks they have.
+"""The layout of a batch: where its sequences lie in q and k, and their tiles and blocks.
 
 A :class:`Layout` is what a call's shapes and index arrays say, checked as far as shapes can be; values inside
 index arrays are the library's to check. It is written with nothing but shapes, integers and plain objects,
-because torch.compile traces it. A mask keeps its layout, so that its bits can be told apart later.
+because torch.compile traces it. A mask keeps its layout, to find a sequence's bits again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 from .errors import refuse, refuse_type
 
 TILE_ROWS = 128  # rows of a query tile, as in the library
+_INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
+_ARGUMENTS = (*_INDICES, "max_seqlen_q", "max_seqlen_k", "causal")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -45,20 +47,13 @@ class Layout:
         self.block_table = block_table
 
     def mask_shape(self, heads: int, tile_tokens: int, block_size: int) -> tuple[int, int, int]:
-        """Return the shape of a mask's words: heads, tile rows, words a row."""
+        """Return the shape of a mask's words: heads, tile rows, words per row."""
         words = ceil_div(ceil_div(self.max_seqlen_k, block_size), 64)
         return heads, self.total_q // tile_tokens + self.batch, words
 
-    def arguments(self) -> tuple[Any, Any, Any, Any, int, int]:
-        """Return what the engine's functions take of it, in their order."""
-        return (
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            self.seqused_k,
-            self.block_table,
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-        )
+    def arguments(self) -> dict[str, Any]:
+        """Return what the library's verbs take of it, by their names in _calls.py."""
+        return {name: getattr(self, name) for name in _ARGUMENTS}
 
     def kept(self, ops: Any) -> Layout:
         """Return the layout for a mask to keep: its lengths are copies, and pages don't matter."""

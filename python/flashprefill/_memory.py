@@ -1,7 +1,7 @@
-"""Large pages for new memory of the CPU, where Linux gives them to who asks (`madvise`, the usual setting).
+"""Large pages for new CPU memory, where Linux gives them on request (`madvise`, the usual setting).
 
 A fresh output of 134 MB (32 heads of 128 over 8K tokens in fp32) is 32,768 pages of 4 KiB, and touching each
-for the first time was a fifth of attend's time at density .05. NumPy asks for its arrays by itself, PyTorch
+for the first time was a fifth of attend's time at density 0.05. NumPy asks for its arrays by itself, PyTorch
 only where THP_MEM_ALLOC_ENABLE=1 is set.
 """
 
@@ -34,5 +34,5 @@ def in_large_pages(tensor: Any) -> Any:
         return tensor
     begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
     end = (tensor.data_ptr() + size) // _PAGE * _PAGE
-    madvise(begin, end - begin, _MADV_HUGEPAGE)  # a wish: that it may be refused changes nothing
+    madvise(begin, end - begin, _MADV_HUGEPAGE)  # only advice: a refusal changes nothing
     return tensor

@@ -1,7 +1,6 @@
 """What the verbs need from an array library, for NumPy. torch_op.py has the same functions for torch.
 
-api.py picks one of the two modules by the type of ``q`` and calls nothing else, so no line of it knows the
-library.
+api.py picks one of the two modules by the type of ``q``, and is otherwise independent of the array library.
 """
 
 from __future__ import annotations
@@ -19,6 +18,11 @@ _DTYPES = ("float32", "float16", "bfloat16")  # bfloat16 is that of ml_dtypes
 select = _engine.select
 attend = _engine.attend
 prefill = _engine.prefill
+
+
+def in_python(function: Any, *arguments: Any) -> Any:
+    """Call a function. torch's counterpart keeps torch.compile out of it."""
+    return function(*arguments)
 
 
 def check(name: str, x: Any, like: Any) -> None:
@@ -58,7 +62,7 @@ def copy(x: Any) -> Any:
 
 
 def longest(lengths: Any, bound: int) -> int:
-    """Return the largest length; `bound` is an upper bound, for libraries that would have to wait for it."""
+    """Return the largest length. `bound`, an upper bound, is for arrays whose values cannot be read."""
     return int(lengths.max()) if lengths.size else 0
 
 

@@ -1,4 +1,4 @@
-"""Which array library something is of, told by the thing itself."""
+"""The array library of an argument: NumPy or torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import refuse_type
 
 
 def ops_of(name: str, x: Any, what: str = "a NumPy array or a torch tensor") -> Any:
-    """Return _numpy_ops or torch_op. torch is imported only where a tensor of it is there."""
+    """Return _numpy_ops or torch_op. torch is imported only when a torch tensor comes in."""
     if isinstance(x, np.ndarray):
         return _numpy_ops
     if hasattr(x, "data_ptr") and hasattr(x, "requires_grad"):

@@ -1,4 +1,4 @@
-"""Makes ``attn_implementation="flashprefill"`` known to Transformers, whichever package is imported first.
+"""Registers ``attn_implementation="flashprefill"``, whichever package is imported first.
 
 ``import flashprefill`` must stay light: no torch, no Transformers. So if Transformers' models are not there
 yet, a finder is put before Python's own which waits for one module name, lets Python import it as always,

@@ -1,8 +1,8 @@
 """The three verbs: prefill_attention, select, attend.
 
-They check what can be seen of their arguments, allocate results, and hand over to the engine: for NumPy
-arrays by a call, for torch tensors through a torch operator (torch_op.py), so that torch.compile traces every
-line here.
+They check what can be seen of their arguments without reading memory, allocate results, and hand over to the
+engine: for NumPy arrays by a call, for torch tensors through a torch operator (torch_op.py), so that
+torch.compile traces every line here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from ._calls import ATTEND, PREFILL, SELECT
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
+from ._prototype import join_function
 from .errors import refuse, refuse_type
 from .mask import BlockMask
-from .policies import FlashPrefill, Policy
-from .stats import Stats
+from .policies import FlashPrefill, MaskPolicy, Policy
+from .policies.text import policy_of
 
 __all__ = ["attend", "prefill_attention", "select"]
 
@@ -58,15 +60,21 @@ def _name(argument: str, value: Any) -> str | None:
     return value
 
 
-def _policy(policy: Any) -> Policy:
-    if policy is None:
-        return FlashPrefill()
-    if not isinstance(policy, Policy):
-        refuse_type("policy", repr(policy), "a policy, such as flashprefill.FlashPrefill()")
-    return policy
+def _shared(
+    q: Any, layout: Layout, softmax_scale: Any, threads: Any, backend: Any, target: Any
+) -> dict[str, Any]:
+    """Return the arguments that all verbs take, checked, by their names in _calls.py."""
+    return {
+        **layout.arguments(),
+        "softmax_scale": _scale(softmax_scale, q),
+        "threads": _threads(threads),
+        "backend": _name("backend", backend),
+        "target": _name("target", target),
+    }
 
 
 def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
+    """Return an empty mask for the policy to fill."""
     tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
     heads = k.shape[-2] if policy.share_heads else q.shape[-2]
     shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
@@ -85,8 +93,27 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
     )
 
 
+def _select(
+    ops: Any,
+    q: Any,
+    k: Any,
+    layout: Layout,
+    policy: Policy,
+    final_chunk: list[bool],
+    shared: dict[str, Any],
+) -> BlockMask:
+    """Return the policy's mask; all arguments are checked."""
+    if isinstance(policy, MaskPolicy):
+        mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
+        ops.in_python(join_function, mask, policy, q, k, layout)
+        return mask
+    mask = _new_mask(ops, q, k, layout, policy)
+    ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared))
+    return mask
+
+
 def _results(ops: Any, q: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
-    """Return where out and lse go."""
+    """Return the outputs, out and lse; new ones unless given."""
     check_bool("return_lse", return_lse)
     if out is None:
         out = ops.empty_like(q)
@@ -108,7 +135,7 @@ def prefill_attention(
     q: Any,
     k: Any,
     v: Any,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -126,7 +153,7 @@ def prefill_attention(
     backend: str | None = None,
     target: str | None = None,
 ) -> Any:
-    """Attend from q over the keys that a policy finds to matter.
+    """Compute attention of q over the keys that a policy selects.
 
     Row i of a sequence of Lq queries and Lk keys sits at position Lk - Lq + i and sees the keys up to there.
 
@@ -138,17 +165,19 @@ def prefill_attention(
             head_dim] with ``cu_seqlens_k``; or pages [pages, page_size, kv_heads, head_dim] with
             ``block_table``.
         v: values, of k's shape.
-        policy: what to keep; the default is ``FlashPrefill()``.
+        policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
+            ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False, with :class:`Dense` only: every query sees every key.
         cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
         cu_seqlens_k: cumulative key lengths of packed sequences, likewise.
         max_seqlen_q: an upper bound of packed query lengths, in tokens. On a GPU and under torch.compile give
-            both: nobody waits for the device to find them out, so without them the bound is the total.
+            both: they are not read from the device, which would synchronise; without them the total is used
+            as the bound.
         max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
         seqused_k: keys of each sequence that are in use, [batch].
-        block_table: page of each run of page_size keys, [batch, pages a sequence].
-        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a
+        block_table: page of each run of page_size keys, [batch, pages per sequence].
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -160,7 +189,15 @@ def prefill_attention(
         target: one of the backend's instruction sets; the default is the best.
 
     Returns:
-        out, or a tuple of out and what else was asked for, in the order lse, stats.
+        out, of q's shape and dtype; or a tuple of out and the other results, in the order lse, stats.
+
+    Raises:
+        InvalidArgumentError: a value or a shape is wrong; it is a ValueError.
+        ArgumentTypeError: a type or a dtype is wrong; it is a TypeError.
+        UnsupportedError: no backend of this machine does it; it is a NotImplementedError.
+
+        Each message is one line that names the argument, what it was and what it must be. Nothing is then
+        written to ``out``.
     """
     ops = ops_of("q", q)
     layout = layout_of(
@@ -172,46 +209,45 @@ def prefill_attention(
         seqused_k,
         block_table,
     )
-    rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
-    scale, most = _scale(softmax_scale, q), _threads(threads)
-    backend, target = _name("backend", backend), _name("target", target)
+    policy = FlashPrefill() if policy is None else policy_of(policy)
+    final_chunk = _final_chunk(final_chunk, layout.batch)
+    shared = _shared(q, layout, softmax_scale, threads, backend, target)
     check_bool("return_stats", return_stats)
     out, lse = _results(ops, q, out, return_lse)
-    mask = _new_mask(ops, q, k, layout, rule) if return_stats else None
-    bits, counts, fallback, vertical_slash = (
-        (None,) * 4 if mask is None else (mask.bits, mask.counts, mask.fallback, mask.vertical_slash)
-    )
-    ops.prefill(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bits,
-        counts,
-        fallback,
-        vertical_slash,
-        *layout.arguments(),
-        scale,
-        layout.causal,
-        chunks,
-        rule._spec,
-        most,
-        backend,
-        target,
-    )
+    mask = None
+    if isinstance(policy, MaskPolicy):
+        mask = _select(ops, q, k, layout, policy, final_chunk, shared)
+        ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
+    else:
+        lists = BlockMask._no_lists
+        if return_stats:
+            mask = _new_mask(ops, q, k, layout, policy)
+            lists = mask._lists
+        ops.prefill(
+            *PREFILL.pack(
+                q=q,
+                k=k,
+                v=v,
+                out=out,
+                lse=lse,
+                **lists,
+                final_chunk=final_chunk,
+                policy=policy.text,
+                **shared,
+            )
+        )
     results = [out]
     if lse is not None:
         results.append(lse)
-    if mask is not None:
-        results.append(Stats(mask._layout, counts, fallback, mask.tile_tokens, mask.block_size))
+    if return_stats and mask is not None:
+        results.append(mask.stats)
     return out if len(results) == 1 else tuple(results)
 
 
 def select(
     q: Any,
     k: Any,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
@@ -229,9 +265,10 @@ def select(
     """Find the blocks of keys that matter to each tile of queries.
 
     Args:
-        q: queries.
-        k: keys.
-        policy: what to keep; the default is ``FlashPrefill()``.
+        q: queries, as in :func:`prefill_attention`.
+        k: keys, as in :func:`prefill_attention`.
+        policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
+            ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False, with :class:`Dense` only: every query sees every key.
         cu_seqlens_q: as in :func:`prefill_attention`.
@@ -240,7 +277,7 @@ def select(
         max_seqlen_k: as in :func:`prefill_attention`.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
-        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool a
+        final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         threads: as in :func:`prefill_attention`.
         backend: as in :func:`prefill_attention`.
@@ -248,6 +285,9 @@ def select(
 
     Returns:
         The mask, for :func:`attend`, or to look at.
+
+    Raises:
+        InvalidArgumentError, ArgumentTypeError, UnsupportedError: as :func:`prefill_attention`.
     """
     ops = ops_of("q", q)
     layout = layout_of(
@@ -259,27 +299,10 @@ def select(
         seqused_k,
         block_table,
     )
-    rule, chunks = _policy(policy), _final_chunk(final_chunk, layout.batch)
-    scale, most = _scale(softmax_scale, q), _threads(threads)
-    backend, target = _name("backend", backend), _name("target", target)
-    mask = _new_mask(ops, q, k, layout, rule)
-    ops.select(
-        q,
-        k,
-        mask.bits,
-        mask.counts,
-        mask.fallback,
-        mask.vertical_slash,
-        *layout.arguments(),
-        scale,
-        layout.causal,
-        chunks,
-        rule._spec,
-        most,
-        backend,
-        target,
-    )
-    return mask
+    policy = FlashPrefill() if policy is None else policy_of(policy)
+    final_chunk = _final_chunk(final_chunk, layout.batch)
+    shared = _shared(q, layout, softmax_scale, threads, backend, target)
+    return _select(ops, q, k, layout, policy, final_chunk, shared)
 
 
 def attend(
@@ -305,9 +328,9 @@ def attend(
     """Attend exactly over the blocks that a mask keeps.
 
     Args:
-        q: queries.
-        k: keys.
-        v: values.
+        q: queries, as in :func:`prefill_attention`.
+        k: keys, as in :func:`prefill_attention`.
+        v: values, of k's shape.
         mask: from :func:`select`, or :meth:`BlockMask.from_dense`; made for sequences of these lengths.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: the default is what the mask was made for.
@@ -326,6 +349,9 @@ def attend(
 
     Returns:
         out, or (out, lse).
+
+    Raises:
+        InvalidArgumentError, ArgumentTypeError, UnsupportedError: as :func:`prefill_attention`.
     """
     ops = ops_of("q", q)
     if not isinstance(mask, BlockMask):
@@ -353,6 +379,15 @@ def attend(
     for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
         if getattr(layout, name) != getattr(made_for, name):
             refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(layout, name)})")
+    given = _fitting(ops, mask, q, k)
+    shared = _shared(q, layout, softmax_scale, threads, backend, target)
+    out, lse = _results(ops, q, out, return_lse)
+    ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
+    return out if lse is None else (out, lse)
+
+
+def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
+    """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
     bits, vertical_slash = mask.bits, mask.vertical_slash
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
         bits = ops.words_of(mask._ops.to_host(bits))
@@ -363,32 +398,6 @@ def attend(
     if bits.shape[0] == 1 and heads > 1:
         bits = ops.expand_heads(bits, heads)
     if bits.shape[0] != heads:
-        refuse(
-            "mask's number of heads",
-            bits.shape[0],
-            f"1, or {'kv_heads' if mask.share_heads else 'q_heads'} ({heads})",
-        )
-    scale, most = _scale(softmax_scale, q), _threads(threads)
-    backend, target = _name("backend", backend), _name("target", target)
-    out, lse = _results(ops, q, out, return_lse)
-    ops.attend(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bits,
-        mask.tile_tokens,
-        mask.block_size,
-        mask.share_heads,
-        mask.mean_correction,
-        vertical_slash,
-        mask.max_verticals,
-        *layout.arguments(),
-        scale,
-        layout.causal,
-        most,
-        backend,
-        target,
-    )
-    return out if lse is None else (out, lse)
+        what = "kv_heads" if mask.share_heads else "q_heads"
+        refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
+    return {**mask._given, "bits": bits, "vertical_slash": vertical_slash}

@@ -2,9 +2,9 @@
 
     from flashprefill.flex_prefill import flex_prefill_attention, patch_model
 
-What is wider here: batches of any size, keys before the queries' (a cached prefix), every block size, head
-dimension and dtype of the library, CPU and GPU. docs/methods/flexprefill.md says what the method does, and
-where its rules had to be carried over.
+This version takes more: batches of any size, a cached prefix, every block size, head dimension and dtype of
+the library, CPU and GPU. docs/methods/flexprefill.md says what the method does, and where its rules had to
+be generalised.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def flex_prefill_attention(
         v: values, of k's shape.
         gamma: share of the attention mass to keep, in (0, 1].
         tau: Jensen-Shannon distance below which a head is query-aware; 0: none is.
-        min_budget: tokens that columns and diagonals hold at least; None is 1.
+        min_budget: tokens that verticals and slashes hold at least; None is 1.
         max_budget: tokens that they hold at most; None is no limit.
         gqa_interleave: whether query head h reads KV head h % kv_heads (GLM-4) instead of h // group. The
             heads of q are brought into the other order and those of the result back, a copy each.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
-        block_size: keys a block, and the query rows that are looked at.
+        block_size: keys per block, and the number of query rows that are looked at.
         return_computational_ratio: return the share of blocks computed too.
 
     Returns:

@@ -1,14 +1,14 @@
 """Block masks: which blocks of keys each tile of queries keeps, one bit each.
 
-`select` makes them and `attend` obeys them, whoever made them: :meth:`BlockMask.from_dense` packs any
-selection that you can express as bools.
+`select` makes them and `attend` obeys them. :meth:`BlockMask.from_dense` packs any selection that can be
+expressed as bools.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,12 @@ from .stats import Stats
 __all__ = ["BlockMask"]
 
 
+# Attributes of a mask by the names in _calls.py: what a selection writes, and what attention reads.
+_LISTS = ("bits", "counts", "fallback", "vertical_slash")
+_SHAPE = ("tile_tokens", "block_size", "share_heads", "mean_correction")
+_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals")
+
+
 class BlockMask:
     """One bit for each (mask head, query tile, key block).
 
@@ -29,12 +35,12 @@ class BlockMask:
 
     Attributes:
         bits: 64-bit words [mask heads, tile rows, words], as the C header describes them.
-        tile_tokens: query tokens a tile.
-        block_size: keys a block.
+        tile_tokens: query tokens per tile.
+        block_size: keys per block.
         share_heads: whether mask heads are KV heads.
         mean_correction: whether `attend` lets blocks left out count by their means.
-        vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32 [batch, mask heads, ...] as
-            the C header describes them, or None.
+        vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32
+            [batch, mask heads, ...] as the C header describes them, or None.
         max_verticals: how many verticals they have room for.
     """
 
@@ -84,9 +90,9 @@ class BlockMask:
                 one array of 4 axes) for a batch.
             q_len: query tokens of each sequence.
             k_len: keys of each sequence.
-            block_size: keys a block, a multiple of 16 from 16 to 1024.
-            share_heads: mask heads are KV heads, and tiles have 128 // group tokens in place of 128.
-            group: query heads a KV head; only read with share_heads.
+            block_size: keys per block, a multiple of 16 from 16 to 1024.
+            share_heads: mask heads are KV heads, and tiles have 128 // group tokens instead of 128.
+            group: query heads per KV head; only read with share_heads.
             causal: whether queries see only keys up to their own position (the last query sees the last key).
             mean_correction: blocks left out count by their means.
             cu_seqlens_q: cumulative query lengths of packed sequences; keep is a list then.
@@ -114,10 +120,19 @@ class BlockMask:
 
         shape = layout.mask_shape(heads, tile_tokens, block_size)
         like = parts[0] if parts else None
-        bits, counts = ops.zero_words(like, shape), ops.zero_counts(like, shape[:2])
-        fallback = ops.zero_counts(like, (layout.batch,))
-        for b, ((begin, rows, keys), part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
+        mask = cls(
+            layout,
+            ops.zero_words(like, shape),
+            ops.zero_counts(like, shape[:2]),
+            ops.zero_counts(like, (layout.batch,)),
+            tile_tokens,
+            int(block_size),
+            bool(share_heads),
+            bool(mean_correction),
+        )
+        for b, (place, part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
             name = f"keep[{b}].shape" if len(parts) > 1 else "keep.shape"
+            _, rows, keys = place
             wanted = (heads, ceil_div(rows, tile_tokens), ceil_div(keys, block_size))
             if tuple(part.shape) != wanted:
                 refuse(
@@ -125,25 +140,39 @@ class BlockMask:
                     tuple(part.shape),
                     f"{wanted}: heads, tiles of {tile_tokens} tokens, blocks of {block_size} keys",
                 )
-            limits = layout.visible(rows, keys, tile_tokens, block_size)
-            part = part & ops.visible_before(limits, wanted[2], part)
-            first = begin // tile_tokens + b
-            bits[:, first : first + wanted[1]] = ops.pack(part, shape[2])
-            counts[:, first : first + wanted[1]] = part.sum(-1)
-        return cls(
-            layout,
-            bits,
-            counts,
-            fallback,
-            tile_tokens,
-            int(block_size),
-            bool(share_heads),
-            bool(mean_correction),
-        )
+            mask._write(b, place, part)
+        return mask
 
     @property
     def _ops(self) -> Any:
         return ops_of("bits", self.bits)
+
+    @property
+    def _lists(self) -> dict[str, Any]:
+        """What a selection writes, by the names in _calls.py."""
+        return {name: getattr(self, name) for name in _LISTS}
+
+    _no_lists: ClassVar[dict[str, Any]] = dict.fromkeys(_LISTS)
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """What attention reads, by the names in _calls.py."""
+        return {name: getattr(self, name) for name in _GIVEN}
+
+    def _write(self, seq: int, place: tuple[int, int, int], keep: Any) -> None:
+        """Write the bits and counts of one sequence, without bits in the future.
+
+        Args:
+            seq: the sequence.
+            place: its first query token, its query tokens and its keys.
+            keep: bool [mask heads, tiles, blocks], of the mask's array library and device.
+        """
+        ops, (begin, rows, keys) = self._ops, place
+        limits = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
+        keep = keep & ops.visible_before(limits, keep.shape[2], keep)
+        first = begin // self.tile_tokens + seq
+        self.bits[:, first : first + keep.shape[1]] = ops.pack(keep, self.bits.shape[2])
+        self.counts[:, first : first + keep.shape[1]] = keep.sum(-1)
 
     @property
     def heads(self) -> int:
@@ -168,8 +197,8 @@ class BlockMask:
     def dense(self, seq: int = 0) -> Any:
         """Return the mask of one sequence as bool [mask heads, tiles, blocks].
 
-        Where the mask has verticals or slashes, blocks that hold a key of one are True too, though not all of their
-        keys may be kept.
+        Where the mask has verticals or slashes, blocks that hold a key of one are True too, though not all of
+        their keys may be kept.
         """
         begin, rows, keys = self._sequence(seq)
         first = begin // self.tile_tokens + seq % self.batch
@@ -180,7 +209,7 @@ class BlockMask:
         return keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys))
 
     def _on_vertical_slash(self, seq: int, rows: int, keys: int) -> np.ndarray:
-        """Return the visible blocks that hold a key of some vertical or slash, bool [mask heads, tiles, blocks]."""
+        """Return the visible blocks that hold a key of a vertical or slash, bool [heads, tiles, blocks]."""
         tiles, blocks = ceil_div(rows, self.tile_tokens), ceil_div(keys, self.block_size)
         touched = np.zeros((self.heads, tiles, blocks), np.bool_)
         visible = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
@@ -200,21 +229,17 @@ class BlockMask:
 
     def to(self, device: Any) -> BlockMask:
         """Return the mask in the memory of another device, such as "cuda". For masks of torch tensors."""
-        moved = [
-            None if x is None else x.to(device)
-            for x in (self.bits, self.counts, self.fallback, self.vertical_slash)
-        ]
-        bits, counts, fallback, vertical_slash = moved
+        moved = {name: None if x is None else x.to(device) for name, x in self._lists.items()}
         return BlockMask(
             self._layout.to(device),
-            bits,
-            counts,
-            fallback,
+            moved["bits"],
+            moved["counts"],
+            moved["fallback"],
             self.tile_tokens,
             self.block_size,
             self.share_heads,
             self.mean_correction,
-            vertical_slash,
+            moved["vertical_slash"],
             self.max_verticals,
         )
 
@@ -237,7 +262,7 @@ class BlockMask:
             target: a path to save the picture to, matplotlib axes to draw into, or None for a new figure.
             seq: the sequence.
             head: the mask head; None draws the share of heads that keep each block.
-            title: a title in place of one that says density and head.
+            title: the title; the default says density and head.
 
         Returns:
             The axes.

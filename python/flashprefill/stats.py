@@ -1,4 +1,4 @@
-"""What a selection kept, counted from the counts that `select` wrote, when somebody asks."""
+"""What a selection kept, computed on demand from the counts that `select` wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Stats"]
 class Stats:
     """How many blocks of keys each sequence and head kept, and of how many.
 
-    Nothing is computed, and on a GPU nothing is waited for, before an attribute is read. All arrays are of
+    Nothing is computed, and no GPU is synchronised with, before an attribute is read. All arrays are of
     the library that the call's tensors came from, in host memory. A *mask head* is a query head, or with
     ``share_heads`` a KV head.
     """
@@ -41,7 +41,7 @@ class Stats:
             fallback = np.array(self._ops.to_host(self._fallback), np.int32)
             for b, (begin, rows, keys) in enumerate(self._layout.sequences(self._ops)):
                 if fallback[b] < 0:
-                    continue  # left out: nothing was written of it
+                    continue  # left out: nothing was written for it
                 visible = self._layout.visible(rows, keys, self._tile_tokens, self._block_size)
                 first = begin // self._tile_tokens + b
                 total[b] = sum(visible)
@@ -76,7 +76,7 @@ class Stats:
 
     @property
     def reasons(self) -> list[str]:
-        """:attr:`fallback` in words, one a sequence: selected, short, dense or impossible lengths."""
+        """:attr:`fallback` in words, one per sequence: selected, short, dense or impossible lengths."""
         return [FALLBACK_NAMES[int(code)] for code in self._values()["fallback"]]
 
     @property

@@ -1,11 +1,12 @@
-"""What the verbs need from an array library, for torch (NumPy's is _numpy_ops.py), and the torch operators.
+"""The torch operators, and what the verbs need from an array library, for torch (NumPy: _numpy_ops.py).
 
-The operators write into tensors that Python has allocated, and return nothing: so torch.compile plans their
-memory, CUDA graphs replay them, and the fake kernel has nothing to say. Everything that calls C is inside
-them, since torch.compile traces the rest. They have no backward pass, and tensors that want one are refused
-before. They are defined without torch.library.custom_op: to count versions of what an operator writes to,
-PyTorch 2.13's asks the schema for every argument by itself, which took more than half of the host's time of a
-call (430 us of a Zen 3 core where this takes 190).
+The operators write into tensors that Python has allocated, and return nothing. So torch.compile plans their
+memory, CUDA graphs replay them, and their fake kernel is empty. Everything that calls C is inside them, since
+torch.compile traces the rest. They have no backward pass; tensors that require grad are refused before.
+
+They are defined without torch.library.custom_op. PyTorch 2.13's looks every argument up in the schema to
+count versions of the outputs, which took more than half of the host time per call (430 us instead of 190 us
+on a Zen 3 core).
 
 Importing this module imports torch. The package does so only when a torch tensor comes in.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from . import _engine
+from ._calls import ATTEND, PREFILL, SELECT
 from ._memory import in_large_pages
 from .errors import refuse, refuse_type
 
@@ -25,34 +27,25 @@ NAME = "a torch tensor"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
-_LAYOUT = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal"
-)
-_EXEC = "int threads, str? backend, str? target"
-
-_SCHEMAS = {
-    "select": "(Tensor q, Tensor k, Tensor(a!) bits, Tensor(b!) counts, Tensor(c!) fallback, "
-    "Tensor(d!)? vertical_slash, "
-    f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
-    "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor bits, "
-    "SymInt tile_tokens, SymInt block_size, bool share_heads, bool mean_correction, Tensor? vertical_slash, "
-    f"SymInt max_verticals, {_LAYOUT}, {_EXEC}) -> ()",
-    "prefill": "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? bits, "
-    "Tensor(d!)? counts, Tensor(e!)? fallback, Tensor(f!)? vertical_slash, "
-    f"{_LAYOUT}, bool[] final_chunk, str policy, {_EXEC}) -> ()",
-}
 _make: Any = torch.library.Library
+_disable: Any = torch.compiler.disable
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, getattr(_engine, _name), _key)
-    torch.library.register_fake(f"flashprefill::{_name}", lambda *_, **__: None, lib=_library)
+for _verb in (SELECT, ATTEND, PREFILL):
+    _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):  # disabled: outside of graphs torch.compile would trace the call into C
+        _library.impl(_verb.name, _disable(getattr(_engine, _verb.name)), _key)
+    torch.library.register_fake(f"flashprefill::{_verb.name}", lambda *_, **__: None, lib=_library)
 
 select = torch.ops.flashprefill.select
 attend = torch.ops.flashprefill.attend
 prefill = torch.ops.flashprefill.prefill
+
+
+def _in_python(function: Any, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+in_python = _disable(_in_python)  # calls a function that no graph can hold
 
 
 def check(name: str, x: Any, like: Any) -> None:
@@ -72,7 +65,7 @@ def check(name: str, x: Any, like: Any) -> None:
 
 
 def check_out(name: str, x: Any) -> None:
-    """Refuse an output that can't be written: every tensor can."""
+    """Refuse an output that can't be written. Every tensor can be."""
 
 
 def index(name: str, x: Any, like: Any, ndim: int) -> Any:
@@ -108,7 +101,7 @@ def _readable(x: Any) -> bool:
 
 
 def longest(lengths: Any, bound: int) -> int:
-    """Return the largest length, or `bound`, which is an upper bound, where it can't be had for nothing."""
+    """Return the largest length, or `bound`, an upper bound, where reading it would synchronise."""
     if not _readable(lengths):
         return bound
     return int(lengths.max()) if lengths.numel() else 0

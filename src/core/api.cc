@@ -187,7 +187,10 @@ fp_status fp_policy_parse(const char* text, void* policy, size_t size, size_t* n
 
 size_t fp_policy_print(const fp_policy* policy, char* text, size_t size) {
   size_t length = 0;
-  Guard([&] { length = CopyText(PrintPolicy(*policy), text, size); });
+  Guard([&] {
+    if (!policy) Refuse("policy", "NULL", "a policy");
+    length = CopyText(PrintPolicy(*policy), text, size);
+  });
   return length;
 }
 

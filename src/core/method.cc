@@ -31,7 +31,7 @@ constexpr Field kCommonFields[] = {
 bool Has(const Method& method, const Field& common) {
   if (common.offset == kBlockSize) return true;
   if (common.offset == kShareHeads) return !method.own_heads;
-  return !method.keeps_everything;
+  return method.selects;
 }
 
 template <typename T>
@@ -87,7 +87,8 @@ const Method& MethodOf(const Policy& policy) { return *FindMethod(policy.kind); 
 bool IsTable(const Field& field) { return field.type == FP_FIELD_INT_TABLE || field.type == FP_FIELD_FLOAT_TABLE; }
 
 double FieldValue(const Policy& policy, const Field& field) {
-  return field.type == FP_FIELD_FLOAT ? At<float>(policy, field.offset) : At<int32_t>(policy, field.offset);
+  if (field.type == FP_FIELD_FLOAT) return At<float>(policy, field.offset);
+  return At<int32_t>(policy, field.offset);
 }
 
 void SetField(Policy& policy, const Field& field, double value) {
@@ -146,9 +147,14 @@ void CheckStride(int32_t stride, int32_t block_size) {
   }
 }
 
-int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s) {
+bool KeepsEverything(const Policy& policy) {
   const Method& method = MethodOf(policy);
-  if (method.keeps_everything) return FP_FALLBACK_DENSE;
+  return !method.selects || (method.keeps_everything && method.keeps_everything(policy));
+}
+
+int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s) {
+  if (KeepsEverything(policy)) return FP_FALLBACK_DENSE;
+  const Method& method = MethodOf(policy);
   const bool too_short = KeepsEverything(p, g, policy, s) || (method.too_short && method.too_short(p, policy, s));
   return too_short ? FP_FALLBACK_SHORT : FP_SELECTED;
 }

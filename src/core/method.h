@@ -30,12 +30,13 @@ struct Method {
   size_t size;      // of the policy's struct
   CommonDefaults common = {};
   bool own_heads = false;             // each query head selects for itself: share_heads must be 0
-  bool keeps_everything = false;      // nothing is ever left out, so that forced blocks have no meaning (Dense)
+  bool selects = true;                // false: it keeps everything, so that forced blocks have no meaning (Dense)
   std::span<const Field> fields = {}; // the method's own
 
   // Hooks; null where there is nothing to say. Fields are inside their ranges by then.
   void (*check)(const Policy&) = nullptr;                                      // fields against each other
   void (*check_problem)(const Policy&, const Problem&) = nullptr;              // fields against the problem
+  bool (*keeps_everything)(const Policy&) = nullptr;                           // whatever the scores are: a share of 1
   bool (*too_short)(const Problem&, const Policy&, const Sequence&) = nullptr; // to select for
   VerticalSlashRoom (*vertical_slash_room)(const Problem&, const Policy&) = nullptr;
 };
@@ -89,6 +90,10 @@ const Field* FieldAt(const Method& method, int32_t index);
 void InitPolicy(const Method& method, Policy& policy);        // policy has room for method.size bytes
 void CheckFields(const Method& method, const Policy& policy); // all that can be said without a problem
 void CheckStride(int32_t stride, int32_t block_size);         // tokens per cell, of strided methods
+
+// Whether a policy keeps everything whatever the scores are: Dense, and a share of 1. Estimates of a block's mass may
+// be 0, so adding them up would not get there.
+bool KeepsEverything(const Policy& policy);
 
 // fp_fallback of a sequence, the one answer that every backend gives. Where it is not FP_SELECTED everything is kept.
 int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s);

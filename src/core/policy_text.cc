@@ -233,6 +233,7 @@ std::string Spelled(const Policy& policy, const Field& field) {
 std::string SpelledTable(const Policy& policy, const Field& field) {
   const void* address;
   std::memcpy(&address, reinterpret_cast<const std::byte*>(&policy) + field.offset, sizeof address);
+  if (!address) Refuse(field.name, "NULL", "the address of the table");
   std::string text = "[";
   for (int32_t i = 0; i < TableRows(policy, field) * field.columns; ++i) {
     const int32_t column = i % field.columns;

@@ -182,7 +182,7 @@ void ValidatePolicy(const Policy* policy, const Problem& p) {
   if (policy->share_heads && p.q_heads / p.kv_heads > kTileRows) {
     Refuse("share_heads", 1, "0 where more than " + std::to_string(kTileRows) + " query heads share a KV head");
   }
-  if (!p.causal && !method->keeps_everything) Refuse("causal", 0, "1 for every policy but Dense");
+  if (!p.causal && method->selects) Refuse("causal", 0, "1 for every policy but Dense");
   if (method->check_problem) method->check_problem(*policy, p);
 }
 

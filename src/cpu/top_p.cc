@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 #include <functional>
+#include <limits>
 
 #include "core/types.h"
 
@@ -86,9 +87,10 @@ void TopP(const float* mass, int64_t n, float share, uint64_t* keys, uint64_t* r
     }
   }
   std::sort(keys, keys + ranked, std::greater<>());
-  double total = sum; // in the order of the sum below, so that a share of 1 is reached exactly
+  double total = sum;
   for (int64_t i = 0; i < ranked; ++i) total += EnergyOf(keys[i]);
-  const double enough = share * total;
+  // A share of 1 is everything, also blocks whose mass underflowed to 0.
+  const double enough = share < 1 ? share * total : std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < ranked && sum < enough; ++i) {
     SetBit(row, BlockOf(keys[i]));
     sum += EnergyOf(keys[i]);

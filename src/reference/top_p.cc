@@ -51,6 +51,10 @@ Verdict TopP(const std::vector<double>& mass, double share, const std::vector<ui
   const std::vector<size_t> order = ByMass(mass, first);
   double total = first_sum;
   for (const size_t i : order) total += mass[i];
+  if (share >= 1) { // sums of rounded masses, or masses that are 0, would end before
+    std::fill(verdict.kept.begin(), verdict.kept.end(), 1);
+    return verdict;
+  }
   double sum = first_sum;
   for (const size_t i : order) {
     if (sum >= share * total) break;

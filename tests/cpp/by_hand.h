@@ -1,5 +1,5 @@
-// What tests use that work a case out by hand: inputs of one dimension, softmax_scale 1 and queries of 1, so that a key
-// of ln(w) has the weight w.
+// Helpers of tests that work a case out by hand: inputs of one dimension, softmax_scale 1 and queries of 1, so that a
+// key of ln(w) has the weight w.
 #ifndef FLASHPREFILL_TESTS_BY_HAND_H_
 #define FLASHPREFILL_TESTS_BY_HAND_H_
 
@@ -54,7 +54,12 @@ inline void ExpectKept(const OpData& data, const AnyPolicy& policy, int64_t row,
   }
 }
 
-// What was scored in tile m of a mask head.
+// The same for tiles 0, 1, .. of the first mask head.
+inline void ExpectTiles(const OpData& data, const AnyPolicy& policy, const std::vector<Blocks>& tiles) {
+  for (size_t m = 0; m < tiles.size(); ++m) ExpectKept(data, policy, static_cast<int64_t>(m), tiles[m]);
+}
+
+// The reference's scores in tile m of a mask head.
 inline TileChoice ChoiceOf(const OpData& data, const AnyPolicy& policy, int64_t m, int64_t mask_head = 0) {
   std::map<int64_t, TileChoice> choices;
   Mask mask(data.problem(), policy.get());
@@ -65,7 +70,7 @@ inline TileChoice ChoiceOf(const OpData& data, const AnyPolicy& policy, int64_t 
   return choices.at(m);
 }
 
-// Energies over the energy of block `unit`.
+// Energies divided by the energy of block `unit`.
 inline std::vector<double> Relative(const TileChoice& choice, int64_t unit) {
   std::vector<double> energies = choice.energy;
   const double one = energies.at(unit);

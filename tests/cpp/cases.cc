@@ -5,6 +5,8 @@
 namespace flashprefill::test {
 namespace {
 
+bool small = false;
+
 // Numbers the cases, so that each has values of its own.
 std::vector<OpCase> Seeded(std::vector<OpCase> cases, uint64_t first) {
   for (OpCase& op : cases) op.seed = op.page_seed = first++;
@@ -32,6 +34,9 @@ OpCase One(Lengths lengths) {
 }
 
 } // namespace
+
+bool Small() { return small; }
+void SetSmall(bool value) { small = value; }
 
 std::vector<OpCase> LengthCases() {
   std::vector<OpCase> cases = {
@@ -186,6 +191,7 @@ std::vector<OpCase> LongCases() {
   whole.values = Values::kStructured;
   OpCase chunk = One({512, 4095});
   chunk.group = 2;
+  chunk.values = Values::kStructured;
   chunk.AllDtypes(FP_BF16);
   return Seeded({whole, chunk}, 700);
 }
@@ -206,47 +212,35 @@ std::vector<OpCase> PeakedCases() {
   return Seeded(cases, 800);
 }
 
-std::vector<AnyPolicy> ScoringPolicies(int block_size) {
-  AnyPolicy most = WithForced(FlashPrefill(block_size, 0.8f, 4), 1, 2, 1);
-  most.flashprefill.min_blocks = 3;
-  AnyPolicy top = SketchByMass(block_size, 0.3f, 2, 1);
-  top.sketch.min_blocks = 2;
-  AnyPolicy worth = ByQueries(SketchByGain(block_size, 0.08f, 3, 32));
-  worth.sketch.min_blocks = 1;
-  std::vector<AnyPolicy> policies = {
-      FlashPrefill(block_size, 0.5f),
-      FlashPrefill(block_size, 0.6f, 16),
-      FlashPrefill(block_size, 0.7f, 128),
-      FlashPrefill(block_size, 0.9f, 7),
-      most,
-      SketchByMass(block_size, 0.7f),
-      SketchByAlpha(block_size, 0.4f),
-      SketchByAlpha(block_size, 0.5f, 0, 5),
-      SketchByMass(block_size, 0.5f, 16, 16),
-      top,
-      SketchByGain(block_size, 0.15f),
-      ByQueries(SketchByMass(block_size, 0.6f, 2, 16)),
-      worth,
-  };
-  const size_t own = policies.size();
-  for (size_t i = 0; i < own; ++i) policies.push_back(Shared(policies[i]));
-  return policies;
-}
-
-std::vector<AnyPolicy> HeadPolicies(int block_size) {
-  AnyPolicy both = FlexPrefill(block_size, 0.5f, 0, 1);
-  both.flex.cover = FP_COVER_BOTH;
-  return {
-      FlexPrefill(block_size, 0.4f, 0, 1),
-      FlexPrefill(block_size, 0.6f, 1, 1), // 1 is above every distance: all heads are query-aware
-      MInference(block_size, 33, 0),
-      WithForced(FlexPrefill(block_size, 0.7f, 0.3f, block_size), 1, 2, 1),
-      both,
-      MInference(block_size, 0, 105),
-      FlexPrefill(block_size, 0.95f, 0.5f, 16, 3 * block_size),
-      WithForced(MInference(block_size, 60, 120), 0, 2, 1),
-      FlexPrefill(block_size, 0.3f, 1, 2 * block_size),
-  };
+std::vector<OpCase> MixedCases() {
+  std::vector<OpCase> cases;
+  OpCase op;
+  op.lengths = {{150, 427}};
+  op.kv_heads = 2;
+  op.group = 3;
+  cases.push_back(op);
+  op.AllDtypes(FP_BF16);
+  op.lengths = {{260, 333}};
+  cases.push_back(op);
+  op.AllDtypes(FP_F16);
+  op.lengths = {{1, 200}, {130, 311}, {64, 64}, {0, 50}};
+  op.q_layout = Layout::kPacked;
+  op.k_layout = Layout::kPaged;
+  op.page_size = 16;
+  op.seqused_k = true;
+  cases.push_back(op);
+  op.Dtypes(FP_F32, FP_F16, FP_F16);
+  op.head_dim = 80;
+  op.k_strides = Strides::kDimMajor;
+  op.page_size = 64;
+  cases.push_back(op);
+  op.AllDtypes(FP_BF16);
+  op.head_dim = 128;
+  op.k_layout = Layout::kPacked;
+  op.k_strides = Strides::kPadded;
+  op.values = Values::kStructured;
+  cases.push_back(op);
+  return cases;
 }
 
 } // namespace flashprefill::test

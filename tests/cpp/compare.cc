@@ -68,7 +68,7 @@ testing::AssertionResult SameBits(const fp_problem& p, const Attended& expected,
   return CompareRows(p, expected, actual, BitEqual);
 }
 
-// A block is in for sure if one of the rules takes it even where all that may rank before it does, and out for sure if
+// A block is in for sure if one rule takes it even where all that may rank before it does, and out for sure if
 // each rule leaves it even where only those rank before it that must.
 std::vector<uint8_t> Undecided(const reference::TileChoice& choice, double tolerance) {
   if (!choice.near_tie.empty()) return choice.near_tie;

@@ -1,5 +1,5 @@
 // The three verbs over any backend and instruction set, called through the C ABI as a user would, with what the caller
-// owes them: masks, workspaces of exactly the bytes asked for (full of NaN), outputs. Calls must succeed; a status
+// has to provide: masks, workspaces of exactly the bytes asked for (full of NaN), outputs. Calls must succeed; a status
 // other than FP_OK fails the test with the library's message.
 #ifndef FLASHPREFILL_TESTS_ENGINE_H_
 #define FLASHPREFILL_TESTS_ENGINE_H_
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "op_case.h"
+#include "policy.h"
 
 namespace flashprefill::test {
 
@@ -22,7 +23,7 @@ Engine Reference();
 std::vector<Engine> OtherEngines(); // every available CPU backend but the reference, with every target
 std::vector<Engine> AllEngines();   // the reference too
 
-// A mask and its memory. Fresh masks are full of ones and nonsense, so that what nobody writes shows.
+// A mask and its memory. Fresh masks are full of ones and nonsense, so that words that are never written show.
 struct Mask {
   fp_block_mask view{};
   std::vector<uint64_t> bits;

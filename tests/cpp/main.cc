@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cases.h"
 #include "engine.h"
 
 int main(int argc, char** argv) {

@@ -1,25 +1,14 @@
 // Builds the memory that a case describes: see op_case.h.
 #include "op_case.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
-#include <utility>
 
 namespace flashprefill::test {
 namespace {
-
-bool small = false;
-
-constexpr int64_t kFarStep = (int64_t{1} << 30) + 24;        // pages: the third lies beyond 2^31 elements
-constexpr int64_t kVeryFarStep = (int64_t{1} << 31) + 24;    // sequences and heads: the second does
-constexpr int64_t kUnreadStride = (int64_t{1} << 40) + 1234; // for strides that must not be read
 
 const char* kStridesNames[] = {"contiguous", "head-major", "padded", "spread-dim", "dim-major", "reversed", "far"};
 const char* kLayoutNames[] = {"rectangular", "packed", "paged"};
@@ -33,207 +22,6 @@ int64_t Max(const std::vector<T>& all, int64_t T::*field) {
 }
 
 } // namespace
-
-bool Small() { return small; }
-void SetSmall(bool value) { small = value; }
-
-// ---------------------------------------------------------------- policies
-
-AnyPolicy::AnyPolicy(int32_t kind) {
-  if (fp_policy_init(kind, this, sizeof(*this)) != FP_OK) throw std::runtime_error(fp_last_error());
-}
-
-AnyPolicy Dense(int block_size) {
-  AnyPolicy policy(FP_DENSE);
-  policy.common.block_size = block_size;
-  return policy;
-}
-
-AnyPolicy WithForced(AnyPolicy policy, int sink, int window, int tail) {
-  policy.common.sink_blocks = sink;
-  policy.common.window_blocks = window;
-  policy.common.dense_tail_blocks = tail;
-  return policy;
-}
-
-AnyPolicy Streaming(int block_size, int sink, int window, int tail) {
-  AnyPolicy policy(FP_STREAMING);
-  policy.common.block_size = block_size;
-  return WithForced(policy, sink, window, tail);
-}
-
-AnyPolicy FlashPrefill(int block_size, float alpha, int query_pool) {
-  AnyPolicy policy(FP_FLASHPREFILL);
-  policy.common.block_size = block_size;
-  policy.flashprefill.alpha = alpha;
-  policy.flashprefill.query_pool = query_pool;
-  return WithForced(policy, 0, 0, 0);
-}
-
-AnyPolicy SketchByMass(int block_size, float mass, int outliers, int query_pool) {
-  AnyPolicy policy(FP_SKETCH);
-  policy.common.block_size = block_size;
-  policy.sketch.mass = mass;
-  policy.sketch.outliers = outliers;
-  policy.sketch.query_pool = query_pool;
-  return WithForced(policy, 0, 0, 0);
-}
-
-AnyPolicy SketchByAlpha(int block_size, float alpha, int outliers, int query_pool) {
-  AnyPolicy policy = SketchByMass(block_size, std::nanf(""), outliers, query_pool);
-  policy.sketch.alpha = alpha;
-  return policy;
-}
-
-AnyPolicy SketchByGain(int block_size, float gain, int outliers, int query_pool) {
-  AnyPolicy policy = SketchByMass(block_size, std::nanf(""), outliers, query_pool);
-  policy.sketch.gain = gain;
-  return policy;
-}
-
-AnyPolicy ByQueries(AnyPolicy sketch) {
-  sketch.sketch.query_metric = 1;
-  return sketch;
-}
-
-AnyPolicy FlexPrefill(int block_size, float gamma, float tau, int min_budget, int max_budget) {
-  AnyPolicy policy(FP_FLEXPREFILL);
-  policy.common.block_size = block_size;
-  policy.flex.gamma = gamma;
-  policy.flex.tau = tau;
-  policy.flex.min_budget = min_budget;
-  policy.flex.max_budget = max_budget;
-  return policy;
-}
-
-AnyPolicy MInference(int block_size, int vertical, int slash) {
-  AnyPolicy policy(FP_MINFERENCE);
-  policy.common.block_size = block_size;
-  policy.minference.vertical = vertical;
-  policy.minference.slash = slash;
-  return policy;
-}
-
-AnyPolicy MInference(int block_size, const std::vector<fp_minference_head>& heads) {
-  AnyPolicy policy = MInference(block_size, 0, 0);
-  policy.minference.heads = heads.data();
-  policy.minference.head_count = static_cast<int32_t>(heads.size());
-  return policy;
-}
-
-AnyPolicy XAttention(int block_size, float threshold, int stride, float norm) {
-  AnyPolicy policy(FP_XATTENTION);
-  policy.common.block_size = block_size;
-  policy.xattention.threshold = threshold;
-  policy.xattention.stride = stride;
-  policy.xattention.norm = norm;
-  return policy;
-}
-
-AnyPolicy RRAttention(int block_size, float threshold, int stride) {
-  AnyPolicy policy(FP_RRATTENTION);
-  policy.common.block_size = block_size;
-  policy.rrattention.threshold = threshold;
-  policy.rrattention.stride = stride;
-  return policy;
-}
-
-AnyPolicy SpargeByCdf(int block_size, float cdf, float similarity) {
-  AnyPolicy policy(FP_SPARGE_ATTN);
-  policy.common.block_size = block_size;
-  policy.sparge.cdf = cdf;
-  policy.sparge.similarity = similarity;
-  return policy;
-}
-
-AnyPolicy SpargeByTopk(int block_size, float topk, float similarity) {
-  AnyPolicy policy = SpargeByCdf(block_size, std::nanf(""), similarity);
-  policy.sparge.topk = topk;
-  return policy;
-}
-
-AnyPolicy Prism(int block_size, float mass, int rotary_dim, bool interleaved) {
-  AnyPolicy policy(FP_PRISM);
-  policy.common.block_size = block_size;
-  policy.prism.mass = mass;
-  policy.prism.rotary_dim = rotary_dim;
-  policy.prism.interleaved = interleaved;
-  return policy;
-}
-
-AnyPolicy SampleAttention(int block_size, float coverage, float sample_ratio, float window_ratio, int sample_rows) {
-  AnyPolicy policy(FP_SAMPLE_ATTENTION);
-  policy.common.block_size = block_size;
-  policy.sample.coverage = coverage;
-  policy.sample.sample_ratio = sample_ratio;
-  policy.sample.window_ratio = window_ratio;
-  policy.sample.sample_rows = sample_rows;
-  return policy;
-}
-
-AnyPolicy InTokens(AnyPolicy minference) {
-  minference.minference.rounding = FP_ROUND_TOKENS;
-  return minference;
-}
-
-AnyPolicy Shared(AnyPolicy policy) {
-  policy.common.share_heads = 1;
-  return policy;
-}
-
-AnyPolicy Corrected(AnyPolicy policy) {
-  policy.common.mean_correction = 1;
-  return policy;
-}
-
-std::string Name(const AnyPolicy& policy) {
-  std::ostringstream text;
-  const fp_policy& c = policy.common;
-  if (c.kind == FP_DENSE) text << "Dense(";
-  if (c.kind == FP_STREAMING) text << "Streaming(";
-  if (c.kind == FP_FLASHPREFILL) {
-    text << "FlashPrefill(alpha=" << policy.flashprefill.alpha << " query_pool=" << policy.flashprefill.query_pool
-         << " min_blocks=" << policy.flashprefill.min_blocks << " ";
-  }
-  if (c.kind == FP_SKETCH) {
-    text << "Sketch(alpha=" << policy.sketch.alpha << " mass=" << policy.sketch.mass
-         << " outliers=" << policy.sketch.outliers << " query_pool=" << policy.sketch.query_pool
-         << " min_blocks=" << policy.sketch.min_blocks << " gain=" << policy.sketch.gain
-         << " query_metric=" << policy.sketch.query_metric << " ";
-  }
-  if (c.kind == FP_FLEXPREFILL) {
-    text << "FlexPrefill(gamma=" << policy.flex.gamma << " tau=" << policy.flex.tau
-         << " min_budget=" << policy.flex.min_budget << " max_budget=" << policy.flex.max_budget
-         << " cover=" << policy.flex.cover << " ";
-  }
-  if (c.kind == FP_MINFERENCE) {
-    text << "MInference(vertical=" << policy.minference.vertical << " slash=" << policy.minference.slash
-         << " heads=" << policy.minference.head_count << " rounding=" << policy.minference.rounding << " ";
-  }
-  if (c.kind == FP_XATTENTION) {
-    text << "XAttention(threshold=" << policy.xattention.threshold << " stride=" << policy.xattention.stride
-         << " norm=" << policy.xattention.norm << " thresholds=" << policy.xattention.head_count << " ";
-  }
-  if (c.kind == FP_RRATTENTION) {
-    text << "RRAttention(threshold=" << policy.rrattention.threshold << " stride=" << policy.rrattention.stride << " ";
-  }
-  if (c.kind == FP_SPARGE_ATTN) {
-    text << "SpargeAttn(cdf=" << policy.sparge.cdf << " topk=" << policy.sparge.topk
-         << " similarity=" << policy.sparge.similarity << " ";
-  }
-  if (c.kind == FP_PRISM) {
-    text << "Prism(mass=" << policy.prism.mass << " rotary_dim=" << policy.prism.rotary_dim
-         << " interleaved=" << policy.prism.interleaved << " ";
-  }
-  if (c.kind == FP_SAMPLE_ATTENTION) {
-    text << "SampleAttention(coverage=" << policy.sample.coverage << " sample_ratio=" << policy.sample.sample_ratio
-         << " window_ratio=" << policy.sample.window_ratio << " sample_rows=" << policy.sample.sample_rows << " ";
-  }
-  text << "block_size=" << c.block_size << " sink=" << c.sink_blocks << " window=" << c.window_blocks
-       << " tail=" << c.dense_tail_blocks << " share_heads=" << c.share_heads << " correction=" << c.mean_correction
-       << ")";
-  return text.str();
-}
 
 std::string OpCase::Describe() const {
   std::ostringstream text;
@@ -250,97 +38,6 @@ std::string OpCase::Describe() const {
   text << (values == Values::kRandom ? ", random" : ", structured") << ", seed " << seed;
   return text.str();
 }
-
-// ---------------------------------------------------------------- memory
-
-Memory::Memory(size_t bytes, bool sparse) : bytes_(std::max<size_t>(bytes, 1)), sparse_(sparse) {
-  if (sparse) {
-    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (data_ == MAP_FAILED) {
-      data_ = nullptr;
-      throw std::bad_alloc();
-    }
-  } else {
-    data_ = std::malloc(bytes_); // no rounding up: a sanitizer sees the first byte too many
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0xff, bytes_); // all ones is a NaN in each dtype
-  }
-}
-
-Memory::~Memory() {
-  if (!data_) return;
-  if (sparse_) {
-    munmap(data_, bytes_);
-  } else {
-    std::free(data_);
-  }
-}
-
-Memory& Memory::operator=(Memory&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(bytes_, other.bytes_);
-  std::swap(sparse_, other.sparse_);
-  return *this;
-}
-
-TensorMemory::TensorMemory(int32_t dtype, const int64_t (&extent)[4], Strides strides) {
-  const bool packed = extent[0] == 0;
-  const int64_t n[4] = {packed ? 1 : extent[0], extent[1], extent[2], extent[3]};
-  int64_t* stride = tensor.stride;
-  int64_t base = 0;
-  // From the innermost axis outwards: each steps over what lies inside it, and a gap.
-  const auto nest = [&](const int(&inside_out)[4], int64_t step, const int64_t(&gap)[4]) {
-    for (int i = 0; i < 4; ++i) {
-      const int axis = inside_out[i];
-      stride[axis] = step;
-      step = step * std::max<int64_t>(n[axis], 1) + gap[i];
-    }
-  };
-  switch (strides) {
-    case Strides::kContiguous:
-      nest({3, 2, 1, 0}, 1, {0, 0, 0, 0});
-      break;
-    case Strides::kHeadMajor:
-      nest({3, 1, 2, 0}, 1, {0, 0, 0, 0});
-      break;
-    case Strides::kPadded:
-      nest({3, 2, 1, 0}, 1, {5, 7, 11, 0});
-      base = 3;
-      break;
-    case Strides::kSpreadDim:
-      nest({3, 2, 1, 0}, 3, {0, 0, 0, 0});
-      break;
-    case Strides::kDimMajor:
-      nest({1, 3, 2, 0}, 1, {0, 0, 0, 0});
-      break;
-    case Strides::kReversed:
-      nest({3, 2, 1, 0}, 1, {0, 0, 0, 0});
-      break;
-    case Strides::kFar:
-      nest({3, 1, 2, 0}, 1, {0, 0, 0, 0});
-      if (packed) {
-        stride[2] = kVeryFarStep;
-      } else {
-        stride[0] = n[0] > 3 ? kFarStep : kVeryFarStep;
-      }
-      break;
-  }
-  int64_t elements = base + 1;
-  for (int axis = 0; axis < 4; ++axis) elements += std::max<int64_t>(n[axis] - 1, 0) * stride[axis];
-  if (strides == Strides::kReversed) {
-    for (const int axis : {1, 2}) {
-      base += std::max<int64_t>(n[axis] - 1, 0) * stride[axis];
-      stride[axis] = -stride[axis];
-    }
-  }
-  if (n[0] * n[1] * n[2] * n[3] == 0) elements = base = 0;
-  memory = Memory(static_cast<size_t>(elements) * DtypeSize(dtype), strides == Strides::kFar);
-  tensor.data = static_cast<char*>(memory.data()) + base * static_cast<int64_t>(DtypeSize(dtype));
-  tensor.dtype = dtype;
-  if (packed) stride[0] = kUnreadStride;
-}
-
-// ---------------------------------------------------------------- a case
 
 OpData::OpData(const OpCase& op) : op_(op) {
   Describe();
@@ -396,7 +93,7 @@ void OpData::Describe() {
     p.page_size = op_.page_size;
     p.pages_per_seq = static_cast<int32_t>(DivUp<int64_t>(p.max_seqlen_k, op_.page_size)) + 1;
     p.block_table_stride = p.pages_per_seq + 2;
-    int64_t pages = 2; // of nobody
+    int64_t pages = 2; // unused
     for (const Lengths& l : op_.lengths) pages += DivUp<int64_t>(l.k, op_.page_size);
     p.page_count = pages;
     std::vector<int32_t> order(static_cast<size_t>(pages));

@@ -1,21 +1,25 @@
-// What holds for every backend, the reference included, whatever the numbers are: exactness with all blocks kept,
-// causality bit for bit, one answer for any number of threads and any order of pages, and that garbage stays where it
-// is.
+// Properties of every backend, the reference included, for any numbers: exactness with all blocks kept, causality bit
+// for bit, one answer for any number of threads and any order of pages, and that garbage stays where it is.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <random>
 
 #include "cases.h"
 #include "compare.h"
 #include "engine.h"
+#include "method_suite.h"
 
 namespace flashprefill::test {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Softmax attention over all that a row may see, as one would write it on a blackboard.
+// Softmax attention over all that a row may see, as a textbook writes it.
 Attended DenseAttention(const OpData& data) {
   const fp_problem& p = data.problem();
   Attended result;
@@ -44,51 +48,10 @@ Attended DenseAttention(const OpData& data) {
   return result;
 }
 
-// Cases of all kinds, small: what the bit-for-bit properties run on.
-std::vector<OpCase> MixedCases() {
-  std::vector<OpCase> cases;
-  OpCase op;
-  op.lengths = {{150, 427}};
-  op.kv_heads = 2;
-  op.group = 3;
-  cases.push_back(op);
-  op.AllDtypes(FP_BF16);
-  op.lengths = {{260, 333}};
-  cases.push_back(op);
-  op.AllDtypes(FP_F16);
-  op.lengths = {{1, 200}, {130, 311}, {64, 64}, {0, 50}};
-  op.q_layout = Layout::kPacked;
-  op.k_layout = Layout::kPaged;
-  op.page_size = 16;
-  op.seqused_k = true;
-  cases.push_back(op);
-  op.Dtypes(FP_F32, FP_F16, FP_F16);
-  op.head_dim = 80;
-  op.k_strides = Strides::kDimMajor;
-  op.page_size = 64;
-  cases.push_back(op);
-  op.AllDtypes(FP_BF16);
-  op.head_dim = 128;
-  op.k_layout = Layout::kPacked;
-  op.k_strides = Strides::kPadded;
-  op.values = Values::kStructured;
-  cases.push_back(op);
-  return cases;
-}
-
 std::vector<Mask> MixedMasks(const fp_problem& p) {
   return Thinned<Mask>({RandomMask(p, 64, false, false, 0.6, 1), RandomMask(p, 128, true, true, 0.6, 2),
                         RandomMask(p, 32, false, true, 0.4, 3)},
                        2);
-}
-
-std::vector<AnyPolicy> MixedPolicies() {
-  return Thinned<AnyPolicy>(
-      {Streaming(32, 1, 2, 1), Dense(64), FlashPrefill(32, 0.5f), Corrected(Shared(FlashPrefill(64, 0.6f, 16))),
-       Corrected(SketchByMass(32, 0.6f)), Shared(SketchByAlpha(64, 0.4f, 4, 1)), XAttention(32, 0.6f, 8, 0.1f),
-       Corrected(RRAttention(64, 0.6f)), SpargeByCdf(64, 0.5f, 0.2f), Prism(32, 0.6f),
-       SampleAttention(64, 0.5f, 0.2f, 0.05f, 20)},
-      3);
 }
 
 template <typename Body>
@@ -122,17 +85,16 @@ TEST(Properties, AlphaZeroIsDense) {
   for (const OpCase& op : Thinned(MixedCases(), 3)) {
     ForAllEngines(op, [](const Engine& engine, const OpData& data) {
       const fp_problem& p = data.problem();
-      for (const bool shared : {false, true}) {
-        for (const int pool : {1, 16}) {
-          for (AnyPolicy policy : {FlashPrefill(32, 0.0f, pool), SketchByAlpha(32, 0.0f, 4, pool)}) {
-            AnyPolicy dense = Dense(32);
-            policy.common.share_heads = dense.common.share_heads = shared;
-            const Prefilled have = Prefill(engine, p, policy), want = Prefill(engine, p, dense);
-            Mask same_reason = want.mask;
-            same_reason.fallback = have.mask.fallback;
-            EXPECT_TRUE(SameMask(p, same_reason, have.mask)) << Name(policy);
-            EXPECT_TRUE(SameBits(p, want.attended, have.attended)) << Name(policy);
-          }
+      for (const char* text : {"flashprefill(alpha=0)", "flashprefill(alpha=0, query_pool=16)",
+                               "sketch(alpha=0, query_pool=1)", "sketch(alpha=0)"}) {
+        for (const bool shared : {false, true}) {
+          AnyPolicy policy = WithForced(Parse(text, 32), 0, 0, 0), dense = Dense(32);
+          policy.common.share_heads = dense.common.share_heads = shared;
+          const Prefilled have = Prefill(engine, p, policy), want = Prefill(engine, p, dense);
+          Mask same_reason = want.mask;
+          same_reason.fallback = have.mask.fallback;
+          EXPECT_TRUE(SameMask(p, same_reason, have.mask)) << Name(policy);
+          EXPECT_TRUE(SameBits(p, want.attended, have.attended)) << Name(policy);
         }
       }
     });
@@ -195,7 +157,7 @@ TEST(Properties, SelectThenAttendIsPrefill) {
   for (const OpCase& op : Thinned(MixedCases(), 3)) {
     ForAllEngines(op, [](const Engine& engine, const OpData& data) {
       const fp_problem& p = data.problem();
-      for (const AnyPolicy& policy : MixedPolicies()) {
+      for (const AnyPolicy& policy : MixedPolicies(data.problem().q_heads)) {
         const Mask mask = Select(engine, p, policy);
         const Attended attended = Attend(engine, p, mask);
         const Prefilled both = Prefill(engine, p, policy);
@@ -211,7 +173,7 @@ TEST(Properties, TheNumberOfThreadsChangesNothing) {
   for (const OpCase& op : Thinned(MixedCases(), 3)) {
     ForAllEngines(op, [](const Engine& engine, const OpData& data) {
       const fp_problem& p = data.problem();
-      for (const AnyPolicy& policy : MixedPolicies()) {
+      for (const AnyPolicy& policy : MixedPolicies(data.problem().q_heads)) {
         const Prefilled one = Prefill(engine, p, policy, 1);
         for (const int threads : Thinned<int>({2, 3, 0})) {
           const Prefilled more = Prefill(engine, p, policy, threads);
@@ -237,7 +199,7 @@ TEST(Properties, TheOrderOfPagesChangesNothing) {
     other.page_seed = 99;
     const OpData shuffled(other);
     ForAllEngines(op, [&](const Engine& engine, const OpData& data) {
-      for (const AnyPolicy& policy : MixedPolicies()) {
+      for (const AnyPolicy& policy : MixedPolicies(data.problem().q_heads)) {
         const Prefilled want = Prefill(engine, data.problem(), policy);
         const Prefilled have = Prefill(engine, shuffled.problem(), policy);
         EXPECT_TRUE(SameMask(data.problem(), want.mask, have.mask)) << Name(policy);
@@ -316,7 +278,7 @@ TEST(Properties, RowsThatSeeNothingAreZeroAndMinusInfinity) {
   }
 }
 
-TEST(Properties, AttendIgnoresBitsOfBlocksThatNobodySees) {
+TEST(Properties, AttendIgnoresBitsOfBlocksThatNoRowSees) {
   for (const OpCase& op : Thinned(MixedCases())) {
     ForAllEngines(op, [](const Engine& engine, const OpData& data) {
       const fp_problem& p = data.problem();
@@ -422,7 +384,7 @@ TEST(Properties, NanAndInfAnywhereEndWell) {
       }
       for (const Engine& engine : AllEngines()) {
         SCOPED_TRACE(engine.Name() + ": " + op.Describe());
-        for (const AnyPolicy& policy : MixedPolicies()) {
+        for (const AnyPolicy& policy : MixedPolicies(data.problem().q_heads)) {
           const Prefilled result = Prefill(engine, p, policy); // forced blocks and zeros beyond the visible ones stay
           const Geometry g = Geometry::Of(p, *policy.get());
           for (int b = 0; b < p.batch; ++b) {
@@ -445,7 +407,7 @@ TEST(Properties, NanAndInfAnywhereEndWell) {
   }
 }
 
-// With all keys of a block alike, and their values too, a block's means lose nothing.
+// With equal keys in a block, and equal values, a block's means lose nothing.
 TEST(Properties, TheCorrectionIsExactForBlocksOfEqualKeys) {
   for (const int32_t dtype : Thinned<int32_t>({FP_BF16, FP_F16, FP_F32})) {
     OpCase op;
@@ -486,7 +448,7 @@ TEST(Properties, TheCorrectionIsExactForBlocksOfEqualKeys) {
 TEST(Properties, StatsCountWhatTheMaskKeeps) {
   ForAllEngines(MixedCases()[2], [](const Engine& engine, const OpData& data) {
     const fp_problem& p = data.problem();
-    for (const AnyPolicy& policy : MixedPolicies()) {
+    for (const AnyPolicy& policy : MixedPolicies(data.problem().q_heads)) {
       Mask mask = Select(engine, p, policy);
       const Geometry g = Geometry::Of(p, mask.view);
       std::vector<int64_t> kept(static_cast<size_t>(p.batch * g.mask_heads)), total(static_cast<size_t>(p.batch));

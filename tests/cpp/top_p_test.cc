@@ -72,9 +72,12 @@ TEST(TopP, BlocksThatAreSetCountFirst) {
 TEST(TopP, EqualOnesGoByIndexAndZerosAddNothing) {
   EXPECT_EQ(KeptTopP({1, 1, 1, 1}, 0.5f), Blocks({0, 1}));
   EXPECT_EQ(KeptTopP({0, 0, 0}, 0.9f), Blocks());
-  EXPECT_EQ(KeptTopP({0, 2, 0, 2}, 1), Blocks({1, 3}));
+  EXPECT_EQ(KeptTopP({0, 2, 0, 2}, 0.99f), Blocks({1, 3}));
   EXPECT_EQ(KeptTopP({}, 0.5f), Blocks());
 }
+
+// Masses of 0 may be underflows, and a share of 1 is a wish for everything.
+TEST(TopP, AShareOfOneIsEverything) { EXPECT_EQ(KeptTopP({0, 2, 0, 2}, 1), Blocks({0, 1, 2, 3})); }
 
 TEST(TopK, EqualOnesGoByIndex) {
   EXPECT_EQ(KeptTopK({1, 3, 3, 2}, 1), Blocks({1}));
@@ -138,7 +141,7 @@ TEST(TopP, IsTheSmallestSetOfTheLargest) {
     const double total = std::accumulate(mass.begin(), mass.end(), 0.0);
     Blocks expected;
     double sum = 0;
-    for (int64_t i = 0; i < n && sum < share * total; ++i) {
+    for (int64_t i = 0; i < n && (share == 1 || sum < share * total); ++i) {
       expected.push_back(order[i]);
       sum += mass[order[i]];
     }

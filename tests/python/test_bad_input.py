@@ -62,7 +62,7 @@ ROWS = [
     ("backend 7", {"backend": 7}, TypeError, r"backend is 7; it must be a string or None"),
     ("target", {"target": "mmx"}, ValueError, r"exec\.target is mmx; it must be one that backend"),
     # policies
-    ("policy text", {"policy": "dense"}, TypeError, r"policy is 'dense'; it must be a policy, such as"),
+    ("policy number", {"policy": 3}, TypeError, r"policy is 3; it must be a policy, such as"),
     ("policy class", {"policy": fp.Dense}, TypeError, r"policy is <class .*>; it must be a policy"),
     ("final_chunk text", {"final_chunk": "yes"}, TypeError, r"final_chunk is 'yes'; it must be"),
     ("final_chunk long", {"final_chunk": [True, False]}, ValueError, r"final_chunk is a list of 2; it must be one bool"),
@@ -333,7 +333,7 @@ POLICIES = [
     (fp.Sketch, {"mass": 0.5, "alpha": 0.1}, ValueError, "alpha is 0.1; it must be None where mass is given"),
     (fp.Sketch, {"mass": 0.5, "gain": 0.1}, ValueError, "gain is 0.1; it must be None where mass is given"),
     (fp.Sketch, {"alpha": 0.5, "gain": 0.1}, ValueError, "gain is 0.1; it must be None where alpha is given"),
-    (fp.Sketch, {"gain": 1.0}, ValueError, "gain is 1.0; it must be at least 1e-37 and below 1"),
+    (fp.Sketch, {"gain": 1.0}, ValueError, "gain is 1.0; it must be above 0 and below 1"),
     (fp.Sketch, {"query_metric": 1}, TypeError, "query_metric is 1; it must be True or False"),
     (fp.Sketch, {"alpha": math.inf}, ValueError, "alpha is inf; it must be finite"),
     (fp.Sketch, {"outliers": 17}, ValueError, "outliers is 17; it must be from 0 to 16"),
@@ -418,10 +418,10 @@ def test_unknown_models_are_refused_with_the_known_ones():
 def test_cuda_tensors_without_a_backend():
     """The library answers for memory that no backend of this build works on."""
     from flashprefill import _abi
+    from flashprefill.policies import library
 
     p, size = _abi.sized(_abi.Problem), _abi.ctypes.c_size_t()
     p.device, p.batch, p.q_heads, p.kv_heads, p.head_dim, p.softmax_scale = _abi.CUDA, 0, 1, 1, 16, 1.0
-    policy = _abi.Policy()
-    _abi.check(_abi.lib.fp_policy_init(_abi.DENSE, _abi.byref(policy), _abi.ctypes.sizeof(policy)))
+    policy = library.struct_of("dense")
     with pytest.raises(NotImplementedError, match="FP_CUDA"):
         _abi.check(_abi.lib.fp_select_workspace(_abi.byref(p), _abi.byref(policy), None, _abi.byref(size)))

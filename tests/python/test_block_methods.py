@@ -254,7 +254,7 @@ def agree(policy, q, k, expected, engine):
     assert expected.near.mean() < 0.2
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p._spec.replace(" ", ","))
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.text)
 @pytest.mark.parametrize("q_len,k_len", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_selection_follows_the_definition(engine, policy, q_len, k_len, dtype):
@@ -322,7 +322,7 @@ def test_the_future_does_not_select(engine, policy):
         fp.Prism(mass=1),
         fp.SampleAttention(coverage=1),
     ],
-    ids=lambda p: p._spec.split(" block")[0].replace(" ", ","),
+    ids=lambda p: p.text,
 )
 def test_all_of_the_mass_is_all_blocks(engine, policy):
     q, k, v = tensors(3, (700, 2, 64), (900, 2, 64))

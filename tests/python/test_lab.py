@@ -326,11 +326,11 @@ def case(method, found, tokens=100):
 
 
 def test_a_policy_fails_only_where_dense_finds():
-    dense, other = needles.DENSE, "Sketch(mass=0.95)"
+    dense, other = needles.DENSE, "sketch(mass=0.95)"
     both = [case(dense, True), case(other, True), case(dense, False, 200), case(other, False, 200)]
     assert needles.verdict(both)[0] and "finds 1 of 2" in needles.verdict(both)[1]
     passed, words = needles.verdict([case(dense, True), case(other, False)])
-    assert not passed and "missed: Sketch(mass=0.95) at 100 tokens, depth 0.5" in words
+    assert not passed and "missed: sketch(mass=0.95) at 100 tokens, depth 0.5" in words
     passed, words = needles.verdict([case(dense, False), case(other, False)])
     assert passed and "nothing to hold the policies against" in words
 
@@ -376,7 +376,7 @@ def test_the_exit_code_says_that_a_needle_was_missed(model, monkeypatch, capsys)
         cli.main(["try", "--model", str(model), "--tokens", "700", "--depth", "0.5", "--policy", "sketch"])
         == 1
     )
-    assert "missed: Sketch(mass=0.95) at 700 tokens, depth 0.5" in capsys.readouterr().out
+    assert "missed: sketch(mass=0.95) at 700 tokens, depth 0.5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_minference_is_the_published_one_in_blocks(vertical, slash, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("library", ["torch", "numpy"])
 def test_lines_of_tokens(library, dtype):
-    """Exactly the published tokens, beside the tile's own blocks: masks, attention, density."""
+    """Exactly the published tokens, besides the tile's own blocks: masks, attention, density."""
     n, vertical, slash = 700, 40, 130
     q, k, v = peaked(1, n, 2, 1, 32, dtype)
     if library == "numpy" and dtype is torch.bfloat16:

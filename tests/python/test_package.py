@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import itertools
 import math
 import os
 import pickle
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 
 import flashprefill as fp
-from flashprefill import _abi, _engine
+from flashprefill import _abi
+from flashprefill.policies import library, text
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "include" / "flashprefill" / "flashprefill.h"
@@ -95,16 +97,7 @@ def test_structs_are_those_of_the_header(tmp_path):
         "fp_timings": _abi.Timings,
         "fp_exec": _abi.Exec,
         "fp_policy": _abi.Policy,
-        "fp_flashprefill": _abi.FlashPrefill,
-        "fp_sketch": _abi.Sketch,
-        "fp_flexprefill": _abi.FlexPrefill,
-        "fp_minference_head": _abi.MInferenceHead,
-        "fp_minference": _abi.MInference,
-        "fp_xattention": _abi.XAttention,
-        "fp_rrattention": _abi.RRAttention,
-        "fp_sparge_attn": _abi.SpargeAttn,
-        "fp_prism": _abi.Prism,
-        "fp_sample_attention": _abi.SampleAttention,
+        "fp_policy_field": _abi.PolicyField,
         "fp_block_mask": _abi.BlockMask,
         "fp_stats": _abi.Stats,
         "fp_output": _abi.Output,
@@ -125,73 +118,91 @@ def test_structs_are_those_of_the_header(tmp_path):
     assert [int(n) for n in printed.split()] == expected
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        fp.Dense,
-        fp.Streaming,
-        fp.FlashPrefill,
-        fp.Sketch,
-        fp.FlexPrefill,
-        fp.MInference,
-        fp.XAttention,
-        fp.RRAttention,
-        fp.SpargeAttn,
-        fp.Prism,
-        fp.SampleAttention,
-    ],
-)
-def test_defaults_are_the_library_s(policy):
-    number, struct = _engine._STRUCTS[policy.kind]
-    theirs = struct()
-    _abi.check(_abi.lib.fp_policy_init(number, ctypes.byref(theirs), ctypes.sizeof(theirs)))
-    common = theirs if struct is _abi.Policy else theirs.common
-    ours = policy()
-    for field in dataclasses.fields(ours):
-        if field.name in ("cover", "heads", "head_thresholds", "rounding"):  # words and lists: the next tests
-            continue
-        value = getattr(ours, field.name)
-        other = getattr(common if hasattr(common, field.name) else theirs, field.name)
-        if value is None:
-            assert other == 0 if field.name == "max_budget" else math.isnan(other), field.name
+CLASSES = sorted(text.named().values(), key=lambda kind: kind.kind)
+
+
+def fields_of(policy):
+    """Read a policy's struct back, each field by what the library says of it."""
+    memory, kind, name, raw = library.struct_of(policy.text), ctypes.c_int32(), "", _abi.PolicyField()
+    index = itertools.count()
+    while name != policy.kind:
+        name = _abi.lib.fp_policy_name(next(index), ctypes.byref(kind)).decode()
+    assert _abi.Policy.from_buffer(memory).kind == kind.value
+    read = {}
+    for number in itertools.count():
+        if _abi.lib.fp_policy_field_at(kind, number, ctypes.byref(raw)) != 0:
+            return read
+        scalar = ctypes.c_float if raw.type in (_abi.FLOAT, _abi.FLOAT_TABLE) else ctypes.c_int32
+        if raw.type in (_abi.INT_TABLE, _abi.FLOAT_TABLE):
+            rows = ctypes.c_int32.from_buffer(memory, raw.count_offset).value
+            address = ctypes.c_void_p.from_buffer(memory, raw.offset).value
+            values = (scalar * (rows * raw.columns)).from_address(address) if rows else ()
+            read[raw.name.decode()] = list(values)
         else:
-            assert float(other) == pytest.approx(float(value)), field.name
+            read[raw.name.decode()] = scalar.from_buffer(memory, raw.offset).value
 
 
-def test_specs_carry_every_field():
-    changed = fp.Sketch(
+def test_every_policy_of_the_library_has_a_class():
+    assert [kind.kind for kind in CLASSES] == sorted(library.FIELDS)
+    assert all(getattr(fp, kind.__name__) is kind and kind.__name__ in fp.__all__ for kind in CLASSES)
+
+
+@pytest.mark.parametrize("policy", CLASSES)
+def test_classes_have_the_library_s_fields_and_defaults(policy):
+    known = {field.name: field for field in library.FIELDS[policy.kind]}
+    assert {field.name for field in dataclasses.fields(policy)} == set(known)
+    struct = fields_of(policy())
+    for name, value in vars(policy()).items():
+        if name not in known:
+            continue
+        if isinstance(value, str):
+            value = known[name].choices.index(value)
+        if value is not None:
+            assert struct[name] == pytest.approx(float(value)), name
+        elif known[name].flags & _abi.ALTERNATIVE:
+            assert math.isnan(struct[name]), name
+        else:
+            assert struct[name] in (0, []), name
+
+
+CHANGED = [
+    fp.Sketch(
         alpha=0.3, outliers=3, query_pool=5, sink_blocks=7, window_blocks=8, dense_tail_blocks=9,
         block_size=64, share_heads=True, mean_correction=True, min_blocks=11,
-    )  # fmt: skip
-    struct = _engine._policy(changed._spec)
-    assert struct.alpha == pytest.approx(0.3) and math.isnan(struct.mass)
-    assert (struct.outliers, struct.query_pool, struct.min_blocks) == (3, 5, 11)
-    names = ["kind", "block_size", "sink_blocks", "window_blocks", "dense_tail_blocks", "share_heads"]
-    assert [getattr(struct.common, n) for n in [*names, "mean_correction"]] == [3, 64, 7, 8, 9, 1, 1]
+    ),
+    fp.Sketch(gain=0.001, query_metric=True),
+    fp.FlashPrefill(alpha=1e-05, mean_correction=True),
+    fp.FlexPrefill(gamma=0.5, cover="both", max_budget=2048),
+    fp.MInference(heads=[("stream_llm", 30, 800), ("vertical_and_slash", 1, 2), ("block_sparse", 100, 0)]),
+    fp.MInference(rounding="tokens", block_size=16),
+    fp.XAttention(head_thresholds=[0.5, 0.75, 1], stride=8),
+    fp.SpargeAttn(topk=0.25),
+    fp.SpargeAttn(cdf=0.5, similarity=-1),
+    fp.Prism(interleaved=True),
+]  # fmt: skip
 
 
-def test_specs_carry_words_and_lists():
-    flex = _engine._policy(fp.FlexPrefill(gamma=0.5, cover="both")._spec)
-    assert (flex.gamma, flex.tau, flex.min_budget, flex.max_budget, flex.cover) == (
-        0.5,
-        pytest.approx(0.1),
-        512,
-        0,
-        1,
-    )
-    assert _engine._policy(fp.FlexPrefill(max_budget=2048)._spec).max_budget == 2048
-    heads = [("stream_llm", 30, 800), ("vertical_and_slash", 1, 2), ("block_sparse", 100, 0)]
-    listed = _engine._policy(fp.MInference(heads=heads)._spec)
-    assert [(h.pattern, h.a, h.b) for h in listed.heads[: listed.head_count]] == [
-        (1, 30, 800),
-        (0, 1, 2),
-        (2, 100, 0),
-    ]
-    assert _engine._policy(fp.MInference()._spec).head_count == 0
-    each = _engine._policy(fp.XAttention(head_thresholds=[0.5, 0.75, 1])._spec)
-    assert each.head_thresholds[: each.head_count] == [0.5, 0.75, 1]
-    assert _engine._policy(fp.XAttention(head_thresholds=[0.5])._spec).head_thresholds[:1] == [0.5]
-    assert _engine._policy(fp.XAttention()._spec).head_count == 0
+@pytest.mark.parametrize("policy", [*CHANGED, *(kind() for kind in CLASSES)], ids=repr)
+def test_text_is_the_library_s_and_carries_every_field(policy):
+    """What Python writes the library reads, and writes again as Python does but for SpargeAttn's default."""
+    memory = library.struct_of(policy.text)
+    printed = _abi.text_of(_abi.lib.fp_policy_print, ctypes.byref(memory))
+    assert text.parse(policy.text) == policy and text.parse(printed) == policy
+    assert printed == policy.text or policy == fp.SpargeAttn()
+    assert repr(policy) == policy.text
+
+
+def test_structs_carry_values_words_and_lists():
+    struct = fields_of(CHANGED[0])
+    assert struct["alpha"] == pytest.approx(0.3) and math.isnan(struct["mass"])
+    assert (struct["outliers"], struct["query_pool"], struct["min_blocks"]) == (3, 5, 11)
+    names = ["block_size", "sink_blocks", "window_blocks", "dense_tail_blocks", "share_heads"]
+    assert [struct[n] for n in [*names, "mean_correction"]] == [64, 7, 8, 9, 1, 1]
+    flex = fields_of(CHANGED[3])
+    assert (flex["gamma"], flex["max_budget"], flex["cover"]) == (0.5, 2048, 1)
+    assert fields_of(CHANGED[4])["heads"] == [1, 30, 800, 0, 1, 2, 2, 100, 0]
+    assert fields_of(CHANGED[6])["head_thresholds"] == [0.5, 0.75, 1]
+    assert fields_of(fp.XAttention())["head_thresholds"] == []
 
 
 def test_policies_are_values():
@@ -199,7 +210,7 @@ def test_policies_are_values():
     assert policy == fp.FlashPrefill(alpha=0.25, block_size=64) and type(policy.alpha) is float
     assert len({policy, fp.FlashPrefill(alpha=0.25, block_size=64), fp.Sketch()}) == 2
     assert dataclasses.replace(policy, alpha=0.5).alpha == 0.5
-    assert dataclasses.replace(policy, alpha=0.5)._spec != policy._spec
+    assert dataclasses.replace(policy, alpha=0.5).text != policy.text
     more = (
         fp.FlexPrefill(cover="both"),
         fp.MInference(heads=[("stream_llm", 1, 2)]),

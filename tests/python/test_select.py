@@ -39,7 +39,7 @@ def by_definition(policy, q_len, k_len, dtype):
     return q, k, Selection(q, k, policy, margin=1e-3 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p._spec.replace(" ", ","))
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.text)
 @pytest.mark.parametrize("q_len,k_len", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_selection_follows_the_definition(engine, policy, q_len, k_len, dtype):

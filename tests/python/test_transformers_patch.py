@@ -76,7 +76,9 @@ def test_names_with_options(models, patched):
         (3, None, TypeError, ["3", "a policy"]),
         (KEEP, {"alpha": 1}, TypeError, ["options"]),
         ({0: KEEP}, {"alpha": 1}, TypeError, ["options"]),
-        ("streaming", {"alpha": 1}, TypeError, ["alpha"]),
+        ("streaming", {"alpha": 1}, TypeError, ["alpha is unknown; streaming takes", "sink_blocks"]),
+        ("a_shape", {"alpha": 1}, TypeError, ["alpha is unknown; a_shape takes n_init", "block_size"]),
+        ("streaming(sinks=1)", None, TypeError, ["sinks is unknown; streaming takes", "sink_blocks"]),
     ],
 )
 def test_bad_policies_are_refused_before_anything_changes(policy, options, error, words, models):

@@ -32,20 +32,20 @@ from . import device as devices
 from . import inputs, machine, models, table
 from .device import CPU, Device
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 SCHEMA = "flashprefill-bench/1"
 DEFAULT_SHAPES = {"cpu": ("9/3x64x8K",), "cuda": ("32/8x128x16K", "32/8x128x64K")}
 DEFAULT_POLICIES = ("dense", "flashprefill", "flashprefill(query_pool=16)", "sketch")
 DEFAULT_DENSITIES = (0.5, 0.25, 0.1)
-MATRIX = {"cpu": 2048, "cuda": 8192}  # rows; the smaller takes an H200 no longer than it takes to launch
+MATRIX = {"cpu": 2048, "cuda": 8192}  # rows; a smaller product takes an H200 less time than its launch
 MATRIX_PRODUCT = "PyTorch matrix product"
 CUDNN = "PyTorch SDPA, cuDNN"
 
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     shapes: Sequence[str] = ()  # those of the device
     policies: Sequence[str] = DEFAULT_POLICIES
@@ -87,7 +87,7 @@ def contenders(
             return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
     work = 2.0 * shape.q_heads * shape.head_dim * shape.tokens * (shape.tokens + 1)
-    # Without an instruction for it PyTorch's 16-bit product is a scalar loop of a minute, and no ceiling.
+    # On CPUs without a 16-bit instruction PyTorch's product is a slow scalar loop, which is no ceiling.
     has_product = device.cuda or (dtype is torch.bfloat16 and machine.supports_bf16())
     rows = MATRIX[device.kind]
     square = torch.randn(rows, rows, device=device.kind).to(dtype if has_product else torch.float32)
@@ -102,7 +102,7 @@ def contenders(
         call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
         alone = lambda policy=policy: select(q, k, policy, **where)  # noqa: E731
         density = stats.mean_density
-        found.append(Contender(spell(policy), call, density, work * density, alone))
+        found.append(Contender(policy.text, call, density, work * density, alone))
     for density in options.densities:
         keep = inputs.random_mask(shape, density).to(device.kind)
         mask = BlockMask.from_dense(keep, q_len=shape.tokens, k_len=shape.tokens)
@@ -182,7 +182,7 @@ def check(options: Options) -> None:
 
 
 def device_for(options: Options) -> Device:
-    """The device that is asked for, if only by naming a backend or an instruction set."""
+    """Return the device of the options, which a backend or an instruction set may imply."""
     asked = options.device
     if asked == "auto" and (options.target is not None or options.backend not in (None, "cuda")):
         asked = "cpu"

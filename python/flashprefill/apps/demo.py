@@ -13,27 +13,28 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..policies import FlashPrefill, Policy, Sketch
+from ..policies import FlashPrefill, Sketch
 from . import device, machine, models, prompt, report, table
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .method import Method
+from .spec import parse_policy
 
 TOKENS = 7600
 LONG_TOKENS = 24000
 QUICK_TOKENS = 1536
 SCHEMA = "flashprefill-demo/1"
-HOST_BOUND = 0.9  # of the time to first token: from there on the GPU has nothing queued
+HOST_BOUND = 0.9  # share of the time to first token; above it the GPU waits for Python
 
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     model: Path | None = None
     prompt: Path | None = None
@@ -52,28 +53,11 @@ class Options:
     out: Path = Path("out/demo")
 
 
-@dataclass
-class Method:
-    """One contender and all that was seen of it."""
-
-    label: str
-    policy: Policy | None
-    ttft: list[float] = field(default_factory=list)
-    attention: list[float] = field(default_factory=list)
-    select: list[float] = field(default_factory=list)
-    host_share: list[float] = field(default_factory=list)  # on a GPU: of ttft, until all was asked of it
-    density: Any = None  # [layers, heads]
-    fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
-    kl: float | None = None
-    top1: float | None = None
-    needles: list[dict[str, Any]] = field(default_factory=list)
-
-
 def methods_for(texts: Sequence[str]) -> list[Method]:
-    """Dense first, then what was asked for, or the four that the project stands for."""
+    """Return dense attention first, then the policies of the command line, or the project's main four."""
     dense = Method("Dense (PyTorch SDPA)", None)
     if texts:
-        return [dense, *(Method(spell(policy), policy) for policy in map(parse_policy, texts))]
+        return [dense, *(Method(policy.text, policy) for policy in map(parse_policy, texts))]
     return [
         dense,
         Method("FlashPrefill, published", FlashPrefill(alpha=0.12)),
@@ -159,14 +143,13 @@ class Runner:
             )
 
     def _select_alone(self, method: Method) -> float:
-        """Selections over the layers that the dense pass left, as many as the model has."""
+        """Return the seconds of all layers' selections, from those of the captured layers."""
         from . import measure
 
         if method.policy is None or not self.captured:
             return 0.0
-        layers = list(self.captured.values())
-        some = measure.select_seconds(self.loaded.device, method.policy, layers)
-        return float(some / len(layers) * self.layers)
+        some = measure.select_seconds(self.loaded.device, method.policy, self.captured)
+        return float(some / len(self.captured) * self.layers)
 
     def _compare(self, method: Method, logs: Any) -> None:
         from . import measure
@@ -188,7 +171,7 @@ def summarise(method: Method, dense: Method) -> dict[str, Any]:
     ttft, attention = statistics.median(method.ttft), statistics.median(method.attention)
     return {
         "label": method.label,
-        "policy": None if method.policy is None else spell(method.policy),
+        "policy": None if method.policy is None else method.policy.text,
         "ttft_seconds": _spread(method.ttft),
         "attention_seconds": _spread(method.attention),
         "select_seconds": _spread(method.select),
@@ -252,7 +235,7 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def pace(runs: Sequence[dict[str, Any]]) -> str | None:
-    """Say so if a GPU waits for Python: then times say little about attention."""
+    """Return a note if the GPU waits for Python: then times say little about attention."""
     waits = [run["label"] for run in runs if (run["host_share"] or 0.0) > HOST_BOUND]
     if not waits:
         return None

@@ -1,4 +1,4 @@
-"""Where an app computes: all that a CPU and a GPU differ in, so that every app has one path.
+"""The device of an app: all differences between a CPU and a GPU, so that every app has one path.
 
 Work on a GPU is only asked for when a call returns. So its time is taken between two events on the GPU, or
 on the host's clock once everything that was asked for is done. A call that is timed alone finds the GPU busy
@@ -82,7 +82,7 @@ class Device:
 
     @property
     def auto_dtype(self) -> str:
-        """What models and inputs are of if nobody says."""
+        """The default dtype of models and inputs."""
         from . import machine
 
         return "bf16" if self.cuda or machine.supports_bf16() else "fp32"
@@ -93,7 +93,7 @@ class Device:
         return 3 if self.cuda else 1
 
     def facts(self) -> dict[str, Any] | None:
-        """What results say of a GPU."""
+        """A GPU's description for results."""
         if not self.cuda:
             return None
         import torch
@@ -116,7 +116,7 @@ class Device:
         return f"{threads} threads on {machine.cpu_model()}" if about is None else str(about["name"])
 
     def now(self) -> float:
-        """The host's clock when all that was asked for is done."""
+        """The host's clock after all launched work is done."""
         if self.cuda:
             import torch
 

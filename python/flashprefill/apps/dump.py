@@ -11,7 +11,7 @@ SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The arrays of the file by name, not yet checked."""
+    """Return the file's arrays by name, unchecked."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
     if path.suffix not in SUFFIXES:
@@ -31,7 +31,7 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise UsageError(f"{path}: reading it needs {error.name}: pip install {error.name}") from error
-    except Exception as error:  # each format has its own zoo of errors for a damaged file
+    except Exception as error:  # each format has its own errors for a damaged file
         reason = str(error).strip().splitlines()
         raise UsageError(
             f"{path}: cannot be read: {reason[0] if reason else type(error).__name__}"

@@ -1,4 +1,4 @@
-"""`flashprefill info`: what is installed, what of it runs here, and if not, why."""
+"""`flashprefill info`: what is installed, what runs here, and why the rest does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made-up queries, keys and values that a policy has something to choose from.
+"""Synthetic queries, keys and values with structure for a policy to find.
 
 Independent Gaussians would give every block the same score. Here keys drift slowly with the position (so
 neighbours are alike), each stretch of the prompt has one of a few topics, and a query asks for its own

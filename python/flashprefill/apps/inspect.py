@@ -1,7 +1,7 @@
 """`flashprefill inspect`: run a selection on a saved dump of queries and keys, and show what it keeps.
 
 The statistics go to the terminal, with a small drawing of a head's mask in characters; with --out, masks of
-the heads are drawn into one PNG, beside the true attention if that is asked for.
+the heads are drawn into one PNG, next to the true attention on request.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy.typing as npt
 from ..api import select
 from . import dump, table
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 SHADES = " .:-=+*#%@"
 
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     file: Path
     policies: Sequence[str] = ()
@@ -65,7 +65,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         share = np.asarray(mask.stats.density, dtype=float)[0]
         results.append(
             {
-                "policy": spell(policy),
+                "policy": policy.text,
                 "tokens": [int(q.shape[0]), int(k.shape[0])],
                 "heads": [int(q.shape[1]), int(k.shape[1])],
                 "density": float(mask.density),
@@ -124,7 +124,7 @@ def _picture(options: Options, policies: list[Any], q: Any, k: Any, heads: list[
     query, key = tensor(q), tensor(k)
     scale = options.scale or float(query.shape[-1]) ** -0.5
     group = query.shape[1] // key.shape[1]
-    named = [(spell(policy), policy) for policy in policies]
+    named = [(policy.text, policy) for policy in policies]
     rows = []
     for head in heads:
         own = (query[:, head], key[:, head // group])

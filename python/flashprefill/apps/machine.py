@@ -1,4 +1,4 @@
-"""What a figure was measured on: every JSON file that this tool writes begins with it."""
+"""The machine: every JSON file that this tool writes begins with its description."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def usable_cpus() -> int:
 
 
 def busy() -> str | None:
-    """Say that others use the machine, if they do: to be asked before any work of our own."""
+    """Return a note if other processes use the machine. Call it before any work of our own."""
     try:
         load = os.getloadavg()[0]
     except OSError:

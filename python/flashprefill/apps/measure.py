@@ -1,4 +1,4 @@
-"""One forward pass over a prompt, taken apart: seconds to the first token, and what of them attention took.
+"""One forward pass over a prompt: seconds to the first token, and attention's part of them.
 
 Dense attention and ours are timed by the same hook, put around whatever attention function the model's
 configuration names; selection's share is what the library itself measured, on the CPU: on a GPU nothing
@@ -10,7 +10,7 @@ part of the time to first token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pass:
-    """What one forward pass over a prompt took, and what it left behind."""
+    """The times and results of one forward pass over a prompt."""
 
     ttft: float
     attention: float
@@ -37,11 +37,11 @@ class Pass:
     hidden: torch.Tensor  # last hidden states of the last positions
     stats: Any  # flashprefill's own statistics of the pass
     cache: Any
-    host_share: float | None = None  # of the time to first token, until all was asked of a GPU
+    host_share: float | None = None  # on a GPU: share of the time to first token until all work was launched
 
 
 class Captured(NamedTuple):
-    """What one layer's attention was called with: [tokens, heads, head_dim] each, and the scale."""
+    """The arguments of one layer's attention: [tokens, heads, head_dim] each, and the scale."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -140,9 +140,12 @@ def run(
     return Pass(ttft, clock.seconds, selecting, logits, hidden[0], stats, cache, host_share), clock
 
 
-def select_seconds(device: Device, policy: Policy, layers: Sequence[Captured]) -> float:
-    """Seconds of selections alone, over layers that were captured."""
-    calls = [partial(select, one.query, one.key, policy, softmax_scale=one.scale) for one in layers]
+def select_seconds(device: Device, policy: Policy, layers: Mapping[int, Captured]) -> float:
+    """Seconds of selections alone, over captured layers by number."""
+    calls = [
+        partial(select, one.query, one.key, policy.at_layer(number), softmax_scale=one.scale)
+        for number, one in layers.items()
+    ]
     return sum(device.timed(call)[1] for call in calls)
 
 

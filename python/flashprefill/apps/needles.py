@@ -20,7 +20,7 @@ import numpy as np
 from ..policies import FlashPrefill, Policy, Sketch
 from . import device, machine, models, prompt, table
 from .errors import UsageError
-from .spec import parse_policy, spell
+from .spec import parse_policy
 
 SCHEMA = "flashprefill-try/1"
 LEAST_TOKENS, MOST_TOKENS = 256, 1 << 20
@@ -30,7 +30,7 @@ DENSE = "dense attention"
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     model: Path | None = None
     device: str = "auto"
@@ -66,9 +66,9 @@ def check(options: Options) -> None:
 
 
 def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
-    """Dense first, then what was asked for."""
+    """Return dense attention first, then the policies of the command line."""
     policies = [parse_policy(text) for text in texts] or [FlashPrefill(), Sketch()]
-    return [(DENSE, None), *((spell(policy), policy) for policy in policies)]
+    return [(DENSE, None), *((policy.text, policy) for policy in policies)]
 
 
 def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) ->
 
 
 def verdict(cases: Sequence[dict[str, Any]]) -> tuple[bool, str]:
-    """Whether every policy found what dense attention found, and that in a sentence."""
+    """Return whether every policy found what dense attention found, and a sentence that says so."""
     base = [(case["tokens"], case["depth"]) for case in cases if case["method"] == DENSE and case["found"]]
     total = sum(case["method"] == DENSE for case in cases)
     others = [case for case in cases if case["method"] != DENSE and (case["tokens"], case["depth"]) in base]

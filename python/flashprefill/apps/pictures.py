@@ -1,7 +1,7 @@
-"""What the demo draws, from the queries and keys of the dense pass: which heads, which masks, which bars.
+"""The demo's pictures: heads, masks and bars, from the queries and keys of the dense pass.
 
-Masks are made anew with `select` from the dense pass's own queries and keys, so that all policies are seen
-deciding on the same input, beside the attention that is really there.
+Masks are selected again from the dense pass's own queries and keys, so that all policies decide on the same
+input, next to the true attention.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,10 @@ from ..api import select
 from ..policies import Policy, Streaming
 from . import heads as kinds
 from . import plots
+from .method import Method
 
-if TYPE_CHECKING:
-    from .demo import Method
-
-SHOWN_POLICIES = 2  # masks side by side: more would be too small to see
-SAMPLED_ROWS = 512  # rows of each head that the choice of heads looks at
+SHOWN_POLICIES = 2  # more masks in a row would be too small to see
+SAMPLED_ROWS = 512  # rows per head that the choice of heads looks at
 
 
 @dataclass
@@ -41,7 +39,7 @@ def host(x: Any) -> Any:
 
 
 def forced_by(policy: Policy) -> Streaming:
-    """The policy that keeps what this one keeps whatever the scores say."""
+    """Return the policy that keeps the forced blocks of this one alone."""
     names = ("sink_blocks", "window_blocks", "dense_tail_blocks")
     if not hasattr(policy, "sink_blocks"):
         return Streaming(0, 0, 0, block_size=policy.block_size, share_heads=policy.share_heads)
@@ -58,9 +56,10 @@ def mask_panels(
     policies: Sequence[tuple[str, Policy]],
     mass: Any = None,
 ) -> list[plots.MaskPanel]:
-    """One panel a policy for one query head; query [tokens, heads, dim], key [tokens, kv_heads, dim].
+    """Return a panel per policy for one query head; query [tokens, heads, dim], key [tokens, kv_heads, dim].
 
-    `mass(tile_tokens, block_size)`, if given, is the head's true attention mass: what is kept of it follows.
+    `mass(tile_tokens, block_size)`, if given, is the head's true attention mass; the panels then say how much
+    of it is kept.
     """
     panels = []
     for label, policy in policies:
@@ -108,11 +107,11 @@ def _to_show(methods: Sequence[Method]) -> list[tuple[str, Policy]]:
 def candidates_of(
     captured: dict[int, Any], policy: Policy
 ) -> tuple[list[kinds.Candidate], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """All captured heads as the choice of heads wants to see them, the forced blocks and the visible ones."""
+    """Return all captured heads as candidates, the forced blocks, and the visible blocks."""
     found: list[kinds.Candidate] = []
     forced = visible = np.zeros((0, 0), bool)
     for layer, (query, key, _, scale) in captured.items():
-        mask = select(query, key, policy, softmax_scale=scale)
+        mask = select(query, key, policy.at_layer(layer), softmax_scale=scale)
         kept = host(mask.dense())
         forced = host(select(query, key, forced_by(policy), softmax_scale=scale).dense())[0]
         visible = kinds.visible_blocks(mask, len(query), len(key))
@@ -142,7 +141,8 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
         ) -> Any:
             return host(kinds.attention_mass(q, k, scale, tile_tokens, block_size).double())  # noqa: B023
 
-        panels = mask_panels(query, key, scale, head, group, shown, mass)
+        here = [(label, policy.at_layer(layer)) for label, policy in shown]
+        panels = mask_panels(query, key, scale, head, group, here, mass)
         rows.append(plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels))
         seen = {panel.title: {"density": panel.density, "recall": panel.recall} for panel in panels}
         figures.append({"layer": layer, "head": head, "kind": kinds.KINDS[kind], "masks": seen})

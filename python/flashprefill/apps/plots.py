@@ -1,7 +1,7 @@
 """The pictures: masks of heads that differ in kind, density by layer and head, and where the time went.
 
 matplotlib without a display. One palette throughout: blue is what every mask keeps, orange is what the
-policy chose, grey is what was skipped, white is the future, which nobody may see.
+policy chose, grey is what was skipped, white is the future.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class MaskPanel:
-    """One policy's mask of one head: what was kept, what of that every mask keeps, what could be seen."""
+    """One policy's mask of one head: kept blocks, forced blocks, visible blocks."""
 
     title: str
     kept: Array
@@ -57,7 +57,7 @@ class MaskPanel:
 
 @dataclass
 class HeadRow:
-    """One head: its true attention mass by tile and block (None if nobody measured it), and its masks."""
+    """One head: its true attention mass by tile and block (None if not measured), and its masks."""
 
     title: str
     mass: Array | None
@@ -85,7 +85,7 @@ def _draw_mask(axis: Any, panel: MaskPanel, extent: tuple[int, int, int, int]) -
 
 
 def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
-    """One row of panels a head: where attention is, then what each policy kept of it."""
+    """Draw one row of panels per head: its attention, then what each policy kept of it."""
     with plt.rc_context(STYLE):
         columns = max((row.mass is not None) + len(row.panels) for row in rows)
         size = (3.45 * columns + 0.4, 3.3 * len(rows) + 0.5)
@@ -147,7 +147,7 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
 
 
 def amount(seconds: float) -> str:
-    """A time beside its bar."""
+    """Write a time next to its bar."""
     return f"{seconds:.1f} s" if seconds >= 1.0 else f"{seconds * 1e3:.1f} ms"
 
 

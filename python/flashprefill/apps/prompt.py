@@ -1,4 +1,4 @@
-"""A long prompt out of real text that is on the machine anyway, with a needle in it.
+"""A long prompt made of real text that every machine has, with a needle in it.
 
 Random tokens would make attention look nothing like it does in use, and a downloaded book needs a network.
 Every Debian has its licences, every Python its own source: prose and code. Somewhere in that text stands
@@ -81,7 +81,7 @@ def local_texts() -> Iterator[tuple[str, str]]:
 
 
 def text_of(tokenizer: Any, tokens: int, file: Path | None) -> tuple[list[int], str]:
-    """At least `tokens` tokens of text if there are so many, and where they are from."""
+    """Return at least `tokens` tokens of text, or all there are, and their source."""
     if file is not None:
         try:
             text = file.read_text(encoding="utf-8", errors="ignore")

@@ -132,7 +132,7 @@ SKIPPED = """
 prompt. But most heads give nearly all their weight to a few places. The prompt is cut into blocks of 128
 keys; for each head and each tile of queries a quick look at summaries of the blocks tells which of them
 matter, and exact attention is computed over just those. Query positions run down, key positions to the
-right, and nobody sees the future (the white triangle).</p>
+right; the future (the white triangle) is never visible.</p>
 """
 
 MASKS = """
@@ -206,7 +206,7 @@ def _facts(results: dict[str, Any]) -> str:
     )
     selecting = ON_GPU if settings["device"] == "cuda" else ""
     measured = MEASURED.format(turns=turns, positions=settings["compared_positions"], selecting=selecting)
-    closing = "<p class=soft>All figures are in results.json beside this page.</p>"
+    closing = "<p class=soft>All figures are in results.json next to this page.</p>"
     for note in (settings["busy"], settings.get("pace")):
         measured += f"<p class=no>Careful: {escape(note)}.</p>" if note else ""
     return f"<h2>How it was measured</h2>{measured}{definitions(facts)}{closing}"

@@ -11,7 +11,7 @@ def seconds(value: float) -> str:
 
 
 def places(seconds: float) -> int:
-    """Decimal places that milliseconds are printed with beside a dense attention of so many seconds."""
+    """Return the decimal places of milliseconds, where dense attention takes `seconds`."""
     return 3 if seconds < 0.05 else 0  # a GPU's
 
 

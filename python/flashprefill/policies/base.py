@@ -1,82 +1,120 @@
-"""The base of all policies, and the string of numbers that one is on its way to the library."""
+"""The base of all policies: their fields are the library's, and so are the checks of their values."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, ClassVar
 
-from ..errors import refuse, refuse_type
-from .checks import MAX_BLOCKS, check_integer
+from .. import _abi
+from ..errors import refuse
+from .library import DEFAULT, FIELDS, Field
 
 
 class Policy:
-    """The base of all policies. Make one of its subclasses."""
+    """The base of all policies. Make one of its subclasses, or write one as text.
 
-    kind: ClassVar[str] = ""  # the policy's name in specs
+    A subclass is a frozen dataclass whose fields have the library's names. It gives their order, types and
+    meaning; :meth:`_rules` holds what concerns more than one field.
+
+    Attributes:
+        kind: the policy's name in the library.
+        block_size: keys per block.
+        share_heads: whether a mask has one head for each KV head.
+        text: the policy as text, "prism(mass=0.9)": what decides, and what is not a default. It is read
+            wherever a policy is taken, and is how policies reach the library.
+    """
+
+    kind: ClassVar[str] = ""
     block_size: int
     share_heads: bool
-    _spec: str
+    text: str
+    _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
+    _fields: ClassVar[tuple[Field, ...]] = ()
+    _always_in_text: ClassVar[tuple[str, ...]] = ()
 
-    def _seal(self, **checked: Any) -> None:
-        """Check the fields that all policies share, store checked values, and write the spec.
-
-        The spec is the policy as one string of numbers, which is what goes through a torch operator: a string
-        shows in graphs what was asked for, and torch.compile guards on it with one comparison.
-        """
-        shared: dict[str, Any] = {}
-        for field in ("sink_blocks", "window_blocks", "dense_tail_blocks", "min_blocks"):
-            if hasattr(self, field):
-                shared[field] = check_integer(field, getattr(self, field), 0, MAX_BLOCKS)
-        for field in ("share_heads", "mean_correction", "query_metric"):
-            if hasattr(self, field):
-                value = getattr(self, field)
-                if not isinstance(value, bool):
-                    refuse_type(field, repr(value), "True or False")
-        if hasattr(self, "query_pool"):
-            shared["query_pool"] = check_integer("query_pool", self.query_pool, 1, 128)
-        block_size = check_integer("block_size", self.block_size, 16, 1024)
-        if block_size % 16:
-            refuse("block_size", block_size, "a multiple of 16")
-        shared["block_size"] = block_size
-        for name, value in {**shared, **checked}.items():
-            object.__setattr__(self, name, value)
-        spec = self.kind
-        for name in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
-            spec += self._spell(name, getattr(self, name))
-        object.__setattr__(self, "_spec", spec)
-
-    def _spell(self, name: str, value: Any) -> str:
-        """Return a field as the spec has it: a number, or rows of integers, "1:2:3,4:5:6"."""
-        return f" {name}={'nan' if value is None else int(value) if isinstance(value, bool) else value}"
+    def __init_subclass__(cls) -> None:
+        own = cls.__dict__.get("__annotations__", {}) or cls.__annotations__
+        cls._fields = tuple(field for field in FIELDS.get(cls._row or cls.kind, ()) if field.name in own)
+        for field in cls._fields:
+            if cls.__dict__.get(field.name) is DEFAULT:
+                setattr(cls, field.name, field.default)
+        if "share_heads" not in own:
+            cls.share_heads = False
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Policy:
-        """Make a policy of a mapping of options, which may name fields as the method's own code does."""
-        return cls(**options)
+    def _field(cls, name: str) -> Field:
+        return next(field for field in cls._fields if field.name == name)
+
+    def __post_init__(self) -> None:
+        values = self._alternatives()
+        for field in self._fields:
+            values[field.name] = field.check(values.get(field.name, getattr(self, field.name)))
+        if values["block_size"] % 16:
+            refuse("block_size", values["block_size"], "a multiple of 16")
+        self._rules(values)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "text", self._spelled(values))
+
+    def _alternatives(self) -> dict[str, Any]:
+        """Return what decides where nothing was given that does; refuse more than one that does."""
+        fields = [field for field in self._fields if field.flags & _abi.ALTERNATIVE]
+        given = [field.name for field in fields if getattr(self, field.name) is not None]
+        if len(given) > 1:
+            first, second = given[:2]
+            of = "the two" if len(fields) == 2 else "them"
+            must_be = f"None where {first} is given ({getattr(self, first)}): one of {of} decides"
+            refuse(second, getattr(self, second), must_be)
+        if given:
+            return {}
+        return {field.name: field.initial for field in fields if field.initial is not None}
+
+    def _rules(self, values: dict[str, Any]) -> None:
+        """Check fields against each other, and lists. May change values."""
+
+    def _spelled(self, values: dict[str, Any]) -> str:
+        shown = []
+        for field in self._fields:
+            value = values[field.name]
+            always = field.flags & _abi.DECIDES or field.name in self._always_in_text
+            if value is not None and (always or value != field.default):
+                shown.append(f"{field.name}={self._spell(field.name, value)}")
+        return f"{self.kind}({', '.join(shown)})" if shown else self.kind
+
+    def _spell(self, name: str, value: Any) -> str:
+        """Return a value as the library reads it."""
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, tuple):
+            return "[" + ", ".join([self._spell(name, each) for each in value]) + "]"
+        return f"{value}".removesuffix(".0")
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, name) for name in self._names())
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Return the names of the dataclass's fields."""
+        return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return options by the names of our fields, where the method's own code has others."""
+        return options
+
+    def at_layer(self, layer: int) -> Policy:
+        """Return the policy for one layer of a model: itself, unless it depends on the layer."""
+        return self
 
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
-        """Return how many columns and distances of single tokens a mask head needs room for."""
+        """Return how many verticals and slashes of single tokens a mask head needs room for."""
         return 0, 0
 
     @property
     def corrects(self) -> bool:
         """Whether blocks left out count by their means."""
         return bool(getattr(self, "mean_correction", False))
-
-    def __reduce__(self) -> Any:
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-
-
-def numbers_of(spec: str) -> tuple[str, dict[str, float | list[list[float]]]]:
-    """Read a policy's spec back: its kind and its fields, None as NaN, rows of integers as lists."""
-    kind, *parts = spec.split()
-    fields: dict[str, float | list[list[float]]] = {}
-    for part in parts:
-        name, value = part.split("=")
-        if ":" in value:
-            fields[name] = [[float(x) for x in row.split(":") if x] for row in value.split(",")]
-        else:
-            fields[name] = math.nan if value == "nan" else float(value)
-    return kind, fields

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import refuse
 from .base import Policy
-from .checks import check_alpha
+from .library import DEFAULT
 
 # alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
 _ALPHAS = {
@@ -21,42 +21,38 @@ _ALPHAS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlashPrefill(Policy):
     """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
 
-    A block of keys is scored by its mean key: the sum over the tile's rows of exp(scale * q . mean). Kept are
-    blocks from
-    ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
+    The score of a block of keys is the sum over the tile's rows of exp(scale * q . mean key). Blocks are kept
+    from ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
 
     Args:
-        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 the best
-            one. 0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
-        block_size: keys a block; the paper tunes for 128.
-        query_pool: rows; scores are those of means of so many consecutive query rows of a head, 1 to 128. 1
-            is the paper, 16 costs 16 times less arithmetic at the same quality (docs: selectors).
+        alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 only the
+            best. 0.12 is what the paper sets for Qwen3-30B; see :meth:`for_model`.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
+        block_size: keys per block; the paper tunes for 128.
+        query_pool: rows; means of ``query_pool`` consecutive query rows of a head are scored instead of
+            rows, 1 to 128. 1 is the paper, 16 costs 16 times less arithmetic at the same quality.
         share_heads: one list for the query heads of a KV head (V2).
         mean_correction: blocks left out count by their means (V2).
-        min_blocks: blocks; at least the top so many by score are kept.
+        min_blocks: blocks; the top ``min_blocks`` by score are always kept.
     """
 
-    alpha: float = 0.12
-    sink_blocks: int = 2
-    window_blocks: int = 4
-    dense_tail_blocks: int = 2
-    block_size: int = 128
-    query_pool: int = 1
-    share_heads: bool = False
-    mean_correction: bool = False
-    min_blocks: int = 0
+    alpha: float = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    block_size: int = DEFAULT
+    query_pool: int = DEFAULT
+    share_heads: bool = DEFAULT
+    mean_correction: bool = DEFAULT
+    min_blocks: int = DEFAULT
 
     kind = "flashprefill"
-
-    def __post_init__(self) -> None:
-        self._seal(alpha=check_alpha(self.alpha))
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> FlashPrefill:

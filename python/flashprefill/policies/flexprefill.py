@@ -8,71 +8,59 @@ from typing import Any
 
 from ..errors import refuse
 from .base import Policy
-from .checks import MAX_FLOAT32, MAX_TOKENS, check_integer, check_number
+from .library import DEFAULT
 
 _GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  # FlexPrefill's scripts
-_COVERS = ("first", "both")  # by fp_flex_cover
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlexPrefill(Policy):
-    """FlexPrefill (arXiv 2502.20766): each head finds by itself what it keeps, from its last query rows.
+    """FlexPrefill (arXiv 2502.20766): each head selects by itself, from its last query rows.
 
-    The softmax of the last ``block_size`` query rows over all keys is summed by key (columns) and by distance
-    (diagonals). Where the pooled keys foretell the columns (Jensen-Shannon distance below ``tau``), the head
-    is *query-aware*: blocks are kept by pooled scores of each block of queries, until they hold ``gamma`` of
-    the head's whole map. Else it keeps columns and diagonals of blocks, as many as hold ``gamma`` of those
-    rows' mass. The first column and the diagonal are kept always. See docs/methods/flexprefill.md.
+    The softmax of the last ``block_size`` query rows over all keys is summed by key (verticals) and by
+    distance (slashes). If pooled queries and keys predict the verticals (Jensen-Shannon distance below
+    ``tau``), the head is *query-aware*: it keeps blocks by the pooled scores of each block of queries, until
+    they hold ``gamma`` of the head's whole map. Otherwise it keeps verticals and slashes of blocks, as many
+    as hold ``gamma`` of those rows' mass. The first vertical and the diagonal are always kept. See
+    docs/methods/flexprefill.md.
 
     Args:
         gamma: share of the mass to keep, in (0, 1]. The authors use 0.95 for Llama-3.1-8B and GLM-4-9B, 0.9
             for Qwen2-7B and Yi-9B.
         tau: Jensen-Shannon distance, at least 0; 0 makes no head query-aware. The authors use 0.1.
-        min_budget: tokens; columns and diagonals hold at least so many, rounded up to blocks.
-        max_budget: tokens; at most so many; None is no limit.
-        block_size: keys a block, and the query rows that are looked at; 128 is the paper.
-        cover: a diagonal of tokens crosses two diagonals of blocks. "first" keeps the nearer of them, as
-            published; "both" keeps both.
-        sink_blocks: blocks kept at the beginning, beside what the policy keeps.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        min_budget: tokens that verticals and slashes hold at least, rounded up to blocks.
+        max_budget: tokens that they hold at most; None: no limit.
+        block_size: keys per block, and the number of query rows that are looked at; 128 is the paper's.
+        cover: a slash of tokens crosses two slashes of blocks. "first" keeps the nearer one, as published;
+            "both" keeps both.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 
-    gamma: float = 0.9
-    tau: float = 0.1
-    min_budget: int = 512
-    max_budget: int | None = None
-    block_size: int = 128
-    cover: str = "first"
-    sink_blocks: int = 0
-    window_blocks: int = 0
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    gamma: float = DEFAULT
+    tau: float = DEFAULT
+    min_budget: int = DEFAULT
+    max_budget: int | None = DEFAULT
+    block_size: int = DEFAULT
+    cover: str = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "flexprefill"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        gamma, tau = check_number("gamma", self.gamma), check_number("tau", self.tau)
-        if not 1e-37 <= gamma <= 1.0:
-            refuse("gamma", gamma, "above 0 and at most 1")
-        if not 0.0 <= tau <= MAX_FLOAT32:
-            refuse("tau", tau, "finite and at least 0")
-        least = check_integer("min_budget", self.min_budget, 0, MAX_TOKENS)
-        most = self.max_budget
-        if most is not None:
-            most = check_integer("max_budget", most, 1, MAX_TOKENS)
-            if most < least:
-                refuse("max_budget", most, f"at least min_budget ({least}), or None")
-        if self.cover not in _COVERS:
-            refuse("cover", repr(self.cover), "one of " + ", ".join(map(repr, _COVERS)))
-        self._seal(gamma=gamma, tau=tau, min_budget=least, max_budget=most)
+    def _rules(self, values: dict[str, Any]) -> None:
+        least, most = values["min_budget"], values["max_budget"]
+        if most is not None and most < least:
+            refuse("max_budget", most, f"at least min_budget ({least}), or None")
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> FlexPrefill:
-        """Make a policy of FlexPrefill's own options, "flex_prefill_gamma" and so on, or of fields."""
-        return cls(**{name.removeprefix("flex_prefill_"): value for name, value in options.items()})
+    def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return options by the names of our fields: FlexPrefill calls gamma "flex_prefill_gamma"."""
+        return {name.removeprefix("flex_prefill_"): value for name, value in options.items()}
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> FlexPrefill:
@@ -89,8 +77,3 @@ class FlexPrefill(Policy):
         if gamma is None:
             refuse("name", repr(name), "one of " + ", ".join(sorted(_GAMMAS)))
         return cls(**{"gamma": gamma, "tau": 0.1, "min_budget": 1024, **changes})
-
-    def _spell(self, name: str, value: Any) -> str:
-        if name == "cover":
-            return f" cover={_COVERS.index(value)}"
-        return super()._spell(name, 0 if name == "max_budget" and value is None else value)

@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import refuse, refuse_type
 from .base import Policy
 from .checks import MAX_TOKENS, check_integer
+from .library import DEFAULT, vertical_slash_room
 
 _PAIRS = {"llama-3.1-8b": (512, 2048)}  # MInference's second table for it has one pair
-_ROUNDINGS = ("blocks", "tokens")  # by fp_rounding
 _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
 
 
@@ -22,6 +22,8 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:
         refuse_type(name, repr(entry), "(pattern, a, b)")
     pattern, a, b = entry
+    if isinstance(pattern, int) and 0 <= pattern < len(_PATTERNS):  # as the library's text has it
+        pattern = _PATTERNS[pattern]
     if pattern not in _PATTERNS:
         refuse(f"{name}'s pattern", repr(pattern), "one of " + ", ".join(_PATTERNS))
     return (
@@ -31,58 +33,58 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MInference(Policy):
     """MInference (arXiv 2407.02490): a pattern for each head, found once for a model.
 
-    *Vertical and slash*: the softmax of the last 64 query rows over all keys, summed by key and by distance;
-    the ``vertical`` keys and ``slash`` distances with the largest sums are kept, the first 30 keys and the
-    nearest 100 distances always among them. Without a table of heads all of them use it, with the authors'
-    default for models that they have no table for. See docs/methods/minference.md.
+    *Vertical and slash*: the softmax of the last 64 query rows over all keys is summed by key and by
+    distance. The ``vertical`` keys and ``slash`` distances with the largest sums are kept; the first 30 keys
+    and the nearest 100 distances are always among them. Without a table, all heads have this pattern, with
+    the authors' default for models without a table. See docs/methods/minference.md.
 
     Args:
-        vertical: tokens; columns that a head keeps.
-        slash: tokens; diagonals that a head keeps.
-        heads: a (pattern, a, b) for each query head, in place of vertical and slash: ("vertical_and_slash",
-            columns, diagonals), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
-        rounding: "blocks" rounds columns and diagonals out to the blocks that hold some of them, which every
-            backend can attend to; "tokens" keeps them as they are, as published: on the CPU, and without
+        vertical: tokens: verticals that a head keeps.
+        slash: tokens: slashes that a head keeps.
+        heads: a (pattern, a, b) for each query head, instead of vertical and slash: ("vertical_and_slash",
+            verticals, slashes), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
+        rounding: "blocks" rounds verticals and slashes out to the blocks that hold some of them, which every
+            backend can attend to; "tokens" keeps them as they are, as published: on the CPU only, and without
             mean_correction.
-        block_size: keys a block; 64 are the authors' kernels'.
-        sink_blocks: blocks kept at the beginning, beside what the policy keeps.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys per block; 64 are the authors' kernels'.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 
-    vertical: int = 1000
-    slash: int = 6096
-    heads: tuple[tuple[str, int, int], ...] | None = None
-    rounding: str = "blocks"
-    block_size: int = 64
-    sink_blocks: int = 0
-    window_blocks: int = 0
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    vertical: int = DEFAULT
+    slash: int = DEFAULT
+    heads: tuple[tuple[str, int, int], ...] | None = DEFAULT
+    rounding: str = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "minference"
-    share_heads = False
+    _room: ClassVar[tuple[int, int]]  # verticals and slashes of single tokens, for any number of keys
+
+    def _rules(self, values: dict[str, Any]) -> None:
+        heads = values["heads"]
+        if heads is not None:
+            values["heads"] = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
+            if not values["heads"]:
+                refuse("heads", (), "a pattern for each query head, or None")
+        if values["rounding"] == "tokens" and values["mean_correction"]:
+            refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
 
     def __post_init__(self) -> None:
-        heads = self.heads
-        if heads is not None:
-            heads = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
-            if not heads:
-                refuse("heads", heads, "a pattern for each query head, or None")
-        if self.rounding not in _ROUNDINGS:
-            refuse("rounding", repr(self.rounding), "one of " + ", ".join(map(repr, _ROUNDINGS)))
-        if self.rounding == "tokens" and self.mean_correction is True:
-            refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
-        self._seal(
-            vertical=check_integer("vertical", self.vertical, 0, MAX_TOKENS),
-            slash=check_integer("slash", self.slash, 0, MAX_TOKENS),
-            heads=heads,
-        )
+        super().__post_init__()
+        room = (0, 0)
+        if self.rounding == "tokens":
+            room = vertical_slash_room(self.text, len(self.heads or (1,)))
+        object.__setattr__(self, "_room", room)
 
     @classmethod
     def from_config(
@@ -91,16 +93,16 @@ class MInference(Policy):
         """Read a table of heads as MInference ships them, into a policy for each layer.
 
         Args:
-            config: a path to the JSON file, or what is in it: a list with an object a layer, from a head's
-                index to [pattern, a, b, score]. A head that is missing gets the authors' default,
+            config: the JSON file's path or content: a list with an object for each layer, from a head's
+                index to [pattern, a, b, score]. Missing heads get the authors' default,
                 ["vertical_and_slash", 1000, 6096].
-            q_heads: query heads of the model; the default is what the table's largest index says.
+            q_heads: query heads of the model; by default the table's largest index + 1.
             ratio: factor on every a and b of vertical and slash (the authors' minference_ratio).
             **fields: other fields of the policies.
 
         Returns:
-            A mapping from layer to policy, with the default for layers that the table has not: what
-            ``flashprefill.patch_model(model, mapping)`` takes.
+            A mapping from layer to policy, for ``flashprefill.patch_model(model, mapping)``. Its "default" is
+            for layers that are not in the table.
         """
         if isinstance(config, (str, os.PathLike)):
             config = json.loads(Path(config).read_text())
@@ -145,20 +147,10 @@ class MInference(Policy):
         return cls(**{"vertical": pair[0], "slash": pair[1], **changes})
 
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
-        if self.rounding != "tokens":
-            return 0, 0
-        heads = self.heads or ((_PATTERNS[0], self.vertical, self.slash),)
-        pairs = [(max(a, 30), max(b, 50)) for pattern, a, b in heads if pattern == _PATTERNS[0]]
-        if not pairs:
-            return 0, 0
-        return min(keys, max(a for a, _ in pairs)), min(keys, max(b for _, b in pairs))
+        verticals, slashes = self._room
+        return min(keys, verticals), min(keys, slashes)
 
     def _spell(self, name: str, value: Any) -> str:
-        if name == "rounding":
-            return f" rounding={_ROUNDINGS.index(value)}"
-        if name != "heads":
-            return super()._spell(name, value)
-        if value is None:
-            return ""
-        rows = ",".join(f"{_PATTERNS.index(pattern)}:{a}:{b}" for pattern, a, b in value)
-        return f" head_count={len(value)} heads={rows}"
+        if value in _PATTERNS:
+            return str(_PATTERNS.index(value))
+        return super()._spell(name, value)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse
 from .base import Policy
-from .checks import check_integer, check_share
+from .library import DEFAULT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prism(Policy):
     """Prism (arXiv 2602.08426): pooled scores in two bands of rotary frequencies.
 
-    A mean over a block averages out what rotates fast. So the fast and the slow dimensions are scored apart,
-    each with the temperature that its pooled energy calls for, and a tile keeps the union of the smallest
-    sets that hold ``mass`` of either softmax. See docs/methods/prism.md.
+    The mean over a block averages out dimensions that rotate fast. So fast and slow dimensions are scored
+    separately, each band with a temperature that follows from its pooled energy. A tile keeps the union of
+    the smallest sets that hold ``mass`` of each band's softmax. See docs/methods/prism.md.
 
     Args:
         mass: share of a band's probability to keep, in (0, 1]; 0.95 in the paper.
@@ -25,36 +26,26 @@ class Prism(Policy):
             64). Dimensions that are not rotated belong to the low band.
         interleaved: False: dimension i is paired with i + rotary_dim / 2 (Llama, Qwen in Transformers); True:
             2i with 2i + 1.
-        block_size: keys a block; 128 is the paper's.
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
+        block_size: keys per block; 128 is the paper's.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         mean_correction: blocks left out count by their means.
     """
 
-    mass: float = 0.95
-    rotary_dim: int = 0
-    high_pairs: int = 0
-    low_pairs: int = 0
-    interleaved: bool = False
-    block_size: int = 128
-    sink_blocks: int = 1
-    window_blocks: int = 2
-    dense_tail_blocks: int = 0
-    mean_correction: bool = False
+    mass: float = DEFAULT
+    rotary_dim: int = DEFAULT
+    high_pairs: int = DEFAULT
+    low_pairs: int = DEFAULT
+    interleaved: bool = DEFAULT
+    block_size: int = DEFAULT
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "prism"
-    share_heads = False
 
-    def __post_init__(self) -> None:
-        rotary = check_integer("rotary_dim", self.rotary_dim, 0, 512)
-        if rotary % 2:
-            refuse("rotary_dim", rotary, "even")
-        if not isinstance(self.interleaved, bool):
-            refuse_type("interleaved", repr(self.interleaved), "True or False")
-        self._seal(
-            mass=check_share("mass", self.mass),
-            rotary_dim=rotary,
-            high_pairs=check_integer("high_pairs", self.high_pairs, 0, 256),
-            low_pairs=check_integer("low_pairs", self.low_pairs, 0, 256),
-        )
+    def _rules(self, values: dict[str, Any]) -> None:
+        if values["rotary_dim"] % 2:
+            refuse("rotary_dim", values["rotary_dim"], "even")

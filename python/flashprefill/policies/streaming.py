@@ -1,4 +1,4 @@
-"""Streaming: what stands at fixed places, A-shape and Tri-shape."""
+"""Streaming: blocks at fixed places, A-shape and Tri-shape."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from typing import Any
 
 from .base import Policy
 from .checks import MAX_TOKENS, check_integer
+from .library import DEFAULT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Streaming(Policy):
-    """Sink and window blocks only, nothing is scored.
+    """Sink and window blocks only; nothing is scored.
 
     StreamingLLM's pattern (arXiv 2309.17453), also called A-shape; with a dense tail, Tri-shape.
 
     Args:
-        sink_blocks: blocks kept at the beginning.
-        window_blocks: blocks kept before and at the diagonal.
-        dense_tail_blocks: blocks' worth of last query tiles that keep everything.
-        block_size: keys a block.
+        sink_blocks: blocks at the beginning that are always kept.
+        window_blocks: blocks before and at the diagonal that are always kept.
+        dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
+        block_size: keys per block.
         share_heads: one list for the query heads of a KV head.
         mean_correction: blocks left out count by their means.
     """
 
-    sink_blocks: int = 2
-    window_blocks: int = 4
-    dense_tail_blocks: int = 2
-    block_size: int = 128
-    share_heads: bool = False
-    mean_correction: bool = False
+    sink_blocks: int = DEFAULT
+    window_blocks: int = DEFAULT
+    dense_tail_blocks: int = DEFAULT
+    block_size: int = DEFAULT
+    share_heads: bool = DEFAULT
+    mean_correction: bool = DEFAULT
 
     kind = "streaming"
-
-    def __post_init__(self) -> None:
-        self._seal()
 
     @classmethod
     def a_shape(

@@ -1,4 +1,4 @@
-"""What Transformers calls in each layer: which calls are sparse, and how they reach the kernel.
+"""The attention function that Transformers calls in each layer: which calls are sparse, and how.
 
 Sparse are prefills: at least a tile of rows of causal self-attention, with a cache or without, whose
 padding lies at the ends. q, k and v go to the kernel as the views that they are: [batch, heads, tokens,
@@ -6,7 +6,7 @@ head_dim] read as [batch, tokens, heads, head_dim], KV heads unrepeated, a padde
 static cache up to what is used. Nothing is copied, and the result has the layout that the output projection
 reads.
 
-In all else that a model may ask for, this function knows no better than the model: fallback.py.
+All other calls run as the model's own attention does: fallback.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .. import _engine
+from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
 from ..policies import FlashPrefill, Policy
@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Layer:
-    """What patch_model leaves at a layer."""
+    """An attention layer's policy, set by patch_model."""
 
     policy: Policy | None  # None: the model's own dense attention
     eager: bool  # that is eager's, not SDPA's
@@ -45,7 +45,7 @@ class Layer:
 # What a model has that was loaded with attn_implementation="flashprefill" and not patched.
 _UNPATCHED = FlashPrefill()
 
-# Length of the prompt that generate() is reading, all its chunks; None if nobody said. Set by register.py.
+# Length of the prompt that generate() is reading, all its chunks; None if unknown. Set by register.py.
 prompt_length: contextvars.ContextVar[int | None] = contextvars.ContextVar("prompt_length", default=None)
 
 
@@ -129,7 +129,7 @@ def _why_dense(
     if policy is None:
         return "policy"
 
-    # What SDPA ignores in kwargs, so do we: the rest changes the formula.
+    # Other kwargs change the formula, or SDPA ignores them too.
     if kwargs.get("softcap") is not None:
         return "softcap"
     if kwargs.get("s_aux") is not None:
@@ -213,7 +213,7 @@ def _sparse(
             sequences = slice(span.batch_begin, span.batch_end)
             here, there = slice(span.row_begin, span.row_end), slice(span.key_begin, span.key_end)
             parts = [x[sequences, where] for x, where in zip(parts, (here, there, there, here), strict=True)]
-        with _engine.collect_timings() if measure else contextlib.nullcontext(_engine.Timings()) as timings:
+        with _timings.collect_timings() if measure else contextlib.nullcontext(_timings.Timings()) as timings:
             result = prefill_attention(
                 parts[0],
                 parts[1],

@@ -1,4 +1,4 @@
-"""What runs where sparse prefill does not: the model's own dense attention, and one warning for each reason.
+"""Calls that are not sparse: the model's own dense attention, and one warning per reason.
 
 Attention variants differ in what they add to softmax(q k) v. Whatever the kernel does not compute exactly
 is left to SDPA, or where SDPA does not know it either (softcap, sinks, weights as an output) to the eager
@@ -18,7 +18,7 @@ from .masks import Plan, additive, causal_pairs, is_roles, models_of, pairs_of
 
 
 class FlashPrefillWarning(UserWarning):
-    """A model runs dense, or partly so, and why."""
+    """A model, or a part of it, runs dense; the message says why."""
 
 
 # Nothing to wonder at: these are never warned about.

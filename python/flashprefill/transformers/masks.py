@@ -1,4 +1,4 @@
-"""Masks: what Transformers asks for once in a forward, before any layer runs.
+"""Masks, which Transformers asks for once per forward, before any layer runs.
 
 SDPA's mask is a bool for each pair of query and key: 17 GB for a chunk of a padded prompt of 128K tokens.
 We need two flags for each *key position* (is it a token or padding; does a query row stand there), from
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 @dataclass
 class Plan:
-    """What roles say, read once in a forward and kept with them."""
+    """The content of roles, read once per forward and kept with them."""
 
     first_query: int  # the position of the first row
     used: int  # positions up to and with the last row

@@ -14,7 +14,8 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from ..errors import refuse, refuse_type
-from ..policies import Policy, Streaming
+from ..policies import Policy
+from ..policies.text import parse
 from .attention import ATTRIBUTE, Layer
 from .fallback import supports_sdpa
 from .register import IMPLEMENTATION, register_transformers
@@ -31,20 +32,9 @@ class _Before:
     implementation: str | None
 
 
-def policy_named(name: str, options: Mapping[str, Any] | None = None) -> Policy:
-    """Return the policy of that name ("flashprefill", "flex_prefill", ...) with options as its fields."""
-    makers: dict[str, Any] = {kind.kind: kind.from_options for kind in Policy.__subclasses__()}
-    makers["ashape"] = lambda options: Streaming.a_shape(**options)
-    makers["trishape"] = lambda options: Streaming.tri_shape(**options)
-    make = makers.get(name.lower().replace("-", "").replace("_", ""))
-    if make is None:
-        refuse("policy", repr(name), "one of " + ", ".join(sorted(makers)))
-    return make(options or {})  # type: ignore[no-any-return]
-
-
 def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | None:
     if isinstance(value, str):
-        return policy_named(value, options)
+        return parse(value, options)
     if options is not None:
         refuse_type("options", repr(dict(options)), f"None where the policy is not a name but {value!r}")
     if value is not None and not isinstance(value, Policy):
@@ -54,7 +44,7 @@ def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | No
 
 def _by_layer(policy: Any, options: Mapping[str, Any] | None, layers: int) -> list[Policy | None]:
     if not isinstance(policy, Mapping):
-        return [_policy(policy, options)] * layers
+        return _at_layers([_policy(policy, options)] * layers)
     if options is not None:
         refuse_type("options", repr(dict(options)), "None where the policy is a mapping")
     result = [_policy(policy.get("default"))] * layers
@@ -66,7 +56,11 @@ def _by_layer(policy: Any, options: Mapping[str, Any] | None, layers: int) -> li
         if not -layers <= key < layers:
             refuse("a layer of policy", key, f"from {-layers} to {layers - 1}")
         result[key] = _policy(value)
-    return result
+    return _at_layers(result)
+
+
+def _at_layers(policies: list[Policy | None]) -> list[Policy | None]:
+    return [None if policy is None else policy.at_layer(layer) for layer, policy in enumerate(policies)]
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -97,10 +91,10 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
 
     Args:
         model: a Transformers model whose attention goes through AttentionInterface; it is changed in place.
-        policy: a policy, the name of one, or a mapping from layer to either. In a mapping None, or a layer
-            that is missing, means the model's own dense attention; the key "default" stands for all layers
-            that are missing, and negative layers count from the end.
-        options: with a name: the policy's fields.
+        policy: a policy, a text of one ("sketch(mass=0.9)"), or a mapping from layer to either. In a mapping
+            None, or a layer that is missing, means the model's own dense attention; the key "default" stands
+            for all layers that are missing, and negative layers count from the end.
+        options: with a text: fields of the policy.
 
     Returns:
         The model.
@@ -120,8 +114,9 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
         if isinstance(number, int) or hasattr(module, "is_causal"):
             was = before.get(id(getattr(module, "config", None)))
             eager = was == "eager" if was in ("eager", "sdpa") else not supports_sdpa(module)
-            # Attention without a number is a vision tower's, or so: left as it is.
-            setattr(module, ATTRIBUTE, Layer(policies[number] if isinstance(number, int) else None, eager))
+            # Attention without a number is a vision tower's, or the like: left as it is.
+            policy_here = policies[number] if isinstance(number, int) else None
+            setattr(module, ATTRIBUTE, Layer(policy_here, eager))
     return model
 
 

@@ -1,8 +1,7 @@
-"""What became of a model's attention: density by layer and head, seconds, and why calls ran dense.
+"""Statistics of a model's attention: density by layer and head, seconds, and why calls ran dense.
 
-Nothing is measured unless somebody asks; the attention function then looks at one empty list. Inside
-`collect_stats` each call of an attention layer leaves a row, whose counts stay where the kernel wrote them
-until they are read.
+Nothing is measured outside of `collect_stats`. Inside, each call of an attention layer adds a row; its counts
+stay where the kernel wrote them until they are read.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class ModelStats:
     def add(
         self, module: Any, rows: int, keys: int, heads: int, seconds: float, outcome: list[Measured] | str
     ) -> None:
-        """Note a call: what the kernel measured, or why it was not asked."""
+        """Add a call: the kernel's measurements, or why the call ran dense."""
         parts = [] if isinstance(outcome, str) else outcome
         self.calls.append(
             Call(
@@ -167,7 +166,7 @@ _active: list[ModelStats] = []
 
 
 def recorders_of(module: Any) -> list[ModelStats]:
-    """Return who wants to know about a layer's calls."""
+    """Return the statistics that collect a layer's calls."""
     return [stats for stats in _active if id(module) in stats._layers] if _active else []
 
 

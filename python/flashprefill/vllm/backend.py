@@ -1,4 +1,4 @@
-"""What our attention backends share: mix-ins that stand before vLLM's own classes.
+"""Mix-ins of our attention backends, which come before vLLM's own classes.
 
 Both do exactly what their bases do unless the engine's config turns the plugin on and a batch has sparse
 rows. This module needs no vLLM, so its tests need none either.
@@ -18,7 +18,7 @@ from .metrics import metrics
 
 
 class BuilderMixin:
-    """Takes batches apart, once a step. Before an AttentionMetadataBuilder.
+    """Divides batches, once per step. A mix-in before an AttentionMetadataBuilder.
 
     `build_options` are what its build gets for the dense requests of a batch that has sparse ones too.
     """
@@ -80,11 +80,12 @@ class BuilderMixin:
 
 
 class ImplMixin:
-    """Computes a layer: our kernel and the engine's, each its rows. Before an AttentionImpl."""
+    """Computes a layer: our kernel and the engine's, each its rows. A mix-in before an AttentionImpl."""
 
     head_size: int
     scale: float
     _is_sparse: bool | None = None  # not yet known
+    _number = 0  # the layer's
 
     def pages_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a cache as [pages, page_size, kv_heads, head_dim], without copying."""
@@ -105,7 +106,7 @@ class ImplMixin:
         """Write attention of query [rows, heads, head_dim] over the cache into output, and return that."""
         engine: Callable[..., torch.Tensor] = super().forward  # type: ignore[misc]
         plan: sparse.Plan | None = getattr(attn_metadata, sparse.ATTRIBUTE, None)
-        if plan is None:  # each layer of each token that is generated comes by here
+        if plan is None:  # the fast path: each layer of each generated token
             return engine(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -117,15 +118,15 @@ class ImplMixin:
 
         if output_scale is None and self._wants(layer, plan.options):
             k_pages, v_pages = self.pages_of(kv_cache)
-            if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense):
+            if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense, self._number):
                 return output
         dense(query, attn_metadata, output)
         return output
 
     def _wants(self, layer: Any, wanted: options.Options) -> bool:
         if self._is_sparse is None:
-            number = layers.number_of(layer.layer_name)
-            self._is_sparse = not layers.why_dense(self) and number >= wanted.first_dense_layers
+            self._number = layers.number_of(layer.layer_name)
+            self._is_sparse = not layers.why_dense(self) and self._number >= wanted.first_dense_layers
         return self._is_sparse
 
 

@@ -52,7 +52,7 @@ class CPUBackend(CPUAttentionBackend):
 
 
 class CPUBuilder(BuilderMixin, CPUAttentionMetadataBuilder):
-    """Takes batches apart."""
+    """Divides batches into sparse and dense requests."""
 
     def why_dense(self) -> str:
         """Return why no layer can be sparse."""

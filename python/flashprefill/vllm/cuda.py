@@ -39,7 +39,7 @@ class FlashBackend(FlashAttentionBackend):
 
 
 class FlashBuilder(BuilderMixin, FlashAttentionMetadataBuilder):
-    """Takes batches apart."""
+    """Divides batches into sparse and dense requests."""
 
     # The schedule of FlashAttention 3 would go to a buffer that the whole batch's schedule lies in.
     build_options = {"fast_build": True}

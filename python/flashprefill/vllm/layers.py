@@ -1,4 +1,4 @@
-"""Which layers of a model are sparse, told from what vLLM says of each."""
+"""Which layers of a model are sparse, by what vLLM says about each."""
 
 from __future__ import annotations
 

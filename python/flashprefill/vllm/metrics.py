@@ -1,4 +1,4 @@
-"""What became of the engine's rows, counted in the process that computes them.
+"""Counters of sparse and dense rows, in the process that computes them.
 
 One line in the engine's log now and then, and the same numbers as a dict for whoever wants them: from inside
 the process (`snapshot`), through vLLM's own ``collective_rpc`` (`WorkerExtension`), or by a hook that is
@@ -33,7 +33,7 @@ class Metrics:
         self._step: Any = None
         self._possible = 0
         self._kept = 0
-        self._device_kept: Any = None  # what a GPU has counted and nobody has read yet
+        self._device_kept: Any = None  # counted on a GPU and not read yet
         self._next_line = 0.0
         self._shown: dict[str, Any] | None = None
         self._hooks: dict[str, Callable[[dict[str, Any]], None] | None] = {}
@@ -49,14 +49,14 @@ class Metrics:
         return new
 
     def count_batch(self, split: Split) -> None:
-        """Count a batch, once a step."""
+        """Count a batch, once per step."""
         self.steps += 1
         self.sparse_rows += split.sparse_rows
         self.sparse_chunks += sum(len(span.rows) for span in split.spans)
         self.dense_rows += split.dense_rows
 
     def count_call(self, counts: Any, possible: int) -> None:
-        """Count what a layer kept: `counts` is the mask's, of kept blocks; on a GPU nobody waits for it."""
+        """Count what a layer kept: `counts` is the mask's. A GPU is not synchronised with."""
         self.calls += 1
         self._possible += possible
         kept = counts.sum()

@@ -1,4 +1,4 @@
-"""What a user may ask for: the value of the key "flashprefill" in vLLM's additional config."""
+"""The plugin's options: the value of the key "flashprefill" in vLLM's additional config."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import refuse, refuse_type
 from ..policies import FlashPrefill, Policy
+from ..policies.text import parse as parse_policy
 
 KEY = "flashprefill"
 MIN_CHUNK = 128  # rows: a tile of queries
@@ -15,13 +16,13 @@ MIN_CHUNK = 128  # rows: a tile of queries
 
 @dataclass(frozen=True)
 class Options:
-    """How prompts are read.
+    """How prompts are prefilled.
 
     Attributes:
         policy: which blocks are kept.
         first_dense_layers: layers at the model's beginning that stay dense.
         min_chunk: rows; shorter pieces of prompts stay dense.
-        log_seconds: seconds between lines of statistics in the engine's log; 0 is one a step.
+        log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
         metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
     """
 
@@ -50,24 +51,24 @@ def config(
     """Return a dict for vLLM's ``additional_config`` that turns the plugin on.
 
     Args:
-        policy: a policy, or the name of one.
+        policy: a policy, or a text of one: "sketch(mass=0.9)", or "module:function" for a selection of your
+            own (:class:`flashprefill.MaskPolicy`), which each of the engine's processes imports.
         first_dense_layers: layers at the model's beginning that stay dense.
         min_chunk: rows; shorter pieces of prompts stay dense. At least 128.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
-        **parameters: fields of the policy, where it is given by name.
+        **parameters: fields of the policy, where it is given as text.
 
     Raises:
         ValueError, TypeError: a value is wrong; the message names it.
     """
     if isinstance(policy, Policy):
         if parameters:
-            refuse("parameters", sorted(parameters), "none where the policy is not a name")
-        parameters = {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]
-        policy = policy.kind
+            refuse("parameters", sorted(parameters), "none where the policy is not a text")
+        policy = policy.text
     value = {
         "policy": policy,
-        "parameters": {name: given for name, given in parameters.items() if given is not None},
+        "parameters": parameters,
         "first_dense_layers": first_dense_layers,
         "min_chunk": min_chunk,
         "log_seconds": log_seconds,
@@ -84,13 +85,13 @@ def of_config(additional_config: Any) -> Options | None:
 
 
 def parse(value: Any) -> Options:
-    """Read the key's value: True, the name of a policy, or a mapping of what `config` takes."""
+    """Read the key's value: True, a text of a policy, or a mapping of what `config` takes."""
     if value is True:
         value = {}
     if isinstance(value, str):
         value = {"policy": value}
     if not isinstance(value, Mapping):
-        refuse_type(KEY, repr(value), "true, the name of a policy, or a mapping")
+        refuse_type(KEY, repr(value), "true, a text of a policy, or a mapping")
     known = {"parameters"} | {field.name for field in fields(Options)}
     for name in value:
         if name not in known:
@@ -111,18 +112,12 @@ def parse(value: Any) -> Options:
     )
 
 
-def _policy(name: Any, parameters: Any) -> Policy:
-    kinds = {kind.kind: kind for kind in Policy.__subclasses__()}
-    if name not in kinds:
-        refuse("policy", repr(name), "one of " + ", ".join(sorted(kinds)))
+def _policy(text: Any, parameters: Any) -> Policy:
+    if not isinstance(text, str):
+        refuse_type("policy", repr(text), "a text, such as 'flashprefill(alpha=0.12)'")
     if not isinstance(parameters, Mapping):
         refuse_type("parameters", repr(parameters), "a mapping from a policy's fields to values")
-    kind = kinds[name]
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for parameter in parameters:
-        if parameter not in known:
-            refuse(f"a parameter of {name}", repr(parameter), "one of " + ", ".join(known))
-    return kind(**parameters)
+    return parse_policy(text, parameters)
 
 
 def _integer(name: str, value: Any, low: int) -> int:

@@ -1,4 +1,4 @@
-"""Which rows of a batch go where: each request is treated by what it is.
+"""Which rows of a batch are sparse: each request is treated by its kind.
 
 vLLM packs the new tokens of all its running requests into one batch: whole prompts, chunks of prompts over
 what the cache already holds, single tokens of requests that generate, drafts to be verified. Pieces of
@@ -46,7 +46,7 @@ class Span:
 
 @dataclass
 class Split:
-    """A batch taken apart.
+    """A batch, divided into sparse and dense requests.
 
     Attributes:
         spans: the sparse requests.
@@ -77,13 +77,13 @@ def split(
     final: Sequence[bool] | None,
     options: Options,
 ) -> Split:
-    """Take a batch apart.
+    """Divide a batch into sparse and dense requests.
 
     Args:
         starts: rows before each request, and in all: [requests + 1].
         keys: tokens of each request in the cache, the batch's included: [requests].
         prefilling: whether each request was still within its prompt before this batch: [requests].
-        final: whether each request's rows end what there is to read; None if nobody knows: then each counts
+        final: whether each request's rows end what there is to read; None if unknown: then each counts
             as ending, which costs a dense tail more and no quality.
         options: what the user asked for.
     """

@@ -1,4 +1,4 @@
-"""Who knows where a prompt ends: the model runner, so its method that prepares a batch is wrapped.
+"""Where prompts end: the model runner knows, so its method that prepares a batch is wrapped.
 
 A policy's dense tail belongs to the last chunk of a prompt. What vLLM hands to attention backends says
 whether a request is within its prompt, not whether this chunk is its last. Both of its model runners do know:

@@ -1,4 +1,4 @@
-"""A batch's sparse rows, from the engine's metadata to the kernel: what the CPU's and CUDA's backends share.
+"""A batch's sparse rows, from the engine's metadata to the kernel; for the CPU's and CUDA's backends.
 
 Once a step, `plan_of` takes the batch apart (rows.py), and prepares two things: for each run of sparse
 requests the arguments of a call of our kernel, and for all others together a smaller batch for the engine's
@@ -17,6 +17,7 @@ import torch
 
 from ..api import prefill_attention
 from ..errors import FlashPrefillError
+from ..policies import Policy
 from .metrics import metrics
 from .options import Options
 from .rows import Span, Split, split
@@ -47,7 +48,7 @@ class Call:
 
 @dataclass
 class Plan:
-    """What a batch is made of.
+    """A batch, divided into sparse and dense requests.
 
     Attributes:
         options: what the user asked for.
@@ -69,11 +70,11 @@ class Plan:
 def plan_of(
     common: Any, final: Sequence[bool] | None, options: Options, build: Callable[[Any], Any]
 ) -> Plan | None:
-    """Take a batch apart.
+    """Divide a batch into sparse and dense requests.
 
     Args:
         common: vLLM's CommonAttentionMetadata.
-        final: whether each request's rows end its prompt; None if nobody knows. The same object for all
+        final: whether each request's rows end its prompt; None if unknown. The same object for all
             groups of layers of a step.
         options: what the user asked for.
         build: makes the engine's metadata of a CommonAttentionMetadata.
@@ -189,6 +190,7 @@ def run(
     output: torch.Tensor,
     scale: float,
     engine: Callable[[torch.Tensor, Any, torch.Tensor], Any],
+    layer: int = 0,
 ) -> bool:
     """Compute a layer of a batch.
 
@@ -200,13 +202,15 @@ def run(
         output: where results go, of query's shape.
         scale: factor of the scores.
         engine: computes (query, metadata, output) densely.
+        layer: the layer's number.
 
     Returns:
         Whether it is done. If not, the log says why, and the caller is to run the whole batch densely.
     """
     try:
+        policy = plan.options.policy.at_layer(layer)
         for call in plan.calls:
-            _attend(plan, call, query, k_pages, v_pages, output, scale)
+            _attend(policy, call, query, k_pages, v_pages, output, scale)
     except FlashPrefillError as error:
         metrics.fallbacks[str(error)] += 1
         say_once(logging.WARNING, f"flashprefill: a batch was run densely: {error}")
@@ -223,7 +227,7 @@ def run(
 
 
 def _attend(
-    plan: Plan,
+    policy: Policy,
     call: Call,
     query: torch.Tensor,
     k_pages: torch.Tensor,
@@ -237,7 +241,7 @@ def _attend(
         query[here],
         k_pages,
         v_pages,
-        plan.options.policy,
+        policy,
         softmax_scale=scale,
         cu_seqlens_q=call.cu_seqlens_q,
         max_seqlen_q=max(span.rows),

@@ -3,6 +3,6 @@
 
 namespace flashprefill::methods::dense {
 
-extern const Method kMethod = {.kind = FP_DENSE, .name = "dense", .size = sizeof(fp_dense), .keeps_everything = true};
+extern const Method kMethod = {.kind = FP_DENSE, .name = "dense", .size = sizeof(fp_dense), .selects = false};
 
 } // namespace flashprefill::methods::dense

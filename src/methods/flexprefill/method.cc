@@ -44,6 +44,8 @@ bool TooShort(const Problem&, const Policy& policy, const Sequence& s) {
   return s.q_len == 1 || s.k_len <= std::max(2 * size, DivUp<int64_t>(Of(policy).min_budget, size) * size);
 }
 
+bool KeepsAll(const Policy& policy) { return Of(policy).gamma >= 1 && Of(policy).max_budget == 0; }
+
 } // namespace
 
 extern const Method kMethod = {.kind = FP_FLEXPREFILL,
@@ -53,6 +55,7 @@ extern const Method kMethod = {.kind = FP_FLEXPREFILL,
                                .own_heads = true,
                                .fields = kFields,
                                .check = Check,
+                               .keeps_everything = KeepsAll,
                                .too_short = TooShort};
 
 } // namespace flashprefill::methods::flexprefill

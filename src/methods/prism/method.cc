@@ -36,6 +36,8 @@ void CheckProblem(const Policy& policy, const Problem& p) {
   check("low_pairs", f.low_pairs, pairs);
 }
 
+bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_prism&>(policy).mass >= 1; }
+
 } // namespace
 
 extern const Method kMethod = {.kind = FP_PRISM,
@@ -44,6 +46,7 @@ extern const Method kMethod = {.kind = FP_PRISM,
                                .common = {128, 1, 2, 0},
                                .own_heads = true,
                                .fields = kFields,
-                               .check_problem = CheckProblem};
+                               .check_problem = CheckProblem,
+                               .keeps_everything = KeepsAll};
 
 } // namespace flashprefill::methods::prism

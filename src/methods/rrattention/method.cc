@@ -18,6 +18,8 @@ void Check(const Policy& policy) {
   CheckStride(reinterpret_cast<const fp_rrattention&>(policy).stride, policy.block_size);
 }
 
+bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_rrattention&>(policy).threshold >= 1; }
+
 } // namespace
 
 extern const Method kMethod = {.kind = FP_RRATTENTION,
@@ -26,6 +28,7 @@ extern const Method kMethod = {.kind = FP_RRATTENTION,
                                .common = {128, 1, 1, 0},
                                .own_heads = true,
                                .fields = kFields,
-                               .check = Check};
+                               .check = Check,
+                               .keeps_everything = KeepsAll};
 
 } // namespace flashprefill::methods::rrattention

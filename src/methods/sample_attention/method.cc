@@ -17,6 +17,8 @@ constexpr Field kFields[] = {
              "rows sampled at the end of each segment of about sample_rows / sample_ratio rows"),
 };
 
+bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_sample_attention&>(policy).coverage >= 1; }
+
 } // namespace
 
 extern const Method kMethod = {.kind = FP_SAMPLE_ATTENTION,
@@ -24,6 +26,7 @@ extern const Method kMethod = {.kind = FP_SAMPLE_ATTENTION,
                                .size = sizeof(fp_sample_attention),
                                .common = {128, 1, 1, 0},
                                .own_heads = true,
-                               .fields = kFields};
+                               .fields = kFields,
+                               .keeps_everything = KeepsAll};
 
 } // namespace flashprefill::methods::sample_attention

@@ -33,9 +33,15 @@ void Check(const Policy& policy) {
   }
 }
 
+bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_sketch&>(policy).mass >= 1; }
+
 } // namespace
 
-extern const Method kMethod = {
-    .kind = FP_SKETCH, .name = "sketch", .size = sizeof(fp_sketch), .fields = kFields, .check = Check};
+extern const Method kMethod = {.kind = FP_SKETCH,
+                               .name = "sketch",
+                               .size = sizeof(fp_sketch),
+                               .fields = kFields,
+                               .check = Check,
+                               .keeps_everything = KeepsAll};
 
 } // namespace flashprefill::methods::sketch

@@ -27,6 +27,11 @@ void Check(const Policy& policy) {
   }
 }
 
+bool KeepsAll(const Policy& policy) {
+  const auto& s = reinterpret_cast<const fp_sparge_attn&>(policy);
+  return s.cdf >= 1 || s.topk >= 1; // one of them is NaN
+}
+
 } // namespace
 
 extern const Method kMethod = {.kind = FP_SPARGE_ATTN,
@@ -35,6 +40,7 @@ extern const Method kMethod = {.kind = FP_SPARGE_ATTN,
                                .common = {64, 0, 0, 0},
                                .own_heads = true,
                                .fields = kFields,
-                               .check = Check};
+                               .check = Check,
+                               .keeps_everything = KeepsAll};
 
 } // namespace flashprefill::methods::sparge_attn

@@ -40,6 +40,8 @@ void CheckProblem(const Policy& policy, const Problem& p) {
   }
 }
 
+bool KeepsAll(const Policy& policy) { return Of(policy).head_count == 0 && Of(policy).threshold >= 1; }
+
 } // namespace
 
 extern const Method kMethod = {.kind = FP_XATTENTION,
@@ -49,6 +51,7 @@ extern const Method kMethod = {.kind = FP_XATTENTION,
                                .own_heads = true,
                                .fields = kFields,
                                .check = Check,
-                               .check_problem = CheckProblem};
+                               .check_problem = CheckProblem,
+                               .keeps_everything = KeepsAll};
 
 } // namespace flashprefill::methods::xattention

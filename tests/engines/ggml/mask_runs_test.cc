@@ -6,6 +6,8 @@
 #include <numeric>
 #include <random>
 
+#include "key_order.h"
+
 namespace flashprefill::ggml {
 namespace {
 
@@ -18,8 +20,13 @@ struct Mask {
   Mask(int64_t r, int64_t c, int64_t padding = 0)
       : rows(r), cells(c), stride(c + padding), data(static_cast<size_t>(r * stride), kHidden) {}
   uint16_t& at(int64_t row, int64_t cell) { return data[static_cast<size_t>(row * stride + cell)]; }
+  // In the order that the mask alone tells.
   std::vector<Run> Runs(int64_t least = 2, int64_t sink_keys = 0) const {
-    return FindRuns(data.data(), rows, cells, stride, least, sink_keys, 2);
+    auto runs = FindRuns(data.data(), rows, cells, stride, least, 2);
+    for (Run& run : runs) {
+      if (run.causal()) OrderKeys(run, {}, kNoCell, sink_keys);
+    }
+    return runs;
   }
   // Rows [first, first + count) are the last of a sequence that holds these cells, oldest first.
   void Causal(int64_t first, int64_t count, const std::vector<int32_t>& order) {

@@ -1,6 +1,7 @@
-"""A small model of random weights whose attention the plugin does not know, as a GGUF file.
+"""Small models of random weights, as GGUF files: of Llama's architecture, and of Gemma 2's, whose logit
+softcapping the plugin does not know.
 
-Gemma 2's layers have logit softcapping. The file is written by hand (format:
+The files are written by hand (format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), since llama.cpp's own writer is another package.
 """
 
@@ -39,14 +40,16 @@ def _gguf(path: Path, values: dict[str, int | float | str], tensors: dict[str, n
     path.write_bytes(head + bytes(-len(head) % ALIGNMENT) + data)
 
 
-def gemma2(path: Path) -> Path:
+def _model(
+    path: Path, architecture: str, layers: int, norms: tuple[str, ...], more: dict[str, int | float]
+) -> Path:
     random = np.random.default_rng(0)
 
     def weights(*shape: int) -> np.ndarray:
         return random.normal(0, 0.2, shape)
 
     tensors = {"token_embd.weight": weights(VOCABULARY, EMBEDDING), "output_norm.weight": np.ones(EMBEDDING)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         names = {
             "attn_q": (HEADS * HEAD_DIM, EMBEDDING),
             "attn_k": (KV_HEADS * HEAD_DIM, EMBEDDING),
@@ -58,24 +61,39 @@ def gemma2(path: Path) -> Path:
         }
         for name, shape in names.items():
             tensors[f"blk.{layer}.{name}.weight"] = weights(*shape)
-        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+        for name in norms:
             tensors[f"blk.{layer}.{name}.weight"] = np.ones(EMBEDDING)
     values: dict[str, int | float | str] = {
-        "general.architecture": "gemma2",
-        "gemma2.context_length": 8192,
-        "gemma2.embedding_length": EMBEDDING,
-        "gemma2.block_count": LAYERS,
-        "gemma2.feed_forward_length": WIDE,
-        "gemma2.attention.head_count": HEADS,
-        "gemma2.attention.head_count_kv": KV_HEADS,
-        "gemma2.attention.key_length": HEAD_DIM,
-        "gemma2.attention.value_length": HEAD_DIM,
-        "gemma2.attention.layer_norm_rms_epsilon": 1e-6,
-        "gemma2.attention.sliding_window": 4096,
-        "gemma2.attn_logit_softcapping": 50.0,
-        "gemma2.final_logit_softcapping": 30.0,
-        "gemma2.vocab_size": VOCABULARY,
+        "general.architecture": architecture,
         "tokenizer.ggml.model": "no_vocab",
     }
+    of_architecture = {
+        "context_length": 8192,
+        "embedding_length": EMBEDDING,
+        "block_count": layers,
+        "feed_forward_length": WIDE,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": HEAD_DIM,
+        "attention.value_length": HEAD_DIM,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "vocab_size": VOCABULARY,
+        **more,
+    }
+    values.update({f"{architecture}.{name}": value for name, value in of_architecture.items()})
     _gguf(path, values, tensors)
     return path
+
+
+def llama(path: Path) -> Path:
+    return _model(path, "llama", 4, ("attn_norm", "ffn_norm"), {"rope.dimension_count": HEAD_DIM})
+
+
+def gemma2(path: Path) -> Path:
+    norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+    more = {
+        "attention.sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    }
+    return _model(path, "gemma2", LAYERS, norms, more)

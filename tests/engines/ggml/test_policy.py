@@ -162,3 +162,13 @@ def test_a_model_that_stays_dense(tmp_path: Path) -> None:
     assert np.array_equal(*logits)
     assert any("layers with logit softcapping stay the CPU backend's" in line for line in log)
     assert any("nothing was computed" in line for line in log)
+
+
+@pytest.mark.parametrize("flash", [-1, 0, 1])
+def test_without_flash_attention_there_is_a_warning(tmp_path: Path, flash: int) -> None:
+    MODELS["llama"] = str(models.llama(tmp_path / "llama.gguf"))
+    with engine(Setup(model="llama", kv="f16", n_ctx=512, flash=flash), "policy=dense") as e:
+        e.feed([(0, list(range(300)))])
+    assert sum("flash attention is off, so the plugin computes nothing" in line for line in log) == (
+        flash == 0
+    )

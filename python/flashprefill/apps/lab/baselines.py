@@ -1,4 +1,4 @@
-"""Scorers that are no policy: the oracle, which knows the true masses, and bounds in the manner of Quest.
+"""Scorers that are not policies: the oracle, which knows the true masses, and bounds like Quest's.
 
 They show what the policies could reach, and what another description of a block is worth: a box around the
 block's keys, whose corner nearest to the query bounds every score in it (Quest, arXiv 2406.10774, for

@@ -1,4 +1,4 @@
-"""The lab's pictures: recall and error against density, one curve a method, and density by layer and head."""
+"""The lab's pictures: recall and error against density, a curve per method; density by layer and head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PANELS = (
     ("error", "output error, blocks left out ignored"),
     ("error_corrected", "output error with mean correction"),
 )
-MOST_DENSITY = 0.55  # what lies beyond is of no use to anybody
+MOST_DENSITY = 0.55  # curves end here: sparser is the point
 MAPS = 8  # density maps on one picture
 
 
@@ -49,7 +49,7 @@ def curves(path: Path, title: str, found: Sequence[dict[str, Any]]) -> None:
                 points = sorted(curve["points"], key=lambda point: point["density"])
                 points = [point for point in points if point["density"] <= MOST_DENSITY]
                 colour = COLOURS[index % len(COLOURS)]
-                # What knows the truth is dashed: nobody can be asked to reach it.
+                # Oracles, which know the true attention, are dashed: no method can reach them.
                 dashes = "--" if curve["method"] == "oracle" else "-"
                 x, y = ([point[key] for point in points] for key in ("density", name))
                 axis.plot(

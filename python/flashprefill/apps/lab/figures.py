@@ -1,6 +1,6 @@
 """One mask's figures on one layer: density, recall of the true softmax mass, output error.
 
-Everything is asked of the library's own kernel, so whatever a mask may hold is judged as it would run. The
+All figures come from the library's own kernel, so a mask is judged as it would run. The
 true mass on what a mask keeps needs no list of masses: it is exp(lse - lse of dense attention), row by row.
 The masses by block are computed too, once a layer: the oracle selects by them and the page shows them. For
 all methods a *tile* is 128 query tokens of one query head, whatever tiles a mask has.
@@ -68,6 +68,7 @@ class Layer:
 
     def select(self, policy: Policy) -> tuple[BlockMask, str]:
         """Return a policy's mask, and the kind of device that selected: the CPU where no other can."""
+        policy = policy.at_layer(self.number)
         try:
             return select(self.query, self.key, policy, softmax_scale=self.scale), self.device.kind
         except UnsupportedError:
@@ -153,7 +154,7 @@ def at_density(points: list[dict[str, Any]], density: float) -> dict[str, float]
     """A curve's figures at one density, between the two points around it; None outside of them.
 
     Linear in the logarithm of the density: curves are bent, and between points a factor of 1.6 apart a plain
-    line is .0026 below the recall of masks cut at exactly that density, this one .0007 (root mean square).
+    line is 0.0026 below the recall of masks cut at exactly that density, this one 0.0007 (root mean square).
     """
     ordered = sorted(points, key=lambda point: point["density"])
     for low, high in zip(ordered, ordered[1:], strict=False):

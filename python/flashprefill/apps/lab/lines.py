@@ -1,7 +1,7 @@
 """The table of methods. A new policy shows up in the lab by one line here; without one, by its defaults.
 
 A line is one curve: a policy's name (or a scorer of baselines.py), the fields that stay, the one that is
-swept and from where to where, so that densities from about .05 to .35 come out at the lengths that the lab
+swept and from where to where, so that densities from about 0.05 to 0.35 come out at the lengths that the lab
 reads. Fields for forced blocks are set for all alike, from outside: comparing selections means little while
 half of what is kept is kept anyway.
 """
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...policies import Policy, Streaming
-from ..spec import POLICIES
+from ...policies import MaskPolicy, Policy, Streaming
+from ...policies.text import make, named
 from .baselines import RULES, SCORERS
 
 ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
@@ -22,10 +22,10 @@ ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
 MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
 GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
 GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
-COUNTS = (4, 8, 14, 22, 34)  # blocks a tile
+COUNTS = (4, 8, 14, 22, 34)  # blocks per tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
 
-# Sketch at an eighth of V1's products: two pooled rows a tile times mean, variance and six outliers.
+# Sketch at an eighth of V1's products: two pooled rows per tile times mean, variance and six outliers.
 EIGHTH = {"query_metric": True, "outliers": 6, "query_pool": 64}
 
 
@@ -46,13 +46,12 @@ class Line:
 
     def policy(self, value: float | None, forced: Mapping[str, Any]) -> Policy:
         """The policy at one value of the sweep."""
-        kind = POLICIES[self.method]
-        names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        arguments: dict[str, Any] = {name: count for name, count in forced.items() if name in names}
+        own = MaskPolicy if ":" in self.method else named()[self.method]
+        arguments: dict[str, Any] = {name: forced[name] for name in own._names() if name in forced}
         arguments.update(self.fixed)
         if self.parameter is not None:
             arguments[self.parameter] = value
-        return kind(**arguments)
+        return make(self.method, arguments)
 
 
 METHODS = (
@@ -111,14 +110,19 @@ STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
 
 
 def _known(line: Line) -> bool:
-    return line.scorer or line.method in POLICIES
+    return line.scorer or line.method in named()
 
 
 def methods(asked: Sequence[str] = ()) -> list[Line]:
-    """The lines of the table, and one point for each policy that has none. `asked`: only these methods."""
+    """Return the lines of the table, and one point for each policy that has none.
+
+    Args:
+        asked: only these methods, which may be functions, "module:function".
+    """
     lines = [line for line in METHODS if _known(line)]
-    named = {line.method for line in lines}
-    lines += [Line(kind.__name__, name, None, ()) for name, kind in POLICIES.items() if name not in named]
+    swept, policies = {line.method for line in lines}, named()
+    lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
+    lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
     lines = [line for line in lines if line.method != "dense"]
     return [line for line in lines if not asked or line.method in asked]
 
@@ -151,7 +155,7 @@ def check() -> None:
     for line in (*METHODS, *(line for _, lines in STUDIES.values() for line in lines)):
         if line.scorer:
             assert line.parameter in RULES, line
-        elif line.method in POLICIES:
+        elif line.method in named():
             for value in line.values:
                 line.policy(value, {})
 

@@ -18,7 +18,7 @@ import numpy as np
 from .. import report, table
 
 SCRIPT = Path(__file__).with_name("viewer.js")
-LEAST_LOG2 = -24.0  # of a mass; what is less is shown as nothing
+LEAST_LOG2 = -24.0  # of a mass; smaller ones are shown as zero
 
 INTRO = """
 <p>Attention's true weights were computed for these layers, and every method was asked which blocks of keys
@@ -58,7 +58,7 @@ def packed(array: Any) -> str:
 
 
 def logarithms(mass: Any) -> Any:
-    """Masses as uint16: 0 for (nearly) nothing, else 1 to 65535 from 2^-24 to 1."""
+    """Return masses as uint16: 0 below 2^-24, else 1 to 65535 for 2^-24 to 1."""
     with np.errstate(divide="ignore"):
         share = 1.0 - np.log2(np.asarray(mass, dtype=float)) / LEAST_LOG2
     return np.where(share > 0, 1 + np.rint(np.clip(share, 0, 1) * 65534), 0).astype("<u2")
@@ -177,7 +177,7 @@ def page(results: dict[str, Any], seen: Sequence[tuple[dict[str, Any], Any, Any]
     body.append("<h2>How it was measured</h2>" + report.definitions({**facts, **report.how_it_ran(results)}))
     if results["settings"]["busy"]:
         body.append(f"<p class=no>Careful: {escape(results['settings']['busy'])}.</p>")
-    body.append("<p class=soft>All figures are in results.json and points.csv beside this page.</p>")
+    body.append("<p class=soft>All figures are in results.json and points.csv next to this page.</p>")
     body.append(f'<script type="application/json" id=data>{data}</script>')
     body.append(f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>")
     return report.document(

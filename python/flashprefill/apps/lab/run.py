@@ -24,13 +24,13 @@ from ...errors import UnsupportedError
 from ...mask import BlockMask
 from .. import device, machine, measure, models, table
 from ..errors import UsageError
-from ..spec import spell
+from ..spec import parse_policy
 from . import baselines, lines, texts, times
 from .figures import Layer, Sums, at_density
 
 SCHEMA = "flashprefill-lab/1"
 FORCED = {"sink_blocks": 1, "window_blocks": 2, "dense_tail_blocks": 0}  # as in the study
-DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the table; forced blocks alone are .09 at 7.6K tokens
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the table; forced blocks alone are 0.09 at 7.6K tokens
 LONG_FROM = 16384  # tokens, from which on the reference density is the lower one
 QUICK_TOKENS, QUICK_LAYERS, QUICK_POINTS = 1536, 2, 2
 TURNS = {"cpu": 3, "cuda": 15}
@@ -41,7 +41,7 @@ Bits = npt.NDArray[np.uint8]
 
 @dataclass
 class Options:
-    """What the command line asks for."""
+    """The command line's options."""
 
     model: Path | None = None
     text: Sequence[str] = ()
@@ -69,7 +69,7 @@ class Point:
     sums: Sums = field(default_factory=Sums)
     masks: dict[int, Bits] = field(default_factory=dict)
     tile_tokens: int = 128
-    group: int = 1  # query heads a mask head
+    group: int = 1  # query heads per mask head
     block_size: int = 128
     selected_on: str | None = None  # the kind of device; None for a scorer of the lab's own
 
@@ -87,7 +87,7 @@ class Curve:
 
 
 def reference_density(tokens: int) -> float:
-    """Where the methods are compared: .15 for long texts, .25 for short ones, as in the study."""
+    """Return the density at which methods are compared: 0.15 for long texts, 0.25 for short ones."""
     return 0.15 if tokens >= LONG_FROM else 0.25
 
 
@@ -128,7 +128,7 @@ def figures_of(curve: Curve, density: float) -> dict[str, Any]:
     line = curve.line
     points = [{"value": point.value, **point.sums.figures()} for point in curve.points]
     near = curve.nearest(density)
-    policy = None if line.scorer else spell(line.policy(near.value, FORCED))
+    policy = None if line.scorer else line.policy(near.value, FORCED).text
     return {
         "label": line.label,
         "method": line.method,
@@ -211,7 +211,9 @@ def check(options: Options) -> None:
         if value is not None and value < low:
             raise UsageError(f"--{name} {value}: must be at least {low}")
     for name in options.method:
-        if name not in lines.names():
+        if ":" in name:
+            parse_policy(name)
+        elif name not in lines.names():
             raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
     if options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: must be a directory")
@@ -265,7 +267,7 @@ class Sweeps:
         self.known: dict[Any, list[Point]] = {}
 
     def curves(self, found: Sequence[lines.Line]) -> list[Curve]:
-        """One curve a line; a policy that no values are known for is one point, its defaults."""
+        """Return one curve per line; a policy without values to sweep is one point, its defaults."""
         result = []
         for line in found:
             line = lines.thinned(line, QUICK_POINTS) if self.quick else line
@@ -280,7 +282,7 @@ class Sweeps:
 
 
 def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
-    """Methods that no backend here selects for, and what it says; asked with the first tokens of a layer."""
+    """Return methods that no backend here selects for, with the reason; tried on a layer's first tokens."""
     reasons = {}
     query, key = captured.query[:PROBE_TOKENS], captured.key[:PROBE_TOKENS]
     for line in lines.methods(options.method):
@@ -360,7 +362,7 @@ def timed_policies(curves: Sequence[Curve], density: float) -> list[tuple[str, A
 
 
 def again(options: Options) -> dict[str, Any]:
-    """Measure the times of an earlier run again, from its dumps, and write its files anew."""
+    """Measure the times of an earlier run again, from its dumps, and rewrite its files."""
     path = options.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert options.source is not None

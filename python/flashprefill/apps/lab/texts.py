@@ -1,4 +1,4 @@
-"""What the lab reads: real long texts, and the queries, keys and values that a model makes of them.
+"""The lab's inputs: real long texts, and the queries, keys and values that a model makes of them.
 
 The texts are those of the study that `Sketch` came from: a licence, a program, and all licences one after
 the other for the long one, where the rotary base is scaled so that the model still predicts. The forward pass
@@ -59,7 +59,7 @@ def chosen_layers(layers: int, wanted: Sequence[int]) -> list[int]:
 
 
 def tokens_of(tokenizer: Any, text: Text) -> list[int]:
-    """The ids of a text, as many as it wants or has. Several files are joined by an empty line."""
+    """Return the token ids of a text, at most text.tokens. Several files are joined by an empty line."""
     contents = []
     for file in text.files:
         try:
@@ -83,7 +83,7 @@ def capture(loaded: models.Loaded, ids: Sequence[int], layers: Sequence[int]) ->
 
 
 def save(folder: Path, name: str, captured: dict[int, measure.Captured]) -> None:
-    """One file a layer, which `flashprefill inspect` and `--from` read."""
+    """Write one file per layer, which `flashprefill inspect` and `--from` read."""
     folder.mkdir(parents=True, exist_ok=True)
     for layer, one in captured.items():
         content = {"q": one.query.cpu(), "k": one.key.cpu(), "v": one.value.cpu()}
@@ -94,7 +94,7 @@ def save(folder: Path, name: str, captured: dict[int, measure.Captured]) -> None
 def load(folder: Path, device: Device = CPU, dtype: str = "auto") -> dict[str, dict[int, measure.Captured]]:
     """All dumps of a folder, NAME-layerN.pt (or .npz, .safetensors), by text and layer.
 
-    In their own dtype if nobody asks for another; a GPU takes 16 bits only, and rounds what has more.
+    They keep their own dtype if dtype is "auto". A GPU takes 16 bits only, and rounds wider ones.
     """
     texts: dict[str, dict[int, measure.Captured]] = {}
     for file in sorted(path for path in folder.glob("*-layer*") if path.suffix in dump.SUFFIXES):

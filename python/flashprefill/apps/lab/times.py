@@ -31,7 +31,7 @@ class Contender:
     """One method: its calls, what it keeps, where it selects, and its times."""
 
     def __init__(self, label: str, policy: Policy, layer: Layer) -> None:
-        self.label = label
+        self.label, policy = label, policy.at_layer(layer.number)
         mask, self.selects_on = layer.select(policy)
         self.here = self.selects_on == layer.device.kind
         held = (layer.query, layer.key) if self.here else layer.in_host_memory
@@ -52,7 +52,7 @@ class Contender:
         self.selecting.append(selecting)
 
     def row(self, dense: float) -> dict[str, Any]:
-        """Its medians, held against PyTorch's."""
+        """Return its medians, compared with PyTorch's."""
         seconds = statistics.median(self.seconds) if self.seconds else None
         return {
             "label": self.label,
@@ -65,11 +65,11 @@ class Contender:
 
 
 def measure(layer: Layer, policies: list[tuple[str, Policy]], turns: int) -> list[dict[str, Any]]:
-    """Medians of so many turns: one row for PyTorch, one for our dense kernel, one a policy."""
+    """Return medians over the turns: one row for PyTorch, one for our dense kernel, one per policy."""
     device, sdpa = layer.device, _sdpa(layer)
     everyone = [Contender(label, policy, layer) for label, policy in [("Dense", Dense()), *policies]]
     if device.cuda:
-        sdpa()  # what is loaded at its first use is not to be timed
+        sdpa()  # loads what its first use loads, untimed
     base: list[float] = []
     for _ in range(turns):
         base.append(device.timed(sdpa)[1])
@@ -78,5 +78,5 @@ def measure(layer: Layer, policies: list[tuple[str, Policy]], turns: int) -> lis
     dense = statistics.median(base)
     about = {"label": "PyTorch SDPA", "density": 1.0, "selects_on": None, "select_seconds": None}
     rows = [one.row(dense) for one in everyone]
-    rows[0]["select_seconds"] = None  # nothing is asked of keys there
+    rows[0]["select_seconds"] = None  # dense attention selects nothing
     return [{**about, "seconds": dense, "speedup": 1.0}, *rows]

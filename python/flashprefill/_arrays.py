@@ -1,0 +1,106 @@
+"""Memory of NumPy arrays and torch tensors as the C ABI takes it: addresses, strides, scratch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+
+from . import _abi
+from ._memory import in_large_pages
+from .errors import refuse
+
+_ALIGN = 64  # of workspaces
+_FourStrides = ctypes.c_int64 * 4
+_DTYPES = {"float32": _abi.F32, "bfloat16": _abi.BF16, "float16": _abi.F16}
+
+
+def is_numpy(x: Any) -> bool:
+    """Return whether x is a NumPy array; all else here is a torch tensor."""
+    return isinstance(x, np.ndarray)
+
+
+def address_of(x: Any) -> int | None:
+    """Return the address of the first element, or None for None."""
+    if x is None:
+        return None
+    return int(x.__array_interface__["data"][0]) if is_numpy(x) else int(x.data_ptr())
+
+
+def strides_of(x: Any) -> tuple[int, ...]:
+    """Return the strides in elements."""
+    return tuple(s // x.itemsize for s in x.strides) if is_numpy(x) else tuple(x.stride())
+
+
+@functools.cache
+def dtype_of(dtype: Any) -> int:
+    """Return fp_dtype's number."""
+    return _DTYPES[dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")]
+
+
+def tensor_of(x: Any) -> _abi.Tensor:
+    """Describe a tensor of 3 or 4 axes; with 3 the first stride is not read, or steps over one sequence."""
+    strides = strides_of(x)
+    if len(strides) == 3:
+        strides = (0, *strides)
+    return _abi.Tensor(address_of(x), dtype_of(x.dtype), 0, _FourStrides(*strides))
+
+
+def _range(x: Any) -> tuple[int, int]:
+    """Return the first and the past-the-end address of what a tensor touches."""
+    begin = address_of(x) or 0
+    if 0 in x.shape:
+        return begin, begin
+    size = x.itemsize if is_numpy(x) else x.element_size()
+    low = high = 0
+    for n, s in zip(x.shape, strides_of(x), strict=True):
+        if s < 0:
+            low += (n - 1) * s
+        else:
+            high += (n - 1) * s
+    return begin + low * size, begin + (high + 1) * size
+
+
+def refuse_overlap(out: Any, **inputs: Any) -> None:
+    """Refuse an output in the memory of an input."""
+    begin, end = _range(out)
+    for name, x in inputs.items():
+        first, last = _range(x)
+        if begin < last and first < end:
+            refuse("out", f"in the same memory as {name}", "memory of its own")
+
+
+def _cuda_reads(x: Any) -> Any:
+    """Return x, or a contiguous copy if its rows are not contiguous or not 16-byte aligned, as CUDA wants."""
+    if is_numpy(x) or x.device.type != "cuda":
+        return x
+    *others, column = x.stride()
+    size = x.element_size()
+    if column == 1 and x.data_ptr() % 16 == 0 and all(s >= 0 and s * size % 16 == 0 for s in others):
+        return x
+    return x.clone(memory_format=sys.modules["torch"].contiguous_format)
+
+
+def all_cuda_reads(q: Any, *keys: Any, cached: bool) -> list[Any]:
+    """Return q and the keys (or keys and values) as the CUDA kernels can read them.
+
+    A cache is never copied: it may be all of the memory.
+    """
+    return [_cuda_reads(q), *(keys if cached else map(_cuda_reads, keys))]
+
+
+def workspace_of(like: Any, size: int) -> tuple[Any, int | None]:
+    """Return scratch memory on the device of `like`: what keeps it alive, and its aligned address."""
+    if size == 0:
+        return None, None
+    if is_numpy(like):
+        memory = np.empty(size + _ALIGN, np.uint8)
+        return memory, -(-(address_of(memory) or 0) // _ALIGN) * _ALIGN
+    torch = sys.modules["torch"]
+    memory = in_large_pages(torch.empty(size, dtype=torch.uint8, device=like.device))
+    address = int(memory.data_ptr())
+    assert address % _ALIGN == 0, "torch's allocators align to at least 64 bytes"
+    return memory, address

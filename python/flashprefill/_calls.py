@@ -1,0 +1,91 @@
+"""The arguments of the library's three verbs: select, attend and prefill.
+
+Each verb is described once, as a list of names and types. From this list come the schema of the torch
+operator (torch_op.py), the tuple in which api.py hands arguments over, and the names under which _engine.py
+reads them again. Types are those of torch's schemas; "Tensor!" is a tensor that the verb writes to.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+_ALIASES = "abcdefghijklmnop"  # torch's names for the tensors that an operator writes to
+
+_INPUTS = {"q": "Tensor", "k": "Tensor"}
+_RESULTS = {"v": "Tensor", "out": "Tensor!", "lse": "Tensor!?"}
+_LAYOUT = {
+    "cu_seqlens_q": "Tensor?",
+    "cu_seqlens_k": "Tensor?",
+    "seqused_k": "Tensor?",
+    "block_table": "Tensor?",
+    "max_seqlen_q": "SymInt",
+    "max_seqlen_k": "SymInt",
+    "softmax_scale": "float",
+    "causal": "bool",
+}
+_SELECTION = {"final_chunk": "bool[]", "policy": "str"}
+_EXECUTION = {"threads": "int", "backend": "str?", "target": "str?"}
+
+
+class Verb:
+    """One verb: its name, and the names and types of its arguments in their order."""
+
+    def __init__(self, name: str, *groups: dict[str, str]) -> None:
+        self.name = name
+        self.types = {argument: kind for group in groups for argument, kind in group.items()}
+        self.names = tuple(self.types)
+        self._call: Any = namedtuple(f"{name}_arguments", self.names)  # type: ignore[misc]
+
+    @property
+    def schema(self) -> str:
+        """The signature as torch.library writes it."""
+        aliases, parts = iter(_ALIASES), []
+        for name, kind in self.types.items():
+            if kind.startswith("Tensor!"):
+                kind = f"Tensor({next(aliases)}!){kind.removeprefix('Tensor!')}"
+            parts.append(f"{kind} {name}")
+        return f"{self.name}({', '.join(parts)}) -> ()"
+
+    def pack(self, **values: Any) -> tuple[Any, ...]:
+        """Return the arguments in their order."""
+        return tuple([values[name] for name in self.names])
+
+    def unpack(self, arguments: tuple[Any, ...]) -> Any:
+        """Return the arguments as a named tuple."""
+        return self._call._make(arguments)
+
+
+SELECT = Verb(
+    "select",
+    _INPUTS,
+    {"bits": "Tensor!", "counts": "Tensor!", "fallback": "Tensor!", "vertical_slash": "Tensor!?"},
+    _LAYOUT,
+    _SELECTION,
+    _EXECUTION,
+)
+ATTEND = Verb(
+    "attend",
+    _INPUTS,
+    _RESULTS,
+    {
+        "bits": "Tensor",
+        "tile_tokens": "SymInt",
+        "block_size": "SymInt",
+        "share_heads": "bool",
+        "mean_correction": "bool",
+        "vertical_slash": "Tensor?",
+        "max_verticals": "SymInt",
+    },
+    _LAYOUT,
+    _EXECUTION,
+)
+PREFILL = Verb(
+    "prefill",
+    _INPUTS,
+    _RESULTS,
+    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", "vertical_slash": "Tensor!?"},
+    _LAYOUT,
+    _SELECTION,
+    _EXECUTION,
+)

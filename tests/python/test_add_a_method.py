@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "add-a-method.md"
-FOLDERS = ("include", "src", "cmake", "python", "tests")
+FOLDERS = ("include", "src", "cmake", "integrations", "python", "tests")
 STEP = re.compile(
     r"^`(?P<path>[^`]+)`, (?:a new file|(?P<side>after|before) the line that begins `(?P<line>[^`]+)`):\n"
     r"```\w+\n(?P<code>.*?)^```$",

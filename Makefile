@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup build install demo test test-cpp test-python test-sanitize test-engines test-arm bench check format wheel clean
+.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-arm bench check format wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,9 @@ test-python: install
 
 test-sanitize: setup ## the C++ tests under ASan + UBSan, and under TSan
 	@tools/test_sanitize.sh
+
+fuzz: setup ## libFuzzer on every fuzz target, a minute each (ARGS="600": that many seconds each)
+	@tools/fuzz.sh $(ARGS)
 
 test-engines: install ## the plugins inside vLLM and llama.cpp, which are downloaded (ARGS="vllm": only that one)
 	@tools/test_engines.sh $(ARGS)

@@ -1,14 +1,15 @@
 """Selection alone on a GPU, and the attend kernel's share of an operator over even lists of blocks.
 
-    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --grid] [--out FILE]
+    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --strided] [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs and thresholds as operator_bench.py
 makes them. Calls are captured in CUDA graphs, several in one timing so that the host's launches are not
 measured, medians. A graph of a selection holds ten calls into one mask, whose zeros are not made again. "even
 lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as large a
 share of what it sees, however the made-up text spreads its topics. --alone leaves all but selections out, so
-that they run on a cooler chip. --grid is XAttention and RRAttention beside FlashPrefill instead, thresholds
-tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there, zeros with it.
+that they run on a cooler chip. --strided is XAttention and RRAttention next to FlashPrefill instead,
+thresholds tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there,
+zeros with it.
 """
 
 import argparse
@@ -76,8 +77,8 @@ def medians(graphs, tokens, turns, calls_inside=None):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def measure_grid(tokens, turns):
-    """All rows of one length of the policies that score a grid of cells."""
+def measure_strided(tokens, turns):
+    """All rows of one length of the policies that score strided cells."""
     q, k, v = inputs(tokens)
 
     def tuned_threshold(make_policy):
@@ -178,7 +179,7 @@ def main():
     parser.add_argument("--tokens", default=",".join(map(str, DENSITIES)))
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--alone", action="store_true", help="selections and nothing else")
-    parser.add_argument("--grid", action="store_true", help="XAttention and RRAttention")
+    parser.add_argument("--strided", action="store_true", help="XAttention and RRAttention")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     rows = []
@@ -187,8 +188,8 @@ def main():
         print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s, {clock()} MHz", flush=True)
         for tokens in map(int, arguments.tokens.split(",")):
             for row in (
-                measure_grid(tokens, arguments.turns)
-                if arguments.grid
+                measure_strided(tokens, arguments.turns)
+                if arguments.strided
                 else measure(tokens, arguments.turns, arguments.alone)
             ):
                 rows.append(row)

@@ -38,13 +38,20 @@ int Choice(const std::string& name, const std::string& value, const char* const 
   Refuse(name, value, "one of " + all);
 }
 
+// Bounded, so that a mistyped range does not become a list of millions.
+int64_t Layer(const std::string& name, const std::string& value) {
+  const int64_t layer = WholeNumber(name, value);
+  if (layer >= 4096) Refuse(name, value, "layers from 0 to 4095, like 0-2 31");
+  return layer;
+}
+
 std::vector<int64_t> Layers(const std::string& name, const std::string& value) {
   std::vector<int64_t> layers;
   std::istringstream words(value);
   for (std::string word; words >> word;) {
     const size_t dash = word.find('-');
-    const int64_t first = WholeNumber(name, word.substr(0, dash));
-    const int64_t last = dash == std::string::npos ? first : WholeNumber(name, word.substr(dash + 1));
+    const int64_t first = Layer(name, word.substr(0, dash));
+    const int64_t last = dash == std::string::npos ? first : Layer(name, word.substr(dash + 1));
     for (int64_t layer = first; layer <= last; ++layer) layers.push_back(layer);
   }
   return layers;

@@ -274,6 +274,9 @@ size_t ParsePolicy(const char* text, void* policy, size_t size) {
 std::string PrintPolicy(const Policy& policy) {
   const Method* method = FindMethod(policy.kind);
   if (!method) Refuse("policy.kind", policy.kind, "one of fp_policy_kind");
+  if (policy.struct_size < method->size) {
+    Refuse("policy.struct_size", policy.struct_size, "the size of the struct: call fp_*_init first");
+  }
   CheckFields(*method, policy);
   std::vector<uint64_t> own(DivUp(method->size, sizeof(uint64_t)));
   Policy& initial = reinterpret_cast<Policy&>(*own.data());

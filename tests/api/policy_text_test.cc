@@ -173,6 +173,10 @@ TEST(PolicyText, PrintingCutsAndRefuses) {
   EXPECT_STREQ(fp_last_error(), "mass is 2; it must be above 0 and at most 1");
   bad.common.kind = 77;
   EXPECT_EQ(fp_policy_print(bad.get(), nullptr, 0), 0u);
+  bad = policy;
+  bad.common.struct_size = sizeof(fp_policy);
+  EXPECT_EQ(fp_policy_print(bad.get(), nullptr, 0), 0u);
+  EXPECT_STREQ(fp_last_error(), "policy.struct_size is 32; it must be the size of the struct: call fp_*_init first");
   EXPECT_EQ(fp_policy_print(nullptr, nullptr, 0), 0u);
   EXPECT_STREQ(fp_last_error(), "policy is NULL; it must be a policy");
   AnyPolicy lost = Parse("xattention(head_thresholds=[0.5])");

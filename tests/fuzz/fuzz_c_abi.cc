@@ -1,62 +1,16 @@
 // Fuzzes the C ABI: the input bytes become a small problem, policy, mask and execution, mostly sane and often not.
-// Every buffer has exactly the size that the descriptor claims, so AddressSanitizer sees any step outside; whatever is
-// refused must leave the output as it was, and whatever is accepted must run.
+// Every buffer has exactly the size that the descriptor claims, so AddressSanitizer sees any step outside. A call that
+// is refused must leave the output as it was; a call that is accepted must run.
 //
-// Built by the preset `fuzz` for libFuzzer. Without libFuzzer (FLASHPREFILL_FUZZ_STANDALONE) a main() feeds it a fixed
-// number of pseudo-random inputs, so that the ordinary tests give it a short run with any compiler.
+// Built by the preset `fuzz` for libFuzzer, and with standalone.cc as a short run among the tests.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
 #include <vector>
 
-#include "flashprefill/flashprefill.h"
+#include "fuzz.h"
+#include "random_policy.h"
 
+namespace flashprefill::test {
 namespace {
-
-// Reads the input from its front; zeros once it is used up.
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-
-  template <typename T>
-  T Raw() {
-    T value{};
-    const size_t n = std::min(sizeof(T), size_);
-    if (n > 0) std::memcpy(&value, data_, n);
-    data_ += n;
-    size_ -= n;
-    return value;
-  }
-  int Upto(int most) { return Raw<uint8_t>() % (most + 1); }
-  bool OneIn(int n) { return Upto(n - 1) == n - 1; }
-
-  // Usually the sane value, now and then anything at all.
-  template <typename T>
-  T Mostly(T sane) {
-    return OneIn(64) ? Raw<T>() : sane;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_;
-};
-
-// A heap block of exactly this many bytes, so that the sanitizer guards both ends.
-struct Buffer {
-  explicit Buffer(size_t bytes)
-      : size(bytes), data(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
-    std::memset(data, 0x3c, (bytes + 63) / 64 * 64); // fp16 1.06, bf16 0.0115, fp32 0.0115
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  size_t size;
-  uint8_t* data;
-};
 
 fp_tensor TensorOver(const Buffer& buffer, int dtype, int64_t tokens, int64_t heads, int64_t dim) {
   fp_tensor t{};
@@ -71,232 +25,233 @@ fp_tensor TensorOver(const Buffer& buffer, int dtype, int64_t tokens, int64_t he
 
 size_t SizeOf(int dtype) { return dtype == FP_F32 ? 4 : 2; }
 
-union AnyPolicy {
-  fp_policy common;
-  fp_flashprefill flashprefill;
-  fp_sketch sketch;
-  fp_flexprefill flex;
-  fp_minference minference;
-  fp_xattention xattention;
-  fp_rrattention rrattention;
-  fp_sparge_attn sparge;
-  fp_prism prism;
-  fp_sample_attention sample;
+// A problem with all its memory.
+class Call {
+ public:
+  explicit Call(Bytes& in)
+      : batch_(in.Upto(3)),
+        kv_heads_(1 + in.Upto(2)),
+        group_(1 + in.Upto(3)),
+        dim_(1 + in.Upto(40)),
+        q_len_(in.Upto(70)),
+        k_len_(q_len_ + in.Upto(70)),
+        dtype_(in.Upto(2)),
+        kv_dtype_(in.OneIn(4) ? in.Upto(2) : dtype_),
+        packed_q_(in.OneIn(2)),
+        packed_k_(in.OneIn(2)),
+        paged_(in.OneIn(3)),
+        page_size_(1 + in.Upto(31)),
+        pages_per_seq_(static_cast<int>((k_len_ + page_size_ - 1) / page_size_) + in.Upto(1)),
+        page_count_(batch_ * pages_per_seq_ + in.Upto(2)) {
+    FillIndexArrays(in);
+    const int64_t k_rows = paged_ ? int64_t{page_count_} * page_size_ : packed_k_ ? cu_k_[batch_] : batch_ * k_len_;
+    q_ = Take(TotalQ() * q_heads() * dim_ * SizeOf(dtype_));
+    out_ = Take(TotalQ() * q_heads() * dim_ * SizeOf(dtype_));
+    lse_ = Take(TotalQ() * q_heads() * sizeof(float));
+    k_ = Take(k_rows * kv_heads_ * dim_ * SizeOf(kv_dtype_));
+    v_ = Take(k_rows * kv_heads_ * dim_ * SizeOf(kv_dtype_));
+    FillProblem(in);
+    FillOutput(in);
+  }
+
+  int q_heads() const { return kv_heads_ * group_; }
+  const fp_problem& problem() const { return problem_; }
+  const fp_output& output() const { return output_; }
+
+  // Copies of out and lse, to see whether a refused call wrote any of them.
+  std::vector<uint8_t> Outputs() const {
+    std::vector<uint8_t> all(out_->data, out_->data + out_->size);
+    all.insert(all.end(), lse_->data, lse_->data + lse_->size);
+    return all;
+  }
+
+ private:
+  const Buffer* Take(size_t bytes) {
+    buffers_.push_back(std::make_unique<Buffer>(bytes));
+    return buffers_.back().get();
+  }
+
+  int64_t TotalQ() const { return packed_q_ ? cu_q_[batch_] : batch_ * q_len_; }
+
+  // True ones, then perhaps one entry changed.
+  void FillIndexArrays(Bytes& in) {
+    cu_q_.resize(batch_ + 1);
+    cu_k_.resize(batch_ + 1);
+    used_.resize(batch_);
+    table_.resize(static_cast<size_t>(batch_) * pages_per_seq_);
+    for (int b = 0; b < batch_; ++b) {
+      const int q = in.Upto(static_cast<int>(q_len_)), k = q + in.Upto(static_cast<int>(k_len_ - q_len_));
+      cu_q_[b + 1] = cu_q_[b] + q;
+      cu_k_[b + 1] = cu_k_[b] + k;
+      used_[b] = packed_q_ ? k : static_cast<int32_t>(k_len_);
+    }
+    for (size_t i = 0; i < table_.size(); ++i) table_[i] = static_cast<int32_t>((i * 7) % std::max(1, page_count_));
+    total_q_ = TotalQ(), total_k_ = cu_k_[batch_];
+  }
+
+  void FillProblem(Bytes& in) {
+    fp_problem& p = problem_;
+    fp_problem_init(&p);
+    p.struct_size = in.Mostly(p.struct_size);
+    p.device = in.Mostly<int32_t>(FP_CPU);
+    p.batch = batch_;
+    p.kv_heads = kv_heads_;
+    p.q_heads = q_heads();
+    p.head_dim = dim_;
+    p.causal = in.Mostly(in.OneIn(8) ? 0 : 1);
+    p.final_chunk = in.Mostly(in.Upto(1));
+    p.softmax_scale = in.Mostly(0.3f);
+    p.total_q = total_q_;
+    p.total_k = total_k_;
+    p.max_seqlen_q = q_len_;
+    p.max_seqlen_k = k_len_;
+    p.q = TensorOver(*q_, in.Mostly(dtype_), q_len_, q_heads(), dim_);
+    p.k = TensorOver(*k_, kv_dtype_, paged_ ? page_size_ : k_len_, kv_heads_, dim_);
+    p.v = TensorOver(*v_, kv_dtype_, paged_ ? page_size_ : k_len_, kv_heads_, dim_);
+    if (p.q.dtype != dtype_ && SizeOf(p.q.dtype) != SizeOf(dtype_)) p.q.dtype = 99; // it would claim more than there is
+    if (packed_q_) p.cu_seqlens_q = cu_q_.data();
+    if (packed_k_) p.cu_seqlens_k = cu_k_.data();
+    if (paged_ || in.OneIn(4)) p.seqused_k = in.OneIn(16) ? nullptr : used_.data();
+    if (paged_) {
+      p.block_table = table_.data();
+      p.block_table_stride = pages_per_seq_;
+      p.pages_per_seq = pages_per_seq_;
+      p.page_size = page_size_;
+      p.page_count = page_count_;
+    }
+    if (in.OneIn(32)) p.k.data = nullptr;
+    for (auto* array : {&cu_q_, &cu_k_, &used_, &table_}) {
+      if (!array->empty() && in.OneIn(32)) (*array)[in.Upto(255) % array->size()] = in.Raw<int32_t>();
+    }
+  }
+
+  void FillOutput(Bytes& in) {
+    fp_output_init(&output_);
+    output_.out = TensorOver(*out_, problem_.q.dtype, q_len_, q_heads(), dim_);
+    if (in.OneIn(2)) {
+      output_.lse = reinterpret_cast<float*>(lse_->data);
+      const int64_t tokens = packed_q_ ? total_q_ : q_len_;
+      output_.lse_stride[0] = q_heads() * tokens;
+      output_.lse_stride[1] = tokens;
+      output_.lse_stride[2] = 1;
+    }
+    if (in.OneIn(32)) output_.out.data = nullptr;
+  }
+
+  const int batch_, kv_heads_, group_, dim_;
+  const int64_t q_len_, k_len_;
+  const int dtype_, kv_dtype_;
+  const bool packed_q_, packed_k_, paged_;
+  const int page_size_, pages_per_seq_, page_count_;
+  int64_t total_q_ = 0, total_k_ = 0;
+  std::vector<int32_t> cu_q_, cu_k_, used_, table_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  const Buffer *q_, *k_, *v_, *out_, *lse_;
+  fp_problem problem_;
+  fp_output output_;
 };
 
-const fp_minference_head kHeads[16] = {{FP_A_SHAPE, 20, 30}, {FP_BLOCK_SPARSE, 2, 0}, {FP_VERTICAL_SLASH, 5, 7}};
-
-const float kThresholds[16] = {0.5f, 0, 1, 0.9f};
-
-void FillPolicy(Bytes& in, AnyPolicy& policy) {
-  constexpr int kKinds[] = {0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12};
-  const int kind = kKinds[in.Upto(10)];
-  if (fp_policy_init(kind, &policy, sizeof policy) != FP_OK) std::abort();
-  policy.common.kind = in.Mostly(policy.common.kind);
-  policy.common.struct_size = in.Mostly(policy.common.struct_size);
-  policy.common.block_size = in.Mostly(16 * (1 + in.Upto(4)));
-  policy.common.sink_blocks = in.Mostly(in.Upto(2));
-  policy.common.window_blocks = in.Mostly(in.Upto(2));
-  policy.common.dense_tail_blocks = in.Mostly(in.Upto(1));
-  policy.common.share_heads = in.Mostly(in.Upto(1));
-  policy.common.mean_correction = in.Mostly(in.Upto(1));
-  if (kind == FP_FLASHPREFILL) {
-    policy.flashprefill.alpha = in.Mostly(static_cast<float>(in.Upto(20)) / 10);
-    policy.flashprefill.query_pool = in.Mostly(1 + in.Upto(20));
-    policy.flashprefill.min_blocks = in.Mostly(in.Upto(3));
-  } else if (kind == FP_SKETCH) {
-    policy.sketch.mass = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
-    policy.sketch.alpha = in.Mostly(std::numeric_limits<float>::quiet_NaN());
-    policy.sketch.outliers = in.Mostly(in.Upto(5));
-    policy.sketch.query_pool = in.Mostly(1 + in.Upto(20));
-    policy.sketch.min_blocks = in.Mostly(in.Upto(3));
-    policy.sketch.query_metric = in.Mostly(in.Upto(1));
-    if (in.Upto(2) == 0) {
-      policy.sketch.gain = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 11);
-      policy.sketch.mass = std::numeric_limits<float>::quiet_NaN();
-    }
-  } else if (kind == FP_FLEXPREFILL) {
-    policy.flex.gamma = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
-    policy.flex.tau = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
-    policy.flex.min_budget = in.Mostly(in.Upto(40));
-    policy.flex.max_budget = in.Mostly(in.OneIn(2) ? 40 + in.Upto(40) : 0);
-    policy.flex.cover = in.Mostly(in.Upto(1));
-  } else if (kind == FP_MINFERENCE) {
-    policy.minference.vertical = in.Mostly(in.Upto(40));
-    policy.minference.slash = in.Mostly(in.Upto(40));
-    policy.minference.head_count = in.Mostly(in.Upto(3));
-    policy.minference.rounding = in.Mostly(in.Upto(1));
-    policy.minference.heads = kHeads;
-  } else if (kind == FP_XATTENTION) {
-    policy.xattention.threshold = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
-    policy.xattention.norm = in.Mostly(static_cast<float>(1 + in.Upto(10)) / 10);
-    policy.xattention.stride = in.Mostly(4 << in.Upto(3));
-    policy.xattention.head_count = in.Mostly(in.Upto(3));
-    policy.xattention.head_thresholds = kThresholds;
-  } else if (kind == FP_RRATTENTION) {
-    policy.rrattention.threshold = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
-    policy.rrattention.stride = in.Mostly(4 << in.Upto(3));
-  } else if (kind == FP_SPARGE_ATTN) {
-    policy.sparge.similarity = in.Mostly(static_cast<float>(in.Upto(10)) / 5 - 1);
-    if (in.OneIn(2)) {
-      policy.sparge.cdf = std::numeric_limits<float>::quiet_NaN();
-      policy.sparge.topk = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
-    }
-  } else if (kind == FP_PRISM) {
-    policy.prism.mass = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
-    policy.prism.rotary_dim = in.Mostly(2 * in.Upto(4));
-    policy.prism.high_pairs = in.Mostly(in.Upto(3));
-    policy.prism.low_pairs = in.Mostly(in.Upto(3));
-    policy.prism.interleaved = in.Mostly(in.Upto(1));
-  } else if (kind == FP_SAMPLE_ATTENTION) {
-    policy.sample.coverage = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
-    policy.sample.sample_ratio = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
-    policy.sample.window_ratio = in.Mostly(static_cast<float>(in.Upto(10)) / 10);
-    policy.sample.sample_rows = in.Mostly(1 + in.Upto(40));
+// A described mask with memory of exactly the size that it needs.
+struct Mask {
+  explicit Mask(const fp_block_mask& described, int32_t batch)
+      : view(described),
+        bits(described.heads * described.tile_rows * described.words * 8),
+        lists(Room() > 0 ? int64_t{batch} * described.heads * (2 + Room()) * 4 : 0) {
+    view.bits = reinterpret_cast<uint64_t*>(bits.data);
+    view.vertical_slash = reinterpret_cast<int32_t*>(lists.data);
   }
-  // Only the structs of MInference and XAttention have a list at the address that they name.
-  for (const int listed : {FP_MINFERENCE, FP_XATTENTION}) {
-    if (policy.common.kind == listed && kind != listed) policy.common.kind = kind;
-  }
+  int64_t Room() const { return int64_t{view.max_verticals} + view.max_slashes; }
+  fp_block_mask view;
+  Buffer bits, lists;
+};
+
+// Whether the call was refused; then it has a message, and the outputs are as before.
+bool Refused(fp_status status, const Call& call, const std::vector<uint8_t>& before) {
+  if (status == FP_OK) return false;
+  if (fp_last_error()[0] == 0) Finding("a refusal without a message");
+  if (call.Outputs() != before) Finding("a refused call wrote an output");
+  return true;
 }
 
-int accepted = 0; // inputs that ran to the end
+// Attends over a mask and counts what it keeps. The mask's lists may be anything.
+void UseMask(const Call& call, const Mask& mask, const fp_exec& exec) {
+  const std::vector<uint8_t> before = call.Outputs();
+  size_t bytes = 0;
+  if (Refused(fp_attend_workspace(&call.problem(), &mask.view, &exec, &bytes), call, before)) return;
+  const Buffer workspace(bytes);
+  Refused(fp_attend(&call.problem(), &mask.view, &exec, &call.output(), workspace.data, bytes), call, before);
+  std::vector<int64_t> kept(static_cast<size_t>(call.problem().batch) * mask.view.heads);
+  fp_stats stats;
+  fp_stats_init(&stats);
+  stats.kept = kept.data();
+  fp_mask_stats(&call.problem(), &mask.view, &stats);
+}
+
+// A mask of Dense's geometry, with lists of its own: ascending in most cases.
+void UseMaskByHand(Bytes& in, const Call& call, const fp_exec& exec) {
+  const AnyPolicy dense = Dense(16 * (1 + in.Upto(4)));
+  fp_block_mask view;
+  fp_block_mask_init(&view);
+  if (fp_mask_describe(&call.problem(), dense.get(), &view) != FP_OK) return;
+  view.max_verticals = in.Upto(12);
+  view.max_slashes = in.Upto(12);
+  Mask mask(view, call.problem().batch);
+  const int64_t stride = 2 + mask.Room();
+  for (int64_t list = 0; mask.Room() > 0 && list < call.problem().batch * view.heads; ++list) {
+    int32_t* at = mask.view.vertical_slash + list * stride;
+    at[0] = in.Mostly(in.Upto(view.max_verticals));
+    at[1] = in.Mostly(in.Upto(view.max_slashes));
+    for (int64_t i = 2, next = 0; i < stride; ++i) {
+      if (i == 2 + view.max_verticals) next = 0;
+      next += in.Upto(15);
+      at[i] = in.Mostly(static_cast<int32_t>(next++));
+    }
+  }
+  for (size_t i = 0; i < mask.bits.size; ++i) mask.bits.data[i] = in.Raw<uint8_t>();
+  UseMask(call, mask, exec);
+}
 
 void Run(Bytes in) {
-  const int batch = in.Upto(3);
-  const int kv_heads = 1 + in.Upto(2), group = 1 + in.Upto(3), dim = 1 + in.Upto(40);
-  const int64_t q_len = in.Upto(70), k_len = q_len + in.Upto(70);
-  const int dtype = in.Upto(2), kv_dtype = in.OneIn(4) ? in.Upto(2) : dtype;
-  const bool packed_q = in.OneIn(2), packed_k = in.OneIn(2), paged = in.OneIn(3);
-  const int page_size = 1 + in.Upto(31),
-            pages_per_seq = static_cast<int>((k_len + page_size - 1) / page_size) + in.Upto(1);
-  const int page_count = batch * pages_per_seq + in.Upto(2);
-
-  // Index arrays: true ones, then perhaps one entry changed.
-  std::vector<int32_t> cu_q(batch + 1), cu_k(batch + 1), used(batch), table(static_cast<size_t>(batch) * pages_per_seq);
-  for (int b = 0; b < batch; ++b) {
-    const int q = in.Upto(static_cast<int>(q_len)), k = q + in.Upto(static_cast<int>(k_len - q_len));
-    cu_q[b + 1] = cu_q[b] + q;
-    cu_k[b + 1] = cu_k[b] + k;
-    used[b] = packed_q ? k : static_cast<int32_t>(k_len);
-  }
-  const int64_t total_q = packed_q ? cu_q[batch] : batch * q_len;
-  const int64_t total_k = cu_k[batch];
-  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>((i * 7) % std::max(1, page_count));
-  for (auto* array : {&cu_q, &cu_k, &used, &table}) {
-    if (!array->empty() && in.OneIn(32)) (*array)[in.Upto(255) % array->size()] = in.Raw<int32_t>();
-  }
-
-  const int q_heads = kv_heads * group;
-  const int64_t k_rows = paged ? int64_t{page_count} * page_size : packed_k ? total_k : batch * k_len;
-  const Buffer q(total_q * q_heads * dim * SizeOf(dtype)), out(q.size), lse(total_q * q_heads * sizeof(float));
-  const Buffer k(k_rows * kv_heads * dim * SizeOf(kv_dtype)), v(k.size);
-
-  fp_problem p;
-  fp_problem_init(&p);
-  p.struct_size = in.Mostly(p.struct_size);
-  p.device = in.Mostly<int32_t>(FP_CPU);
-  p.batch = batch;
-  p.kv_heads = kv_heads;
-  p.q_heads = q_heads;
-  p.head_dim = dim;
-  p.causal = in.Mostly(in.OneIn(8) ? 0 : 1);
-  p.final_chunk = in.Mostly(in.Upto(1));
-  p.softmax_scale = in.Mostly(0.3f);
-  p.total_q = total_q;
-  p.total_k = total_k;
-  p.max_seqlen_q = q_len;
-  p.max_seqlen_k = k_len;
-  p.q = TensorOver(q, in.Mostly(dtype), q_len, q_heads, dim);
-  p.k = TensorOver(k, kv_dtype, paged ? page_size : k_len, kv_heads, dim);
-  p.v = TensorOver(v, kv_dtype, paged ? page_size : k_len, kv_heads, dim);
-  if (p.q.dtype != dtype && SizeOf(p.q.dtype) != SizeOf(dtype))
-    p.q.dtype = 99; // else it would claim more than there is
-  if (packed_q) p.cu_seqlens_q = cu_q.data();
-  if (packed_k) p.cu_seqlens_k = cu_k.data();
-  if (paged || in.OneIn(4)) p.seqused_k = in.OneIn(16) ? nullptr : used.data();
-  if (paged) {
-    p.block_table = table.data();
-    p.block_table_stride = pages_per_seq;
-    p.pages_per_seq = pages_per_seq;
-    p.page_size = page_size;
-    p.page_count = page_count;
-  }
-  if (in.OneIn(32)) p.k.data = nullptr;
-
-  AnyPolicy policy;
-  FillPolicy(in, policy);
-
+  Call call(in);
+  RandomPolicy random(in, call.q_heads());
+  const fp_policy* policy = random.policy.get();
   fp_exec exec;
   fp_exec_init(&exec);
   exec.threads = in.Mostly(1);
+  if (exec.threads > 64) return;
   exec.backend = in.OneIn(2) ? "cpu" : in.OneIn(2) ? "reference" : nullptr;
+  if (in.OneIn(4)) UseMaskByHand(in, call, exec);
 
-  fp_output output;
-  fp_output_init(&output);
-  output.out = TensorOver(out, p.q.dtype, q_len, q_heads, dim);
-  if (in.OneIn(2)) {
-    output.lse = reinterpret_cast<float*>(lse.data);
-    const int64_t tokens = packed_q ? total_q : q_len;
-    output.lse_stride[0] = q_heads * tokens;
-    output.lse_stride[1] = tokens;
-    output.lse_stride[2] = 1;
-  }
-  if (in.OneIn(32)) output.out.data = nullptr;
-
-  const auto untouched = [](const Buffer& buffer) {
-    for (size_t i = 0; i < buffer.size; ++i) {
-      if (buffer.data[i] != 0x3c) std::abort();
-    }
-  };
-  const auto refused = [&](fp_status status) {
-    if (status == FP_OK) return false;
-    if (fp_last_error()[0] == 0) std::abort();
-    untouched(out);
-    untouched(lse);
-    return true;
-  };
-
+  const std::vector<uint8_t> before = call.Outputs();
+  const fp_problem& p = call.problem();
   size_t bytes = 0;
-  if (exec.threads > 64 || refused(fp_prefill_workspace(&p, &policy.common, &exec, &bytes))) return;
+  if (Refused(fp_prefill_workspace(&p, policy, &exec, &bytes), call, before)) return;
+  if (fp_policy_print(policy, nullptr, 0) == 0) Finding("an accepted policy is not printed");
   const Buffer workspace(bytes);
-  fp_block_mask mask;
-  fp_block_mask_init(&mask);
-  if (refused(fp_mask_describe(&p, &policy.common, &mask))) return;
-  const Buffer bits(mask.heads * mask.tile_rows * mask.words * 8);
-  mask.bits = reinterpret_cast<uint64_t*>(bits.data);
-  const int64_t room = int64_t{mask.max_verticals} + mask.max_slashes;
-  const Buffer vertical_slash(room > 0 ? p.batch * mask.heads * (2 + room) * 4 : 0);
-  mask.vertical_slash = reinterpret_cast<int32_t*>(vertical_slash.data);
+  fp_block_mask described;
+  fp_block_mask_init(&described);
+  if (Refused(fp_mask_describe(&p, policy, &described), call, before)) return;
+  Mask mask(described, p.batch);
   const size_t short_by = in.OneIn(16) && bytes > 0 ? 1 : 0;
-  if (refused(fp_prefill(&p, &policy.common, &exec, &mask, &output, workspace.data, bytes - short_by))) return;
-
-  // A hand-made mask: the bits that select wrote, some turned around.
-  for (int i = in.Upto(3); i > 0 && bits.size > 0; --i) bits.data[in.Raw<uint16_t>() % bits.size] ^= in.Raw<uint8_t>();
-  size_t attend_bytes = 0;
-  if (fp_attend_workspace(&p, &mask, &exec, &attend_bytes) != FP_OK) std::abort();
-  const Buffer attend_workspace(attend_bytes);
-  if (fp_attend(&p, &mask, &exec, &output, attend_workspace.data, attend_bytes) != FP_OK) std::abort();
+  if (Refused(fp_prefill(&p, policy, &exec, &mask.view, &call.output(), workspace.data, bytes - short_by), call,
+              before))
+    return;
   ++accepted;
+
+  // The mask that select wrote, with some bits and list entries changed.
+  for (int i = in.Upto(3); i > 0 && mask.bits.size > 0; --i) {
+    mask.bits.data[in.Raw<uint16_t>() % mask.bits.size] ^= in.Raw<uint8_t>();
+  }
+  for (int i = in.Upto(2); i > 0 && mask.lists.size > 0; --i) {
+    mask.view.vertical_slash[in.Raw<uint16_t>() % (mask.lists.size / 4)] += in.Upto(8) - 4;
+  }
+  UseMask(call, mask, exec);
 }
 
 } // namespace
+} // namespace flashprefill::test
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  Run(Bytes(data, size));
+  flashprefill::test::Run(flashprefill::test::Bytes(data, size));
   return 0;
 }
-
-#ifdef FLASHPREFILL_FUZZ_STANDALONE
-int main(int argc, char** argv) {
-  const int runs = argc > 1 ? std::atoi(argv[1]) : 2000;
-  std::mt19937 random(7);
-  std::vector<uint8_t> input(256);
-  for (int i = 0; i < runs; ++i) {
-    for (uint8_t& byte : input) byte = static_cast<uint8_t>(random());
-    LLVMFuzzerTestOneInput(input.data(), input.size());
-  }
-  std::printf("%d inputs, %d accepted and run, no crash\n", runs, accepted);
-  return accepted > runs / 10 && accepted < runs ? 0 : 1; // else it would test only one side
-}
-#endif

@@ -78,8 +78,7 @@ TEST(XAttentionByHand, ForcedBlocksCountFirst) {
 TEST(XAttentionByHand, OfEqualBlocksTheFirstIsKept) {
   FiveBlocks blocks({1, 2, 2, 2, 1});
   // All rows see 4 * 7 + i + 1; blocks 1 to 3 have 8 H = 0.97 each with H = 0.1214: sink and diagonal and one of them,
-  // 0.49 +
-  // 0.31 + 0.97 = 1.77, two of them 2.74.
+  // 0.49 + 0.31 + 0.97 = 1.77, two of them 2.74.
   ExpectKept(blocks.data, XAttention(16, 0.4f, 4), 0, {0, 1, 4});
   ExpectKept(blocks.data, XAttention(16, 0.6f, 4), 0, {0, 1, 2, 4});
 }

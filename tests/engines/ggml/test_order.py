@@ -171,7 +171,7 @@ def test_order(small: str, story: Callable[[Reader, bool], None], policy: str, k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["policy=flashprefill, block_size=64", f"policy=streaming, {BLOCKS}"])
+@pytest.mark.parametrize("policy", [f"policy=flashprefill, {BLOCKS}", f"policy=streaming, {BLOCKS}"])
 def test_text_is_as_well_read(policy: str) -> None:
     """Where another slot ends, a real model's loss is what it is alone."""
     text = prompt(N_CTX, 3)

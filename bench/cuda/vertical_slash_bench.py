@@ -1,6 +1,6 @@
 """FlexPrefill's and MInference's selection on a GPU beside FlashPrefill's, and the operators beside cuDNN.
 
-    python3 bench/cuda/lines_bench.py [--tokens 16384,65536,131072] [--out FILE]
+    python3 bench/cuda/vertical_slash_bench.py [--tokens 16384,65536,131072] [--out FILE]
 
 Shapes, inputs and timing as in operator_bench.py: graphs, all contenders by turns in one run, medians. gamma
 is set so that the density is that of operator_bench.py's table: on made-up text, whose mass is spread, the

@@ -97,7 +97,7 @@ VARIANTS = (
 
 
 def pooled(layer: Layer, pool: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounded means of each `pool` rows, [heads, tiles, rows a tile, dim], and their last positions."""
+    """Rounded means of each `pool` rows, [heads, tiles, rows per tile, dim], and their last positions."""
     n, heads, dim = layer.query.shape
     tiles = -(-n // BLOCK)
     rows = torch.nn.functional.pad(layer.query.float().permute(1, 0, 2), (0, 0, 0, tiles * BLOCK - n))

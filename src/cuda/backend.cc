@@ -37,7 +37,11 @@ void Demand(const char* unsupported) {
   if (unsupported) throw Error(FP_UNSUPPORTED, unsupported);
 }
 
+// Without anything to score, as with a share of 1, every method is the same.
+constexpr Selector kForcedBlocks = SelectorOver<ForcedPlan::Of>();
+
 const Selector& SelectorFor(const Policy& policy) {
+  if (flashprefill::KeepsEverything(policy)) return kForcedBlocks;
   const Selector* selector = SelectorOf(policy);
   if (!selector) throw Error(FP_UNSUPPORTED, "this policy selects on the CPU only");
   return *selector;

@@ -34,6 +34,9 @@ OpCase Batch(int kv_heads, int group) {
   return op;
 }
 
+// A policy that scores, without forced blocks beyond the diagonal.
+AnyPolicy Scored(int block_size) { return WithForced(Parse("flashprefill(alpha=0.5)", block_size), 0, 0, 0); }
+
 // A frame, the call and the memory under it.
 struct Framed {
   OpData data;
@@ -77,7 +80,7 @@ std::vector<ItemShape> Shapes(int group) {
 TEST(Frame, EveryRowOfTheMaskIsInOneItem) {
   for (const int group : {1, 3}) {
     for (const ItemShape& shape : Shapes(group)) {
-      Framed f(Batch(2, group), FlashPrefill(64, 0.5f), shape);
+      Framed f(Batch(2, group), Scored(64), shape);
       std::vector<std::atomic<int>> seen(f.mask.counts.size());
       std::atomic<int> chosen{0};
       while (f.frame.NextWave()) {
@@ -114,7 +117,7 @@ TEST(Frame, EveryRowOfTheMaskIsInOneItem) {
 
 TEST(Frame, EveryUnitIsDoneOnce) {
   for (const int64_t wave_panels : {int64_t{1}, ItemShape::kAll}) {
-    Framed f(Batch(3, 1), FlashPrefill(16, 0.5f), {.units = 1000, .wave_panels = wave_panels});
+    Framed f(Batch(3, 1), Scored(16), {.units = 1000, .wave_panels = wave_panels});
     const auto count = [](const Sequence& s) { return s.k_len / 100; };
     std::vector<std::vector<std::atomic<int>>> units;
     for (const Lengths& lengths : kBatch) units.emplace_back(lengths.k / 100);
@@ -138,7 +141,7 @@ TEST(Frame, EveryUnitIsDoneOnce) {
 
 TEST(Frame, PanelsOfAWaveDoNotOverlap) {
   for (const int64_t wave_panels : {int64_t{3}, ItemShape::kAll}) {
-    Framed f(Batch(2, 2), FlashPrefill(16, 0.5f), {.heads = 2, .wave_panels = wave_panels});
+    Framed f(Batch(2, 2), Scored(16), {.heads = 2, .wave_panels = wave_panels});
     while (f.frame.NextWave()) {
       std::vector<std::atomic<int>> used(2 * f.frame.capacity());
       f.frame.ForUnits([](const Sequence&) { return 2; },
@@ -152,7 +155,7 @@ TEST(Frame, PanelsOfAWaveDoNotOverlap) {
 }
 
 TEST(Frame, AThreadsMemoryIsItsOwn) {
-  Framed f(Batch(2, 2), FlashPrefill(16, 0.5f), {});
+  Framed f(Batch(2, 2), Scored(16), {});
   std::atomic<int> inside{0};
   while (f.frame.NextWave()) {
     f.frame.ForItems([&](const Item&, Workspace scratch) {

@@ -27,6 +27,7 @@ def put(tree, path, side, line, code):
     file = tree / path
     if side is None:
         assert not file.exists(), f"{path} is there already"
+        file.parent.mkdir(exist_ok=True)
         file.write_text(code)
         return
     lines = file.read_text().splitlines(keepends=True)
@@ -48,6 +49,12 @@ def test_every_block_of_code_is_a_step():
     assert page.count("```") == 2 * len(STEP.findall(page)) > 0
 
 
+def test_a_method_is_six_files_and_three_edits():
+    steps = [step for step in STEP.finditer(PAGE.read_text()) if step["path"] != "prototype.py"]
+    edits = [step for step in steps if step["side"]]
+    assert (len(steps) - len(edits), len(edits)) == (6, 3)
+
+
 @pytest.mark.skipif(
     not PAGE.exists() or not all(map(shutil.which, ("cmake", "ninja", "c++"))),
     reason="needs the source tree, CMake, Ninja and a compiler",
@@ -67,7 +74,7 @@ def test_the_page_works(tmp_path):
     printed = run(
         [
             build / "tests" / "flashprefill_tests",
-            "--gtest_filter=Loud*:Backends.SelectByHeadLengths:Backends.SelectByHeadDtypes",
+            "--gtest_filter=Loud*:*Lengths/loud:*Dtypes/loud",
             "--small",
         ]
     )
@@ -88,4 +95,4 @@ def test_the_page_works(tmp_path):
     assert "1 passed" in printed
     where = "import flashprefill; print(flashprefill.library_path(), flashprefill.Loud(blocks=3))"
     printed = run([sys.executable, "-c", where], env=environment, cwd=tmp_path)
-    assert str(library.name.split(".so")[0]) in printed and "Loud(blocks=3" in printed
+    assert str(library.name.split(".so")[0]) in printed and "loud(blocks=3)" in printed

@@ -36,7 +36,7 @@ TileRules TileRules::Of(const Problem& p, const Policy& policy) {
   r.window_reach = std::max(0, policy.window_blocks - 1);
   const int64_t tail = DivUp<int64_t>(int64_t{policy.dense_tail_blocks} * policy.block_size, g.tile_tokens);
   r.tail_tiles = static_cast<int>(std::min<int64_t>(tail, 1 << 30));
-  r.keeps_everything = MethodOf(policy).keeps_everything;
+  r.keeps_everything = flashprefill::KeepsEverything(policy);
   r.shared = policy.share_heads != 0;
   return r;
 }

@@ -126,7 +126,9 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     rest = WarpSum(rest);
     const float threshold = args.by_head ? args.head_threshold[head] : args.threshold;
     const float wanted = threshold * (forced + rest) - forced;
-    if (wanted > 0 && rest > 0) {
+    if (threshold >= 1) {
+      what.sink = tile.visible; // everything, also blocks whose mass is 0
+    } else if (wanted > 0 && rest > 0) {
       what.scored = tile.visible;
       rule.mass = fminf(wanted / rest, 1.f - 0x1p-24f); // 1 would mean blocks without mass too
     }

@@ -79,3 +79,14 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
             assert heading in slugs, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_files_that_pages_name_are_there(page):
+    """Paths in backticks; add-a-method.md names files that its reader makes, and has a test of its own."""
+    if page.name == "add-a-method.md":
+        return
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    folders = "bench|cmake|docs|examples|include|integrations|python|src|tests|tools"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"

@@ -2,9 +2,9 @@
 
     python tools/check_structure.py
 
-Includes point one way: a backend includes nothing of another, core includes no backend and no method, and a method's
-headers are included in its folder alone. No file of the library is over 500 lines. Nothing outside src/core asks
-which method a policy is of. Names and comments say "per".
+Includes point one way: a backend includes nothing of another, core includes no backend and no method, and a
+method's headers are included in its folder alone. No file of the library is over 500 lines. Nothing outside
+src/core asks which method a policy is of. Names and comments say "per".
 """
 
 from __future__ import annotations

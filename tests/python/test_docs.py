@@ -9,6 +9,8 @@ test doesn't have (a model, a GPU, an engine) and is only compiled.
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,10 @@ def test_files_that_pages_name_are_there(page):
     folders = "bench|cmake|docs|examples|include|integrations|python|src|tests|tools"
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_table_of_fields_is_the_librarys():
+    tool = ROOT / "tools" / "policy_fields.py"
+    if not tool.exists():
+        pytest.skip("needs the source tree")
+    assert subprocess.run([sys.executable, tool, "--check"], check=False).returncode == 0

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-arm bench check format wheel clean
+.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-arm bench check format docs wheel wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -17,7 +17,8 @@ build: setup ## the library and the C++ tests, in build/release
 	@cmake --build --preset release
 
 install: setup ## the Python package into .venv
-	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/wheel .
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings=build-dir=build/wheel .
+	@[ "$(MAKECMDGOALS)" != install ] || echo "flashprefill is in .venv. Next: make demo, or $(BIN)/flashprefill --help, or $(BIN)/python examples/..."
 
 demo: install ## a real model reads a long prompt: dense against FlashPrefill (ARGS="--help" for options)
 	@$(BIN)/flashprefill demo $(ARGS)
@@ -51,8 +52,14 @@ check: setup ## formatting, linting and types
 format: setup ## apply clang-format and ruff format
 	@tools/check.sh --fix
 
+docs: ## README and docs/ as a site, build/site/index.html; a link that leads nowhere is an error
+	@PYTHON=$(PYTHON) tools/docs.sh
+
 wheel: setup ## dist/*.whl, one for every Python from 3.10
 	@$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheels: ## dist/: sdist and manylinux wheels, as PyPI takes them (ARGS="cpu cuda aarch64 --twice": which, and whether twice)
+	@PYTHON=$(PYTHON) tools/wheels.sh $(ARGS)
 
 clean: ## builds, not .venv
 	rm -rf build dist out

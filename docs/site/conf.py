@@ -1,0 +1,74 @@
+"""Sphinx's settings for `make docs`: README and docs/ as a site.
+
+The source folder is the repository itself, so every relative link means what it means there: pages become pages of the site,
+other files (results, sources) downloads of it. A link that leads nowhere is an error, since warnings are.
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+project = "flashprefill"
+copyright = "the flashprefill authors"
+version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+extensions = ["myst_parser"]
+root_doc = "README"
+include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/**.md"]
+exclude_patterns = ["build", "out", "dist", ".*"]
+myst_heading_anchors = 4
+myst_links_external_new_tab = True
+suppress_warnings = ["misc.highlighting_failure"]
+
+html_theme = "furo"
+html_title = f"flashprefill {version}"
+
+CONTENTS = """
+
+```{toctree}
+:hidden:
+:caption: Use
+docs/python
+docs/policies
+docs/transformers
+docs/vllm
+docs/llama.cpp
+```
+```{toctree}
+:hidden:
+:caption: Figures
+docs/performance
+docs/quality
+```
+```{toctree}
+:hidden:
+:caption: The code
+:glob:
+docs/design
+docs/glossary
+docs/add-a-method
+docs/*
+docs/methods/*
+CONTRIBUTING
+SECURITY
+CODE_OF_CONDUCT
+CHANGELOG
+```
+"""
+
+
+def add_contents(app, docname, source):
+    """The side bar's contents, which README, as GitHub shows it, cannot carry."""
+    if docname == root_doc:
+        source[0] += CONTENTS
+
+
+def write_index(app, exception):
+    """A site begins at index.html; its first page is README.html."""
+    if exception is None:
+        Path(app.outdir, "index.html").write_text('<!doctype html><meta http-equiv="refresh" content="0; url=README.html">\n')
+
+
+def setup(app):
+    app.connect("source-read", add_contents)
+    app.connect("build-finished", write_index)

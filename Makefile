@@ -18,7 +18,7 @@ build: setup ## the library and the C++ tests, in build/release
 
 install: setup ## the Python package into .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings=build-dir=build/wheel .
-	@[ "$(MAKECMDGOALS)" != install ] || echo "flashprefill is in .venv. Next: make demo, or $(BIN)/flashprefill --help, or $(BIN)/python examples/..."
+	@[ "$(MAKECMDGOALS)" != install ] || echo "flashprefill is in .venv. Next: make demo, $(BIN)/flashprefill --help, or docs/python.md for Python"
 
 demo: install ## a real model reads a long prompt: dense against FlashPrefill (ARGS="--help" for options)
 	@$(BIN)/flashprefill demo $(ARGS)

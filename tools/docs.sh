@@ -9,5 +9,5 @@ if [ "$(cat $environment/.made-from 2> /dev/null)" != "$(sha256sum < tools/requi
   $environment/bin/pip install --quiet --disable-pip-version-check --requirement tools/requirements-docs.txt
   sha256sum < tools/requirements-docs.txt > $environment/.made-from
 fi
-$environment/bin/sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/docs-cache "$@" . build/site
+$environment/bin/sphinx-build --quiet --fail-on-warning --keep-going -c tools/site -d build/docs-cache "$@" . build/site
 echo "docs: build/site/index.html"

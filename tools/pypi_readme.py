@@ -1,6 +1,6 @@
 """README for PyPI, where links into the repository lead nowhere: they are made absolute, in place.
 
-usage: pypi_readme.py FOLDER, which holds README.md and pyproject.toml. The address is pyproject's project.urls.Source.
+usage: pypi_readme.py FOLDER, which holds README.md and pyproject.toml, whose Source is the address.
 """
 
 import re
@@ -24,7 +24,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     source = re.search(r'^Source = "(.*)"$', (folder / "pyproject.toml").read_text(), re.MULTILINE)[1]
     if "example.org" in source:
-        print(f"pyproject.toml's project.urls are placeholders ({source}): fill them in before you publish", file=sys.stderr)
+        print(
+            f"pyproject.toml's project.urls are placeholders ({source}): fill them in to publish",
+            file=sys.stderr,
+        )
     readme = folder / "README.md"
     readme.write_text(absolute(readme.read_text(), source))
 

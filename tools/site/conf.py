@@ -1,7 +1,8 @@
 """Sphinx's settings for `make docs`: README and docs/ as a site.
 
-The source folder is the repository itself, so every relative link means what it means there: pages become pages of the site,
-other files (results, sources) downloads of it. A link that leads nowhere is an error, since warnings are.
+The source folder is the repository itself, so every relative link means what it means there: pages become
+pages of the site, other files (results, sources) downloads of it. Warnings are errors, and so is a link that
+leads nowhere.
 """
 
 import re
@@ -14,11 +15,10 @@ version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text()
 
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/**.md"]
+include_patterns = ["*.md", "docs/**.md"]
 exclude_patterns = ["build", "out", "dist", ".*"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = True
-suppress_warnings = ["misc.highlighting_failure"]
 
 html_theme = "furo"
 html_title = f"flashprefill {version}"
@@ -66,7 +66,8 @@ def add_contents(app, docname, source):
 def write_index(app, exception):
     """A site begins at index.html; its first page is README.html."""
     if exception is None:
-        Path(app.outdir, "index.html").write_text('<!doctype html><meta http-equiv="refresh" content="0; url=README.html">\n')
+        page = '<!doctype html><meta http-equiv="refresh" content="0; url=README.html">\n'
+        Path(app.outdir, "index.html").write_text(page)
 
 
 def setup(app):

@@ -25,8 +25,6 @@ BLOCK = re.compile(
 PRINTS = re.compile(r"^print\(.*\)  # (?P<printed>.+)$", re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
-pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="an sdist has no docs/")
-
 
 def blocks(page):
     """Whether a block can run, the line it begins in, and its code."""

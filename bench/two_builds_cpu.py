@@ -1,4 +1,4 @@
-"""Two builds of the library by turns in one process on a CPU: is the new one's selection as fast as the old one's?
+"""Two builds of the library by turns in one process on a CPU: is the new selection as fast as the old one?
 
     python3 bench/two_builds_cpu.py OLD.so NEW.so [--shape 9/3x64x8192,...] [--threads 1] [--out FILE]
 

@@ -19,7 +19,8 @@ for package in "${packages[@]}"; do
     done
     continue
   fi
-  [[ $package == *-manylinux_2_* ]] || fail "$package has no manylinux tag"
+  oldest=$(grep -oE 'manylinux_2_[0-9]+' <<< "${package##*/}" | grep -oE '[0-9]+$' | sort -n | head -n 1)
+  [ "${oldest:-99}" -le 28 ] || fail "$package is not for glibc 2.28 or older"
   folder=$work/$(basename "$package")
   "$python" -m zipfile -e "$package" "$folder"
   grep -qE '^!?\[?.*\]\((docs|bench|examples)/' "$folder"/*.dist-info/METADATA && fail "$package: README has relative links"

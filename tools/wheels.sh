@@ -3,7 +3,7 @@
 #   dist/       the sdist, the wheel for x86-64 with CUDA code (CPU alone where there is no nvcc), the one for aarch64
 #   dist/cpu/   the wheel for x86-64 without CUDA code, smaller. It has the name of the other, so an index takes one of them
 # Arguments: which wheels (cpu, cuda, aarch64; all that can be built if none is named), and --twice, which makes everything a
-# second time in another folder and fails unless all bytes are the same.
+# second time without ccache and fails unless all bytes are the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 twice=0 kinds=()

@@ -236,13 +236,16 @@ def test_bench_writes_its_file(capsys, tmp_path):
     assert {"cpu", "cpus", "features"} <= set(results["machine"]) and results["versions"]["torch"]
     rows = results["rows"]
     product = f"{bench.MATRIX_PRODUCT}, 2048^3"
-    names = ["PyTorch SDPA", product, "flashprefill(alpha=0.12)", "random mask, density 0.5"]
+    names = ["PyTorch SDPA", product, "dense", "flashprefill(alpha=0.12)", "random mask, density 0.5"]
     assert [row["name"] for row in rows] == names * 2
     for row in rows:
         assert len(row["seconds"]["all"]) == 2 and row["seconds"]["min"] > 0 and row["gflops"] > 0
         assert (row["speedup"] is None) == (row["name"] == product)
-    assert rows[0]["speedup"] == 1 and rows[3]["density"] == pytest.approx(0.5, abs=0.02)
+    assert rows[0]["speedup"] == rows[2]["speedup_over_our_dense"] == 1 and rows[4][
+        "density"
+    ] == pytest.approx(0.5, abs=0.02)
     assert "4/2x32x1024" in out and "2/2x16x300" in out and "speed-up" in out
+    assert "Dense, our kernel" in out and "over our" in out
 
 
 def test_bench_inputs_give_a_policy_a_choice():

@@ -18,9 +18,10 @@ pytest.importorskip("tqdm")
 
 import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
-from flashprefill.apps import heads, measure, needles, spec  # noqa: E402
+from flashprefill.apps import factors, heads, measure, needles  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 from flashprefill.apps.lab import baselines, figures, lines, page, run  # noqa: E402
+from flashprefill.policies.text import named  # noqa: E402
 
 TOKENS, Q_HEADS, KV_HEADS, DIM, SCALE = 700, 4, 2, 16, 0.5
 
@@ -144,7 +145,7 @@ def test_share_of_the_oracle_is_the_best_mean_recall(layer):
 
 def test_the_table_is_sound():
     lines.check()
-    assert {line.method for line in lines.methods()} >= (set(spec.POLICIES) - {"dense"})
+    assert {line.method for line in lines.methods()} >= (set(named()) - {"dense"})
     assert len({line.label for line in lines.methods()}) == len(lines.methods())
 
 
@@ -350,23 +351,37 @@ def test_try_runs_every_method_on_every_prompt(model, tmp_path, capsys):
     ]
     assert cli.main([*arguments, "--policy", "streaming(window_blocks=1)", "--out", str(out)]) == 0
     saved = json.loads(out.read_text())
-    assert len(saved["cases"]) == 2 * 2 * 2 and saved["model"]["context"] == 4096 and saved["passed"]
+    assert len(saved["cases"]) == 2 * 2 * 3 and saved["model"]["context"] == 4096 and saved["passed"]
     assert {c["rotary_scale"] for c in saved["cases"] if c["tokens"] == 700} == {1.0}
     assert {c["rotary_scale"] for c in saved["cases"] if c["tokens"] == 5000} == {2.0}
-    streaming = [c for c in saved["cases"] if c["method"] != needles.DENSE]
+    streaming = [c for c in saved["cases"] if c["method"].startswith("streaming")]
     assert all(c["density"] < 1 for c in streaming) and all(c["ttft_seconds"] > 0 for c in saved["cases"])
     printed = capsys.readouterr().out
     assert "dense attention finds 0 of 4 needles" in printed and "answer" in printed
+    assert "Dense, our kernel" in printed and printed.count("x kernel x") == 2  # one for each length
+
+
+def test_try_says_why_nothing_was_left_out():
+    cases = [
+        {"method": method, "tokens": 1024, "density": 1.0, "attention_seconds": seconds}
+        for method, seconds in ((needles.DENSE, 8.0), (factors.OURS, 1.0), ("flashprefill(alpha=0.12)", 1.0))
+    ]
+    split, why = needles.notes(cases)
+    assert split == "1024 tokens: attention 8.0x = 8.0x kernel x 1.0x sparsity, with flashprefill(alpha=0.12)"
+    assert why.startswith("1024 tokens, density 1.000 with flashprefill(alpha=0.12): at so short a prompt")
+    cases[2]["density"] = 0.9
+    assert len(needles.notes(cases)) == 1
 
 
 def test_the_exit_code_says_that_a_needle_was_missed(model, monkeypatch, capsys):
     def answer(_loaded, policy, text):
-        words = text.answer if policy is None else "nothing"
+        dense = policy is None or policy == fp.Dense()
+        words = text.answer if dense else "nothing"
         return {
             "ttft_seconds": 1.0,
             "attention_seconds": 0.5,
             "density": 0.5,
-            "found": policy is None,
+            "found": dense,
             "least_sure_token": 0.5,
             "answer": words,
         }

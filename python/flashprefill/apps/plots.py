@@ -146,43 +146,73 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
         plt.close(figure)
 
 
-def amount(seconds: float) -> str:
-    """Write a time next to its bar."""
-    return f"{seconds:.1f} s" if seconds >= 1.0 else f"{seconds * 1e3:.1f} ms"
+@dataclass(frozen=True)
+class Unit:
+    """One unit and one precision for all times of a chart: three digits of the largest."""
+
+    name: str
+    factor: float
+    digits: int
+
+    @classmethod
+    def of(cls, largest: float) -> Unit:
+        """Seconds, or milliseconds where there is no whole second."""
+        name, factor = ("s", 1.0) if largest >= 1.0 else ("ms", 1e3)
+        return cls(name, factor, max(0, 2 - int(np.floor(np.log10(max(largest * factor, 1e-9))))))
+
+    def write(self, seconds: float) -> str:
+        """Write a time. One that would round to nothing has one digit of its own."""
+        value = seconds * self.factor
+        digits = (
+            max(self.digits, min(3, -int(np.floor(np.log10(max(value, 1e-9)))))) if value else self.digits
+        )
+        return f"{value:.{digits}f}"
 
 
 def times(path: Path, bars: Sequence[tuple[str, float, float, float]]) -> None:
     """Seconds to the first token by method: (name, selection, rest of attention, everything else)."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8.2, 0.52 * len(bars) + 1.1), layout="constrained")
-        names = [bar[0] for bar in bars]
-        place = np.arange(len(bars))
-        select, attend, rest = (np.array([bar[i] for bar in bars]) for i in (1, 2, 3))
-        axis.barh(place, select, color=FORCED, height=0.62, label="selection")
-        axis.barh(place, attend, left=select, color=CHOSEN, height=0.62, label="attention")
-        axis.barh(
-            place, rest, left=select + attend, color=SKIPPED, height=0.62, label="the rest of the model"
-        )
-        total = select + attend + rest
-        for y in range(len(bars)):
-            axis.text(total[y] + total.max() * 0.01, y, amount(total[y]), va="center", fontsize=8.5)
-            if attend[y] + select[y] > 0.05 * total.max():
-                middle = (select[y] + attend[y]) / 2
-                axis.text(
-                    middle,
-                    y,
-                    amount(select[y] + attend[y]),
-                    va="center",
-                    ha="center",
-                    color="white",
-                    fontsize=8.5,
-                )
-        axis.set_yticks(place, names)
-        axis.invert_yaxis()
-        axis.set_xlim(0, total.max() * 1.09)
-        axis.tick_params(axis="y", length=0, labelcolor=INK)
-        axis.tick_params(axis="x", length=2, labelsize=7.5)
-        axis.set_xlabel("seconds to the first token", fontsize=8.5)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+        figure = times_figure(bars)
         figure.savefig(path, dpi=DPI, facecolor="white")
         plt.close(figure)
+
+
+def times_figure(bars: Sequence[tuple[str, float, float, float]]) -> Any:
+    """The chart of `times`. Attention's time stands inside its part of the bar if it fits, else to the right."""
+    figure, axis = plt.subplots(figsize=(8.2, 0.52 * len(bars) + 1.1), layout="constrained")
+    place = np.arange(len(bars))
+    select, attend, rest = (np.array([bar[i] for bar in bars]) for i in (1, 2, 3))
+    unit = Unit.of(float((select + attend + rest).max()))
+    select, attend, rest = (part * unit.factor for part in (select, attend, rest))
+    total, inside = select + attend + rest, select + attend
+    axis.barh(place, select, color=FORCED, height=0.62, label="selection")
+    axis.barh(place, attend, left=select, color=CHOSEN, height=0.62, label="attention")
+    axis.barh(place, rest, left=inside, color=SKIPPED, height=0.62, label="the rest of the model")
+    axis.set_yticks(place, [bar[0] for bar in bars])
+    axis.invert_yaxis()
+    axis.set_xlim(0, total.max() * 1.25)
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    axis.tick_params(axis="x", length=2, labelsize=7.5)
+    words = {"s": "seconds", "ms": "milliseconds"}[unit.name]
+    axis.set_xlabel(
+        f"{words} to the first token; attention's part of it in the bar or in brackets", fontsize=8.5
+    )
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.draw_without_rendering()  # now the axis has its width, and texts can be measured
+    for y in range(len(bars)):
+        own = unit.write(inside[y] / unit.factor)
+        label = axis.text(
+            inside[y] / 2, y, own, va="center", ha="center", color="white", fontsize=8.5, gid="inside"
+        )
+        fits = _width(axis, label) < 0.9 * inside[y]
+        if not fits:
+            label.remove()
+        whole = unit.write(total[y] / unit.factor) + ("" if fits else f" ({own})")
+        axis.text(total[y] + total.max() * 0.01, y, whole, va="center", fontsize=8.5)
+    return figure
+
+
+def _width(axis: Any, text: Any) -> float:
+    """Return how wide a text is, in the units of the axis."""
+    box = text.get_window_extent().transformed(axis.transData.inverted())
+    return float(box.width)

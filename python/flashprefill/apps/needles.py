@@ -27,6 +27,11 @@ SCHEMA = "flashprefill-try/1"
 LEAST_TOKENS, MOST_TOKENS = 256, 1 << 20
 CONTINUATION = 24  # tokens of the answer
 DENSE = "dense attention"
+SHORT = (
+    "at so short a prompt the blocks that are always kept (the beginning, the neighbourhood, the last tiles) "
+    "and those that pass the threshold are all there are; what is gained is our kernel's, and longer prompts "
+    "leave more out"
+)
 
 
 @dataclass
@@ -137,11 +142,7 @@ def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
             said.append(f"{tokens} tokens: attention {split}, with {best}")
         whole = [n for n in sparse if all(c["density"] == 1.0 for c in here if c["method"] == n)]
         if whole:
-            said.append(
-                f"{tokens} tokens, density 1.000 with {' and '.join(whole)}: at so short a prompt the blocks that "
-                "are always kept (the beginning, the neighbourhood, the last tiles) and those that pass the "
-                "threshold are all there are; what is gained is our kernel's, and longer prompts leave more out"
-            )
+            said.append(f"{tokens} tokens, density 1.000 with {' and '.join(whole)}: {SHORT}")
     return said
 
 

@@ -194,9 +194,8 @@ def times_figure(bars: Sequence[tuple[str, float, float, float]]) -> Any:
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.tick_params(axis="x", length=2, labelsize=7.5)
     words = {"s": "seconds", "ms": "milliseconds"}[unit.name]
-    axis.set_xlabel(
-        f"{words} to the first token; attention's part of it in the bar or in brackets", fontsize=8.5
-    )
+    text = f"{words} to the first token; attention's part of it in the bar or in brackets"
+    axis.set_xlabel(text, fontsize=8.5)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     figure.draw_without_rendering()  # now the axis has its width, and texts can be measured
     for y in range(len(bars)):

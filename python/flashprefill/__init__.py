@@ -1,7 +1,8 @@
 """Sparse attention for the prefill of long prompts.
 
     import flashprefill as fp
-    out = fp.prefill_attention(q, k, v, fp.FlashPrefill(alpha=0.12))  # NumPy or torch
+    q, k, v = fp.example_inputs(8192)  # or your own: NumPy or torch, [tokens, heads, head_dim]
+    out = fp.prefill_attention(q, k, v, fp.FlashPrefill(alpha=0.12))
 
 For every head and every tile of queries a policy finds, in one cheap pass, the blocks of keys that matter
 (``select``); then exact softmax attention is computed over just those (``attend``). ``prefill_attention``
@@ -26,6 +27,7 @@ from .errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from .examples import example_inputs
 from .info import Backend, backends, library_path, library_version, thread_runtime
 from .mask import BlockMask
 from .policies import *  # noqa: F403
@@ -55,6 +57,7 @@ __all__ = [
     "attend",
     "backends",
     "collect_timings",
+    "example_inputs",
     "library_path",
     "library_version",
     "prefill_attention",

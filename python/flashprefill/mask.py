@@ -343,7 +343,9 @@ def _dense_layout(
     if cu_seqlens_k is not None:
         refuse("cu_seqlens_q", None, "given with cu_seqlens_k")
     for name, value in (("q_len", q_len), ("k_len", k_len)):
-        if value is None or isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        if value is None:
+            refuse_type(name, "None", "given, an integer, where cu_seqlens_q is not")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             refuse_type(name, repr(value), "an integer")
         if value < 0:
             refuse(name, value, "at least 0")

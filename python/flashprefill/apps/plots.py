@@ -178,7 +178,7 @@ def times(path: Path, bars: Sequence[tuple[str, float, float, float]]) -> None:
 
 
 def times_figure(bars: Sequence[tuple[str, float, float, float]]) -> Any:
-    """The chart of `times`. Attention's time stands inside its part of the bar if it fits, else to the right."""
+    """Return the chart. Attention's time stands inside its part of the bar if it fits, else to the right."""
     figure, axis = plt.subplots(figsize=(8.2, 0.52 * len(bars) + 1.1), layout="constrained")
     place = np.arange(len(bars))
     select, attend, rest = (np.array([bar[i] for bar in bars]) for i in (1, 2, 3))

@@ -121,8 +121,8 @@ def _answers(results: dict[str, Any]) -> str:
         lines += [
             f"<p>One sentence that does not belong there was hidden {depths} of the way into the text:</p>",
             f"<blockquote>{escape(asked['needle'])}</blockquote>",
-            f"<p>The prompt ends with: {escape(asked['question'])} A method has found the needle if what the",
-            f" model then writes contains <b>{escape(asked['answer'])}</b>. The probability of the least sure",
+            f"<p>The prompt ends with: {escape(asked['question'])} A method has found the needle if what",
+            f" the model writes contains <b>{escape(asked['answer'])}</b>. The probability of the least sure",
             " token tells a model that knows from one that guesses.</p>",
         ]
     else:

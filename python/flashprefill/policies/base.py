@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _abi
 from ..errors import refuse
 from .library import DEFAULT, FIELDS, Field
+from .presets import preset_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Policy:
@@ -23,12 +27,14 @@ class Policy:
         share_heads: whether a mask has one head for each KV head.
         text: the policy as text, "prism(mass=0.9)": what decides, and what is not a default. It is read
             wherever a policy is taken, and is how policies reach the library.
+        source: where the values come from, if :meth:`for_model` made it.
     """
 
     kind: ClassVar[str] = ""
     block_size: int
     share_heads: bool
     text: str
+    source: str
     _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
     _fields: ClassVar[tuple[Field, ...]] = ()
     _always_in_text: ClassVar[tuple[str, ...]] = ()
@@ -56,6 +62,7 @@ class Policy:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "text", self._spelled(values))
+        object.__setattr__(self, "source", "")
 
     def _alternatives(self) -> dict[str, Any]:
         """Return what decides where nothing was given that does; refuse more than one that does."""
@@ -100,6 +107,25 @@ class Policy:
     def _names(cls) -> list[str]:
         """Return the names of the dataclass's fields."""
         return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def for_model(cls, model: Any, **changes: Any) -> Self:
+        """Return the policy with the values that the method's authors publish for a model.
+
+        ``source`` of the result says where they come from.
+
+        Args:
+            model: a loaded model, a config, a hub id or a folder ("meta-llama/Llama-3.1-8B-Instruct"), or a
+                family's name ("llama-3.1").
+            **changes: other fields of the policy.
+
+        Raises:
+            ValueError: nothing is published for the model; the message lists the families that have values.
+        """
+        preset = preset_of(cls.kind, model)
+        made = cls(**{**preset.values, **changes})
+        object.__setattr__(made, "source", preset.source)
+        return made
 
     @classmethod
     def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ..errors import refuse
 from .base import Policy
 from .library import DEFAULT
-
-# alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
-_ALPHAS = {
-    "llama-3.1": 0.18,
-    "qwen2": 0.08,
-    "qwen2.5": 0.08,
-    "qwen2.5-vl": 0.10,
-    "qwen3-30b": 0.12,
-    "qwen3-moe": 0.12,
-    "qwen3-vl-30b": 0.22,
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,19 +40,3 @@ class FlashPrefill(Policy):
     min_blocks: int = DEFAULT
 
     kind = "flashprefill"
-
-    @classmethod
-    def for_model(cls, name: str, **changes: Any) -> FlashPrefill:
-        """Return the policy that the paper's code uses for a family of models.
-
-        Args:
-            name: "llama-3.1", "qwen2", "qwen2.5", "qwen2.5-vl", "qwen3-30b", "qwen3-moe" or "qwen3-vl-30b".
-            **changes: other fields of the policy.
-
-        Raises:
-            ValueError: the name is not known; the message lists those that are.
-        """
-        alpha = _ALPHAS.get(str(name).lower())
-        if alpha is None:
-            refuse("name", repr(name), "one of " + ", ".join(sorted(_ALPHAS)))
-        return cls(**{"alpha": alpha, **changes})

@@ -70,7 +70,7 @@ block by block what a method kept and what it lost.
 
 LAB_EXAMPLES = """\
 examples:
-  flashprefill lab --quick                          minutes: one short text, two layers, two values per method
+  flashprefill lab --quick                          minutes: a short text, two layers, three values each
   flashprefill lab                                  everything: about half an hour on two cores
   flashprefill lab --text long --device cuda        24K tokens, every method, in minutes
   flashprefill lab --text long --method sketch --method flashprefill --no-studies

@@ -182,7 +182,7 @@ def _add_lab(verbs: Any) -> None:
     what = "with --from: only measure the times of the run in --out again"
     add("--times-only", action="store_true", help=what)
     _add_folder(add, "out/lab")
-    what = "1,536 tokens, two layers, two values per method: a try, not a measurement"
+    what = "3,072 tokens, two layers, three values per method: a try, not a measurement"
     add("--quick", action="store_true", help=what)
 
 

@@ -20,7 +20,7 @@ import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
 from flashprefill.apps import factors, heads, measure, needles  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
-from flashprefill.apps.lab import baselines, figures, lines, page, run  # noqa: E402
+from flashprefill.apps.lab import baselines, draw, figures, lines, page, run  # noqa: E402
 from flashprefill.policies.text import named  # noqa: E402
 
 TOKENS, Q_HEADS, KV_HEADS, DIM, SCALE = 700, 4, 2, 16, 0.5
@@ -42,7 +42,7 @@ def weights_of(layer, head):
 def results(model, tmp_path_factory):
     """One quick run of the whole lab: (results, folder)."""
     out = tmp_path_factory.mktemp("lab")
-    options = run.Options(model=model, quick=True, out=out, dtype="fp32", dump=out / "dumps")
+    options = run.Options(model=model, quick=True, tokens=1536, out=out, dtype="fp32", dump=out / "dumps")
     return run.run(options), out
 
 
@@ -219,6 +219,25 @@ def test_results_hold_every_method(results):
         labels[:2] == ["PyTorch SDPA", "Dense"] and "Sketch, mass" in labels and "Oracle, alpha" not in labels
     )
     assert all(row["seconds"] > 0 for row in text["times"])
+
+
+def test_quick_fills_its_table_and_shows_its_curves(results):
+    """At a density that is reached, or each at its nearest; and every curve is a line inside the picture."""
+    text = results[0]["texts"][0]
+    lines_ = run.render(text).splitlines()[-len(text["methods"]) :]
+    assert not any(" - " in line or line.endswith("-") for line in lines_), lines_
+    swept = [curve for curve in text["methods"] if curve["parameter"] is not None]
+    end = draw.end_of(text["methods"])
+    assert all(sum(point["density"] <= end for point in curve["points"]) >= 2 for curve in swept)
+    table = page.quality_table(text, text["methods"])
+    assert "<td>-</td>" not in table
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density"), [(24355, 0.15), (7600, 0.25), (3072, 0.3), (1536, 0.6), (300, 1.0), (128, 1.0)]
+)
+def test_the_density_to_compare_at_can_be_reached(tokens, density):
+    assert figures.reference_density(tokens, 3) == density
 
 
 def test_files_are_what_they_say(results):

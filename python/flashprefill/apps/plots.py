@@ -74,7 +74,7 @@ def _axis(axis: Any, tokens: int) -> None:
     axis.tick_params(length=2, labelsize=7.5)
 
 
-def _draw_mask(axis: Any, panel: MaskPanel, extent: tuple[int, int, int, int]) -> None:
+def _draw_mask(axis: Any, panel: MaskPanel, extent: tuple[float, float, float, float]) -> None:
     kind = np.where(~panel.visible, 0, np.where(~panel.kept, 1, np.where(panel.forced, 2, 3)))
     colours = ListedColormap([FUTURE, SKIPPED, FORCED, CHOSEN])
     axis.imshow(kind, cmap=colours, vmin=0, vmax=3, extent=extent, aspect="auto", interpolation="nearest")
@@ -90,7 +90,8 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
         columns = max((row.mass is not None) + len(row.panels) for row in rows)
         size = (3.45 * columns + 0.4, 3.3 * len(rows) + 0.5)
         figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-        extent = (0, tokens, tokens, 0)
+        extent: tuple[float, float, float, float] = (0, tokens, tokens, 0)
+        attention: Any = None
         for line, row in zip(axes, rows, strict=True):
             places = list(line)
             line[0].set_ylabel(f"{row.title}\nquery position", fontsize=8.5)
@@ -98,10 +99,10 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
                 axis = places.pop(0)
                 shown = np.ma.masked_less(row.mass, 1e-7)
                 norm = LogNorm(1e-4, 1)
-                axis.imshow(
+                attention = axis.imshow(
                     shown, cmap="magma_r", norm=norm, extent=extent, aspect="auto", interpolation="nearest"
                 )
-                axis.set_title("true attention: darker is more\n(dense, log scale)", loc="left", fontsize=8.5)
+                axis.set_title("true attention,\ndarker is more", loc="left", fontsize=8.5)
                 _axis(axis, tokens)
             for axis, panel in zip(places, row.panels, strict=False):
                 _draw_mask(axis, panel, extent)
@@ -110,7 +111,14 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
                 axis.set_axis_off()
         for axis in axes[-1]:
             axis.set_xlabel("key position", fontsize=8.5)
-        keys = [(FORCED, "always kept"), (CHOSEN, "chosen by score"), (SKIPPED, "skipped")]
+        if attention is not None:
+            label = "a block's share of its tile's true attention"
+            figure.colorbar(attention, ax=axes, label=label, fraction=0.03, aspect=40)
+        keys = [
+            (FORCED, "always kept: the beginning, the neighbourhood, the prompt's end"),
+            (CHOSEN, "chosen by score"),
+            (SKIPPED, "skipped"),
+        ]
         handles = [Patch(facecolor=colour, edgecolor="#c4cad4", label=name) for colour, name in keys]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
         figure.savefig(path, dpi=DPI, facecolor="white")
@@ -128,7 +136,7 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
         image: Any = None
         for axis, (name, values) in zip(axes.flat, maps, strict=False):
             image = axis.imshow(
-                values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+                values, cmap="viridis_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
             )
             axis.set_title(f"{name}\nmean {values.mean():.2f}", loc="left", fontsize=8.5)
             axis.set_xlabel("head" if values.shape[1] > 1 else "", fontsize=8.5)
@@ -141,7 +149,9 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
             axis.set_axis_off()
         for axis in axes[:, 0]:
             axis.set_ylabel("layer", fontsize=8.5)
-        figure.colorbar(image, ax=axes, label="share of the blocks kept", fraction=0.03, aspect=30)
+        figure.colorbar(
+            image, ax=axes, label="share of the blocks kept, darker is more", fraction=0.03, aspect=30
+        )
         figure.savefig(path, dpi=DPI, facecolor="white")
         plt.close(figure)
 

@@ -151,7 +151,8 @@ right; the future (the white triangle) is never visible.</p>
 """
 
 MASKS = """
-Left: where the dense model's attention really is. Then what was kept of it: <span class="key"
+Left: where the dense model's attention really is, darker where there is more of it. Then
+what was kept of it: <span class="key"
 style="background:#3b6fb6"></span>always, whatever the scores say: the beginning, the neighbourhood, and
 everything for the prompt's last tokens; <span class="key" style="background:#f08a24"></span>chosen by
 score; <span class="key" style="background:#e4e7ec"></span>skipped, never read. The last row is the head,
@@ -159,8 +160,8 @@ of those that were looked at, whose selection loses the most attention.
 """
 
 DENSITY = """
-Share of the visible blocks that was kept, by layer (down) and head (right). Dark heads need little beyond
-what is always kept; bright ones look everywhere. Under a shared mask the heads of a group keep the same.
+Share of the visible blocks that was kept, by layer (down) and head (right). Bright heads need little beyond
+what is always kept; dark ones look everywhere. Under a shared mask the heads of a group keep the same.
 """
 
 TIMES = "Everything but attention is the same work for all; where that part differs, the machine was shared."

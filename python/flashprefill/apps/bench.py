@@ -29,8 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import BlockMask, attend, backends, prefill_attention, select
 from ..policies import Dense
+from . import checks, factors, inputs, machine, models, table
 from . import device as devices
-from . import factors, inputs, machine, models, table
 from .device import CPU, Device
 from .errors import UsageError
 from .spec import parse_policy
@@ -177,6 +177,7 @@ def check(options: Options) -> None:
     for density in options.densities:
         if not 0.0 < density <= 1.0:
             raise UsageError(f"--density {density:g}: must be above 0 and at most 1")
+    checks.can_write(options.out)
     here = {backend.name: backend for backend in backends() if backend.available}
     if options.backend is not None and options.backend not in here:
         raise UsageError(f"--backend {options.backend}: must be one of {', '.join(here)}")
@@ -213,7 +214,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     rows: list[dict[str, Any]] = []
     sdpa = {}
-    with tqdm(unit="call", leave=False, file=sys.stderr) as bar:
+    with tqdm(unit="call", leave=False, file=sys.stderr, disable=None) as bar:
         for shape in shapes:
             bar.set_description(str(shape))
             found = contenders(shape, options, models.torch_dtype(dtype), device)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..policies import Dense, FlashPrefill, Sketch
-from . import device, factors, machine, models, prompt, report, table
+from . import checks, device, factors, machine, models, prompt, report, table
 from .errors import UsageError
 from .method import Method
 from .spec import parse_policy
@@ -264,13 +264,10 @@ def check(options: Options) -> None:
     for depth in options.depths:
         if not 0.0 <= depth <= 1.0:
             raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: must be a directory")
-    for module in ("torch", "transformers", "matplotlib", "tqdm"):
-        if not machine.importable(module):
-            raise UsageError(f"the demo needs {module}: pip install 'flashprefill[demo]'")
-    if models.resolve_path(options.model).suffix == ".gguf" and not machine.importable("gguf"):
-        raise UsageError("reading GGUF files needs gguf: pip install gguf")
+    checks.can_make(options.out)
+    needed = ("torch", "transformers", "matplotlib", "tqdm", *checks.modules_of(options.model))
+    checks.need("the demo", *needed)
+    checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -285,9 +282,12 @@ def run(options: Options) -> dict[str, Any]:
     busy = machine.busy()
     if busy:
         print(f"note: {busy}", file=sys.stderr)
+    where, stretch = (
+        device.resolve(options.device, options.dtype),
+        models.ROPE_STRETCH if options.long else 1.0,
+    )
     print("loading the model ...", file=sys.stderr, flush=True)
-    stretch = models.ROPE_STRETCH if options.long else 1.0
-    loaded = models.load(options.model, options.dtype, device.resolve(options.device, options.dtype), stretch)
+    loaded = models.load(options.model, options.dtype, where, stretch)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)
     repeats = options.repeats or (1 if options.long or options.quick else 3)
     depths = list(options.depths) if options.needle else [None]
@@ -303,6 +303,7 @@ def run(options: Options) -> dict[str, Any]:
     with tqdm(
         total=passes,
         unit="pass",
+        disable=None,  # where stderr is no terminal
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
         runner = Runner(loaded, methods, options, bar)

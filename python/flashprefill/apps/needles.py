@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..policies import Dense, FlashPrefill, Policy, Sketch
-from . import device, factors, machine, models, prompt, table
+from . import checks, device, factors, machine, models, prompt, table
 from .errors import UsageError
 from .spec import parse_policy
 
@@ -66,9 +66,9 @@ def check(options: Options) -> None:
             raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads {options.threads}: must be at least 1")
-    for module in ("torch", "transformers"):
-        if not machine.importable(module):
-            raise UsageError(f"try needs {module}: pip install 'flashprefill[demo]'")
+    checks.can_write(options.out)
+    checks.need("try", "torch", "transformers", *checks.modules_of(options.model))
+    checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
 
 def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:

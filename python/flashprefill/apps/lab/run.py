@@ -22,7 +22,7 @@ import torch
 from ... import select
 from ...errors import UnsupportedError
 from ...mask import BlockMask
-from .. import device, machine, measure, models, table
+from .. import checks, device, machine, measure, models, table
 from ..errors import UsageError
 from ..spec import parse_policy
 from . import baselines, lines, texts, times
@@ -209,15 +209,13 @@ def check(options: Options) -> None:
             parse_policy(name)
         elif name not in lines.names():
             raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: must be a directory")
+    checks.can_make(options.out)
     if options.source is not None and not options.source.is_dir():
         raise UsageError(f"--from {options.source}: must be a directory of dumps")
     if options.times_only and (options.source is None or not (options.out / "results.json").is_file()):
         raise UsageError("--times-only: needs --from DIR, and --out of an earlier run")
-    for module in ("torch", "matplotlib", "tqdm", *(() if options.source else ("transformers",))):
-        if not machine.importable(module):
-            raise UsageError(f"the lab needs {module}: pip install 'flashprefill[demo]'")
+    if options.source is None:
+        checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -312,7 +310,7 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
     masses: dict[int, Any] = {}
     timed: list[dict[str, Any]] = []
     middle = list(source.layers)[len(source.layers) // 2]
-    with tqdm(total=steps, unit="mask", desc=source.name) as bar:
+    with tqdm(total=steps, unit="mask", desc=source.name, disable=None) as bar:
         last = None
         for number, captured in source.layers.items():
             layer = Layer.of(number, captured)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -240,6 +241,24 @@ def test_policies_are_values():
 def test_presets(name, alpha):
     assert fp.FlashPrefill.for_model(name) == fp.FlashPrefill(alpha=alpha)
     assert fp.FlashPrefill.for_model(name, query_pool=16) == fp.FlashPrefill(alpha=alpha, query_pool=16)
+
+
+def test_unknown_fields_are_refused_with_the_known_ones():
+    with pytest.raises(fp.ArgumentTypeError, match="aplha is unknown; FlashPrefill takes alpha, sink_blocks"):
+        fp.FlashPrefill(aplha=0.1)
+    with pytest.raises(TypeError, match="windows is unknown; Streaming takes sink_blocks, window_blocks"):
+        fp.Streaming(windows=3)
+
+
+@pytest.mark.parametrize("kind", [fp.FlashPrefill, fp.Sketch])
+def test_an_alpha_that_no_block_reaches_is_a_warning(kind):
+    with pytest.warns(UserWarning, match=r"alpha is 12, .*12 % is alpha=0\.12") as caught:
+        kind(alpha=12)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind(alpha=1)
+        kind(alpha=12, min_blocks=4)  # they decide alone
 
 
 def test_what_is_here():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _abi
-from ..errors import refuse
+from ..errors import ArgumentTypeError, refuse
 from .library import DEFAULT, FIELDS, Field
 from .presets import preset_of
 
@@ -15,7 +16,18 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Policy:
+class _Named(type):
+    """Policies' type: a field that does not exist is refused with those that do."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        known = [name for name in getattr(cls, "__dataclass_fields__", ()) if not name.startswith("_")]
+        for name in fields:
+            if known and name not in known:
+                raise ArgumentTypeError(f"{name} is unknown; {cls.__name__} takes {', '.join(known)}")
+        return super().__call__(*args, **fields)
+
+
+class Policy(metaclass=_Named):
     """The base of all policies. Make one of its subclasses, or write one as text.
 
     A subclass is a frozen dataclass whose fields have the library's names. It gives their order, types and
@@ -79,6 +91,17 @@ class Policy:
 
     def _rules(self, values: dict[str, Any]) -> None:
         """Check fields against each other, and lists. May change values."""
+
+    @staticmethod
+    def _doubt_alpha(values: dict[str, Any]) -> None:
+        """Warn of a share above 1, which no block reaches: a percentage, perhaps."""
+        alpha = values.get("alpha")
+        if alpha is not None and alpha > 1 and not values["min_blocks"]:
+            warnings.warn(
+                f"alpha is {alpha:g}, and no block has more than once its tile's best score: nothing but the "
+                f"forced blocks is kept. 12 % is alpha=0.12",
+                stacklevel=6,
+            )
 
     def _spelled(self, values: dict[str, Any]) -> str:
         shown = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .base import Policy
 from .library import DEFAULT
@@ -40,3 +41,6 @@ class FlashPrefill(Policy):
     min_blocks: int = DEFAULT
 
     kind = "flashprefill"
+
+    def _rules(self, values: dict[str, Any]) -> None:
+        self._doubt_alpha(values)

@@ -18,6 +18,7 @@ build: setup ## the library and the C++ tests, in build/release
 
 install: setup ## the Python package into .venv
 	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/wheel .
+	@echo "installed; now: $(BIN)/flashprefill --help, or source $(BIN)/activate"
 
 demo: install ## a real model reads a long prompt: dense against FlashPrefill (ARGS="--help" for options)
 	@$(BIN)/flashprefill demo $(ARGS)

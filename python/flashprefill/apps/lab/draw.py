@@ -43,7 +43,7 @@ def all_of(out: Path, text: dict[str, Any]) -> list[str]:
 def end_of(found: Sequence[dict[str, Any]]) -> float:
     """Where the axis of densities ends: where every curve shows a line, or its only point."""
     seconds = [sorted(point["density"] for point in curve["points"])[:2][-1] for curve in found]
-    return min(1.02, max([MOST_DENSITY, *(1.05 * density for density in seconds)]))
+    return min(1.02, max([MOST_DENSITY, *(1.05 * float(density) for density in seconds)]))
 
 
 def curves(path: Path, title: str, found: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 #include "core/backend.h"
 
 #include "core/error.h"
+#include "core/method.h"
 #include "cuda/devices.h"
 #include "cuda/selector.h"
 #include "cuda/sm90/attend/plan.h"

@@ -6,6 +6,7 @@ are ordered by rounded masses, are compared by how many bits differ. The small c
 as well: `-k small` (CONTRIBUTING.md).
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def inputs(q_tokens, k_tokens, q_heads=4, kv_heads=2, dim=128, dtype=BF16):
 
 def moved(policy, factor):
     """Return the policy with its threshold made stricter (above 1) or looser."""
-    fields = {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     for name in ("mass", "gamma"):
         if fields.get(name) is not None:
             fields[name] = min(1.0, fields[name] / factor)

@@ -5,6 +5,7 @@ a little stricter must be kept, what is left out with one a little looser must b
 that near a tie may fall on either side.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -52,7 +53,7 @@ def data(q_tokens, k_tokens, q_heads, kv_heads, dim, dtype, seed=0):
 
 def moved(policy, factor):
     """The policy with its threshold made stricter (above 1) or looser."""
-    fields = {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     if fields.get("mass") is not None:
         fields["mass"] = min(1.0, fields["mass"] / factor)
     elif fields.get("gain") is not None:
@@ -459,3 +460,23 @@ def test_a_batch_of_mixed_lengths_is_its_parts():
             part = slice(int(cu[b]), int(cu[b + 1]))
             alone = fp.prefill_attention(q[part], k[part], v[part], SPARSE[name])
             assert torch.equal(out[part], alone), (name, b)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        fp.Sketch(mass=1.0),
+        fp.XAttention(threshold=1.0),
+        fp.XAttention(head_thresholds=(1.0,) * 4),
+        fp.RRAttention(threshold=1.0),
+        fp.FlexPrefill(gamma=1.0),
+        fp.Prism(mass=1.0),
+        fp.SpargeAttn(cdf=1.0),
+        fp.FlashPrefill(alpha=0.0),
+    ],
+    ids=str,
+)
+def test_a_share_of_1_keeps_everything(policy):
+    make = torch.Generator("cuda").manual_seed(0)
+    q, k = (torch.randn(2000, heads, 64, generator=make, device="cuda").bfloat16() * 40 for heads in (4, 2))
+    assert fp.select(q, k, policy).density == 1.0

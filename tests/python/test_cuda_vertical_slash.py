@@ -4,6 +4,7 @@ As in test_cuda.py masks are compared through what decides: with a little less o
 kept, with a little more what is left out must be left out.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -41,7 +42,7 @@ POLICIES = {**FLEX, **{f"MInference, {name}": policy for name, policy in TOKENS.
 
 def moved(policy, factor):
     """The policy with a little less of what it keeps (factor above 1), or a little more."""
-    fields = {name: getattr(policy, name) for name in policy.__dataclass_fields__}
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     if isinstance(policy, fp.FlexPrefill):
         fields["gamma"] = min(1.0, fields["gamma"] / factor)
     elif policy.heads is None:

@@ -13,6 +13,7 @@ Importing the package needs NumPy only; torch and Transformers are imported when
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import _transformers_hook, policies
@@ -73,6 +74,10 @@ _TRANSFORMERS = ("collect_stats", "patch_model", "register_transformers", "unpat
 def __getattr__(name: str) -> Any:
     """Import what needs torch and Transformers when it is asked for."""
     if name in _TRANSFORMERS:
+        missing = [module for module in ("torch", "transformers") if find_spec(module) is None]
+        if missing:
+            needs = " ".join(missing)
+            raise ModuleNotFoundError(f"{name} needs {needs}: pip install {needs}", name=missing[0])
         from . import transformers
 
         return getattr(transformers, name)

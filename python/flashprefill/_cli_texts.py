@@ -58,7 +58,7 @@ layers every method selects blocks of keys, over a sweep of its main parameter, 
 with the true attention: recall of the softmax mass, output error without and with mean
 correction, selection and attention time, next to an oracle that knows the masses. Comparisons are fair at
 equal density only, so forced blocks are the same for all (1 sink, 2 window, no dense tail) and tables
-interpolate.
+interpolate; a method that does not reach their density is shown at its nearest.
 
 Texts: gpl and code (7,600 tokens each), long (24,355 tokens, rotary base scaled four times); default all.
 On a GPU (--device cuda) the methods that do not select there yet select on the CPU, for masks that are

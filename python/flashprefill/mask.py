@@ -277,7 +277,12 @@ class BlockMask:
             keep.mean(axis=0) if head is None else keep[head], mask=unseen, dtype=float
         )
 
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib: pip install matplotlib", name=error.name
+            ) from None
 
         saved = isinstance(target, (str, os.PathLike))
         axes = (

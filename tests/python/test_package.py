@@ -261,6 +261,40 @@ def test_an_alpha_that_no_block_reaches_is_a_warning(kind):
         kind(alpha=12, min_blocks=4)  # they decide alone
 
 
+@pytest.mark.parametrize("lacking", ["torch", "transformers"])
+def test_what_needs_a_package_says_which(lacking):
+    code = f"""
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {lacking!r} else real(name, *rest)
+import flashprefill as fp
+try:
+    fp.patch_model
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"patch_model needs {lacking}: pip install {lacking}\n", done.stderr
+
+
+def test_plot_without_matplotlib_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    mask = fp.BlockMask.from_dense(np.ones((1, 1, 1), bool), q_len=60, k_len=60)
+    with pytest.raises(ModuleNotFoundError, match="plot needs matplotlib: pip install matplotlib"):
+        mask.plot()
+
+
+def test_docstrings_point_to_pages_that_are_there():
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "docs").exists():
+        pytest.skip("an sdist has no docs/")
+    for kind in fp.Policy.__subclasses__():
+        for page in re.findall(r"docs/[\w./-]+\.md", kind.__doc__ or ""):
+            assert (root / page).exists(), (kind, page)
+    for kind in (fp.FlashPrefill, fp.Sketch, fp.FlexPrefill, fp.MInference, fp.XAttention):
+        assert "docs/methods/" in kind.__doc__
+
+
 def test_what_is_here():
     names = {b.name: b for b in fp.backends()}
     assert names["reference"].available and names["reference"].description

@@ -14,7 +14,8 @@ class FlashPrefill(Policy):
     """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
 
     The score of a block of keys is the sum over the tile's rows of exp(scale * q . mean key). Blocks are kept
-    from ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
+    from ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``. See
+    docs/methods/flashprefill.md.
 
     Args:
         alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 only the

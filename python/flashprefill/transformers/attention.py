@@ -220,6 +220,7 @@ def _sparse(
                 parts[2],
                 policy,
                 softmax_scale=scaling,
+                layout="bthd",
                 final_chunk=ends,
                 out=parts[3],
                 return_stats=measure,

@@ -29,8 +29,8 @@ from ..torch_op import empty_like
 from . import packed, stats
 from .configs import is_patched
 from .dense import dense_attention, supports_sdpa
-from .fallback import note_once, warn_once
-from .masks import Plan, Span, is_roles, plan_of
+from .fallback import DETAILED, note_once, warn_once
+from .masks import Plan, Span, is_jit_tracing, is_roles, plan_of
 from .reasons import as_sdpa_casts, describe, why_dense
 
 ATTRIBUTE = "_flashprefill"  # of a patched model's attention layers: a Layer
@@ -80,7 +80,9 @@ def flashprefill_attention(
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
     eager = layer.eager if layer is not None else not supports_sdpa(module)
-    if torch.jit.is_tracing():  # lengths are tensors now, and what is traced must be right for others
+    if (
+        not torch.compiler.is_compiling() and is_jit_tracing()
+    ):  # lengths are tensors now, and what is traced must be right for others
         warn_once("tracing", module)
         return dense_attention(
             module, query, key, value, attention_mask, None, eager, dropout, scaling, is_causal, kwargs
@@ -125,7 +127,7 @@ def flashprefill_attention(
     if unpatched and reason == "policy":
         reason = "unpatched"
     if not compiling:
-        warn_once(reason, module, lambda: describe(tensors))
+        warn_once(reason, module, describe(tensors) if reason in DETAILED else "")
     result = dense_attention(
         module, query, key, value, attention_mask, plan, eager, dropout, scaling, is_causal, kwargs
     )  # fmt: skip
@@ -157,7 +159,8 @@ def _sparse(
         # Positions count padding, and so does the length of the prompt that generate() reads.
         length = None if torch.compiler.is_compiling() else prompt_length.get()
         final_chunk = length is None or end >= length
-    if final_chunk and sum(span.batch_end - span.batch_begin for span in spans) < batch:
+    short = plan is not None and plan.short
+    if final_chunk and not short and sum(span.batch_end - span.batch_begin for span in spans) < batch:
         note_once("nothing but padding", type(module).__name__, f"rows {end - rows} to {end}")
     measured = []
     for span in spans:

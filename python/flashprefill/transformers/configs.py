@@ -20,6 +20,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+RECORD = "_flashprefill_before"  # of a patched model and the models inside it: a list of Link
 _NAME = "_attn_implementation_internal"  # where a config has the name of its attention
 
 
@@ -48,6 +49,12 @@ def configs_of(model: PreTrainedModel) -> list[Any]:
             continue
         found[id(config)] = config
         waiting += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
+
+
+def links_of(model: PreTrainedModel) -> list[Link]:
+    """Return the links of a model and of the models inside it, each once."""
+    found = {id(link): link for module in model.modules() for link in getattr(module, RECORD, ())}
     return list(found.values())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 
@@ -30,7 +29,7 @@ LOUD = {
     "gradients": "gradients are wanted; run the model under torch.no_grad() or torch.inference_mode()",
     "attention weights": "output_attentions asks for the weights",
     "position bias": "a position bias on the scores",
-    "paged cache": "continuous batching's paged cache",
+    "paged cache": "continuous batching on a device whose steps may be CUDA graphs",
     "packed sequences": "several sequences packed into one",
     "value head_dim": "head_dim of v differs from that of q and k",
     "layout": "shapes or dtypes that the kernel does not take",
@@ -43,11 +42,14 @@ LOUD = {
     "backend": "no backend of this build runs on the model's device",
 }
 
-# Notes on what is no fallback.
+# Of these the message says what q, k and v were.
+DETAILED = ("layout", "device", "value head_dim")
+
+# What is no fallback, and yet to be known.
 NOTES = {
-    "sparse in grad mode": "runs sparse although grad mode is on, because nothing that it reads requires grad. "
-    "Gradients of what comes later are then those of a sparse forward; call train() for a dense one, or run "
-    "the model under torch.no_grad() if no gradient is wanted",
+    "sparse in grad mode": "runs sparse although grad mode is on, because nothing that it reads requires "
+    "grad. Gradients of what comes later are then those of a sparse forward; call train() for a dense one, "
+    "or run the model under torch.no_grad() if no gradient is wanted",
     "short mask": "got an attention_mask that is shorter than its cached and new tokens together; the last "
     "tokens count as padding. A mask must cover the cached tokens too",
     "nothing but padding": "got sequences of which all rows are padding; their results are zeros",
@@ -59,18 +61,18 @@ _LIBRARIES |= {"contextlib", "functools", "concurrent", "threading"}
 
 
 def stack_level() -> int:
-    """Return the level, for warnings.warn in the function that asks, of the first line outside of libraries."""
-    level, frame = 0, sys._getframe(1)
+    """Return the level of the first line outside of libraries, for warnings.warn in the caller."""
+    level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         level, frame = level + 1, frame.f_back
     return level
 
 
-def warn_once(reason: str, module: Any, detail: Callable[[], str] | None = None) -> None:
+def warn_once(reason: str, module: Any, detail: str = "") -> None:
     """Say once in a process why layers run dense; `detail` says more about this call."""
     if reason in LOUD and reason not in _warned:
         _warned.add(reason)
-        more = f" ({detail()})" if detail is not None else ""
+        more = f" ({detail})" if detail else ""
         warnings.warn(
             f"flashprefill: {type(module).__name__} runs the model's own dense attention, exact and as "
             f"slow as without flashprefill, because of this: {LOUD[reason]}{more}",

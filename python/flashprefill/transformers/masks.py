@@ -49,6 +49,7 @@ class Plan:
     used: int  # positions up to and with the last row
     spans: list[Span]
     holes: bool  # padding between tokens
+    short: bool = False  # the mask left out the last tokens, which note_once has said
     pairs: torch.Tensor | None = field(default=None, repr=False)  # SDPA's mask, if a layer wanted it
 
 
@@ -71,8 +72,11 @@ def flashprefill_mask(
     if not torch.compiler.is_compiling():
         _grad.mode = torch.is_grad_enabled()
     readable = can_read(attention_mask, device)
+    short = False
     if readable and attention_mask is not None and attention_mask.ndim == 2 and not kv_offset:
-        _check_length(attention_mask, q_length, q_offset, config)
+        short = _is_short(attention_mask, q_length, q_offset, config)
+    if attention_mask is not None and attention_mask.is_meta:
+        allow_is_causal_skip = False  # sdpa_mask would look whether there is padding
     plain = (
         readable
         and q_length >= MIN_ROWS
@@ -99,6 +103,7 @@ def flashprefill_mask(
             else:
                 roles[:, : tokens.shape[1], 0, 0] = tokens.to(device=device, dtype=torch.bool)
             roles[:, first:used, 0, 1] = True
+            roles._flashprefill_short = short  # type: ignore[attr-defined]
             return roles
     return sdpa_mask(
         batch_size=batch_size,
@@ -134,7 +139,7 @@ def forward_had_grad_mode() -> bool:
 
 def can_read(tensor: torch.Tensor | None, device: Any) -> bool:
     """Return whether values can be looked at: not while a graph is traced, nor where there is no memory."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched():
+    if torch.compiler.is_compiling() or is_jit_tracing() or is_watched():
         return False
     if tensor is not None and (type(tensor) is not torch.Tensor or is_wrapped(tensor)):
         return False
@@ -144,6 +149,11 @@ def can_read(tensor: torch.Tensor | None, device: Any) -> bool:
     return kind == "cpu"
 
 
+def is_jit_tracing() -> bool:
+    """Return whether torch.jit.trace, or ONNX's older export, records what is called."""
+    return bool(torch._C._get_tracing_state())
+
+
 def is_watched() -> bool:
     """Return whether a mode is on that sees every operator of PyTorch's, and would not see ours."""
     return torch._C._len_torch_dispatch_stack() > 0
@@ -151,18 +161,21 @@ def is_watched() -> bool:
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Return whether a tensor stands for another one inside torch.func's transforms."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def _check_length(mask: torch.Tensor, q_length: int, q_offset: Any, config: Any) -> None:
+def _is_short(mask: torch.Tensor, q_length: int, q_offset: Any, config: Any) -> bool:
     """Warn of a mask that leaves out the new tokens: Transformers takes what is missing for padding."""
     if isinstance(q_offset, torch.Tensor) and q_length < MIN_ROWS:
-        return  # a static cache's decode step: reading it is not worth a synchronisation
+        return False  # a static cache's decode step: reading it is not worth a synchronisation
     used = int(q_offset) + q_length
     if mask.shape[1] < used and int(q_offset) > 0:
         who = type(config).__name__.removesuffix("Config")
-        detail = f"attention_mask has {mask.shape[1]} entries for {int(q_offset)} cached and {q_length} new tokens"
+        cached = int(q_offset)
+        detail = f"attention_mask has {mask.shape[1]} entries for {cached} cached and {q_length} new tokens"
         note_once("short mask", who, detail)
+        return True
+    return False
 
 
 def models_of(module: str) -> list[type[PreTrainedModel]]:
@@ -224,7 +237,7 @@ def _read(roles: torch.Tensor) -> Plan:
             spans[-1] = spans[-1]._replace(batch_end=b + 1)
         else:
             spans.append(Span(b, b + 1, row_begin, row_end, begin, end))
-    return Plan(first, used, spans, holes)
+    return Plan(first, used, spans, holes, getattr(roles, "_flashprefill_short", False))
 
 
 def pairs_of(roles: torch.Tensor, plan: Plan) -> torch.Tensor:

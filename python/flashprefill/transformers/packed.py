@@ -1,7 +1,7 @@
 """Continuous batching, ``model.generate_batch``: each call of a layer holds the rows of several requests.
 
-Transformers' paged cache gathers the keys that a call reads, so q, k and v are sequences laid end to end, with
-their lengths in ``cu_seq_lens_q`` and ``cu_seq_lens_k``. A request's prompt, or a chunk of it, runs sparse by
+Transformers' paged cache gathers the keys that a call reads, so q, k and v are sequences laid end to end,
+with their lengths in ``cu_seq_lens_q`` and ``cu_seq_lens_k``. A request's prompt, or a chunk of it, runs sparse by
 itself; decode steps, prompts that are too short to leave anything out, and layers with a window, softcap or
 sinks run the model's own dense attention, a request at a time. No mask of pairs of all requests is made.
 """
@@ -16,16 +16,23 @@ import torch
 from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
-from ..policies import Dense, Policy
+from ..policies import Policy
 from ..stats import Stats
 from . import stats
 from .dense import dense_attention
-from .fallback import warn_once
+from .fallback import DETAILED, warn_once
 from .masks import MIN_ROWS
 from .reasons import as_sdpa_casts, describe, forced_keys, why_never
 
 # What is continuous batching's own among a layer's arguments.
-_OWN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "read_index", "write_index")
+_OWN: tuple[str, ...] = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "read_index",
+    "write_index",
+)
 _OWN += ("block_table", "cache", "k_cache", "v_cache", "logits_indices", "logits_processor_args")
 
 
@@ -71,13 +78,13 @@ def attention(
                 reason = "backend"
         reason = reason or "decode"
         outcome = reason if outcome == "decode" else outcome
-        warn_once(reason, module, lambda: describe(tensors))
+        warn_once(reason, module, describe(tensors) if reason in DETAILED else "")
         out[:, rows] = _dense(module, parts, eager, dropout, scaling, window, own)
     return out, measured or outcome
 
 
 def _requests(queries: torch.Tensor, keys: torch.Tensor) -> list[tuple[slice, slice]]:
-    """Return the rows and the keys of each request that has rows. On a GPU it synchronises once per layer."""
+    """Return the rows and the keys of each request that has rows."""
     q, k = queries.tolist(), keys.tolist()
     ranges = zip(q[:-1], q[1:], k[:-1], k[1:], strict=False)
     return [(slice(a, b), slice(c, d)) for a, b, c, d in ranges if b > a]

@@ -19,13 +19,11 @@ from ..errors import refuse, refuse_type
 from ..policies import Policy
 from ..policies.text import parse
 from .attention import ATTRIBUTE, Layer
-from .configs import Link, configs_of, copies_of, mark, point, write_back
+from .configs import RECORD, configs_of, copies_of, links_of, mark, point, write_back
 from .dense import supports_sdpa
 from .fallback import FlashPrefillWarning, stack_level
 from .register import IMPLEMENTATION, register_transformers
 from .stats import attention_layers
-
-_RECORD = "_flashprefill_before"  # of a patched model and the models inside it: a list of Link
 
 
 def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | None:
@@ -59,12 +57,6 @@ def _at_layers(policies: list[Policy | None]) -> list[Policy | None]:
     return [None if policy is None else policy.at_layer(layer) for layer, policy in enumerate(policies)]
 
 
-def _links(model: PreTrainedModel) -> list[Link]:
-    """Return the links of a model and of the models inside it, each once."""
-    found = {id(link): link for module in model.modules() for link in getattr(module, _RECORD, ())}
-    return list(found.values())
-
-
 def _model(model: Any) -> PreTrainedModel:
     """Return the Transformers model: the argument itself, or what a wrapper (PEFT, torch.compile) wraps."""
     if not hasattr(model, "modules"):
@@ -94,7 +86,7 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
     if not type(inner)._can_set_attn_implementation() or not layers:
         refuse("model", f"a {type(inner).__name__}", "one that uses Transformers' AttentionInterface")
     register_transformers()
-    before = _links(inner)
+    before = links_of(inner)
     links = before + copies_of(configs_of(inner), before)
     point(inner, {id(link.original): link.copy for link in links})
     try:
@@ -107,7 +99,7 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
     was = {id(link.copy): link.original._attn_implementation for link in links}
     for module in inner.modules():
         if isinstance(module, PreTrainedModel):
-            setattr(module, _RECORD, links)
+            setattr(module, RECORD, links)
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int) or hasattr(module, "is_causal"):
             name = was.get(id(getattr(module, "config", None)))
@@ -136,8 +128,8 @@ def _warn_if_useless(model: PreTrainedModel, layers: list[Any]) -> None:
     reasons = [_why_never(layer) for layer in layers]
     if all(reasons):
         warnings.warn(
-            f"flashprefill: no layer of {type(model).__name__} can run sparse, and the model stays as fast as "
-            f"it was: {'; '.join(sorted(set(reasons)))}",
+            f"flashprefill: no layer of {type(model).__name__} can run sparse, and the model stays as it "
+            f"was: {'; '.join(sorted(set(reasons)))}",
             FlashPrefillWarning,
             stacklevel=stack_level(),
         )
@@ -153,14 +145,14 @@ def unpatch_model(model: Any) -> Any:
         The model.
     """
     inner = _model(model)
-    links = _links(inner)
+    links = links_of(inner)
     if not links:
         refuse("model", f"a {type(inner).__name__} that is not patched", "one that patch_model has patched")
     for link in links:
         write_back(link)
     point(inner, {id(link.copy): link.original for link in links})
     for module in inner.modules():
-        for name in (ATTRIBUTE, _RECORD):
+        for name in (ATTRIBUTE, RECORD):
             if name in vars(module):
                 delattr(module, name)
     return model

@@ -142,7 +142,7 @@ def _why_not_these(module: Any, tensors: tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _gradients(module: Any, tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Return whether a gradient flows through a call, or may flow through what is computed from its result."""
+    """Return whether a gradient flows through a call, or may flow through what comes of its result."""
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():

@@ -6,10 +6,10 @@ the hub, refuse static caches, and hand packed sequences to vision towers. So mo
 ``sparse_prefill``, and the name that people write is translated to it in the two methods through which each
 name passes.
 
-Three more methods are wrapped. GenerationMixin._prefill, for what no layer can know: generate() alone knows
+Four more methods are wrapped. GenerationMixin._prefill, for what no layer can know: generate() alone knows
 whether a chunk is its prompt's last. PreTrainedModel.post_init, so that a model made from a patched model's
-config is not patched. And continuous batching's choice of an attention, which knows the names of
-Transformers' own only.
+config is not patched, and set_attn_implementation, so that configs know it after a change there and back. And
+continuous batching's choice of an attention, which knows the names of Transformers' own only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from .attention import flashprefill_attention, prompt_length
-from .configs import leave_patched_configs
+from .configs import leave_patched_configs, links_of, mark
+from .fallback import warn_once
 from .masks import flashprefill_mask
 
 NAME = "flashprefill"
@@ -38,6 +39,7 @@ def register_transformers() -> None:
         AttentionMaskInterface.register(name, flashprefill_mask)
     for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
         _translate(method)
+    _mark_again()
     _leave_patched_configs()
     _tell_prompt_length()
     _allow_continuous_batching()
@@ -54,8 +56,19 @@ def _translate(name: str) -> None:
     setattr(PreTrainedModel, name, translated)
 
 
+def _mark_again() -> None:
+    method = PreTrainedModel.set_attn_implementation
+
+    @functools.wraps(method)
+    def set_and_mark(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        mark(links_of(self), IMPLEMENTATION)
+
+    PreTrainedModel.set_attn_implementation = set_and_mark  # type: ignore[method-assign]
+
+
 def _leave_patched_configs() -> None:
-    post_init = PreTrainedModel.post_init
+    post_init: Any = PreTrainedModel.post_init
 
     @functools.wraps(post_init)
     def post_init_unpatched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -75,11 +88,18 @@ def _allow_continuous_batching() -> None:
 
     @functools.wraps(switch)
     def switch_or_stay(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.config._attn_implementation == IMPLEMENTATION:
+        name = model.config._attn_implementation
+        if name != IMPLEMENTATION:
+            return switch(self, model, *args, **kwargs)
+        if model.device.type == "cpu":
             return None  # packed.py runs over its cache
-        return switch(self, model, *args, **kwargs)
+        warn_once("paged cache", model)  # CUDA graphs leave no place to read lengths
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        switch(self, model, *args, **kwargs)
+        self._original_attn_impl = IMPLEMENTATION  # what is set again at the end
+        return None
 
-    ContinuousBatchingManager.switch_to_cb_friendly_attn = switch_or_stay
+    ContinuousBatchingManager.switch_to_cb_friendly_attn = switch_or_stay  # type: ignore[method-assign]
 
 
 def _tell_prompt_length() -> None:

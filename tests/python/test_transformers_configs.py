@@ -97,7 +97,13 @@ def test_copies_are_their_own(how):
     dense, dense_twin = COPIES[how](model), COPIES[how](twin)
     fp.patch_model(model, STREAMING)
     other = COPIES[how](model)
-    assert [is_sparse(x) for x in (model, other, twin, dense, dense_twin)] == [True, True, False, False, False]
+    assert [is_sparse(x) for x in (model, other, twin, dense, dense_twin)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     again = COPIES[how](fp.unpatch_model(other))
     assert [is_sparse(x) for x in (model, other, again, twin)] == [True, False, False, False]
     assert set(implementations(other)) == {"sdpa"} and other.config is not twin.config

@@ -18,12 +18,13 @@ try:
     import torch  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name not in ("torch", "transformers"):
+    _missing = (error.name or "").partition(".")[0]
+    if _missing not in ("torch", "transformers"):
         raise
     raise ModuleNotFoundError(
-        f"flashprefill's Transformers integration needs {error.name}, which is not installed: "
+        f"flashprefill's Transformers integration needs {_missing}, which is not installed: "
         "pip install torch 'transformers>=5' accelerate",
-        name=error.name,
+        name=_missing,
     ) from None
 
 from .fallback import FlashPrefillWarning

@@ -80,9 +80,8 @@ def flashprefill_attention(
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
     eager = layer.eager if layer is not None else not supports_sdpa(module)
-    if (
-        not torch.compiler.is_compiling() and is_jit_tracing()
-    ):  # lengths are tensors now, and what is traced must be right for others
+    compiling = torch.compiler.is_compiling()
+    if not compiling and is_jit_tracing():  # lengths are tensors, and the trace must be right for others
         warn_once("tracing", module)
         return dense_attention(
             module, query, key, value, attention_mask, None, eager, dropout, scaling, is_causal, kwargs
@@ -91,7 +90,6 @@ def flashprefill_attention(
     policy = layer.policy if layer is not None else None if unpatched else _UNPATCHED
     tensors = (query, key, value)
     rows = query.shape[2]
-    compiling = torch.compiler.is_compiling()
     recorders = [] if compiling else stats.recorders_of(module)
     begin = time.perf_counter() if recorders else 0.0
 

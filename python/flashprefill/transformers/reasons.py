@@ -18,7 +18,8 @@ _DEVICES = ("cpu", "cuda")
 def cast_dtype(tensors: tuple[torch.Tensor, ...]) -> torch.dtype | None:
     """Return the dtype to which SDPA would cast its arguments here, or None outside of autocast."""
     kind = tensors[0].device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = kind in _DEVICES and torch.is_autocast_enabled(kind)  # which refuses some other devices
+    return torch.get_autocast_dtype(kind) if autocast else None
 
 
 def as_sdpa_casts(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,12 +1,12 @@
 /* The C ABI from nothing to a result: one sequence of 4,096 tokens, 8 query heads over 2 KV heads, fp32.
- * Prints the density that FlashPrefill kept. The inputs are noise, in which no block matters more than another, so
- * alpha is far above its default, which would keep everything. */
+ * Prints the density that FlashPrefill kept. Every 256 tokens of the inputs the topic changes, and queries ask for
+ * keys of their own topic: noise alone would be kept whole. */
 #include <flashprefill/flashprefill.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { kTokens = 4096, kHeads = 8, kKvHeads = 2, kDim = 64 };
+enum { kTokens = 4096, kHeads = 8, kKvHeads = 2, kDim = 64, kStretch = 256, kTopics = 8 };
 
 static void check(fp_status status, const char* what) {
   if (status == FP_OK) return;
@@ -31,6 +31,16 @@ static float* noise(size_t n, unsigned seed) {
   return x;
 }
 
+/* Queries or keys: noise around the topic of each stretch of tokens. */
+static float* about_topics(int64_t heads, const float* topics, unsigned seed) {
+  float* x = noise((size_t)(kTokens * heads * kDim), seed);
+  for (int64_t token = 0; token < kTokens; ++token) {
+    const int64_t topic = token / kStretch * 5 % kTopics;
+    for (int64_t i = 0; i < heads * kDim; ++i) x[token * heads * kDim + i] += 1.5f * topics[topic * kDim + i % kDim];
+  }
+  return x;
+}
+
 static void contiguous(fp_tensor* t, float* data, int64_t heads) {
   t->data = data;
   t->dtype = FP_F32;
@@ -41,8 +51,9 @@ static void contiguous(fp_tensor* t, float* data, int64_t heads) {
 }
 
 int main(void) {
-  float* q = noise((size_t)kTokens * kHeads * kDim, 1);
-  float* k = noise((size_t)kTokens * kKvHeads * kDim, 2);
+  float* topics = noise((size_t)kTopics * kDim, 4);
+  float* q = about_topics(kHeads, topics, 1);
+  float* k = about_topics(kKvHeads, topics, 2);
   float* v = noise((size_t)kTokens * kKvHeads * kDim, 3);
   float* out = malloc((size_t)kTokens * kHeads * kDim * sizeof(float));
   if (!out) return 1;
@@ -61,7 +72,6 @@ int main(void) {
 
   fp_flashprefill policy;
   check(fp_policy_init(FP_FLASHPREFILL, &policy, sizeof policy), "fp_policy_init");
-  policy.alpha = 0.99f;
   policy.query_pool = 16;
 
   fp_output output;
@@ -95,6 +105,7 @@ int main(void) {
   free(mask.bits);
   free(out);
   free(v);
+  free(topics);
   free(k);
   free(q);
   return right ? 0 : 1;

@@ -1,6 +1,6 @@
 // The C++ API: select once, read the mask's density, attend; then both verbs in one call, which must give the same
-// bits. The inputs are noise, in which no block matters more than another, so alpha is far above its default, which
-// would keep everything.
+// bits. Every 256 tokens of the inputs the topic changes, and queries ask for keys of their own topic: noise alone
+// would be kept whole.
 #include <cstdio>
 #include <flashprefill/flashprefill.hpp>
 #include <random>
@@ -17,12 +17,21 @@ int main() {
     for (float& value : x) value = normal(random);
     return x;
   };
-  const std::vector<float> q = noise(shape.q_heads), k = noise(shape.kv_heads), v = noise(shape.kv_heads);
+  const std::vector<float> topics = noise(1); // the first few of its tokens
+  const auto about_topics = [&](int64_t heads) {
+    std::vector<float> x = noise(heads);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const int64_t token = static_cast<int64_t>(i) / (heads * shape.head_dim), topic = token / 256 * 5 % 8;
+      x[i] += 1.5f * topics[static_cast<size_t>(topic * shape.head_dim) + i % static_cast<size_t>(shape.head_dim)];
+    }
+    return x;
+  };
+  const std::vector<float> q = about_topics(shape.q_heads), k = about_topics(shape.kv_heads), v = noise(shape.kv_heads);
   std::vector<float> out(q.size()), again(q.size());
 
   try {
     const fp::Problem problem = fp::Problem::Rectangular(shape, FP_F32, q.data(), k.data(), v.data());
-    fp::FlashPrefill policy(0.99f);
+    fp::FlashPrefill policy;
     policy.query_pool = 16;
     policy.common.mean_correction = 1;
 

@@ -1,7 +1,8 @@
 """Sparse attention for the prefill of long prompts.
 
     import flashprefill as fp
-    out = fp.prefill_attention(q, k, v, fp.FlashPrefill(alpha=0.12))  # NumPy or torch
+    q, k, v = fp.example_inputs(8192)  # or your own: NumPy or torch, [tokens, heads, head_dim]
+    out = fp.prefill_attention(q, k, v, fp.FlashPrefill(alpha=0.12))
 
 For every head and every tile of queries a policy finds, in one cheap pass, the blocks of keys that matter
 (``select``); then exact softmax attention is computed over just those (``attend``). ``prefill_attention``
@@ -12,6 +13,7 @@ Importing the package needs NumPy only; torch and Transformers are imported when
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from . import _transformers_hook, policies
@@ -26,6 +28,7 @@ from .errors import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from .examples import example_inputs
 from .info import Backend, backends, library_path, library_version, thread_runtime
 from .mask import BlockMask
 from .policies import *  # noqa: F403
@@ -55,6 +58,7 @@ __all__ = [
     "attend",
     "backends",
     "collect_timings",
+    "example_inputs",
     "library_path",
     "library_version",
     "prefill_attention",
@@ -70,6 +74,10 @@ _TRANSFORMERS = ("collect_stats", "patch_model", "register_transformers", "unpat
 def __getattr__(name: str) -> Any:
     """Import what needs torch and Transformers when it is asked for."""
     if name in _TRANSFORMERS:
+        missing = [module for module in ("torch", "transformers") if find_spec(module) is None]
+        if missing:
+            needs = " ".join(missing)
+            raise ModuleNotFoundError(f"{name} needs {needs}: pip install {needs}", name=missing[0])
         from . import transformers
 
         return getattr(transformers, name)

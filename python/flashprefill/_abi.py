@@ -256,7 +256,7 @@ _RAISES: dict[int, type[errors.FlashPrefillError]] = {
 def check(status: int) -> None:
     """Raise what a status other than FP_OK means, with the library's message."""
     if status != 0:
-        message = lib.fp_last_error().decode("utf-8", "replace")
+        message = lib.fp_last_error().decode("utf-8", "replace").removeprefix("exec.")  # here keywords
         raise _RAISES.get(status, errors.InternalError)(message or f"the library failed with status {status}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 from typing import Any
 
@@ -31,7 +32,9 @@ def address_of(x: Any) -> int | None:
 
 
 def strides_of(x: Any) -> tuple[int, ...]:
-    """Return the strides in elements."""
+    """Return the strides in elements; without elements those of a contiguous tensor, NumPy's being 0."""
+    if 0 in x.shape:
+        return tuple(math.prod(max(n, 1) for n in x.shape[axis + 1 :]) for axis in range(len(x.shape)))
     return tuple(s // x.itemsize for s in x.strides) if is_numpy(x) else tuple(x.stride())
 
 

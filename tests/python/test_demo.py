@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 
 import demo_model  # noqa: E402
 from flashprefill import cli  # noqa: E402
-from flashprefill.apps import demo, heads, machine, measure, models, prompt, report  # noqa: E402
+from flashprefill.apps import demo, factors, heads, machine, measure, models, plots, prompt, report  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 
 
@@ -62,7 +62,11 @@ def test_results_hold_everything(results):
     assert saved["prompt"]["tokens"] == 1500 and saved["prompt"]["depths"] == [0.5, 0.1]
     assert saved["settings"]["compared_positions"] == 64
     labels = [run["label"] for run in saved["runs"]]
-    assert labels[0] == "Dense (PyTorch SDPA)" and len(labels) == 5 and labels[-1] == "Sketch"
+    assert (
+        labels[:2] == ["Dense (PyTorch SDPA)", "Dense, our kernel"]
+        and len(labels) == 6
+        and labels[-1] == "Sketch"
+    )
     for run in saved["runs"]:
         for name in ("ttft_seconds", "attention_seconds", "select_seconds"):
             values = run[name]
@@ -77,7 +81,8 @@ def test_results_hold_everything(results):
 
 def test_dense_agrees_with_itself_and_policies_have_densities(results):
     runs = results[0]["runs"]
-    dense, published, shared = runs[:3]
+    dense, ours, published, shared = runs[:4]
+    assert ours["policy"] == "dense" and ours["density"] == 1 and ours["top1_agreement"] > 0.99
     assert (
         dense["policy"] is None
         and dense["kl_nats"] == 0
@@ -88,7 +93,50 @@ def test_dense_agrees_with_itself_and_policies_have_densities(results):
     assert published["policy"] == "flashprefill(alpha=0.12)" and "share_heads=true" in shared["policy"]
     assert np.array(published["density_by_layer_and_head"]).shape == (3, 4)
     assert published["density"] == pytest.approx(np.mean(published["density_by_layer_and_head"]), abs=1e-3)
-    assert all(run["select_seconds"]["median"] > 0 for run in runs[1:])
+    assert all(run["select_seconds"]["median"] > 0 for run in runs[2:])
+
+
+def test_speed_ups_are_products(results):
+    """What our dense kernel has over PyTorch's is told apart from what sparsity adds."""
+    returned, out, printed = results
+    runs = returned["runs"]
+    ours = runs[1]
+    assert ours["attention_speedup_over_our_dense"] == ours["ttft_speedup_over_our_dense"] == 1
+    for run in runs:
+        for what in ("attention", "ttft"):
+            split = ours[f"{what}_speedup"] * run[f"{what}_speedup_over_our_dense"]
+            assert split == pytest.approx(run[f"{what}_speedup"])
+    assert returned["headline"] in printed and "kernel x" in returned["headline"]
+    page = (out / "report.html").read_text()
+    (first,) = re.findall(
+        r"<div class=tile><b>([\d.]+)x</b><span>= [\d.]+x kernel x [\d.]+x sparsity: attention", page
+    )
+    assert first == f"{max(run['attention_speedup'] for run in runs[2:]):.1f}"
+    assert "over our" in returned["table"]
+
+
+def test_a_headline_names_both_factors():
+    runs = [
+        {"label": label, "policy": policy, "attention_speedup": attention, "ttft_speedup": first}
+        for label, policy, attention, first in (
+            ("Dense (PyTorch SDPA)", None, 1.0, 1.0),
+            (factors.OURS, "dense", 4.9, 3.0),
+            ("pooled", "flashprefill(alpha=0.12)", 15.65, 4.5),
+        )
+    ]
+    attention, first = "15.7x = 4.9x kernel x 3.2x sparsity", "4.5x = 3.0x kernel x 1.5x sparsity"
+    assert factors.headline(runs) == f"pooled: attention {attention}, first token {first}"
+    assert factors.headline(runs[:2]) is None and factors.fastest(runs[:2]) is None
+
+
+def test_the_tile_counts_policies_not_needles(results):
+    returned, out, _ = results
+    changed = json.loads(json.dumps(returned))
+    for run in changed["runs"]:
+        run["needles"] = [{**run["needles"][0], "found": True}]
+    page = report.page(changed, out)
+    assert "<b>4 of 4</b><span>policies found the needle (dense: 1 of 1)" in page
+    assert "were kept whatever their scores" in page
 
 
 def test_files_are_what_they_say(results):
@@ -157,7 +205,7 @@ def test_command_line_with_own_policy_prompt_and_no_needle(model, tmp_path, caps
         str(text),
         "--no-needle",
         "--policy",
-        "dense",
+        "dense",  # our dense kernel has its row anyway
         "--policy",
         "streaming(window_blocks=1)",
     ]
@@ -323,7 +371,7 @@ def test_a_gpu_that_waits_for_python_is_told(results):
     assert returned["settings"]["pace"] is None and all(run["host_share"] is None for run in returned["runs"])
     runs = [{**run, "host_share": share} for run, share in zip(returned["runs"], (0.5, 0.97), strict=False)]
     words = demo.pace(runs)
-    assert words.startswith("the GPU waited for Python with FlashPrefill, published: ")
+    assert words.startswith("the GPU waited for Python with Dense, our kernel: ")
     told = {**returned, "settings": {**returned["settings"], "pace": words}}
     assert f"Careful: {words}" in report.page(told, out)
     assert demo.pace(runs[:1]) is None
@@ -336,3 +384,37 @@ def test_dtype_follows_the_processor(monkeypatch):
     assert models.resolve_dtype("auto") == "bf16" and models.resolve_dtype("fp32") == "fp32"
     monkeypatch.setattr(machine, "cpu_features", lambda: ["avx2"])
     assert models.resolve_dtype("auto") == "fp32"
+
+
+@pytest.mark.parametrize("narrower", [1, 20, 400])
+def test_times_are_readable_however_narrow_the_bars(narrower, tmp_path):
+    """A label stands in its bar only if it fits; all have one unit; none is over another or over a name."""
+    bars = [
+        ("Dense (PyTorch SDPA)", 0.0, 13.26, 3.1),
+        ("FlashPrefill, shared + mean", 0.04 / narrower, 0.92 / narrower, 2.9),
+        ("FlashPrefill, pooled", 0.01 / narrower, 0.84 / narrower, 2.7),
+    ]
+    plots.times(tmp_path / "times.png", bars)
+    with plots.plt.rc_context(plots.STYLE):
+        figure = plots.times_figure(bars)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    frame = axis.get_window_extent()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    for text, box in zip(axis.texts, boxes, strict=True):
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1, text.get_text()
+        if text.get_gid() == "inside":
+            y = round(text.get_position()[1])
+            width = axis.transData.transform((sum(bars[y][1:3]), 0))[0] - axis.transData.transform((0, 0))[0]
+            assert box.width <= width
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    words = [text.get_text() for text in axis.texts]
+    assert "16.4" in words and "13.3" in words and not any("s" in word for word in words)
+    ends = [text.get_text() for text in axis.texts if text.get_gid() != "inside"]
+    assert len(ends) == 3 and ("(" in ends[1]) == (narrower > 1)
+    plots.plt.close(figure)
+
+
+def test_small_times_are_milliseconds_with_three_digits():
+    assert plots.Unit.of(0.0421).write(0.0421) == "42.1" and plots.Unit.of(0.5).write(0.0421) == "42"
+    assert plots.Unit.of(16.4).write(0.0021) == "0.002" and plots.Unit.of(16.4).write(0) == "0.0"

@@ -18,9 +18,10 @@ pytest.importorskip("tqdm")
 
 import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
-from flashprefill.apps import heads, measure, needles, spec  # noqa: E402
+from flashprefill.apps import factors, heads, measure, needles  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
-from flashprefill.apps.lab import baselines, figures, lines, page, run  # noqa: E402
+from flashprefill.apps.lab import baselines, draw, figures, lines, page, run  # noqa: E402
+from flashprefill.policies.text import named  # noqa: E402
 
 TOKENS, Q_HEADS, KV_HEADS, DIM, SCALE = 700, 4, 2, 16, 0.5
 
@@ -41,7 +42,7 @@ def weights_of(layer, head):
 def results(model, tmp_path_factory):
     """One quick run of the whole lab: (results, folder)."""
     out = tmp_path_factory.mktemp("lab")
-    options = run.Options(model=model, quick=True, out=out, dtype="fp32", dump=out / "dumps")
+    options = run.Options(model=model, quick=True, tokens=1536, out=out, dtype="fp32", dump=out / "dumps")
     return run.run(options), out
 
 
@@ -144,7 +145,7 @@ def test_share_of_the_oracle_is_the_best_mean_recall(layer):
 
 def test_the_table_is_sound():
     lines.check()
-    assert {line.method for line in lines.methods()} >= (set(spec.POLICIES) - {"dense"})
+    assert {line.method for line in lines.methods()} >= (set(named()) - {"dense"})
     assert len({line.label for line in lines.methods()}) == len(lines.methods())
 
 
@@ -218,6 +219,25 @@ def test_results_hold_every_method(results):
         labels[:2] == ["PyTorch SDPA", "Dense"] and "Sketch, mass" in labels and "Oracle, alpha" not in labels
     )
     assert all(row["seconds"] > 0 for row in text["times"])
+
+
+def test_quick_fills_its_table_and_shows_its_curves(results):
+    """At a density that is reached, or each at its nearest; and every curve is a line inside the picture."""
+    text = results[0]["texts"][0]
+    lines_ = run.render(text).splitlines()[-len(text["methods"]) :]
+    assert not any(" - " in line or line.endswith("-") for line in lines_), lines_
+    swept = [curve for curve in text["methods"] if curve["parameter"] is not None]
+    end = draw.end_of(text["methods"])
+    assert all(sum(point["density"] <= end for point in curve["points"]) >= 2 for curve in swept)
+    table = page.quality_table(text, text["methods"])
+    assert "<td>-</td>" not in table
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density"), [(24355, 0.15), (7600, 0.25), (3072, 0.3), (1536, 0.6), (300, 1.0), (128, 1.0)]
+)
+def test_the_density_to_compare_at_can_be_reached(tokens, density):
+    assert figures.reference_density(tokens, 3) == density
 
 
 def test_files_are_what_they_say(results):
@@ -350,23 +370,37 @@ def test_try_runs_every_method_on_every_prompt(model, tmp_path, capsys):
     ]
     assert cli.main([*arguments, "--policy", "streaming(window_blocks=1)", "--out", str(out)]) == 0
     saved = json.loads(out.read_text())
-    assert len(saved["cases"]) == 2 * 2 * 2 and saved["model"]["context"] == 4096 and saved["passed"]
+    assert len(saved["cases"]) == 2 * 2 * 3 and saved["model"]["context"] == 4096 and saved["passed"]
     assert {c["rotary_scale"] for c in saved["cases"] if c["tokens"] == 700} == {1.0}
     assert {c["rotary_scale"] for c in saved["cases"] if c["tokens"] == 5000} == {2.0}
-    streaming = [c for c in saved["cases"] if c["method"] != needles.DENSE]
+    streaming = [c for c in saved["cases"] if c["method"].startswith("streaming")]
     assert all(c["density"] < 1 for c in streaming) and all(c["ttft_seconds"] > 0 for c in saved["cases"])
     printed = capsys.readouterr().out
     assert "dense attention finds 0 of 4 needles" in printed and "answer" in printed
+    assert "Dense, our kernel" in printed and printed.count("x kernel x") == 2  # one for each length
+
+
+def test_try_says_why_nothing_was_left_out():
+    cases = [
+        {"method": method, "tokens": 1024, "density": 1.0, "attention_seconds": seconds}
+        for method, seconds in ((needles.DENSE, 8.0), (factors.OURS, 1.0), ("flashprefill(alpha=0.12)", 1.0))
+    ]
+    split, why = needles.notes(cases)
+    assert split == "1024 tokens: attention 8.0x = 8.0x kernel x 1.0x sparsity, with flashprefill(alpha=0.12)"
+    assert why.startswith("1024 tokens, density 1.000 with flashprefill(alpha=0.12): at so short a prompt")
+    cases[2]["density"] = 0.9
+    assert len(needles.notes(cases)) == 1
 
 
 def test_the_exit_code_says_that_a_needle_was_missed(model, monkeypatch, capsys):
     def answer(_loaded, policy, text):
-        words = text.answer if policy is None else "nothing"
+        dense = policy is None or policy == fp.Dense()
+        words = text.answer if dense else "nothing"
         return {
             "ttft_seconds": 1.0,
             "attention_seconds": 0.5,
             "density": 0.5,
-            "found": policy is None,
+            "found": dense,
             "least_sure_token": 0.5,
             "answer": words,
         }

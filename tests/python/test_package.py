@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -240,6 +241,58 @@ def test_policies_are_values():
 def test_presets(name, alpha):
     assert fp.FlashPrefill.for_model(name) == fp.FlashPrefill(alpha=alpha)
     assert fp.FlashPrefill.for_model(name, query_pool=16) == fp.FlashPrefill(alpha=alpha, query_pool=16)
+
+
+def test_unknown_fields_are_refused_with_the_known_ones():
+    with pytest.raises(fp.ArgumentTypeError, match="aplha is unknown; FlashPrefill takes alpha, sink_blocks"):
+        fp.FlashPrefill(aplha=0.1)
+    with pytest.raises(TypeError, match="windows is unknown; Streaming takes sink_blocks, window_blocks"):
+        fp.Streaming(windows=3)
+
+
+@pytest.mark.parametrize("kind", [fp.FlashPrefill, fp.Sketch])
+def test_an_alpha_that_no_block_reaches_is_a_warning(kind):
+    with pytest.warns(UserWarning, match=r"alpha is 12, .*12 % is alpha=0\.12") as caught:
+        kind(alpha=12)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind(alpha=1)
+        kind(alpha=12, min_blocks=4)  # they decide alone
+
+
+@pytest.mark.parametrize("lacking", ["torch", "transformers"])
+def test_what_needs_a_package_says_which(lacking):
+    code = f"""
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {lacking!r} else real(name, *rest)
+import flashprefill as fp
+try:
+    fp.patch_model
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"patch_model needs {lacking}: pip install {lacking}\n", done.stderr
+
+
+def test_plot_without_matplotlib_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    mask = fp.BlockMask.from_dense(np.ones((1, 1, 1), bool), q_len=60, k_len=60)
+    with pytest.raises(ModuleNotFoundError, match="plot needs matplotlib: pip install matplotlib"):
+        mask.plot()
+
+
+def test_docstrings_point_to_pages_that_are_there():
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "docs").exists():
+        pytest.skip("an sdist has no docs/")
+    for kind in fp.Policy.__subclasses__():
+        for page in re.findall(r"docs/[\w./-]+\.md", kind.__doc__ or ""):
+            assert (root / page).exists(), (kind, page)
+    for kind in (fp.FlashPrefill, fp.Sketch, fp.FlexPrefill, fp.MInference, fp.XAttention):
+        assert "docs/methods/" in kind.__doc__
 
 
 def test_what_is_here():

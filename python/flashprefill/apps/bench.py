@@ -28,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import BlockMask, attend, backends, prefill_attention, select
+from ..policies import Dense
+from . import checks, factors, inputs, machine, models, table
 from . import device as devices
-from . import inputs, machine, models, table
 from .device import CPU, Device
 from .errors import UsageError
 from .spec import parse_policy
@@ -97,7 +98,8 @@ def contenders(
     ]
     if device.cuda and picked(shape, device, dtype) != "cudnn attention" and runs_cudnn(sdpa):
         found.insert(1, Contender(CUDNN, lambda: sdpa(SDPBackend.CUDNN_ATTENTION), 1.0, work))
-    for policy in map(parse_policy, options.policies):
+    asked = [Dense(), *(policy for policy in map(parse_policy, options.policies) if policy.text != "dense")]
+    for policy in asked:
         _, stats = prefill_attention(q, k, v, policy, return_stats=True, **where)
         call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
         alone = lambda policy=policy: select(q, k, policy, **where)  # noqa: E731
@@ -146,6 +148,7 @@ def time_by_turns(
 def rows_of(shape: inputs.Shape, found: Sequence[Contender]) -> list[dict[str, Any]]:
     """Return the figures of one shape; rates count the kept part of the causal triangle."""
     base = statistics.median(found[0].seconds)
+    ours = statistics.median(next(one.seconds for one in found if one.name == "dense"))
     return [
         {
             "shape": str(shape),
@@ -158,6 +161,7 @@ def rows_of(shape: inputs.Shape, found: Sequence[Contender]) -> list[dict[str, A
             },
             "select_seconds": statistics.median(one.select),
             "speedup": None if one.name.startswith(MATRIX_PRODUCT) else base / statistics.median(one.seconds),
+            "speedup_over_our_dense": ours / statistics.median(one.seconds),
             "gflops": one.work / (statistics.median(one.seconds) - statistics.median(one.select)) / 1e9,
         }
         for one in found
@@ -173,6 +177,7 @@ def check(options: Options) -> None:
     for density in options.densities:
         if not 0.0 < density <= 1.0:
             raise UsageError(f"--density {density:g}: must be above 0 and at most 1")
+    checks.can_write(options.out)
     here = {backend.name: backend for backend in backends() if backend.available}
     if options.backend is not None and options.backend not in here:
         raise UsageError(f"--backend {options.backend}: must be one of {', '.join(here)}")
@@ -209,7 +214,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     rows: list[dict[str, Any]] = []
     sdpa = {}
-    with tqdm(unit="call", leave=False, file=sys.stderr) as bar:
+    with tqdm(unit="call", leave=False, file=sys.stderr, disable=None) as bar:
         for shape in shapes:
             bar.set_description(str(shape))
             found = contenders(shape, options, models.torch_dtype(dtype), device)
@@ -245,13 +250,14 @@ def run(options: Options) -> dict[str, Any]:
     for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
         lines = [
             [
-                row["name"],
+                factors.OURS if row["name"] == "dense" else row["name"],
                 f"{row['density']:.3f}",
                 f"{row['seconds']['median'] * 1e3:.{digits}f}",
                 f"{row['seconds']['min'] * 1e3:.{digits}f}",
                 f"{row['select_seconds'] * 1e3:.{max(2, digits)}f}",
                 f"{row['gflops'] * 1e9 / unit:.0f}",
                 f"{row['speedup']:.2f}x" if row["speedup"] else "",
+                f"{row['speedup_over_our_dense']:.2f}x" if row["speedup"] else "",
             ]
             for row in results["rows"]
             if row["shape"] == shape
@@ -259,7 +265,8 @@ def run(options: Options) -> dict[str, Any]:
         picks = f"; SDPA picks {settings['sdpa'][shape]}" if gpu else ""
         print(f"\n{shape} (query heads / KV heads x head_dim x tokens){picks}")
         rate = "TFLOP/s" if gpu else "GFLOP/s"
-        print(table.render(("", "density", "median ms", "best ms", "select ms", rate, "speed-up"), lines))
+        header = ("", "density", "median\nms", "best\nms", "select\nms", rate, "speed-up", "over our\ndense")
+        print(table.render(header, lines))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

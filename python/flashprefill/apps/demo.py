@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..policies import FlashPrefill, Sketch
-from . import device, machine, models, prompt, report, table
+from ..policies import Dense, FlashPrefill, Sketch
+from . import checks, device, factors, machine, models, prompt, report, table
 from .errors import UsageError
 from .method import Method
 from .spec import parse_policy
@@ -54,12 +54,13 @@ class Options:
 
 
 def methods_for(texts: Sequence[str]) -> list[Method]:
-    """Return dense attention first, then the policies of the command line, or the project's main four."""
-    dense = Method("Dense (PyTorch SDPA)", None)
+    """Return PyTorch's dense attention, ours, and the policies of the command line or the main four."""
+    dense = [Method("Dense (PyTorch SDPA)", None), Method(factors.OURS, Dense())]
     if texts:
-        return [dense, *(Method(policy.text, policy) for policy in map(parse_policy, texts))]
+        policies = [policy for policy in map(parse_policy, texts) if not isinstance(policy, Dense)]
+        return dense + [Method(policy.text, policy) for policy in policies]
     return [
-        dense,
+        *dense,
         Method("FlashPrefill, published", FlashPrefill(alpha=0.12)),
         Method(
             "FlashPrefill, shared + mean", FlashPrefill(alpha=0.12, share_heads=True, mean_correction=True)
@@ -166,8 +167,8 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
 
 
-def summarise(method: Method, dense: Method) -> dict[str, Any]:
-    """One method's figures, as results.json holds them."""
+def summarise(method: Method, dense: Method, ours: Method) -> dict[str, Any]:
+    """One method's figures, as results.json holds them; `ours` is our dense kernel."""
     ttft, attention = statistics.median(method.ttft), statistics.median(method.attention)
     return {
         "label": method.label,
@@ -178,6 +179,10 @@ def summarise(method: Method, dense: Method) -> dict[str, Any]:
         "host_share": statistics.median(method.host_share) if method.host_share else None,
         "ttft_speedup": statistics.median(dense.ttft) / ttft,
         "attention_speedup": statistics.median(dense.attention) / attention if attention else None,
+        "ttft_speedup_over_our_dense": statistics.median(ours.ttft) / ttft,
+        "attention_speedup_over_our_dense": statistics.median(ours.attention) / attention
+        if attention
+        else None,
         "density": 1.0 if method.density is None else float(np.mean(method.density)),
         "density_by_layer_and_head": None if method.density is None else np.round(method.density, 4).tolist(),
         "dense_layers": method.fallbacks,
@@ -203,7 +208,8 @@ HEADER = (
     "speed-\nup",
     "attention,\ns",
     "speed-\nup",
-    "of it\nselection",
+    "over our\ndense",
+    "selection,\ns",
     "\ndensity",
     "KL,\nnats",
     "same\ntop-1",
@@ -224,7 +230,8 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
             f"{run['ttft_speedup']:.2f}x",
             table.seconds(run["attention_seconds"]["median"]),
             optional(run["attention_speedup"], ".2f") + "x",
-            "-" if run["policy"] is None else table.seconds(run["select_seconds"]["median"]),
+            optional(run["attention_speedup_over_our_dense"], ".2f") + "x",
+            "-" if run["policy"] in factors.DENSE else table.seconds(run["select_seconds"]["median"]),
             f"{run['density']:.3f}",
             optional(run["kl_nats"], ".4f"),
             optional(run["top1_agreement"], ".1%"),
@@ -257,13 +264,10 @@ def check(options: Options) -> None:
     for depth in options.depths:
         if not 0.0 <= depth <= 1.0:
             raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: must be a directory")
-    for module in ("torch", "transformers", "matplotlib", "tqdm"):
-        if not machine.importable(module):
-            raise UsageError(f"the demo needs {module}: pip install 'flashprefill[demo]'")
-    if models.resolve_path(options.model).suffix == ".gguf" and not machine.importable("gguf"):
-        raise UsageError("reading GGUF files needs gguf: pip install gguf")
+    checks.can_make(options.out)
+    needed = ("torch", "transformers", "matplotlib", "tqdm", *checks.modules_of(options.model))
+    checks.need("the demo", *needed)
+    checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -278,9 +282,12 @@ def run(options: Options) -> dict[str, Any]:
     busy = machine.busy()
     if busy:
         print(f"note: {busy}", file=sys.stderr)
+    where, stretch = (
+        device.resolve(options.device, options.dtype),
+        models.ROPE_STRETCH if options.long else 1.0,
+    )
     print("loading the model ...", file=sys.stderr, flush=True)
-    stretch = models.ROPE_STRETCH if options.long else 1.0
-    loaded = models.load(options.model, options.dtype, device.resolve(options.device, options.dtype), stretch)
+    loaded = models.load(options.model, options.dtype, where, stretch)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)
     repeats = options.repeats or (1 if options.long or options.quick else 3)
     depths = list(options.depths) if options.needle else [None]
@@ -296,6 +303,7 @@ def run(options: Options) -> dict[str, Any]:
     with tqdm(
         total=passes,
         unit="pass",
+        disable=None,  # where stderr is no terminal
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
         runner = Runner(loaded, methods, options, bar)
@@ -334,11 +342,14 @@ def run(options: Options) -> dict[str, Any]:
             "device": loaded.device.kind,
             "sdpa": loaded.sdpa_backend(len(first.ids)),
         },
-        "runs": [summarise(method, methods[0]) for method in methods],
+        "runs": [summarise(method, *methods[:2]) for method in methods],
     }
     results["table"] = table.render(HEADER, table_rows(results["runs"]))
+    results["headline"] = factors.headline(results["runs"])
     results["settings"]["pace"] = pace(results["runs"])
     print(results["table"], flush=True)
+    if results["headline"]:
+        print(f"\n{results['headline']}", flush=True)
     if results["settings"]["pace"]:
         print(f"\nnote: {results['settings']['pace']}", flush=True)
     print("drawing the pictures ...", file=sys.stderr, flush=True)
@@ -347,6 +358,9 @@ def run(options: Options) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     drawn = pictures.draw(options.out, results, methods, runner.captured)
     results["heads"] = drawn.heads
+    for run, method in zip(results["runs"], methods, strict=True):
+        if method.policy is not None and method.selects:
+            run["always_kept"] = pictures.always_kept(method.policy, runner.captured)
     results["files"] = ["results.json", "report.html", *drawn.files]
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (options.out / "report.html").write_text(report.page(results, options.out), encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .errors import UsageError
+from .lengths import length
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ def parse_shape(text: str) -> Shape:
     try:
         heads, dim, tokens = text.lower().split("x")
         q_heads, _, kv_heads = heads.partition("/")
-        factor = 1024 if tokens.endswith("k") else 1
-        shape = Shape(int(q_heads), int(kv_heads or q_heads), int(dim), int(tokens.rstrip("k")) * factor)
+        shape = Shape(int(q_heads), int(kv_heads or q_heads), int(dim), length(tokens))
     except ValueError:
         raise wrong from None
     if min(shape.q_heads, shape.kv_heads, shape.head_dim, shape.tokens) < 1 or shape.q_heads % shape.kv_heads:

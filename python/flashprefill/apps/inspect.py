@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..api import select
-from . import dump, table
+from . import checks, dump, table
 from .errors import UsageError
 from .spec import parse_policy
 
+PICTURES = (".png", ".pdf", ".svg")
 SHADES = " .:-=+*#%@"
 
 
@@ -52,6 +53,9 @@ def draw_text(kept: npt.NDArray[np.bool_], width: int = 60) -> str:
 def run(options: Options) -> list[dict[str, Any]]:
     """Select by each policy; print the statistics and write the picture."""
     policies = [parse_policy(text) for text in options.policies or ("flashprefill",)]
+    if options.out is not None:
+        checks.can_write(options.out, PICTURES)
+        checks.need("inspect --out", "torch", "matplotlib")
     q, k = dump.queries_and_keys(options.file)
     heads = list(options.heads) or list(range(min(4, q.shape[1])))
     for head in heads:
@@ -108,11 +112,6 @@ def _print(
 
 
 def _picture(options: Options, policies: list[Any], q: Any, k: Any, heads: list[int]) -> None:
-    import importlib.util
-
-    for module in ("torch", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"--out: drawing needs {module}: pip install {module}")
     import torch
 
     from . import heads as kinds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..policies import Policy
+from ..policies import Dense, Policy
 
 
 @dataclass
@@ -25,3 +25,8 @@ class Method:
     kl: float | None = None
     top1: float | None = None
     needles: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def selects(self) -> bool:
+        """Whether it leaves anything out: it is neither PyTorch's dense attention nor ours."""
+        return self.policy is not None and not isinstance(self.policy, Dense)

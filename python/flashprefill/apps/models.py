@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,8 @@ def resolve_path(path: Path | None) -> Path:
         raise UsageError(f"--model {path}: there is no such file or directory")
     if path.is_file() and path.suffix != ".gguf":
         raise UsageError(f"--model {path}: must be a Hugging Face directory or a .gguf file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"--model {path}: holds no config.json, as a Hugging Face directory does")
     return path
 
 
@@ -93,6 +97,16 @@ def _source(path: Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent if path.is_file() else path), {"local_files_only": True, **gguf}
 
 
+def no_bar_in_logs() -> None:
+    """Silence Transformers' bar for GGUF files, which heeds no setting, where stderr is no terminal."""
+    if sys.stderr.isatty():
+        return
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    if not isinstance(getattr(gguf, "tqdm", None), partial):
+        gguf.tqdm = partial(gguf.tqdm, disable=True)  # type: ignore[attr-defined]
+
+
 def load(path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1.0) -> Loaded:
     """Load a model with PyTorch's own attention; `stretch` scales its rotary base."""
     import transformers
@@ -100,6 +114,7 @@ def load(path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    no_bar_in_logs()
     path, dtype = resolve_path(path), resolve_dtype(dtype, device)
     where, options = _source(path)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..policies import FlashPrefill, Policy, Sketch
-from . import device, machine, models, prompt, table
+from ..policies import Dense, FlashPrefill, Policy, Sketch
+from . import checks, device, factors, machine, models, prompt, table
 from .errors import UsageError
 from .spec import parse_policy
 
@@ -26,6 +27,11 @@ SCHEMA = "flashprefill-try/1"
 LEAST_TOKENS, MOST_TOKENS = 256, 1 << 20
 CONTINUATION = 24  # tokens of the answer
 DENSE = "dense attention"
+SHORT = (
+    "at so short a prompt the blocks that are always kept (the beginning, the neighbourhood, the last tiles) "
+    "and those that pass the threshold are all there are; what is gained is our kernel's, and longer prompts "
+    "leave more out"
+)
 
 
 @dataclass
@@ -60,15 +66,16 @@ def check(options: Options) -> None:
             raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads {options.threads}: must be at least 1")
-    for module in ("torch", "transformers"):
-        if not machine.importable(module):
-            raise UsageError(f"try needs {module}: pip install 'flashprefill[demo]'")
+    checks.can_write(options.out)
+    checks.need("try", "torch", "transformers", *checks.modules_of(options.model))
+    checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
 
 def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
-    """Return dense attention first, then the policies of the command line."""
+    """Return PyTorch's dense attention, ours, then the policies of the command line."""
     policies = [parse_policy(text) for text in texts] or [FlashPrefill(), Sketch()]
-    return [(DENSE, None), *((policy.text, policy) for policy in policies)]
+    policies = [policy for policy in policies if not isinstance(policy, Dense)]
+    return [(DENSE, None), (factors.OURS, Dense()), *((policy.text, policy) for policy in policies)]
 
 
 def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) -> dict[str, Any]:
@@ -91,6 +98,7 @@ def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) ->
         "ttft_seconds": round(result.ttft, 5),
         "attention_seconds": round(clock.seconds, 5),
         "density": round(float(kept.mean()), 4),
+        "fallbacks": {} if policy is None else dict(result.stats.fallbacks),
         "found": text.found_in(words),
         "least_sure_token": round(least, 3),  # its probability: how much of a guess the answer is
         "answer": words,
@@ -101,7 +109,10 @@ def verdict(cases: Sequence[dict[str, Any]]) -> tuple[bool, str]:
     """Return whether every policy found what dense attention found, and a sentence that says so."""
     base = [(case["tokens"], case["depth"]) for case in cases if case["method"] == DENSE and case["found"]]
     total = sum(case["method"] == DENSE for case in cases)
-    others = [case for case in cases if case["method"] != DENSE and (case["tokens"], case["depth"]) in base]
+    dense = (DENSE, factors.OURS)
+    others = [
+        case for case in cases if case["method"] not in dense and (case["tokens"], case["depth"]) in base
+    ]
     missed = [case for case in others if not case["found"]]
     words = f"dense attention finds {len(base)} of {total} needles"
     if not base:
@@ -110,6 +121,29 @@ def verdict(cases: Sequence[dict[str, Any]]) -> tuple[bool, str]:
         return True, f"{words}, and every policy finds those too"
     places = (f"{c['method']} at {c['tokens']} tokens, depth {c['depth']:g}" for c in missed)
     return False, f"{words}; missed: {'; '.join(places)}"
+
+
+def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """What the times and densities do not say by themselves.
+
+    For each length the fastest policy's speed-up as a product; and why a policy kept everything.
+    """
+    said = []
+    for tokens in dict.fromkeys(case["tokens"] for case in cases):
+        here = [case for case in cases if case["tokens"] == tokens]
+        seconds = {
+            name: statistics.median(case["attention_seconds"] for case in here if case["method"] == name)
+            for name in dict.fromkeys(case["method"] for case in here)
+        }
+        sparse = [name for name in seconds if name not in (DENSE, factors.OURS)]
+        if sparse:
+            best = min(sparse, key=lambda name: seconds[name])
+            split = factors.product(seconds[DENSE] / seconds[best], seconds[DENSE] / seconds[factors.OURS])
+            said.append(f"{tokens} tokens: attention {split}, with {best}")
+        whole = [n for n in sparse if all(c["density"] == 1.0 for c in here if c["method"] == n)]
+        if whole:
+            said.append(f"{tokens} tokens, density 1.000 with {' and '.join(whole)}: {SHORT}")
+    return said
 
 
 TIMES = ("first\ntoken, s", "attention,\ns")
@@ -162,12 +196,14 @@ def run(options: Options) -> dict[str, Any]:
         "model": {"name": loaded.name, "dtype": loaded.dtype, "context": context},
         "settings": {"threads": torch.get_num_threads(), "busy": busy, "expected": prompt.ANSWER},
         "cases": cases,
+        "notes": notes(cases),
         "verdict": words,
         "passed": passed,
     }
     print(f"{loaded.name}, {loaded.dtype}, {where.describe(torch.get_num_threads())}\n")
     print(table.render(HEADER, [row_of(case) for case in cases]))
-    print(f"\n{words}", flush=True)
+    for note in (*results["notes"], words):
+        print(f"\n{note}", flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -47,6 +47,14 @@ def forced_by(policy: Policy) -> Streaming:
     return Streaming(**counts, block_size=policy.block_size, share_heads=policy.share_heads)
 
 
+def always_kept(policy: Policy, captured: dict[int, Any]) -> float | None:
+    """The share of the blocks that a policy keeps whatever their scores; None if no layer was captured."""
+    if not captured:
+        return None
+    query, key = next(iter(captured.values()))[:2]
+    return float(select(query, key, forced_by(policy)).density)
+
+
 def mask_panels(
     query: Any,
     key: Any,
@@ -88,7 +96,9 @@ def draw(out: Path, results: dict[str, Any], methods: Sequence[Method], captured
         bars.append((run["label"], select_s, max(0.0, attention - select_s), max(0.0, ttft - attention)))
     plots.times(out / "times.png", bars)
     files = ["times.png"]
-    maps = [(method.label, method.density) for method in methods if method.density is not None]
+    maps = [
+        (method.label, method.density) for method in methods if method.selects and method.density is not None
+    ]
     if maps:
         plots.density(out / "density.png", maps)
         files.append("density.png")
@@ -100,7 +110,9 @@ def draw(out: Path, results: dict[str, Any], methods: Sequence[Method], captured
 
 def _to_show(methods: Sequence[Method]) -> list[tuple[str, Policy]]:
     """The policies whose masks are shown: the first, and the one that differs from it most."""
-    policies = [(method.label, method.policy) for method in methods if method.policy is not None]
+    policies = [
+        (method.label, method.policy) for method in methods if method.policy is not None and method.selects
+    ]
     return policies[:1] if len(policies) < SHOWN_POLICIES else [policies[0], policies[-1]]
 
 

@@ -74,7 +74,7 @@ def _axis(axis: Any, tokens: int) -> None:
     axis.tick_params(length=2, labelsize=7.5)
 
 
-def _draw_mask(axis: Any, panel: MaskPanel, extent: tuple[int, int, int, int]) -> None:
+def _draw_mask(axis: Any, panel: MaskPanel, extent: tuple[float, float, float, float]) -> None:
     kind = np.where(~panel.visible, 0, np.where(~panel.kept, 1, np.where(panel.forced, 2, 3)))
     colours = ListedColormap([FUTURE, SKIPPED, FORCED, CHOSEN])
     axis.imshow(kind, cmap=colours, vmin=0, vmax=3, extent=extent, aspect="auto", interpolation="nearest")
@@ -90,7 +90,8 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
         columns = max((row.mass is not None) + len(row.panels) for row in rows)
         size = (3.45 * columns + 0.4, 3.3 * len(rows) + 0.5)
         figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-        extent = (0, tokens, tokens, 0)
+        extent: tuple[float, float, float, float] = (0, tokens, tokens, 0)
+        attention: Any = None
         for line, row in zip(axes, rows, strict=True):
             places = list(line)
             line[0].set_ylabel(f"{row.title}\nquery position", fontsize=8.5)
@@ -98,10 +99,10 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
                 axis = places.pop(0)
                 shown = np.ma.masked_less(row.mass, 1e-7)
                 norm = LogNorm(1e-4, 1)
-                axis.imshow(
+                attention = axis.imshow(
                     shown, cmap="magma_r", norm=norm, extent=extent, aspect="auto", interpolation="nearest"
                 )
-                axis.set_title("true attention: darker is more\n(dense, log scale)", loc="left", fontsize=8.5)
+                axis.set_title("true attention,\ndarker is more", loc="left", fontsize=8.5)
                 _axis(axis, tokens)
             for axis, panel in zip(places, row.panels, strict=False):
                 _draw_mask(axis, panel, extent)
@@ -110,7 +111,14 @@ def masks(path: Path, rows: Sequence[HeadRow], tokens: int) -> None:
                 axis.set_axis_off()
         for axis in axes[-1]:
             axis.set_xlabel("key position", fontsize=8.5)
-        keys = [(FORCED, "always kept"), (CHOSEN, "chosen by score"), (SKIPPED, "skipped")]
+        if attention is not None:
+            label = "a block's share of its tile's true attention"
+            figure.colorbar(attention, ax=axes, label=label, fraction=0.03, aspect=40)
+        keys = [
+            (FORCED, "always kept: the beginning, the neighbourhood, the prompt's end"),
+            (CHOSEN, "chosen by score"),
+            (SKIPPED, "skipped"),
+        ]
         handles = [Patch(facecolor=colour, edgecolor="#c4cad4", label=name) for colour, name in keys]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
         figure.savefig(path, dpi=DPI, facecolor="white")
@@ -128,7 +136,7 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
         image: Any = None
         for axis, (name, values) in zip(axes.flat, maps, strict=False):
             image = axis.imshow(
-                values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+                values, cmap="viridis_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
             )
             axis.set_title(f"{name}\nmean {values.mean():.2f}", loc="left", fontsize=8.5)
             axis.set_xlabel("head" if values.shape[1] > 1 else "", fontsize=8.5)
@@ -141,48 +149,79 @@ def density(path: Path, maps: Sequence[tuple[str, Array]], numbers: Sequence[int
             axis.set_axis_off()
         for axis in axes[:, 0]:
             axis.set_ylabel("layer", fontsize=8.5)
-        figure.colorbar(image, ax=axes, label="share of the blocks kept", fraction=0.03, aspect=30)
+        figure.colorbar(
+            image, ax=axes, label="share of the blocks kept, darker is more", fraction=0.03, aspect=30
+        )
         figure.savefig(path, dpi=DPI, facecolor="white")
         plt.close(figure)
 
 
-def amount(seconds: float) -> str:
-    """Write a time next to its bar."""
-    return f"{seconds:.1f} s" if seconds >= 1.0 else f"{seconds * 1e3:.1f} ms"
+@dataclass(frozen=True)
+class Unit:
+    """One unit and one precision for all times of a chart: three digits of the largest."""
+
+    name: str
+    factor: float
+    digits: int
+
+    @classmethod
+    def of(cls, largest: float) -> Unit:
+        """Seconds, or milliseconds where there is no whole second."""
+        name, factor = ("s", 1.0) if largest >= 1.0 else ("ms", 1e3)
+        return cls(name, factor, max(0, 2 - int(np.floor(np.log10(max(largest * factor, 1e-9))))))
+
+    def write(self, seconds: float) -> str:
+        """Write a time. One that would round to nothing has one digit of its own."""
+        value = seconds * self.factor
+        digits = (
+            max(self.digits, min(3, -int(np.floor(np.log10(max(value, 1e-9)))))) if value else self.digits
+        )
+        return f"{value:.{digits}f}"
 
 
 def times(path: Path, bars: Sequence[tuple[str, float, float, float]]) -> None:
     """Seconds to the first token by method: (name, selection, rest of attention, everything else)."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8.2, 0.52 * len(bars) + 1.1), layout="constrained")
-        names = [bar[0] for bar in bars]
-        place = np.arange(len(bars))
-        select, attend, rest = (np.array([bar[i] for bar in bars]) for i in (1, 2, 3))
-        axis.barh(place, select, color=FORCED, height=0.62, label="selection")
-        axis.barh(place, attend, left=select, color=CHOSEN, height=0.62, label="attention")
-        axis.barh(
-            place, rest, left=select + attend, color=SKIPPED, height=0.62, label="the rest of the model"
-        )
-        total = select + attend + rest
-        for y in range(len(bars)):
-            axis.text(total[y] + total.max() * 0.01, y, amount(total[y]), va="center", fontsize=8.5)
-            if attend[y] + select[y] > 0.05 * total.max():
-                middle = (select[y] + attend[y]) / 2
-                axis.text(
-                    middle,
-                    y,
-                    amount(select[y] + attend[y]),
-                    va="center",
-                    ha="center",
-                    color="white",
-                    fontsize=8.5,
-                )
-        axis.set_yticks(place, names)
-        axis.invert_yaxis()
-        axis.set_xlim(0, total.max() * 1.09)
-        axis.tick_params(axis="y", length=0, labelcolor=INK)
-        axis.tick_params(axis="x", length=2, labelsize=7.5)
-        axis.set_xlabel("seconds to the first token", fontsize=8.5)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+        figure = times_figure(bars)
         figure.savefig(path, dpi=DPI, facecolor="white")
         plt.close(figure)
+
+
+def times_figure(bars: Sequence[tuple[str, float, float, float]]) -> Any:
+    """Return the chart. Attention's time stands inside its part of the bar if it fits, else to the right."""
+    figure, axis = plt.subplots(figsize=(8.2, 0.52 * len(bars) + 1.1), layout="constrained")
+    place = np.arange(len(bars))
+    select, attend, rest = (np.array([bar[i] for bar in bars]) for i in (1, 2, 3))
+    unit = Unit.of(float((select + attend + rest).max()))
+    select, attend, rest = (part * unit.factor for part in (select, attend, rest))
+    total, inside = select + attend + rest, select + attend
+    axis.barh(place, select, color=FORCED, height=0.62, label="selection")
+    axis.barh(place, attend, left=select, color=CHOSEN, height=0.62, label="attention")
+    axis.barh(place, rest, left=inside, color=SKIPPED, height=0.62, label="the rest of the model")
+    axis.set_yticks(place, [bar[0] for bar in bars])
+    axis.invert_yaxis()
+    axis.set_xlim(0, total.max() * 1.25)
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    axis.tick_params(axis="x", length=2, labelsize=7.5)
+    words = {"s": "seconds", "ms": "milliseconds"}[unit.name]
+    text = f"{words} to the first token; attention's part of it in the bar or in brackets"
+    axis.set_xlabel(text, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.draw_without_rendering()  # now the axis has its width, and texts can be measured
+    for y in range(len(bars)):
+        own = unit.write(inside[y] / unit.factor)
+        label = axis.text(
+            inside[y] / 2, y, own, va="center", ha="center", color="white", fontsize=8.5, gid="inside"
+        )
+        fits = _width(axis, label) < 0.9 * inside[y]
+        if not fits:
+            label.remove()
+        whole = unit.write(total[y] / unit.factor) + ("" if fits else f" ({own})")
+        axis.text(total[y] + total.max() * 0.01, y, whole, va="center", fontsize=8.5)
+    return figure
+
+
+def _width(axis: Any, text: Any) -> float:
+    """Return how wide a text is, in the units of the axis."""
+    box = text.get_window_extent().transformed(axis.transData.inverted())
+    return float(box.width)

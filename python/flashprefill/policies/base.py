@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _abi
-from ..errors import refuse
+from ..errors import ArgumentTypeError, refuse
 from .library import DEFAULT, FIELDS, Field
+from .presets import preset_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Policy:
+class _Named(type):
+    """Policies' type: a field that does not exist is refused with those that do."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        known = [name for name in getattr(cls, "__dataclass_fields__", ()) if not name.startswith("_")]
+        for name in fields:
+            if known and name not in known:
+                raise ArgumentTypeError(f"{name} is unknown; {cls.__name__} takes {', '.join(known)}")
+        return super().__call__(*args, **fields)
+
+
+class Policy(metaclass=_Named):
     """The base of all policies. Make one of its subclasses, or write one as text.
 
     A subclass is a frozen dataclass whose fields have the library's names. It gives their order, types and
@@ -23,12 +39,14 @@ class Policy:
         share_heads: whether a mask has one head for each KV head.
         text: the policy as text, "prism(mass=0.9)": what decides, and what is not a default. It is read
             wherever a policy is taken, and is how policies reach the library.
+        source: where the values come from, if :meth:`for_model` made it.
     """
 
     kind: ClassVar[str] = ""
     block_size: int
     share_heads: bool
     text: str
+    source: str
     _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
     _fields: ClassVar[tuple[Field, ...]] = ()
     _always_in_text: ClassVar[tuple[str, ...]] = ()
@@ -56,6 +74,7 @@ class Policy:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "text", self._spelled(values))
+        object.__setattr__(self, "source", "")
 
     def _alternatives(self) -> dict[str, Any]:
         """Return what decides where nothing was given that does; refuse more than one that does."""
@@ -72,6 +91,17 @@ class Policy:
 
     def _rules(self, values: dict[str, Any]) -> None:
         """Check fields against each other, and lists. May change values."""
+
+    @staticmethod
+    def _doubt_alpha(values: dict[str, Any]) -> None:
+        """Warn of a share above 1, which no block reaches: a percentage, perhaps."""
+        alpha = values.get("alpha")
+        if alpha is not None and alpha > 1 and not values["min_blocks"]:
+            warnings.warn(
+                f"alpha is {alpha:g}, and no block has more than once its tile's best score: nothing but the "
+                f"forced blocks is kept. 12 % is alpha=0.12",
+                stacklevel=6,
+            )
 
     def _spelled(self, values: dict[str, Any]) -> str:
         shown = []
@@ -100,6 +130,25 @@ class Policy:
     def _names(cls) -> list[str]:
         """Return the names of the dataclass's fields."""
         return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def for_model(cls, model: Any, **changes: Any) -> Self:
+        """Return the policy with the values that the method's authors publish for a model.
+
+        ``source`` of the result says where they come from.
+
+        Args:
+            model: a loaded model, a config, a hub id or a folder ("meta-llama/Llama-3.1-8B-Instruct"), or a
+                family's name ("llama-3.1").
+            **changes: other fields of the policy.
+
+        Raises:
+            ValueError: nothing is published for the model; the message lists the families that have values.
+        """
+        preset = preset_of(cls.kind, model)
+        made = cls(**{**preset.values, **changes})
+        object.__setattr__(made, "source", preset.source)
+        return made
 
     @classmethod
     def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

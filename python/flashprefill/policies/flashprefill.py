@@ -5,20 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import refuse
 from .base import Policy
 from .library import DEFAULT
-
-# alpha by family of models, as the paper's code sets it (V1's evaluation scripts and patches).
-_ALPHAS = {
-    "llama-3.1": 0.18,
-    "qwen2": 0.08,
-    "qwen2.5": 0.08,
-    "qwen2.5-vl": 0.10,
-    "qwen3-30b": 0.12,
-    "qwen3-moe": 0.12,
-    "qwen3-vl-30b": 0.22,
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +14,8 @@ class FlashPrefill(Policy):
     """FlashPrefill (arXiv 2603.06199), and its second version (arXiv 2608.19758).
 
     The score of a block of keys is the sum over the tile's rows of exp(scale * q . mean key). Blocks are kept
-    from ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``.
+    from ``alpha`` times the tile's best score on. V2 is ``share_heads=True, mean_correction=True``. See
+    docs/methods/flashprefill.md.
 
     Args:
         alpha: threshold as a share of the tile's best score, in [0, inf). 0 keeps every block, 1 only the
@@ -54,18 +43,5 @@ class FlashPrefill(Policy):
 
     kind = "flashprefill"
 
-    @classmethod
-    def for_model(cls, name: str, **changes: Any) -> FlashPrefill:
-        """Return the policy that the paper's code uses for a family of models.
-
-        Args:
-            name: "llama-3.1", "qwen2", "qwen2.5", "qwen2.5-vl", "qwen3-30b", "qwen3-moe" or "qwen3-vl-30b".
-            **changes: other fields of the policy.
-
-        Raises:
-            ValueError: the name is not known; the message lists those that are.
-        """
-        alpha = _ALPHAS.get(str(name).lower())
-        if alpha is None:
-            refuse("name", repr(name), "one of " + ", ".join(sorted(_ALPHAS)))
-        return cls(**{"alpha": alpha, **changes})
+    def _rules(self, values: dict[str, Any]) -> None:
+        self._doubt_alpha(values)

@@ -10,8 +10,6 @@ from ..errors import refuse
 from .base import Policy
 from .library import DEFAULT
 
-_GAMMAS = {"llama-3.1": 0.95, "glm-4": 0.95, "qwen2": 0.9, "yi-9b-200k": 0.9}  # FlexPrefill's scripts
-
 
 @dataclass(frozen=True, repr=False)
 class FlexPrefill(Policy):
@@ -61,19 +59,3 @@ class FlexPrefill(Policy):
     def own_names(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return options by the names of our fields: FlexPrefill calls gamma "flex_prefill_gamma"."""
         return {name.removeprefix("flex_prefill_"): value for name, value in options.items()}
-
-    @classmethod
-    def for_model(cls, name: str, **changes: Any) -> FlexPrefill:
-        """Return the policy that the authors' scripts use for a family of models.
-
-        Args:
-            name: "llama-3.1", "glm-4", "qwen2" or "yi-9b-200k".
-            **changes: other fields of the policy.
-
-        Raises:
-            ValueError: the name is not known; the message lists those that are.
-        """
-        gamma = _GAMMAS.get(str(name).lower())
-        if gamma is None:
-            refuse("name", repr(name), "one of " + ", ".join(sorted(_GAMMAS)))
-        return cls(**{"gamma": gamma, "tau": 0.1, "min_budget": 1024, **changes})

@@ -14,7 +14,6 @@ from .base import Policy
 from .checks import MAX_TOKENS, check_integer
 from .library import DEFAULT, vertical_slash_room
 
-_PAIRS = {"llama-3.1-8b": (512, 2048)}  # MInference's second table for it has one pair
 _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
 
 
@@ -128,23 +127,6 @@ class MInference(Policy):
             scaled[number] = cls(heads=tuple(heads), **fields)
         scaled["default"] = cls(**fields)
         return scaled
-
-    @classmethod
-    def for_model(cls, name: str, **changes: Any) -> MInference:
-        """Return the policy of a model for which the authors publish one pair of numbers for all heads.
-
-        Args:
-            name: "llama-3.1-8b". Other models have tables of heads, which :meth:`from_config` reads, or the
-                default, ``MInference()``.
-            **changes: other fields of the policy.
-
-        Raises:
-            ValueError: the name is not known; the message lists those that are.
-        """
-        pair = _PAIRS.get(str(name).lower())
-        if pair is None:
-            refuse("name", repr(name), "one of " + ", ".join(sorted(_PAIRS)))
-        return cls(**{"vertical": pair[0], "slash": pair[1], **changes})
 
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
         verticals, slashes = self._room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .base import Policy
 from .library import DEFAULT
@@ -49,3 +50,6 @@ class Sketch(Policy):
     query_metric: bool = DEFAULT
 
     kind = "sketch"
+
+    def _rules(self, values: dict[str, Any]) -> None:
+        self._doubt_alpha(values)

@@ -69,6 +69,8 @@ def policy_of(value: Any, argument: str = "policy") -> Policy:
     """Return a policy or the one that a text describes; refuse all else."""
     if isinstance(value, str):
         return _parsed(value)
+    if isinstance(value, type) and issubclass(value, Policy):
+        refuse_type(argument, f"the class {value.__name__}", f"called: flashprefill.{value.__name__}()")
     if not isinstance(value, Policy):
         refuse_type(argument, repr(value), "a policy, such as flashprefill.FlashPrefill(), or a text of one")
     return value
@@ -88,6 +90,7 @@ def _check_names(name: str, given: Iterable[str], known: list[str]) -> None:
 def _read(text: str) -> tuple[str, dict[str, Any]]:
     """Return the name and the fields of a text."""
     function, bracket, rest = text.strip().partition("(")
+    text = function.replace("-", "_") + bracket + rest  # "tri-shape" is a name too
     if ":" in function:  # no name in Python's grammar
         return function.strip(), _read("function" + bracket + rest)[1]
     try:

@@ -14,7 +14,18 @@ how Transformers finds us, stats.py what came of it. Importing this package impo
 from __future__ import annotations
 
 # First: when this is loaded the import hook registers us, which imports the files below in its own order.
-import transformers.modeling_utils  # noqa: F401
+try:
+    import torch  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
+except ModuleNotFoundError as error:
+    _missing = (error.name or "").partition(".")[0]
+    if _missing not in ("torch", "transformers"):
+        raise
+    raise ModuleNotFoundError(
+        f"flashprefill's Transformers integration needs {_missing}, which is not installed: "
+        "pip install torch 'transformers>=5' accelerate",
+        name=_missing,
+    ) from None
 
 from .fallback import FlashPrefillWarning
 from .patch import patch_model, unpatch_model

@@ -4,9 +4,10 @@ Sparse are prefills: at least a tile of rows of causal self-attention, with a ca
 padding lies at the ends. q, k and v go to the kernel as the views that they are: [batch, heads, tokens,
 head_dim] read as [batch, tokens, heads, head_dim], KV heads unrepeated, a padded sequence as its slice, a
 static cache up to what is used. Nothing is copied, and the result has the layout that the output projection
-reads.
+reads. Under autocast they are cast first, as SDPA would.
 
-All other calls run as the model's own attention does: fallback.py.
+All other calls run as the model's own attention does: reasons.py says which, dense.py how. Continuous
+batching's calls hold several sequences each: packed.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from .. import _timings
 from ..api import prefill_attention
@@ -26,12 +26,14 @@ from ..errors import UnsupportedError
 from ..policies import FlashPrefill, Policy
 from ..stats import Stats
 from ..torch_op import empty_like
-from . import stats
-from .fallback import dense_attention, supports_sdpa, warn_once
-from .masks import MIN_ROWS, Plan, Span, is_roles, plan_of
+from . import packed, stats
+from .configs import is_patched
+from .dense import dense_attention, supports_sdpa
+from .fallback import DETAILED, note_once, warn_once
+from .masks import Plan, Span, is_jit_tracing, is_roles, plan_of
+from .reasons import as_sdpa_casts, describe, why_dense
 
 ATTRIBUTE = "_flashprefill"  # of a patched model's attention layers: a Layer
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -76,114 +78,64 @@ def flashprefill_attention(
             is what generate() knows, else yes.
         **kwargs: what else the model's layers hand on.
     """
-    rows = query.shape[2]
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
-    policy = _UNPATCHED if layer is None else layer.policy
+    eager = layer.eager if layer is not None else not supports_sdpa(module)
     compiling = torch.compiler.is_compiling()
+    if not compiling and is_jit_tracing():  # lengths are tensors, and the trace must be right for others
+        warn_once("tracing", module)
+        return dense_attention(
+            module, query, key, value, attention_mask, None, eager, dropout, scaling, is_causal, kwargs
+        )  # fmt: skip
+    unpatched = layer is None and is_patched(getattr(module, "config", None))
+    policy = layer.policy if layer is not None else None if unpatched else _UNPATCHED
+    tensors = (query, key, value)
+    rows = query.shape[2]
     recorders = [] if compiling else stats.recorders_of(module)
     begin = time.perf_counter() if recorders else 0.0
+
+    def record(outcome: list[stats.Measured] | str) -> None:
+        for recorder in recorders:
+            seconds = time.perf_counter() - begin
+            recorder.add(module, rows, key.shape[2], query.shape[1], seconds, outcome)
+
+    if packed.is_continuous(kwargs):
+        out, outcome = packed.attention(
+            module, tensors, policy, eager, dropout, scaling, kwargs, measure=bool(recorders)
+        )
+        record(outcome)
+        return out, None
 
     plan = None
     if is_roles(attention_mask, rows):
         plan = plan_of(attention_mask, query.shape[0], rows, key.shape[2])  # type: ignore[arg-type]
-    reason = _why_dense(module, query, key, value, attention_mask, plan, policy, dropout, is_causal, kwargs)
+    reason = why_dense(module, tensors, attention_mask, plan, policy, dropout, is_causal, kwargs)
     if reason is None:
         assert policy is not None
+        if torch.is_grad_enabled() and not compiling:
+            note_once("sparse in grad mode", type(module).__name__)
         try:
-            out, measured = _sparse(query, key, value, policy, scaling, plan, final_chunk, bool(recorders))
+            cast = as_sdpa_casts(tensors)
+            out, measured = _sparse(module, cast, policy, scaling, plan, final_chunk, bool(recorders))
         except UnsupportedError:
             reason = "backend"
         else:
-            for recorder in recorders:
-                seconds = time.perf_counter() - begin
-                recorder.add(module, rows, key.shape[2], query.shape[1], seconds, measured)
+            record(measured)
             return out, None
 
+    if unpatched and reason == "policy":
+        reason = "unpatched"
     if not compiling:
-        warn_once(reason, module)
-    eager = layer.eager if layer is not None else not supports_sdpa(module)
+        warn_once(reason, module, describe(tensors) if reason in DETAILED else "")
     result = dense_attention(
         module, query, key, value, attention_mask, plan, eager, dropout, scaling, is_causal, kwargs
     )  # fmt: skip
-    for recorder in recorders:
-        recorder.add(module, rows, key.shape[2], query.shape[1], time.perf_counter() - begin, reason)
+    record(reason)
     return result
 
 
-def _why_dense(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    plan: Plan | None,
-    policy: Policy | None,
-    dropout: float,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
-) -> str | None:
-    """Return why this call runs dense, a key of fallback.py's tables, or None if it need not."""
-    rows, keys = query.shape[2], key.shape[2]
-    if rows < MIN_ROWS:
-        return "decode" if rows == 1 else "short"
-    if policy is None:
-        return "policy"
-
-    # Other kwargs change the formula, or SDPA ignores them too.
-    if kwargs.get("softcap") is not None:
-        return "softcap"
-    if kwargs.get("s_aux") is not None:
-        return "attention sinks"
-    if kwargs.get("output_attentions"):
-        return "attention weights"
-    if kwargs.get("position_bias") is not None:
-        return "position bias"
-    if not isinstance(kwargs.get("cache"), (Cache, type(None))):  # continuous batching's is no Cache
-        return "paged cache"
-    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
-        return "packed sequences"
-    if dropout > 0.0:
-        return "dropout"
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "gradients"
-
-    if query.shape[-1] != value.shape[-1]:
-        return "value head_dim"
-    if (
-        query.dtype not in _DTYPES
-        or not query.dtype == key.dtype == value.dtype
-        or key.shape[:3] != value.shape[:3]
-        or query.shape[0] != key.shape[0]
-        or query.shape[1] % key.shape[1] != 0
-        or query.shape[-1] != key.shape[-1]
-        or query.shape[-1] > 512
-    ):
-        return "layout"
-
-    window = kwargs.get("sliding_window")
-    used = keys
-    if plan is not None:
-        used = plan.used
-        if plan.holes:
-            return "custom mask"
-    elif mask is not None:
-        if window is not None:
-            return "sliding window"
-        return "compiled mask" if torch.compiler.is_compiling() else "custom mask"
-    elif not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-        return "bidirectional"
-    elif rows != keys:
-        return "custom mask"
-    if window is not None and used > window:
-        return "sliding window"
-    forced = (getattr(policy, "sink_blocks", 0) + getattr(policy, "window_blocks", 0)) * policy.block_size
-    return "short" if used <= forced else None
-
-
 def _sparse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    module: Any,
+    tensors: tuple[torch.Tensor, ...],
     policy: Policy,
     scaling: float | None,
     plan: Plan | None,
@@ -191,7 +143,7 @@ def _sparse(
     measure: bool,
 ) -> tuple[torch.Tensor, list[stats.Measured]]:
     """Run the kernel on each span of sequences with the same rows and keys. Rows of padding get zeros."""
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in tensors)
     batch, rows = q.shape[:2]
     if plan is None:
         spans, end = [Span(0, batch, 0, rows, 0, k.shape[1])], rows
@@ -205,6 +157,9 @@ def _sparse(
         # Positions count padding, and so does the length of the prompt that generate() reads.
         length = None if torch.compiler.is_compiling() else prompt_length.get()
         final_chunk = length is None or end >= length
+    short = plan is not None and plan.short
+    if final_chunk and not short and sum(span.batch_end - span.batch_begin for span in spans) < batch:
+        note_once("nothing but padding", type(module).__name__, f"rows {end - rows} to {end}")
     measured = []
     for span in spans:
         ends = final_chunk or span.key_end < end  # a sequence that ends before the chunk does ends here
@@ -220,6 +175,7 @@ def _sparse(
                 parts[2],
                 policy,
                 softmax_scale=scaling,
+                layout="bthd",
                 final_chunk=ends,
                 out=parts[3],
                 return_stats=measure,

@@ -1,20 +1,10 @@
-"""Calls that are not sparse: the model's own dense attention, and one warning per reason.
-
-Attention variants differ in what they add to softmax(q k) v. Whatever the kernel does not compute exactly
-is left to SDPA, or where SDPA does not know it either (softcap, sinks, weights as an output) to the eager
-function of the model's own file: the same choice that Transformers makes when it loads the model.
-"""
+"""Why calls are not sparse, and one warning per reason, which points at the line that called a library."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from typing import Any
-
-import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from .masks import Plan, additive, causal_pairs, is_roles, models_of, pairs_of
 
 
 class FlashPrefillWarning(UserWarning):
@@ -27,6 +17,7 @@ QUIET = {
     "short": "too few rows or keys to leave any out",
     "policy": "the layer has no policy",
     "compiled mask": "padding is not read while torch.compile traces",
+    "unpatched": "the model has a patched model's config, and is not patched",
 }
 
 # What the kernel does not do.
@@ -38,82 +29,62 @@ LOUD = {
     "gradients": "gradients are wanted; run the model under torch.no_grad() or torch.inference_mode()",
     "attention weights": "output_attentions asks for the weights",
     "position bias": "a position bias on the scores",
-    "paged cache": "continuous batching's paged cache",
+    "paged cache": "continuous batching on a device whose steps may be CUDA graphs",
     "packed sequences": "several sequences packed into one",
     "value head_dim": "head_dim of v differs from that of q and k",
     "layout": "shapes or dtypes that the kernel does not take",
+    "device": "a device that is neither a CPU nor a CUDA device",
+    "fake tensors": "tensors that are no plain ones, or a mode that watches every operator (FakeTensorMode, "
+    "FlopCounterMode, make_fx, torch.func)",
+    "tracing": "torch.jit.trace and ONNX export record it, because it is right at other lengths too",
     "bidirectional": "attention that is not causal",
     "custom mask": "a mask that is not causal with padding at the ends",
     "backend": "no backend of this build runs on the model's device",
 }
 
+# Of these the message says what q, k and v were.
+DETAILED = ("layout", "device", "value head_dim")
+
+# What is no fallback, and yet to be known.
+NOTES = {
+    "sparse in grad mode": "runs sparse although grad mode is on, because nothing that it reads requires "
+    "grad. Gradients of what comes later are then those of a sparse forward; call train() for a dense one, "
+    "or run the model under torch.no_grad() if no gradient is wanted",
+    "short mask": "got an attention_mask that is shorter than its cached and new tokens together; the last "
+    "tokens count as padding. A mask must cover the cached tokens too",
+    "nothing but padding": "got sequences of which all rows are padding; their results are zeros",
+}
+
 _warned: set[str] = set()
+_LIBRARIES = {"flashprefill", "transformers", "transformers_modules", "torch", "accelerate", "peft"}
+_LIBRARIES |= {"contextlib", "functools", "concurrent", "threading"}
 
 
-def warn_once(reason: str, module: Any) -> None:
-    """Say once in a process why layers run dense."""
+def stack_level() -> int:
+    """Return the level of the first line outside of libraries, for warnings.warn in the caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def warn_once(reason: str, module: Any, detail: str = "") -> None:
+    """Say once in a process why layers run dense; `detail` says more about this call."""
     if reason in LOUD and reason not in _warned:
         _warned.add(reason)
+        more = f" ({detail})" if detail else ""
         warnings.warn(
             f"flashprefill: {type(module).__name__} runs the model's own dense attention, exact and as "
-            f"slow as without flashprefill, because of this: {LOUD[reason]}",
+            f"slow as without flashprefill, because of this: {LOUD[reason]}{more}",
             FlashPrefillWarning,
-            stacklevel=4,
+            stacklevel=stack_level(),
         )
 
 
-_sdpa_of: dict[type, bool] = {}
-
-
-def supports_sdpa(module: Any) -> bool:
-    """Return whether Transformers would run this layer with SDPA: what the models of the layer's file say."""
-    kind = type(module)
-    if kind not in _sdpa_of:
-        _sdpa_of[kind] = all(model._supports_sdpa for model in models_of(kind.__module__))
-    return _sdpa_of[kind]
-
-
-def eager_of(module: Any) -> Any:
-    """Return the eager attention of the file that defines the layer, or None."""
-    for kind in type(module).__mro__:
-        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
-    return None
-
-
-def dense_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    plan: Plan | None,
-    prefer_eager: bool,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the layer as if flashprefill were not there."""
-    if plan is not None and mask is not None and is_roles(mask, query.shape[2]):
-        mask = pairs_of(mask, plan)
-    only_eager = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-    if only_eager or prefer_eager or kwargs.get("output_attentions"):
-        eager = eager_of(module)
-        if eager is not None:
-            causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-            if mask is None and causal and query.shape[2] > 1:
-                mask = causal_pairs(query.shape[2], key.shape[2], query.device)
-            if mask is not None:
-                mask = additive(mask, query.dtype)
-            return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
-        if only_eager:
-            raise NotImplementedError(
-                f"flashprefill: {type(module).__name__} uses softcap or attention sinks, "
-                "and its file has no eager_attention_forward"
-            )
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sdpa(  # type: ignore[no-any-return]
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-    )
+def note_once(what: str, who: str, detail: str = "") -> None:
+    """Say once in a process what is likely a mistake."""
+    if what not in _warned:
+        _warned.add(what)
+        more = f" ({detail})" if detail else ""
+        message = f"flashprefill: {who} {NOTES[what]}{more}"
+        warnings.warn(message, FlashPrefillWarning, stacklevel=stack_level())

@@ -15,6 +15,7 @@ and causal unless the module says otherwise.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
+
+from .fallback import note_once
 
 # Rows of a query tile. Fewer rows than that are a decode step or a prompt's last crumbs: dense is as fast.
 MIN_ROWS = 128
@@ -46,6 +49,7 @@ class Plan:
     used: int  # positions up to and with the last row
     spans: list[Span]
     holes: bool  # padding between tokens
+    short: bool = False  # the mask left out the last tokens, which note_once has said
     pairs: torch.Tensor | None = field(default=None, repr=False)  # SDPA's mask, if a layer wanted it
 
 
@@ -65,9 +69,17 @@ def flashprefill_mask(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Return None, roles, or SDPA's mask: the function that AttentionMaskInterface calls."""
+    if not torch.compiler.is_compiling():
+        _grad.mode = torch.is_grad_enabled()
+    readable = can_read(attention_mask, device)
+    short = False
+    if readable and attention_mask is not None and attention_mask.ndim == 2 and not kv_offset:
+        short = _is_short(attention_mask, q_length, q_offset, config)
+    if attention_mask is not None and attention_mask.is_meta:
+        allow_is_causal_skip = False  # sdpa_mask would look whether there is padding
     plain = (
-        q_length >= MIN_ROWS
-        and not torch.compiler.is_compiling()
+        readable
+        and q_length >= MIN_ROWS
         and allow_is_causal_skip  # False: pairs are wanted, or something is laid over the causal mask
         and not use_vmap
         and kv_offset == 0
@@ -91,6 +103,7 @@ def flashprefill_mask(
             else:
                 roles[:, : tokens.shape[1], 0, 0] = tokens.to(device=device, dtype=torch.bool)
             roles[:, first:used, 0, 1] = True
+            roles._flashprefill_short = short  # type: ignore[attr-defined]
             return roles
     return sdpa_mask(
         batch_size=batch_size,
@@ -107,6 +120,62 @@ def flashprefill_mask(
         config=config,
         **kwargs,
     )
+
+
+class _Grad(threading.local):
+    mode = False
+
+
+_grad = _Grad()
+
+
+def forward_had_grad_mode() -> bool:
+    """Return whether grad mode was on when this thread's forward made its mask.
+
+    It is off again in the layers of a reentrant torch.utils.checkpoint, whose results get gradients later.
+    """
+    return _grad.mode
+
+
+def can_read(tensor: torch.Tensor | None, device: Any) -> bool:
+    """Return whether values can be looked at: not while a graph is traced, nor where there is no memory."""
+    if torch.compiler.is_compiling() or is_jit_tracing() or is_watched():
+        return False
+    if tensor is not None and (type(tensor) is not torch.Tensor or is_wrapped(tensor)):
+        return False
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return kind == "cpu"
+
+
+def is_jit_tracing() -> bool:
+    """Return whether torch.jit.trace, or ONNX's older export, records what is called."""
+    return bool(torch._C._get_tracing_state())
+
+
+def is_watched() -> bool:
+    """Return whether a mode is on that sees every operator of PyTorch's, and would not see ours."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor stands for another one inside torch.func's transforms."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _is_short(mask: torch.Tensor, q_length: int, q_offset: Any, config: Any) -> bool:
+    """Warn of a mask that leaves out the new tokens: Transformers takes what is missing for padding."""
+    if isinstance(q_offset, torch.Tensor) and q_length < MIN_ROWS:
+        return False  # a static cache's decode step: reading it is not worth a synchronisation
+    used = int(q_offset) + q_length
+    if mask.shape[1] < used and int(q_offset) > 0:
+        who = type(config).__name__.removesuffix("Config")
+        cached = int(q_offset)
+        detail = f"attention_mask has {mask.shape[1]} entries for {cached} cached and {q_length} new tokens"
+        note_once("short mask", who, detail)
+        return True
+    return False
 
 
 def models_of(module: str) -> list[type[PreTrainedModel]]:
@@ -168,7 +237,7 @@ def _read(roles: torch.Tensor) -> Plan:
             spans[-1] = spans[-1]._replace(batch_end=b + 1)
         else:
             spans.append(Span(b, b + 1, row_begin, row_end, begin, end))
-    return Plan(first, used, spans, holes)
+    return Plan(first, used, spans, holes, getattr(roles, "_flashprefill_short", False))
 
 
 def pairs_of(roles: torch.Tensor, plan: Plan) -> torch.Tensor:

@@ -1,14 +1,16 @@
 """patch_model and unpatch_model: which layer of a model has which policy.
 
 A policy sits at the attention layer itself, as one plain attribute, so that a forward looks nothing up,
-torch.compile sees a constant, and deep copies of a model keep what they had. What there was before is kept
-at the model, to go back to.
+torch.compile sees a constant, and deep copies of a model keep what they had. The name of the attention is
+written into configs of the model's own (configs.py); the links to those that it had before are kept at the
+model and at the models inside it, to go back to.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
@@ -17,19 +19,11 @@ from ..errors import refuse, refuse_type
 from ..policies import Policy
 from ..policies.text import parse
 from .attention import ATTRIBUTE, Layer
-from .fallback import supports_sdpa
+from .configs import RECORD, configs_of, copies_of, links_of, mark, point, write_back
+from .dense import supports_sdpa
+from .fallback import FlashPrefillWarning, stack_level
 from .register import IMPLEMENTATION, register_transformers
 from .stats import attention_layers
-
-_RECORD = "_flashprefill_before"  # of a patched model: a list of _Before
-
-
-@dataclass
-class _Before:
-    """A config, and the implementation of attention that it had."""
-
-    config: Any
-    implementation: str | None
 
 
 def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | None:
@@ -63,19 +57,6 @@ def _at_layers(policies: list[Policy | None]) -> list[Policy | None]:
     return [None if policy is None else policy.at_layer(layer) for layer, policy in enumerate(policies)]
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Return every config of a model and of the models inside it, each once."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop()
-        if config is None or id(config) in found:
-            continue
-        found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
-
-
 def _model(model: Any) -> PreTrainedModel:
     """Return the Transformers model: the argument itself, or what a wrapper (PEFT, torch.compile) wraps."""
     if not hasattr(model, "modules"):
@@ -105,19 +86,53 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
     if not type(inner)._can_set_attn_implementation() or not layers:
         refuse("model", f"a {type(inner).__name__}", "one that uses Transformers' AttentionInterface")
     register_transformers()
-    if not hasattr(inner, _RECORD):
-        setattr(inner, _RECORD, [_Before(config, config._attn_implementation) for config in _configs(inner)])
-    before = {id(x.config): x.implementation for x in getattr(inner, _RECORD)}
-    inner.set_attn_implementation(IMPLEMENTATION)
+    before = links_of(inner)
+    links = before + copies_of(configs_of(inner), before)
+    point(inner, {id(link.original): link.copy for link in links})
+    try:
+        inner.set_attn_implementation(IMPLEMENTATION)
+    except Exception:
+        if not before:
+            point(inner, {id(link.copy): link.original for link in links})
+        raise
+    mark(links, IMPLEMENTATION)
+    was = {id(link.copy): link.original._attn_implementation for link in links}
     for module in inner.modules():
+        if isinstance(module, PreTrainedModel):
+            setattr(module, RECORD, links)
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int) or hasattr(module, "is_causal"):
-            was = before.get(id(getattr(module, "config", None)))
-            eager = was == "eager" if was in ("eager", "sdpa") else not supports_sdpa(module)
+            name = was.get(id(getattr(module, "config", None)))
+            eager = name == "eager" if name in ("eager", "sdpa") else not supports_sdpa(module)
             # Attention without a number is a vision tower's, or the like: left as it is.
             policy_here = policies[number] if isinstance(number, int) else None
             setattr(module, ATTRIBUTE, Layer(policy_here, eager))
+    _warn_if_useless(inner, layers)
     return model
+
+
+def _why_never(layer: Any) -> str:
+    """Return why no call of a layer can be sparse, as far as its code says, or nothing."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    if code is None:
+        return ""
+    if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        return "they are no attention layers, or do not call Transformers' AttentionInterface"
+    if not getattr(layer, "is_causal", True):
+        return "their attention is not causal"
+    return "they add a position bias to the scores" if "position_bias" in code.co_varnames else ""
+
+
+def _warn_if_useless(model: PreTrainedModel, layers: list[Any]) -> None:
+    """Warn of a model that has no layer which could run sparse."""
+    reasons = [_why_never(layer) for layer in layers]
+    if all(reasons):
+        warnings.warn(
+            f"flashprefill: no layer of {type(model).__name__} can run sparse, and the model stays as it "
+            f"was: {'; '.join(sorted(set(reasons)))}",
+            FlashPrefillWarning,
+            stacklevel=stack_level(),
+        )
 
 
 def unpatch_model(model: Any) -> Any:
@@ -130,13 +145,14 @@ def unpatch_model(model: Any) -> Any:
         The model.
     """
     inner = _model(model)
-    before = getattr(inner, _RECORD, None)
-    if before is None:
+    links = links_of(inner)
+    if not links:
         refuse("model", f"a {type(inner).__name__} that is not patched", "one that patch_model has patched")
+    for link in links:
+        write_back(link)
+    point(inner, {id(link.copy): link.original for link in links})
     for module in inner.modules():
-        if hasattr(module, ATTRIBUTE):
-            delattr(module, ATTRIBUTE)
-    for record in before:
-        record.config._attn_implementation_internal = record.implementation
-    delattr(inner, _RECORD)
+        for name in (ATTRIBUTE, RECORD):
+            if name in vars(module):
+                delattr(module, name)
     return model

@@ -6,8 +6,10 @@ the hub, refuse static caches, and hand packed sequences to vision towers. So mo
 ``sparse_prefill``, and the name that people write is translated to it in the two methods through which each
 name passes.
 
-A third method is wrapped for what no layer can know: generate() alone knows whether a chunk is its prompt's
-last.
+Four more methods are wrapped. GenerationMixin._prefill, for what no layer can know: generate() alone knows
+whether a chunk is its prompt's last. PreTrainedModel.post_init, so that a model made from a patched model's
+config is not patched, and set_attn_implementation, so that configs know it after a change there and back. And
+continuous batching's choice of an attention, which knows the names of Transformers' own only.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from .attention import flashprefill_attention, prompt_length
+from .configs import leave_patched_configs, links_of, mark
+from .fallback import warn_once
 from .masks import flashprefill_mask
 
 NAME = "flashprefill"
@@ -35,7 +39,10 @@ def register_transformers() -> None:
         AttentionMaskInterface.register(name, flashprefill_mask)
     for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
         _translate(method)
+    _mark_again()
+    _leave_patched_configs()
     _tell_prompt_length()
+    _allow_continuous_batching()
 
 
 def _translate(name: str) -> None:
@@ -47,6 +54,52 @@ def _translate(name: str) -> None:
         return method(self, known, *args, **kwargs)  # type: ignore[no-any-return]
 
     setattr(PreTrainedModel, name, translated)
+
+
+def _mark_again() -> None:
+    method = PreTrainedModel.set_attn_implementation
+
+    @functools.wraps(method)
+    def set_and_mark(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        mark(links_of(self), IMPLEMENTATION)
+
+    PreTrainedModel.set_attn_implementation = set_and_mark  # type: ignore[method-assign]
+
+
+def _leave_patched_configs() -> None:
+    post_init: Any = PreTrainedModel.post_init
+
+    @functools.wraps(post_init)
+    def post_init_unpatched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        leave_patched_configs(self)
+        return post_init(self, *args, **kwargs)
+
+    PreTrainedModel.post_init = post_init_unpatched  # type: ignore[method-assign]
+
+
+def _allow_continuous_batching() -> None:
+    try:
+        from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+        switch = ContinuousBatchingManager.switch_to_cb_friendly_attn
+    except (ImportError, AttributeError):  # another version of Transformers, with its own rules
+        return
+
+    @functools.wraps(switch)
+    def switch_or_stay(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        name = model.config._attn_implementation
+        if name != IMPLEMENTATION:
+            return switch(self, model, *args, **kwargs)
+        if model.device.type == "cpu":
+            return None  # packed.py runs over its cache
+        warn_once("paged cache", model)  # CUDA graphs leave no place to read lengths
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        switch(self, model, *args, **kwargs)
+        self._original_attn_impl = IMPLEMENTATION  # what is set again at the end
+        return None
+
+    ContinuousBatchingManager.switch_to_cb_friendly_attn = switch_or_stay  # type: ignore[method-assign]
 
 
 def _tell_prompt_length() -> None:

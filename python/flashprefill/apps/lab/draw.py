@@ -21,7 +21,7 @@ PANELS = (
     ("error", "output error, blocks left out ignored"),
     ("error_corrected", "output error with mean correction"),
 )
-MOST_DENSITY = 0.55  # curves end here: sparser is the point
+MOST_DENSITY = 0.55  # curves end here if all can be seen: sparser is the point
 MAPS = 8  # density maps on one picture
 
 
@@ -40,6 +40,12 @@ def all_of(out: Path, text: dict[str, Any]) -> list[str]:
     return files
 
 
+def end_of(found: Sequence[dict[str, Any]]) -> float:
+    """Where the axis of densities ends: where every curve shows a line, or its only point."""
+    seconds = [sorted(point["density"] for point in curve["points"])[:2][-1] for curve in found]
+    return min(1.02, max([MOST_DENSITY, *(1.05 * float(density) for density in seconds)]))
+
+
 def curves(path: Path, title: str, found: Sequence[dict[str, Any]]) -> None:
     """Four panels over one axis of densities."""
     with plt.rc_context(plots.STYLE):
@@ -47,7 +53,6 @@ def curves(path: Path, title: str, found: Sequence[dict[str, Any]]) -> None:
         for axis, (name, what) in zip(axes.flat, PANELS, strict=True):
             for index, curve in enumerate(found):
                 points = sorted(curve["points"], key=lambda point: point["density"])
-                points = [point for point in points if point["density"] <= MOST_DENSITY]
                 colour = COLOURS[index % len(COLOURS)]
                 # Oracles, which know the true attention, are dashed: no method can reach them.
                 dashes = "--" if curve["method"] == "oracle" else "-"
@@ -64,7 +69,7 @@ def curves(path: Path, title: str, found: Sequence[dict[str, Any]]) -> None:
                 )
             axis.set_title(what, loc="left")
             axis.grid(color="#e4e7ec", linewidth=0.6)
-            axis.set_xlim(left=0)
+            axis.set_xlim(0, end_of(found))
         for axis in axes[1]:
             axis.set_ylim(bottom=0)
             axis.set_xlabel("density: share of the causal blocks kept")

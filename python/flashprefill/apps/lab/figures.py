@@ -24,6 +24,7 @@ from .. import measure
 from ..device import Device
 from ..heads import attention_mass
 
+LONG_FROM = 16384  # tokens, from which on the reference density is the lower one
 TILE = 128  # query tokens over which recall and error are averaged first
 
 
@@ -148,6 +149,30 @@ class Sums:
 
 
 CURVES = ("recall", "recall_p5", "error", "error_corrected")
+
+
+def reference_density(tokens: int, forced_blocks: int) -> float:
+    """Return the density at which methods are compared.
+
+    0.15 for long texts and 0.25 for short ones, and more where the `forced_blocks` of
+    each tile, which all methods keep, leave too little to choose.
+    """
+    blocks = -(-tokens // TILE)
+    rows = (min(tile + 1, forced_blocks) for tile in range(blocks))
+    forced = sum(rows) / (blocks * (blocks + 1) / 2)
+    least = 0.15 if tokens >= LONG_FROM else 0.25
+    return next(
+        d for d in (least, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0) if d >= min(1.0, 1.25 * forced) and d >= least
+    )
+
+
+def shown(curve: dict[str, Any], density: float) -> tuple[dict[str, float], float]:
+    """A curve's figures for a table, and at which density: the asked one, or the nearest that it reaches."""
+    at = curve["at"][f"{density:g}"]
+    if at is not None:
+        return at, density
+    nearest = min(curve["points"], key=lambda point: abs(point["density"] - density))
+    return nearest, nearest["density"]
 
 
 def at_density(points: list[dict[str, Any]], density: float) -> dict[str, float] | None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import report, table
+from .figures import shown
 
 SCRIPT = Path(__file__).with_name("viewer.js")
 LEAST_LOG2 = -24.0  # of a mass; smaller ones are shown as zero
@@ -99,14 +100,15 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def quality_table(text: dict[str, Any], curves: Sequence[dict[str, Any]]) -> str:
-    """Recall and error at the reference density."""
-    key = f"{text['reference_density']:g}"
-    heads = ("", "recall", "5th<br>percentile", "error", "error,<br>corrected")
+    """Recall and error at the reference density, or the nearest that a method reaches."""
+    heads = ("", "density", "recall", "5th<br>percentile", "error", "error,<br>corrected")
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for curve in curves:
-        at = curve["at"][key] or dict.fromkeys(("recall", "recall_p5", "error", "error_corrected"))
+        at, density = shown(curve, text["reference_density"])
         digits = {"recall": 3, "recall_p5": 2, "error": 3, "error_corrected": 3}
-        cells = "".join(f"<td>{_cell(at[name], n)}</td>" for name, n in digits.items())
+        cells = f"<td>{density:.3f}</td>" + "".join(
+            f"<td>{_cell(at[name], n)}</td>" for name, n in digits.items()
+        )
         policy = curve["policy_at_reference"]
         here = (
             f"<code>{escape(policy)}</code>"
@@ -142,7 +144,8 @@ def _one_text(text: dict[str, Any], out: Path) -> list[str]:
     about += f"; rotary base scaled {scaled:g} times" if scaled else ""
     caption = f"Recall and error against density: {escape(name)}"
     parts = [
-        f"<h2>{escape(name)}: {text['tokens']:,} tokens, at density {text['reference_density']:g}</h2>",
+        f"<h2>{escape(name)}: {text['tokens']:,} tokens, at density {text['reference_density']:g}, "
+        "or the nearest that is reached</h2>",
         f"<p class=soft>{about}</p>",
         quality_table(text, text["methods"]),
         report.image(out / f"{name}-curves.png", caption, caption + "."),

@@ -22,17 +22,16 @@ import torch
 from ... import select
 from ...errors import UnsupportedError
 from ...mask import BlockMask
-from .. import device, machine, measure, models, table
+from .. import checks, device, machine, measure, models, table
 from ..errors import UsageError
 from ..spec import parse_policy
 from . import baselines, lines, texts, times
-from .figures import Layer, Sums, at_density
+from .figures import Layer, Sums, at_density, reference_density, shown
 
 SCHEMA = "flashprefill-lab/1"
 FORCED = {"sink_blocks": 1, "window_blocks": 2, "dense_tail_blocks": 0}  # as in the study
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # of the table; forced blocks alone are 0.09 at 7.6K tokens
-LONG_FROM = 16384  # tokens, from which on the reference density is the lower one
-QUICK_TOKENS, QUICK_LAYERS, QUICK_POINTS = 1536, 2, 2
+QUICK_TOKENS, QUICK_LAYERS, QUICK_POINTS = 3072, 2, 3
 TURNS = {"cpu": 3, "cuda": 15}
 PROBE_TOKENS = 1024
 
@@ -86,11 +85,6 @@ class Curve:
         return min(self.points, key=lambda point: abs(float(np.mean(point.sums.density)) - density))
 
 
-def reference_density(tokens: int) -> float:
-    """Return the density at which methods are compared: 0.15 for long texts, 0.25 for short ones."""
-    return 0.15 if tokens >= LONG_FROM else 0.25
-
-
 def selected(curve: Curve, point: Point, layer: Layer, energies: dict[str, torch.Tensor]) -> BlockMask:
     """The mask of a line at one value on one layer; `energies` keeps a scorer's work for the next value."""
     line = curve.line
@@ -138,7 +132,7 @@ def figures_of(curve: Curve, density: float) -> dict[str, Any]:
         "selected_on": near.selected_on,
         "density_by_layer_and_head": near.sums.density,
         "points": points,
-        "at": {f"{d:g}": at_density(points, d) for d in DENSITIES},
+        "at": {f"{d:g}": at_density(points, d) for d in sorted({*DENSITIES, density})},
     }
 
 
@@ -215,15 +209,13 @@ def check(options: Options) -> None:
             parse_policy(name)
         elif name not in lines.names():
             raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: must be a directory")
+    checks.can_make(options.out)
     if options.source is not None and not options.source.is_dir():
         raise UsageError(f"--from {options.source}: must be a directory of dumps")
     if options.times_only and (options.source is None or not (options.out / "results.json").is_file()):
         raise UsageError("--times-only: needs --from DIR, and --out of an earlier run")
-    for module in ("torch", "matplotlib", "tqdm", *(() if options.source else ("transformers",))):
-        if not machine.importable(module):
-            raise UsageError(f"the lab needs {module}: pip install 'flashprefill[demo]'")
+    if options.source is None:
+        checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -314,11 +306,11 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
         raise UsageError("nothing is left to look at: " + "; ".join(left_out.values()))
     everyone = curves + [curve for _, some in by_study.values() for curve in some]
     steps = sweeps.steps() * len(source.layers)
-    density = reference_density(source.tokens)
+    density = reference_density(source.tokens, FORCED["sink_blocks"] + FORCED["window_blocks"])
     masses: dict[int, Any] = {}
     timed: list[dict[str, Any]] = []
     middle = list(source.layers)[len(source.layers) // 2]
-    with tqdm(total=steps, unit="mask", desc=source.name) as bar:
+    with tqdm(total=steps, unit="mask", desc=source.name, disable=None) as bar:
         last = None
         for number, captured in source.layers.items():
             layer = Layer.of(number, captured)
@@ -385,24 +377,18 @@ def again(options: Options) -> dict[str, Any]:
     return results
 
 
-HEADER = ("", "recall", "5th\npercentile", "error", "error,\ncorrected")
+HEADER = ("", "density", "recall", "5th\npercentile", "error", "error,\ncorrected")
 
 
 def render(text: dict[str, Any]) -> str:
     """The table of one text at its reference density."""
     rows = []
-    key = f"{text['reference_density']:g}"
     for curve in text["methods"]:
-        at = curve["at"][key]
-        if at is None:
-            densities = [point["density"] for point in curve["points"]]
-            reached = f"density {min(densities):.3f} to {max(densities):.3f}"
-            rows.append([curve["label"], "-", "-", "-", reached])
-            continue
-        cells = (f"{at['recall']:.3f}", f"{at['recall_p5']:.2f}", f"{at['error']:.3f}")
+        at, density = shown(curve, text["reference_density"])
+        cells = (f"{density:.3f}", f"{at['recall']:.3f}", f"{at['recall_p5']:.2f}", f"{at['error']:.3f}")
         rows.append([curve["label"], *cells, f"{at['error_corrected']:.3f}"])
-    title = f"{text['name']}: {text['tokens']} tokens, at density {key}\n"
-    return title + table.render(HEADER, rows)
+    title = f"{text['name']}: {text['tokens']} tokens, at density {text['reference_density']:g}"
+    return f"{title}, or the nearest that a method reaches\n{table.render(HEADER, rows)}"
 
 
 def render_times(text: dict[str, Any]) -> str:

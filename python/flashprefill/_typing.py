@@ -1,0 +1,43 @@
+"""Types of the verbs' arguments, for type checkers only: nothing imports this module when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
+
+import numpy.typing as npt
+import torch
+
+Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
+Lengths: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
+Table: TypeAlias = Sequence[Sequence[int]] | npt.NDArray[Any] | torch.Tensor
+AxisOrder: TypeAlias = Literal["bthd", "bhtd"]
+
+
+class Options(TypedDict, total=False):
+    """What the verbs take by keyword."""
+
+    softmax_scale: float | None
+    cu_seqlens_q: Lengths | None
+    cu_seqlens_k: Lengths | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    seqused_k: Lengths | None
+    block_table: Table | None
+    layout: AxisOrder | None
+    threads: int | None
+    backend: str | None
+    target: str | None
+
+
+class PrefillOptions(Options, total=False):
+    """What prefill_attention takes besides."""
+
+    causal: bool
+    final_chunk: bool | Sequence[bool]
+
+
+class AttendOptions(Options, total=False):
+    """What attend takes besides."""
+
+    causal: bool | None

@@ -1,0 +1,94 @@
+"""for_model: a model, a config, a hub id or a family's name give the values that authors publish."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import flashprefill as fp
+from flashprefill.policies.presets import PRESETS
+
+LLAMA = {"rope_type": "llama3", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "alpha"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 0.18),
+        ("meta-llama/Meta-Llama-3.1-8B", 0.18),
+        ("/models/llama-3.1-8b/", 0.18),
+        ("Qwen/Qwen2.5-7B-Instruct-1M", 0.08),
+        ("Qwen2-7B", 0.08),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 0.10),
+        ("qwen2_5_vl", 0.10),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", 0.12),
+        ("qwen3_moe", 0.12),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", 0.22),
+    ],
+)
+def test_names(model, alpha):
+    policy = fp.FlashPrefill.for_model(model, query_pool=16)
+    assert policy == fp.FlashPrefill(alpha=alpha, query_pool=16)
+    assert policy.source.startswith("alpha of FlashPrefill's evaluation scripts for ")
+    config = SimpleNamespace(model_type="", _name_or_path=model)
+    if "_" not in model:
+        assert fp.FlashPrefill.for_model(config) == fp.FlashPrefill(alpha=alpha)
+
+
+@pytest.mark.parametrize("kind", [fp.FlashPrefill, fp.FlexPrefill, fp.MInference])
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_policies_agree_on_names(kind, name):
+    assert kind.for_model(name) == kind.for_model("llama-3.1") and kind.for_model(name).source
+    config = SimpleNamespace(model_type="llama", _name_or_path="", rope_scaling=LLAMA)
+    assert kind.for_model(config) == kind.for_model(SimpleNamespace(config=config)) == kind.for_model(name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "gamma"),
+    [
+        ({"model_type": "qwen2"}, 0.9),
+        ({"model_type": "chatglm", "padded_vocab_size": 151552}, 0.95),
+        ({"model_type": "llama", "_name_or_path": "01-ai/Yi-9B-200K"}, 0.9),
+    ],
+)
+def test_configs(fields, gamma):
+    assert fp.FlexPrefill.for_model(SimpleNamespace(**fields)).gamma == gamma
+
+
+def test_a_transformers_config_and_model():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.Qwen3MoeConfig(**sizes, num_key_value_heads=1, num_experts=2, vocab_size=64)
+    assert fp.FlashPrefill.for_model(config).alpha == 0.12
+    config = transformers.Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=64)
+    assert fp.FlashPrefill.for_model(transformers.Qwen2ForCausalLM(config)).alpha == 0.08
+    rope = {**LLAMA, "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    config = transformers.LlamaConfig(**sizes, rope_scaling=rope)
+    assert fp.FlashPrefill.for_model(config).alpha == 0.18
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt-2", "Qwen/Qwen3-8B", "meta-llama/Llama-3.2-1B", "Qwen2-VL-7B", "llama"]
+)
+def test_what_nobody_publishes_is_refused(model):
+    with pytest.raises(ValueError, match=r"; it must be of a family with published values: .*llama-3\.1"):
+        fp.FlexPrefill.for_model(model)
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match="nothing is published for sketch by model"):
+        fp.Sketch.for_model("llama-3.1")
+    with pytest.raises(TypeError, match="model is a int; it must be a model, a config, a hub id"):
+        fp.FlashPrefill.for_model(3)
+    with pytest.raises(ValueError, match="model is a SimpleNamespace of 'bert'"):
+        fp.FlashPrefill.for_model(SimpleNamespace(model_type="bert"))
+
+
+def test_every_preset_says_where_it_comes_from():
+    for method, families in PRESETS.items():
+        kind = next(kind for kind in fp.Policy.__subclasses__() if kind.kind == method)
+        for family, preset in families.items():
+            assert kind.for_model(family).source == preset.source and preset.source
+    assert fp.FlashPrefill().source == "" and fp.FlashPrefill.for_model("qwen2") == fp.FlashPrefill(
+        alpha=0.08
+    )

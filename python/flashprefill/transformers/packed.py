@@ -1,9 +1,10 @@
 """Continuous batching, ``model.generate_batch``: each call of a layer holds the rows of several requests.
 
 Transformers' paged cache gathers the keys that a call reads, so q, k and v are sequences laid end to end,
-with their lengths in ``cu_seq_lens_q`` and ``cu_seq_lens_k``. A request's prompt, or a chunk of it, runs sparse by
-itself; decode steps, prompts that are too short to leave anything out, and layers with a window, softcap or
-sinks run the model's own dense attention, a request at a time. No mask of pairs of all requests is made.
+with their lengths in ``cu_seq_lens_q`` and ``cu_seq_lens_k``. A request's prompt, or a chunk of it, runs
+sparse by itself; decode steps, prompts that are too short to leave anything out, and layers with a window,
+softcap or sinks run the model's own dense attention, a request at a time. No mask of pairs of all requests
+is made.
 """
 
 from __future__ import annotations

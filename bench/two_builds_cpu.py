@@ -21,24 +21,14 @@ import numpy as np
 
 import flashprefill as fp
 from flashprefill import _abi
-from flashprefill.policies.library import parsed
+from flashprefill.policies.library import FIELDS, parsed
 
 POLICIES = [
+    *FIELDS,  # every method by its defaults
     "flashprefill(query_pool=16)",
-    "flashprefill",
     "flashprefill(share_heads=true)",
-    "sketch",
     "sketch(gain=0.0025, query_metric=true, outliers=6, query_pool=64)",
-    "flexprefill",
     "flexprefill(tau=1)",
-    "minference",
-    "xattention",
-    "rrattention",
-    "spargeattn",
-    "prism",
-    "sampleattention",
-    "streaming",
-    "dense",
 ]
 
 

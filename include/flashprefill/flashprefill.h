@@ -136,7 +136,7 @@ typedef struct fp_exec {
  * that kind, size is its sizeof. */
 FP_API fp_status fp_policy_init(int32_t kind, void* policy, size_t size);
 
-/* The name of a method in text ("prism"), by index from 0 on; NULL past the end. *kind, if kind is not NULL, becomes
+/* The name of a method in text ("sketch"), by index from 0 on; NULL past the end. *kind, if kind is not NULL, becomes
  * its fp_policy_kind. */
 FP_API const char* fp_policy_name(int32_t index, int32_t* kind);
 
@@ -144,7 +144,7 @@ FP_API const char* fp_policy_name(int32_t index, int32_t* kind);
  * fp_policy that it has. FP_INVALID_ARGUMENT past the end. */
 FP_API fp_status fp_policy_field_at(int32_t kind, int32_t index, fp_policy_field* field);
 
-/* Read a policy from text, such as "prism" or "prism(mass=0.9, sink_blocks=2)". The name may be in upper or lower case.
+/* Read a policy from text, such as "sketch" or "sketch(mass=0.9, sink_blocks=2)". The name may be in upper or lower case.
  * Fields that are not named keep their defaults, and a given alternative (Sketch's alpha) unsets the others. Values are
  * numbers, true and false, the names of a choice, none where a field may be unset, and lists for tables
  * ("xattention(head_thresholds=[0.9, 0.8])", "minference(heads=[[0, 1000, 6096], [1, 128, 1024]])").

@@ -1,4 +1,4 @@
-// The one text form of policies: "prism(mass=0.9, sink_blocks=2)". Read here for the command line, the options of
+// The one text form of policies: "sketch(mass=0.9, sink_blocks=2)". Read here for the command line, the options of
 // engines' plugins and the torch operators; written for logs and repr. Everything follows from the methods' rows.
 #include <algorithm>
 #include <charconv>

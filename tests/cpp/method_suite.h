@@ -1,7 +1,7 @@
 // The comparison that every method passes: masks of each backend and instruction set against the reference, over all
 // lists of cases (select_test.cc). A method's own test registers the policies that are compared:
 //
-//     const RegisterSuite suite({.method = "prism", .policies = Policies, .scale = 2});
+//     const RegisterSuite suite({.method = "sketch", .policies = Policies, .scale = 2});
 //
 // A method that registers none is compared by its defaults.
 #ifndef FLASHPREFILL_TESTS_METHOD_SUITE_H_

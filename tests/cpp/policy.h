@@ -37,7 +37,7 @@ struct AnyPolicy {
   void Set(const fp_policy_field& field, double value);
 };
 
-// The policy of a text such as "prism(mass=0.6)", at this block size; 0: at the text's, or the method's default.
+// The policy of a text such as "sketch(mass=0.6)", at this block size; 0: at the text's, or the method's default.
 AnyPolicy Parse(const std::string& text, int block_size = 0);
 
 // The policy as text.

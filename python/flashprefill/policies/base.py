@@ -37,7 +37,7 @@ class Policy(metaclass=_Named):
         kind: the policy's name in the library.
         block_size: keys per block.
         share_heads: whether a mask has one head for each KV head.
-        text: the policy as text, "prism(mass=0.9)": what decides, and what is not a default. It is read
+        text: the policy as text, "sketch(mass=0.9)": what decides, and what is not a default. It is read
             wherever a policy is taken, and is how policies reach the library.
         source: where the values come from, if :meth:`for_model` made it.
     """

@@ -1,5 +1,5 @@
-// Select by the mean query of a tile against mean keys of blocks: SpargeAttn and Prism. Mean keys lie in the panels of
-// plan.h. Each of the two says what it needs to know about keys beforehand, and what it keeps.
+// Select by the mean query of a tile against mean keys of blocks, which lie in the panels of plan.h. A method says what
+// it needs to know about keys beforehand, and what it keeps.
 #ifndef FLASHPREFILL_CPU_ENERGIES_POOLED_H_
 #define FLASHPREFILL_CPU_ENERGIES_POOLED_H_
 

@@ -97,7 +97,7 @@ step "compile flashprefill and its plugin"
 # The library of `make build`, whose build folder it shares, installed; and the plugin against that.
 library=$root/build/release
 cmake --log-level=WARNING -S "$root" --preset release -Wno-dev > "$ours/library.log"
-cmake --build "$library" -j "$jobs" --target flashprefill > "$ours/library.log" || (tail -n 40 "$ours/library.log"; exit 1)
+cmake --build "$library" -j "$jobs" --target flashprefill flashprefill_static > "$ours/library.log" || (tail -n 40 "$ours/library.log"; exit 1)
 cmake --install "$library" --prefix "$ours/prefix" > "$ours/library.log"
 cmake -G Ninja -S "$root/integrations/ggml" -B "$ours/plugin" -DLLAMA_CPP="$source/vendor/llama.cpp" \
   -DLLAMA_CPP_LIB="$build/bin" -DCMAKE_PREFIX_PATH="$ours/prefix" -DFLASHPREFILL_GGML_TESTS=ON "${launchers[@]}" \

@@ -28,6 +28,41 @@ struct MaskRow {
 // mass.
 constexpr float kBinnedMass = 0.99f;
 
+// The largest energy of a row, and with SMALLEST this lane's smallest.
+template <bool SMALLEST, typename Energy>
+__device__ __forceinline__ float LargestEnergy(Energy&& energy_of, int scored, float& smallest) {
+  float largest = -INFINITY;
+  for (int first = 0; first < scored; first += 256) { // eight loads at a time; past the end, the last one again
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float energy = energy_of(min(first + 32 * i + static_cast<int>(threadIdx.x % 32), scored - 1));
+      largest = fmaxf(largest, energy);
+      if (SMALLEST) smallest = fminf(smallest, energy);
+    }
+  }
+  return WarpMax(largest);
+}
+
+// In lane l, which blocks of half-word group + l have an energy of at least `least`, for lanes [begin, begin + span).
+// Votes past the scored blocks repeat the last one's: those blocks are forced (the diagonal) or not visible.
+template <typename Energy>
+__device__ __forceinline__ uint32_t VotesFrom(Energy&& energy_of, int scored, int group, int begin, int span,
+                                              float least) {
+  const int lane = threadIdx.x % 32;
+  uint32_t mine = 0;
+  for (int j = begin; j < begin + span && 32 * (group + j) < scored; j += 8) { // span is a multiple of 8
+    float energy[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) energy[i] = energy_of(min(32 * (group + j + i) + lane, scored - 1));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t chosen = __ballot_sync(~0u, energy[i] >= least);
+      if (j + i == lane) mine = chosen;
+    }
+  }
+  return mine;
+}
+
 // Writes a row of `half_words` 32-bit words and returns the number of bits set. energies: base-2 logarithms in shared
 // memory, floats, which a rule by gain or without bins overwrites, or __half where there is no room for them. `bins`:
 // kThresholdBins words of this warp there, or null. 1, 2 or 4 (1 << log2_parts) warps share a row, and each returns its
@@ -44,17 +79,11 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
   const int lane = threadIdx.x % 32;
   const int scored = row.scored;
   auto energy_of = [&](int b) { return static_cast<float>(energies[b]); };
-  float largest = -INFINITY, smallest = INFINITY;
-  for (int first = 0; first < scored; first += 256) { // eight loads at a time; past the end, the last one again
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float energy = energy_of(min(first + 32 * i + lane, scored - 1));
-      largest = fmaxf(largest, energy);
-      if (TO_MASS) smallest = fminf(smallest, energy);
-    }
-  }
-  largest = WarpMax(largest);
+  // Find the largest energy.
+  float smallest = INFINITY;
+  float largest = LargestEnergy<TO_MASS>(energy_of, scored, smallest);
 
+  // Find the thresholds.
   const float least =
       TO_MASS && (rule.by_mass || by_gain) ? -INFINITY : largest + rule.alpha_log2; // by alpha: everything from here on
   constexpr bool kOverwrites = sizeof(Stored) == sizeof(float);
@@ -85,24 +114,14 @@ __device__ inline int WriteMaskRow(const KeepRule& rule, const MaskRow& row, Sto
     }
   }
 
-  // Lane l puts together half-word group + l: the warp finds out by votes which of its 32 blocks are chosen, forced
-  // blocks are ranges that each lane knows.
+  // Write the bits. Lane l puts together half-word group + l: the warp finds out by votes which of its 32 blocks are
+  // chosen, forced blocks are ranges that each lane knows.
   const int span = 32 >> log2_parts, begin = part * span;
   int kept = 0;
   for (int group = 0; group < half_words; group += 32) {
     uint32_t mine = 0;
     if (!to_mass && rule.min_blocks == 0) {
-      // Votes past the scored blocks repeat the last one's: those blocks are forced (the diagonal) or not visible.
-      for (int j = begin; j < begin + span && 32 * (group + j) < scored; j += 8) { // span is a multiple of 8
-        float energy[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) energy[i] = energy_of(min(32 * (group + j + i) + lane, scored - 1));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint32_t chosen = __ballot_sync(~0u, energy[i] >= least);
-          if (j + i == lane) mine = chosen;
-        }
-      }
+      mine = VotesFrom(energy_of, scored, group, begin, span, least);
     } else {
       for (int j = 0; j < 32 && 32 * (group + j) < scored; j += 4) {
         float value[4];

@@ -118,126 +118,171 @@ __device__ inline Threshold FindThreshold(Value&& value_of, int count, float lar
   return threshold;
 }
 
-// The smallest set of blocks of largest energies whose masses, 2^energy, sum to the share `mass` of all, in two or
-// three passes. Masses are integers, in units that let all of them together fit 32 bits, so that atomics may add them
-// up by bins in any order: 128 to 256 of them from the largest energy to the least, or over 16 octaves. Of the bin in
-// which the target lies each lane takes a block and sees for itself which blocks go before it; more than 32 are binned
-// again, 256 times finer. `bins` are this warp's. False if the target lies 16 octaves below the largest energy, where
-// masses are too small for that.
+// Bins of masses. A block's mass is 2^energy as an integer, in units that let the masses of all blocks together fit 32
+// bits, so that atomics may add them up in any order. Bin i has the energies from (origin + i / bins_per_octave) below
+// the largest on. bins_per_octave is a power of two, so all of this is exact.
+struct MassBins {
+  float unit; // log2 of the largest mass
+  float origin, bins_per_octave;
+  bool first; // the last bin has everything below it too
+
+  __device__ __forceinline__ uint32_t MassOf(float below) const { return __float2uint_rn(Exp2(unit - below)); }
+  __device__ __forceinline__ float BinOf(float below) const {
+    const float bin = (below - origin) * bins_per_octave; // exact, as far as the bins go
+    return first ? fminf(bin, kThresholdBins - 1) : bin;
+  }
+};
+
+// Adds up the masses of all blocks by bin.
+template <typename Energy>
+__device__ __forceinline__ void FillBins(Energy&& energy_of, int count, float largest, const MassBins& masses,
+                                         uint32_t* bins) {
+  const int lane = threadIdx.x % 32;
+  auto* const mine = reinterpret_cast<uint4*>(bins) + 2 * lane;
+  mine[0] = mine[1] = uint4{0, 0, 0, 0};
+  __syncwarp();
+  for (int begin = lane; begin < count + lane; begin += 128) {
+    float below[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) below[i] = largest - energy_of(min(begin + 32 * i, count - 1));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float bin = masses.BinOf(below[i]);
+      const bool inside = begin + 32 * i < count && bin >= 0 && bin < kThresholdBins;
+      if (inside) atomicAdd(&bins[static_cast<int>(bin)], masses.MassOf(below[i]));
+    }
+  }
+  __syncwarp();
+}
+
+// The bin in which the sum reaches the target. `before`: what larger energies sum to. The first time the target is
+// set, to the share `mass` of all.
+__device__ __forceinline__ int FindBin(const uint32_t* bins, bool first, float mass, uint32_t& before,
+                                       uint32_t& target) {
+  const int lane = threadIdx.x % 32;
+  const auto* const mine = reinterpret_cast<const uint4*>(bins) + 2 * lane;
+  const uint4 low = mine[0], high = mine[1];
+  const uint32_t in_bin[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum += in_bin[i];
+  uint32_t up_to = sum;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(~0u, up_to, offset);
+    up_to += lane >= offset ? other : 0;
+  }
+  if (first) {
+    const uint32_t all = __shfl_sync(~0u, up_to, 31);
+    target = min(all, max(1u, __float2uint_ru(mass * static_cast<float>(all))));
+  }
+  const int reaching_lane = __ffs(__ballot_sync(~0u, before + up_to >= target)) - 1;
+  uint32_t sum_before = before + up_to - sum;
+  int bin = 8 * lane;
+#pragma unroll
+  for (int i = 0; i < 7; ++i) {
+    if (bin == 8 * lane + i && sum_before + in_bin[i] < target) {
+      sum_before += in_bin[i];
+      ++bin;
+    }
+  }
+  before = __shfl_sync(~0u, sum_before, reaching_lane);
+  return __shfl_sync(~0u, bin, reaching_lane);
+}
+
+// Writes the energies of the first 32 blocks of a bin, by index, and returns how many blocks the bin has.
+template <typename Energy>
+__device__ __forceinline__ int CollectBin(Energy&& energy_of, int count, float largest, const MassBins& masses, int bin,
+                                          float* found) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  int number = 0;
+  for (int begin = lane; begin < count + lane; begin += 128) {
+    float energy[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) energy[i] = energy_of(min(begin + 32 * i, count - 1));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float below = largest - energy[i];
+      const bool inside =
+          begin + 32 * i < count && below >= masses.origin && static_cast<int>(masses.BinOf(below)) == bin;
+      const uint32_t votes = __ballot_sync(~0u, inside);
+      const int place = number + __popc(votes & ((1u << lane) - 1));
+      if (inside && place < 32) found[place] = energy[i];
+      number += __popc(votes);
+    }
+  }
+  __syncwarp();
+  return number;
+}
+
+// The threshold among at most 32 blocks: each lane takes one and sees for itself which blocks go before it.
+__device__ __forceinline__ Threshold ThresholdOfFew(const float* found, int number, float largest,
+                                                    const MassBins& masses, uint32_t before, uint32_t target) {
+  const int lane = threadIdx.x % 32;
+  const float energy = lane < number ? found[lane] : -INFINITY;
+  const uint32_t own = lane < number ? masses.MassOf(largest - energy) : 0;
+  __syncwarp();
+  uint32_t sum_above = before;
+  int ties = 1;
+#pragma unroll 4
+  for (int i = 0; i < number; ++i) {
+    const float other = __shfl_sync(~0u, energy, i);
+    const uint32_t its = __shfl_sync(~0u, own, i);
+    const bool same = other == energy && i < lane;
+    sum_above += other > energy || same ? its : 0;
+    ties += same;
+  }
+  const bool reaches = sum_above < target && sum_above + own >= target;
+  const int at = __ffs(__ballot_sync(~0u, reaches)) - 1;
+  const uint32_t order = OrderOf(__shfl_sync(~0u, energy, at));
+  return {order, order + 1, __shfl_sync(~0u, ties, at)};
+}
+
+// The threshold among many blocks whose energies are as good as equal: as many as it takes, by index.
+template <typename Energy>
+__device__ __forceinline__ Threshold ThresholdOfEqual(Energy&& energy_of, int count, int number, float largest,
+                                                      const MassBins& masses, uint32_t before, uint32_t target) {
+  float lowest = INFINITY, most = -INFINITY;
+  for (int b = threadIdx.x % 32; b < count; b += 32) {
+    const float energy = energy_of(b), from = largest - energy - masses.origin;
+    if (from >= 0 && from * masses.bins_per_octave < 1) lowest = fminf(lowest, energy), most = fmaxf(most, energy);
+  }
+  lowest = -WarpMax(-lowest);
+  most = WarpMax(most);
+  const uint32_t each = max(1u, masses.MassOf(largest - most)), wanted = (target - before + each - 1) / each;
+  return {OrderOf(lowest), OrderOf(most) + 1, static_cast<int>(min(wanted, static_cast<uint32_t>(number)))};
+}
+
+// The smallest set of blocks of largest energies whose masses sum to the share `mass` of all, in two or three passes.
+// There are 128 to 256 bins from the largest energy to the least, or over 16 octaves. A bin of more than 32 blocks in
+// which the target lies is binned again, 256 times finer. `bins` are this warp's. False if the target lies 16 octaves
+// below the largest energy, where masses are too small for that.
 template <typename Energy>
 __device__ inline bool FindMassThreshold(Energy&& energy_of, int count, float least, float largest, float mass,
                                          uint32_t* bins, Threshold& threshold) {
-  const int lane = threadIdx.x % 32;
-  const float unit = static_cast<float>(__clz(count)); // count < 2^(32 - clz), and no mass is above 2^clz
-  auto mass_of = [&](float below) { return __float2uint_rn(Exp2(unit - below)); };
-  // Bin i: energies from (origin + i / bins_per_octave) below the largest on. A power of two, so all of this is exact.
   const float spread = fminf(fmaxf(largest - least, 0x1p-4f), 15.5f);
-  float origin = 0, bins_per_octave = __uint_as_float((127 + 127 + 7 - (__float_as_uint(spread) >> 23)) << 23);
-  uint32_t before = 0, target = 0; // what larger energies sum to, and what has to be reached
+  MassBins masses{static_cast<float>(__clz(count)), 0, // count < 2^(32 - clz), and no mass is above 2^clz
+                  __uint_as_float((127 + 127 + 7 - (__float_as_uint(spread) >> 23)) << 23), true};
+  auto* const found = reinterpret_cast<float*>(bins);
+  uint32_t before = 0, target = 0;
 #pragma unroll 1
   for (int level = 0;; ++level) {
-    const bool first = level == 0;
-    auto bin_of = [&](float below) {
-      const float bin = (below - origin) * bins_per_octave; // exact, as far as the bins go
-      return first ? fminf(bin, kThresholdBins - 1) : bin;
-    };
-    auto* const mine = reinterpret_cast<uint4*>(bins) + 2 * lane;
-    mine[0] = mine[1] = uint4{0, 0, 0, 0};
-    __syncwarp();
-    for (int begin = lane; begin < count + lane; begin += 128) {
-      float below[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) below[i] = largest - energy_of(min(begin + 32 * i, count - 1));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float bin = bin_of(below[i]);
-        const bool inside = begin + 32 * i < count && bin >= 0 && bin < kThresholdBins;
-        if (inside) atomicAdd(&bins[static_cast<int>(bin)], mass_of(below[i]));
-      }
-    }
-    __syncwarp();
-    const uint4 low = mine[0], high = mine[1];
-    const uint32_t in_bin[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += in_bin[i];
-    uint32_t up_to = sum;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(~0u, up_to, offset);
-      up_to += lane >= offset ? other : 0;
-    }
-    if (first) {
-      const uint32_t all = __shfl_sync(~0u, up_to, 31);
-      target = min(all, max(1u, __float2uint_ru(mass * static_cast<float>(all))));
-    }
-    const int reaching_lane = __ffs(__ballot_sync(~0u, before + up_to >= target)) - 1;
-    uint32_t sum_before = before + up_to - sum;
-    int bin = 8 * lane;
-#pragma unroll
-    for (int i = 0; i < 7; ++i) {
-      if (bin == 8 * lane + i && sum_before + in_bin[i] < target) {
-        sum_before += in_bin[i];
-        ++bin;
-      }
-    }
-    before = __shfl_sync(~0u, sum_before, reaching_lane);
-    bin = __shfl_sync(~0u, bin, reaching_lane);
-    if (first && bin == kThresholdBins - 1) return false;
-
-    // The blocks of that bin, by index.
-    __syncwarp();
-    auto* const found = reinterpret_cast<float*>(bins);
-    int number = 0;
-    for (int begin = lane; begin < count + lane; begin += 128) {
-      float energy[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) energy[i] = energy_of(min(begin + 32 * i, count - 1));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float below = largest - energy[i];
-        const bool inside = begin + 32 * i < count && below >= origin && static_cast<int>(bin_of(below)) == bin;
-        const uint32_t votes = __ballot_sync(~0u, inside);
-        const int place = number + __popc(votes & ((1u << lane) - 1));
-        if (inside && place < 32) found[place] = energy[i];
-        number += __popc(votes);
-      }
-    }
-    __syncwarp();
+    masses.first = level == 0;
+    FillBins(energy_of, count, largest, masses, bins);
+    const int bin = FindBin(bins, masses.first, mass, before, target);
+    if (masses.first && bin == kThresholdBins - 1) return false;
+    const int number = CollectBin(energy_of, count, largest, masses, bin, found);
     if (number <= 32) {
-      const float energy = lane < number ? found[lane] : -INFINITY;
-      const uint32_t own = lane < number ? mass_of(largest - energy) : 0;
-      __syncwarp();
-      uint32_t sum_above = before;
-      int ties = 1;
-#pragma unroll 4
-      for (int i = 0; i < number; ++i) {
-        const float other = __shfl_sync(~0u, energy, i);
-        const uint32_t its = __shfl_sync(~0u, own, i);
-        const bool same = other == energy && i < lane;
-        sum_above += other > energy || same ? its : 0;
-        ties += same;
-      }
-      const bool crosses = sum_above < target && sum_above + own >= target;
-      const int at = __ffs(__ballot_sync(~0u, crosses)) - 1;
-      const uint32_t order = OrderOf(__shfl_sync(~0u, energy, at));
-      threshold = {order, order + 1, __shfl_sync(~0u, ties, at)};
+      threshold = ThresholdOfFew(found, number, largest, masses, before, target);
       return true;
     }
-    origin += static_cast<float>(bin) / bins_per_octave;
-    if (level == 2) { // as good as equal, a millionth of an octave: as many as it takes, by index
-      float lowest = INFINITY, most = -INFINITY;
-      for (int b = lane; b < count; b += 32) {
-        const float energy = energy_of(b), from = largest - energy - origin;
-        if (from >= 0 && from * bins_per_octave < 1) lowest = fminf(lowest, energy), most = fmaxf(most, energy);
-      }
-      lowest = -WarpMax(-lowest);
-      most = WarpMax(most);
-      const uint32_t each = max(1u, mass_of(largest - most)), wanted = (target - before + each - 1) / each;
-      threshold = {OrderOf(lowest), OrderOf(most) + 1, static_cast<int>(min(wanted, static_cast<uint32_t>(number)))};
+    masses.origin += static_cast<float>(bin) / masses.bins_per_octave;
+    if (level == 2) { // a millionth of an octave
+      threshold = ThresholdOfEqual(energy_of, count, number, largest, masses, before, target);
       return true;
     }
-    bins_per_octave *= kThresholdBins;
+    masses.bins_per_octave *= kThresholdBins;
     __syncwarp();
   }
 }

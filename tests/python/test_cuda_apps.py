@@ -58,7 +58,9 @@ def test_demo(model, tmp_path, capsys):
     assert saved["settings"]["device"] == "cuda" and saved["settings"]["sdpa"]
     assert saved["model"]["dtype"] == "bf16"
     dense, *others = saved["runs"]
-    assert dense["density"] == 1 and all(0 < one["density"] < 1 for one in others)
+    sparse = [one for one in others if one["policy"] != "dense"]
+    assert dense["density"] == 1 and len(sparse) == len(others) - 1
+    assert all(0 < one["density"] < 1 for one in sparse)
     assert all(one["dense_layers"] == {} for one in others)
     for one in saved["runs"]:
         assert 0 < one["attention_seconds"]["median"] < one["ttft_seconds"]["median"]
@@ -75,9 +77,10 @@ def test_try(model, tmp_path):
     assert cli.main([*command, "--depth", "0.5", "--out", str(out)]) == 0
     saved = json.loads(out.read_text())
     assert saved["machine"]["gpu"] and saved["model"]["dtype"] == "bf16"
-    assert [case["rotary_scale"] for case in saved["cases"]] == [1.0] * 3 + [2.0] * 3
+    assert [case["rotary_scale"] for case in saved["cases"]] == [1.0] * 4 + [2.0] * 4
     long = [case for case in saved["cases"] if case["tokens"] == TOKENS and case["method"] != needles.DENSE]
-    assert all(0 < case["density"] < 1 and case["ttft_seconds"] > 0 for case in long)
+    assert all(0 < case["density"] <= 1 and case["ttft_seconds"] > 0 for case in long)
+    assert sum(case["density"] == 1 for case in long) == 1  # our dense kernel's
 
 
 def test_bench(tmp_path, capsys):

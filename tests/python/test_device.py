@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
-from flashprefill.apps import device, machine, table  # noqa: E402
+from flashprefill.apps import device, machine, models, table  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 
 
@@ -33,6 +33,7 @@ def test_cuda_without_a_gpu_is_one_line_that_says_what_is_missing(verb, no_gpu, 
     if verb != "bench":
         pytest.importorskip("transformers")
         pytest.importorskip("matplotlib")
+        pytest.importorskip(models.BUNDLED_PACKAGE)
         monkeypatch.setattr("flashprefill.apps.models.resolve_path", lambda path: pytest.fail("too late"))
     if verb == "demo":
         monkeypatch.setattr("flashprefill.apps.demo.check", lambda options: None)

@@ -136,7 +136,10 @@ void Options::SetField(const std::string& name, const std::string& value) {
 
 void Options::ParsePolicy() {
   std::string text;
-  for (const auto& [name, value] : fields_) text += (text.empty() ? "" : ", ") + name + "=" + value;
+  for (const auto& [name, value] : fields_) {
+    if (!text.empty()) text += ", ";
+    text.append(name).append("=").append(value);
+  }
   text = name_ + "(" + text + ")";
   size_t bytes;
   if (fp_policy_parse(text.c_str(), nullptr, 0, &bytes) != FP_OK) throw std::invalid_argument(fp_last_error());

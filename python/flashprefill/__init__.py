@@ -77,7 +77,8 @@ def __getattr__(name: str) -> Any:
         missing = [module for module in ("torch", "transformers") if find_spec(module) is None]
         if missing:
             needs = " ".join(missing)
-            raise ModuleNotFoundError(f"{name} needs {needs}: pip install {needs}", name=missing[0])
+            message = f"{name} needs {needs}: pip install {needs}"
+            raise ModuleNotFoundError(message, name=missing[0]) from None
         from . import transformers
 
         return getattr(transformers, name)

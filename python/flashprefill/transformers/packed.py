@@ -96,7 +96,7 @@ def _sparse(
 ) -> list[stats.Measured]:
     q, k, v = (x.transpose(1, 2) for x in parts)
     with _timings.collect_timings() if measure else contextlib.nullcontext(_timings.Timings()) as timings:
-        result = prefill_attention(q, k, v, policy, softmax_scale=scaling, out=out, return_stats=measure)
+        result: Any = prefill_attention(q, k, v, policy, softmax_scale=scaling, out=out, return_stats=measure)
     if not measure:
         return []
     kept: Stats = result[1]

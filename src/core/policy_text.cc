@@ -130,7 +130,7 @@ class Reader {
     size_t n = 0;
     while (n < left_.size() && (std::isalnum(static_cast<unsigned char>(left_[n])) || std::strchr("_.+-", left_[n])))
       ++n;
-    const std::string word(left_.substr(0, n));
+    std::string word(left_.substr(0, n));
     left_.remove_prefix(n);
     return word;
   }

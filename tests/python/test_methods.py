@@ -200,7 +200,7 @@ def test_gamma_1_is_dense_attention():
     dense = fp.prefill_attention(q, k, v, fp.Dense())
     for tau in (0.0, 10.0):
         mask = fp.select(q, k, fp.FlexPrefill(gamma=1.0, tau=tau, min_budget=1))
-        assert mask.density == 1 and mask.stats.reasons == ["selected"]
+        assert mask.density == 1 and mask.stats.reasons == ["dense"]
         assert torch.allclose(fp.attend(q, k, v, mask), dense, atol=1e-6)
 
 

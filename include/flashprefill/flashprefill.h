@@ -144,9 +144,9 @@ FP_API const char* fp_policy_name(int32_t index, int32_t* kind);
  * fp_policy that it has. FP_INVALID_ARGUMENT past the end. */
 FP_API fp_status fp_policy_field_at(int32_t kind, int32_t index, fp_policy_field* field);
 
-/* Read a policy from text, such as "sketch" or "sketch(mass=0.9, sink_blocks=2)". The name may be in upper or lower case.
- * Fields that are not named keep their defaults, and a given alternative (Sketch's alpha) unsets the others. Values are
- * numbers, true and false, the names of a choice, none where a field may be unset, and lists for tables
+/* Read a policy from text, such as "sketch" or "sketch(mass=0.9, sink_blocks=2)". The name may be in upper or lower
+ * case. Fields that are not named keep their defaults, and a given alternative (Sketch's alpha) unsets the others.
+ * Values are numbers, true and false, the names of a choice, none where a field may be unset, and lists for tables
  * ("xattention(head_thresholds=[0.9, 0.8])", "minference(heads=[[0, 1000, 6096], [1, 128, 1024]])").
  *
  * *needed, if needed is not NULL, becomes the bytes that the policy takes: its struct, and its tables behind it. With

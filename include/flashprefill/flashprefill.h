@@ -201,6 +201,19 @@ typedef struct fp_block_mask {
   int32_t* vertical_slash;
   int32_t max_verticals;
   int32_t max_slashes;
+  /* Key lists: single keys that are gathered for a *segment*, segment_tiles neighbouring tiles of a (sequence, mask
+   * head), for causal masks (Gather). Its tiles see, besides their blocks, the keys of its list; rows still see no
+   * further than themselves, and a key in a kept block counts once. Segment i of sequence b is row base + i of each
+   * head, with base = (rows of q before sequence b) / segment tokens + b, segment tokens = segment_tiles * tile_tokens,
+   * and segment_rows = total_q / segment tokens + batch. key_lists is [heads, segment_rows, 2 + max_keys]: how many
+   * keys the list holds, how many the policy wanted (more than max_keys: the list holds the best of them), and the
+   * keys, ascending. With max_keys = 0 there are none. With them, counts are kept keys in blocks, rounded to the
+   * nearest, and with mean_correction a block counts by the mean of its keys that are in no list. Not together with
+   * verticals or slashes. */
+  int32_t* key_lists;
+  int64_t segment_rows; /* 0 without lists */
+  int32_t segment_tiles;
+  int32_t max_keys;
 } fp_block_mask;
 
 /* Fill in the geometry of the mask that this policy makes for this problem. The pointers are left alone. */
@@ -213,6 +226,7 @@ typedef struct fp_stats {
   int64_t* kept;     /* [batch, mask heads]: kept blocks, summed over tiles */
   int64_t* total;    /* [batch]: blocks that are visible to some row of their tile, summed over the tiles of one head */
   int32_t* fallback; /* [batch] */
+  int64_t* overflowed; /* [batch, mask heads]: key lists for which the policy wanted more keys than they hold */
 } fp_stats;
 
 /* density of a sequence and head = kept / total. CPU masks only. */

@@ -131,6 +131,16 @@ struct SampleAttention : fp_sample_attention {
   SampleAttention() { Check(fp_policy_init(FP_SAMPLE_ATTENTION, this, sizeof(fp_sample_attention))); }
 };
 
+// Gather: single keys in place of blocks. Decided by gain (the default) or, after Budget, by a share of the keys.
+struct Gather : fp_gather {
+  Gather() { Check(fp_policy_init(FP_GATHER, this, sizeof(fp_gather))); }
+  Gather& Budget(float share_of_keys) {
+    budget = share_of_keys;
+    gain = std::numeric_limits<float>::quiet_NaN();
+    return *this;
+  }
+};
+
 // ---------------------------------------------------------------- problem
 
 struct Shape {
@@ -218,9 +228,10 @@ struct Exec : fp_exec {
 // Kept and visible blocks by sequence and mask head, and why a sequence was not selected for.
 struct Stats {
   int32_t batch = 0, heads = 0;
-  std::vector<int64_t> kept;     // [batch, heads]
-  std::vector<int64_t> total;    // [batch]: of one head
-  std::vector<int32_t> fallback; // [batch]: fp_fallback
+  std::vector<int64_t> kept;       // [batch, heads]
+  std::vector<int64_t> total;      // [batch]: of one head
+  std::vector<int32_t> fallback;   // [batch]: fp_fallback
+  std::vector<int64_t> overflowed; // [batch, heads]: key lists that were full
 
   // Kept / visible over everything; 1 where nothing is visible.
   double density() const {
@@ -245,6 +256,8 @@ class BlockMask {
     mask.fallback_.resize(static_cast<size_t>(problem.batch));
     const int64_t room = int64_t{mask.view_.max_verticals} + mask.view_.max_slashes;
     if (room > 0) mask.vertical_slash_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
+    const int64_t list = mask.view_.max_keys > 0 ? 2 + int64_t{mask.view_.max_keys} : 0;
+    mask.key_lists_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.segment_rows * list));
     return mask;
   }
 
@@ -254,6 +267,7 @@ class BlockMask {
     view_.counts = counts_.data();
     view_.fallback = fallback_.data();
     view_.vertical_slash = vertical_slash_.data();
+    view_.key_lists = key_lists_.data();
     return &view_;
   }
   const fp_block_mask* view() const { return const_cast<BlockMask*>(this)->view(); }
@@ -275,11 +289,13 @@ class BlockMask {
     s.kept.resize(static_cast<size_t>(s.batch) * static_cast<size_t>(s.heads));
     s.total.resize(static_cast<size_t>(s.batch));
     s.fallback.resize(static_cast<size_t>(s.batch));
+    s.overflowed.resize(s.kept.size());
     fp_stats c;
     fp_stats_init(&c);
     c.kept = s.kept.data();
     c.total = s.total.data();
     c.fallback = s.fallback.data();
+    c.overflowed = s.overflowed.data();
     Check(fp_mask_stats(&problem, view(), &c));
     return s;
   }
@@ -294,6 +310,7 @@ class BlockMask {
   std::vector<int32_t> counts_;
   std::vector<int32_t> fallback_;
   std::vector<int32_t> vertical_slash_;
+  std::vector<int32_t> key_lists_;
 };
 
 // Scratch memory of one call, aligned as the library wants it.

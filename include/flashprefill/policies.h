@@ -19,7 +19,8 @@ typedef enum fp_policy_kind {
   FP_RRATTENTION = 9,
   FP_SPARGE_ATTN = 10,
   FP_PRISM = 11,
-  FP_SAMPLE_ATTENTION = 12
+  FP_SAMPLE_ATTENTION = 12,
+  FP_GATHER = 13
 } fp_policy_kind;
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
@@ -177,6 +178,21 @@ typedef struct fp_sample_attention {
   float window_ratio;  /* in [0, 1]: tokens before a tile that are kept, as a share of the sequence's keys */
   int32_t sample_rows; /* rows sampled at the end of each segment of about sample_rows / sample_ratio rows: 1 .. 128 */
 } fp_sample_attention;
+
+/* Gather: single keys in place of blocks. For each *segment* of `segment` query tokens, the keys before its window are
+ * ranked by the softmax of the segment's mean query (the root mean square over the query heads that share a list: all
+ * of a KV head with share_heads, the default), and the best go into the mask's key list. The segment's own keys, the
+ * window before it and the sink are kept as blocks. Either gain or budget decides; the other is NaN. On FP_CPU.
+ *
+ * gain: from the best key down, a key is kept while 128 * share * sqrt(rest) >= gain, where share is the key's share of
+ * the softmax and rest that of all keys of the ranking from it on: Sketch's rule, for 128 keys as for a block. */
+typedef struct fp_gather {
+  fp_policy common;
+  float gain;       /* in (0, 1), or NaN */
+  float budget;     /* in (0, 1]: the best keys, as a share of those that are ranked; or NaN */
+  int32_t segment;  /* query tokens per list, rounded down to whole tiles, one at least: 1 .. 65536 */
+  int32_t max_keys; /* keys that a list has room for; where more are wanted it holds the best: 128 .. 2^20 */
+} fp_gather;
 
 /* ---------------------------------------------------------------- fields */
 

@@ -223,6 +223,14 @@ bool Attention::ComputeRun(ggml_tensor* node, int64_t stream, const Run& run, bo
     mask.bits = static_cast<uint64_t*>(bits_.Reserve(tiles * mask.words * sizeof(uint64_t)));
     mask.counts = static_cast<int32_t*>(counts_.Reserve(tiles * sizeof(int32_t)));
     mask.fallback = &fallback;
+    const int64_t lines = int64_t{mask.max_verticals} + mask.max_slashes;
+    if (lines > 0) {
+      mask.vertical_slash = static_cast<int32_t*>(lines_.Reserve(mask.heads * (2 + lines) * sizeof(int32_t)));
+    }
+    if (mask.max_keys > 0) {
+      const int64_t list = 2 + int64_t{mask.max_keys};
+      mask.key_lists = static_cast<int32_t*>(lists_.Reserve(mask.heads * mask.segment_rows * list * sizeof(int32_t)));
+    }
     size_t bytes = 0;
     if (fp_status s = fp_prefill_workspace(&p, &policy, &exec, &bytes); s != FP_OK) return s;
     void* workspace = workspace_.Reserve(bytes);

@@ -67,7 +67,7 @@ class Attention {
   int threads_ = GGML_DEFAULT_N_THREADS;
   ggml_backend_t cpu_ = nullptr; // made when it is first needed
   Reading reading_;
-  Buffer workspace_, bits_, counts_, kept_, k_, v_;
+  Buffer workspace_, bits_, counts_, lines_, lists_, kept_, k_, v_;
   std::string warned_; // the last warning, so that it is given once
 };
 

@@ -58,6 +58,10 @@ BlockMask DescribeMask(const Problem& p, const Policy& policy) {
   const VerticalSlashRoom room = VerticalSlashRoomOf(p, policy);
   m.max_verticals = static_cast<int32_t>(room.verticals);
   m.max_slashes = static_cast<int32_t>(room.slashes);
+  const KeyListRoom lists = KeyListRoomOf(p, policy);
+  m.max_keys = static_cast<int32_t>(lists.keys);
+  m.segment_tiles = static_cast<int32_t>(lists.segment_tiles);
+  m.segment_rows = SegmentRows(p, m);
   return m;
 }
 
@@ -68,6 +72,7 @@ BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
   m.counts = workspace.Take<int32_t>(m.heads * m.tile_rows);
   m.fallback = workspace.Take<int32_t>(p.batch);
   m.vertical_slash = workspace.Take<int32_t>(int64_t{p.batch} * m.heads * VerticalSlashStride(m));
+  m.key_lists = workspace.Take<int32_t>(m.heads * m.segment_rows * KeyListStride(m));
   return m;
 }
 
@@ -204,6 +209,7 @@ fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, f
     described.counts = mask->counts;
     described.fallback = mask->fallback;
     described.vertical_slash = mask->vertical_slash;
+    described.key_lists = mask->key_lists;
     *mask = described;
   });
 }
@@ -213,6 +219,7 @@ fp_status fp_mask_stats(const fp_problem* problem, const fp_block_mask* mask, fp
     ValidateProblem(problem);
     ValidateMask(mask, *problem);
     ValidateVerticalSlash(*mask, *problem);
+    ValidateKeyLists(*mask, *problem);
     CheckPointer("stats", stats);
     const Problem& p = *problem;
     if (p.device != FP_CPU) Refuse("device", p.device, "FP_CPU (0): copy the mask to the host first");
@@ -282,6 +289,7 @@ fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const 
     ValidateProblem(problem);
     ValidateMask(mask, *problem);
     ValidateVerticalSlash(*mask, *problem);
+    ValidateKeyLists(*mask, *problem);
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);

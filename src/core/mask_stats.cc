@@ -3,6 +3,7 @@
 
 #include <bit>
 
+#include "core/key_list.h"
 #include "core/vertical_slash.h"
 
 namespace flashprefill {
@@ -23,8 +24,14 @@ void CountKept(const Problem& p, const BlockMask& mask, const Stats& stats) {
         for (int64_t w = 0; w < g.words; ++w) kept += std::popcount(VisibleWord(row, w, tile.visible));
         if (HasVerticalSlash(mask))
           kept += DivUp<int64_t>(VerticalSlashKeys(g, s, tile, VerticalSlash::Of(mask, b, h), row), g.block_size);
+        kept += ListedBlocks(g, s, tile, KeyList::OfTile(mask, s, h, m), row);
       }
       stats.kept[int64_t{b} * g.mask_heads + h] = kept;
+    }
+    for (int h = 0; stats.overflowed && h < g.mask_heads; ++h) {
+      int64_t overflowed = 0;
+      for (int64_t i = 0; i < Segments(mask, s); ++i) overflowed += KeyList::Of(mask, s, h, i).overflows();
+      stats.overflowed[int64_t{b} * g.mask_heads + h] = overflowed;
     }
   }
 }

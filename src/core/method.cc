@@ -119,6 +119,7 @@ void InitPolicy(const Method& method, Policy& policy) {
   policy.sink_blocks = method.common.sink_blocks;
   policy.window_blocks = method.common.window_blocks;
   policy.dense_tail_blocks = method.common.dense_tail_blocks;
+  policy.share_heads = method.common.share_heads;
   for (const Field& field : method.fields) {
     if (!IsTable(field)) SetField(policy, field, field.initial);
   }
@@ -162,6 +163,11 @@ int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, co
 VerticalSlashRoom VerticalSlashRoomOf(const Problem& p, const Policy& policy) {
   const Method& method = MethodOf(policy);
   return method.vertical_slash_room ? method.vertical_slash_room(p, policy) : VerticalSlashRoom{};
+}
+
+KeyListRoom KeyListRoomOf(const Problem& p, const Policy& policy) {
+  const Method& method = MethodOf(policy);
+  return method.key_list_room ? method.key_list_room(p, policy) : KeyListRoom{};
 }
 
 } // namespace flashprefill

@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 
+#include "core/key_list.h"
 #include "core/types.h"
 #include "core/vertical_slash.h"
 
@@ -21,7 +22,7 @@ using Field = fp_policy_field;
 
 // Defaults of the fields that all policies share.
 struct CommonDefaults {
-  int32_t block_size = 128, sink_blocks = 2, window_blocks = 4, dense_tail_blocks = 2;
+  int32_t block_size = 128, sink_blocks = 2, window_blocks = 4, dense_tail_blocks = 2, share_heads = 0;
 };
 
 struct Method {
@@ -39,6 +40,7 @@ struct Method {
   bool (*keeps_everything)(const Policy&) = nullptr;                           // whatever the scores are: a share of 1
   bool (*too_short)(const Problem&, const Policy&, const Sequence&) = nullptr; // to select for
   VerticalSlashRoom (*vertical_slash_room)(const Problem&, const Policy&) = nullptr;
+  KeyListRoom (*key_list_room)(const Problem&, const Policy&) = nullptr;
 };
 
 std::span<const Method* const> Methods();     // all of this build, by folder
@@ -100,6 +102,7 @@ int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, co
 
 // What a mask of this policy needs room for.
 VerticalSlashRoom VerticalSlashRoomOf(const Problem& p, const Policy& policy);
+KeyListRoom KeyListRoomOf(const Problem& p, const Policy& policy);
 
 // Text: see fp_policy_parse and fp_policy_print.
 size_t ParsePolicy(const char* text, void* policy, size_t size); // returns the bytes that the policy takes

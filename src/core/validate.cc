@@ -116,6 +116,21 @@ void CheckIndexArrays(const Problem& p) {
   }
 }
 
+// The geometry of a mask's key lists.
+void CheckKeyListRoom(const BlockMask& m, const Problem& p, bool needs_lists) {
+  CheckRange("mask.max_keys", m.max_keys, 0, kMaxTokens);
+  if (!HasKeyLists(m)) return;
+  CheckRange("mask.segment_tiles", m.segment_tiles, 1, kMaxTokens);
+  if (m.segment_rows != SegmentRows(p, m)) {
+    Refuse("mask.segment_rows", m.segment_rows,
+           std::to_string(SegmentRows(p, m)) + ", as fp_mask_describe says for this problem");
+  }
+  if (HasVerticalSlash(m)) Refuse("mask.max_keys", m.max_keys, "0 where the mask has verticals or slashes");
+  if (!p.causal) Refuse("causal", 0, "1 where the mask has key lists");
+  if (needs_lists && !m.key_lists && m.heads * m.segment_rows > 0)
+    Refuse("mask.key_lists", "NULL", "the address of the mask's key lists");
+}
+
 } // namespace
 
 void ValidateProblem(const Problem* problem) {
@@ -214,6 +229,7 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
     if (needs_bits && !m.vertical_slash && p.batch > 0)
       Refuse("mask.vertical_slash", "NULL", "the address of the mask's verticals and slashes");
   }
+  CheckKeyListRoom(m, p, needs_bits);
   if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0)
     Refuse("mask.bits", "NULL", "the address of the mask's words");
   if (reinterpret_cast<uintptr_t>(m.bits) % alignof(uint64_t) != 0) Refuse("mask.bits", m.bits, "aligned to 8 bytes");
@@ -240,6 +256,30 @@ void ValidateVerticalSlash(const BlockMask& m, const Problem& p) {
   }
 }
 
+void ValidateKeyLists(const BlockMask& m, const Problem& p) {
+  if (!HasKeyLists(m) || p.device != FP_CPU) return;
+  for (int b = 0; b < p.batch; ++b) {
+    const Sequence s = SequenceOf(p, b);
+    for (int h = 0; h < m.heads; ++h) {
+      for (int64_t i = 0; i < Segments(m, s); ++i) {
+        const int32_t* at = KeyListAt(m, s, h, i);
+        const auto name = [&] {
+          return "mask.key_lists[" + std::to_string(h) + "][" + std::to_string(SegmentBase(m, s) + i) + "]";
+        };
+        if (at[0] < 0 || at[0] > m.max_keys) CheckRange(name() + "[0]", at[0], 0, m.max_keys);
+        if (at[1] < at[0])
+          Refuse(name() + "[1]", at[1], "at least the keys in the list (" + std::to_string(at[0]) + ")");
+        const int32_t* keys = at + 2;
+        for (int32_t k = 0, least = 0; k < at[0]; least = keys[k++] + 1) {
+          if (keys[k] >= least && keys[k] < s.k_len) continue;
+          Refuse(name() + "'s key " + std::to_string(k), keys[k],
+                 "above the one before it, and from 0 to " + std::to_string(s.k_len - 1));
+        }
+      }
+    }
+  }
+}
+
 void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& p) {
   const auto check = [](const char* name, int32_t is, int32_t must_be) {
     if (is != must_be) Refuse(name, is, "the policy's (" + std::to_string(must_be) + ")");
@@ -250,6 +290,9 @@ void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& 
   const VerticalSlashRoom room = VerticalSlashRoomOf(p, policy);
   check("mask.max_verticals", mask.max_verticals, static_cast<int32_t>(room.verticals));
   check("mask.max_slashes", mask.max_slashes, static_cast<int32_t>(room.slashes));
+  const KeyListRoom lists = KeyListRoomOf(p, policy);
+  check("mask.max_keys", mask.max_keys, static_cast<int32_t>(lists.keys));
+  if (lists.keys > 0) check("mask.segment_tiles", mask.segment_tiles, static_cast<int32_t>(lists.segment_tiles));
 }
 
 void ValidateOutput(const Output* output, const Problem& p) {

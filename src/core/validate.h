@@ -11,7 +11,8 @@ void ValidateProblem(const Problem* problem);
 void ValidatePolicy(const Policy* policy, const Problem& problem);
 void ValidateMask(const BlockMask* mask, const Problem& problem, bool needs_bits = true);
 void ValidateVerticalSlash(const BlockMask& mask,
-                           const Problem& problem); // what a mask to be attended to has written there
+                           const Problem& problem);                   // what a mask to be attended to has written there
+void ValidateKeyLists(const BlockMask& mask, const Problem& problem); // the same
 void ValidateMaskOf(const BlockMask& mask, const Policy& policy,
                     const Problem& problem); // that it is a mask that this policy makes
 void ValidateOutput(const Output* output, const Problem& problem);

@@ -1,8 +1,8 @@
 # Highway's headers are all we use of it: targets are chosen by our own table, so nothing of it is linked.
 find_path(HIGHWAY_INCLUDE_DIR hwy/highway.h REQUIRED)
 target_include_directories(flashprefill_objects SYSTEM PRIVATE ${HIGHWAY_INCLUDE_DIR})
-flashprefill_add_backend(Cpu SOURCES backend.cc frame.cc top_p.cc simd/targets.cc
-                         attend/attend.cc attend/kernels.cc attend/tile.cc
+flashprefill_add_backend(Cpu SOURCES backend.cc frame.cc key_threshold.cc top_p.cc simd/targets.cc
+                         attend/attend.cc attend/kernels.cc attend/segment.cc attend/tile.cc
                          energies/energies.cc energies/kernels.cc energies/panels.cc energies/similarity_kernels.cc
                          strided/kernels.cc strided/strided.cc
                          vertical_slash/kernels.cc vertical_slash/pooled_map.cc vertical_slash/vertical_slash.cc)

@@ -1,6 +1,7 @@
 // See frame.h.
 #include "cpu/frame.h"
 
+#include "core/key_list.h"
 #include "core/method.h"
 #include "core/threads.h"
 #include "core/vertical_slash.h"
@@ -23,9 +24,17 @@ SelectFrame::SelectFrame(const SelectCall& call, const ItemShape& shape, BlockMa
   }
   capacity_ = std::max(longest, std::min(all, shape.wave_panels));
   threads_ = static_cast<int>(std::clamp<int64_t>(std::max(items, shape.units), 1, ThreadCount(call.exec.threads)));
-  if (!mask || !HasVerticalSlash(*mask)) return;
-  for (int b = 0; b < call.p.batch; ++b) {
-    for (int h = 0; h < call.g.mask_heads; ++h) std::fill_n(VerticalSlashAt(*mask, b, h), 2, 0);
+  if (mask) EmptyLists(*mask);
+}
+
+// Of the sequences that nothing is chosen for, too.
+void SelectFrame::EmptyLists(const BlockMask& mask) const {
+  for (int b = 0; b < call_.p.batch; ++b) {
+    const Sequence s = SequenceOf(call_.p, b);
+    for (int h = 0; h < call_.g.mask_heads; ++h) {
+      if (HasVerticalSlash(mask)) std::fill_n(VerticalSlashAt(mask, b, h), 2, 0);
+      for (int64_t i = 0; i < Segments(mask, s); ++i) std::fill_n(KeyListAt(mask, s, h, i), 2, 0);
+    }
   }
 }
 
@@ -62,8 +71,10 @@ int64_t SelectFrame::Items(const Sequence& s) const {
 Item SelectFrame::ItemAt(const Sequence& s, int64_t i, MaskRow* rows) const {
   const Geometry& g = call_.g;
   const int64_t run = Run(s), most = std::min(shape_.rows, run), items = DivUp(run, most);
-  const int64_t first = i / items * run, begin = first + i % items * most;
-  const int64_t count = std::min(most, first + run - begin);
+  // The rest comes first: items of several tiles hold whole multiples of `most` from the first tile on.
+  const int64_t rest = run - (items - 1) * most, of_run = i % items;
+  const int64_t begin = i / items * run + (of_run == 0 ? 0 : rest + (of_run - 1) * most);
+  const int64_t count = of_run == 0 ? rest : most;
   for (int64_t r = 0; r < count; ++r) {
     if (r == 0 || (begin + r) % shape_.heads == 0) {
       rows[r] = RowAt(s, begin + r);
@@ -118,6 +129,7 @@ void SelectFrame::FinishRows(const Item& item) const {
       const VerticalSlash extra = VerticalSlash::Of(*mask_, item.s.index, row.head);
       count += DivUp<int64_t>(VerticalSlashKeys(g, item.s, row.tile, extra, row.bits), g.block_size);
     }
+    count += ListedBlocks(g, item.s, row.tile, KeyList::OfTile(*mask_, item.s, row.head, row.m), row.bits);
     mask_->counts[row.index] = static_cast<int32_t>(count);
   }
 }

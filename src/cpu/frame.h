@@ -53,7 +53,7 @@ struct ItemShape {
   static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
   int heads = 1;
   bool one_tile = false;      // an item's rows are all of one tile; else all of one group of heads
-  int64_t rows = kAll;        // per item, at most
+  int64_t rows = kAll;        // per item, at most: fewer in the first item of a list
   int64_t units = 0;          // of the longest phase of Describe, an upper bound: more threads are of no use
   int64_t wave_panels = kAll; // short sequences share waves of so many panels
 };
@@ -146,6 +146,7 @@ class SelectFrame {
   int64_t Items(const Sequence& s) const;
   Item ItemAt(const Sequence& s, int64_t i, MaskRow* rows) const;
   MaskRow RowAt(const Sequence& s, int64_t i) const;
+  void EmptyLists(const BlockMask& mask) const;
   bool ClearRows(const Item& item) const; // whether some row is to be chosen for
   void FinishRows(const Item& item) const;
   int SequenceOfWork(int64_t unit) const;

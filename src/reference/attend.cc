@@ -2,6 +2,7 @@
 // correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens.
 #include <cmath>
 
+#include "core/key_list.h"
 #include "core/vertical_slash.h"
 #include "reference/reference.h"
 
@@ -14,14 +15,41 @@ struct Entry {
   const double* value;
 };
 
-// The keys, values and, where asked for, block means of one KV head of one sequence.
+// The keys and values of one KV head of one sequence.
 struct KeyValues {
-  Matrix keys, values, key_means, value_means;
+  Matrix keys, values;
 };
 
-// The keys that the mask's verticals and slashes add to a tile, as flags.
-std::vector<uint8_t> KeysOnVerticalSlash(const Sequence& s, const Tile& tile, const VerticalSlash& extra) {
+// What stands for each block where it is left out: the means of its keys that are in no list, and how many these are.
+struct Means {
+  Matrix keys, values;
+  std::vector<int64_t> count;
+};
+
+Means MeansOf(const Problem& p, const Geometry& g, const Sequence& s, const KeyValues& kv, const KeyList& list) {
+  std::vector<uint8_t> listed(static_cast<size_t>(s.k_len));
+  for (int64_t i = 0; i < list.count; ++i) listed[list.keys[i]] = 1;
+  Means means{Matrix(g.Blocks(s), p.head_dim), Matrix(g.Blocks(s), p.head_dim), {}};
+  for (int64_t b = 0; b < g.Blocks(s); ++b) {
+    std::vector<int64_t> rest;
+    for (int64_t t = b * g.block_size; t < b * g.block_size + g.BlockKeys(s, b); ++t) {
+      if (!listed[t]) rest.push_back(t);
+    }
+    means.count.push_back(static_cast<int64_t>(rest.size()));
+    for (int64_t d = 0; d < p.head_dim && !rest.empty(); ++d) {
+      double key = 0, value = 0;
+      for (const int64_t t : rest) key += kv.keys[t][d], value += kv.values[t][d];
+      means.keys[b][d] = Rounded(p.k.dtype, key / static_cast<double>(rest.size()));
+      means.values[b][d] = Rounded(p.v.dtype, value / static_cast<double>(rest.size()));
+    }
+  }
+  return means;
+}
+
+// The keys that the mask's verticals and slashes, or its key lists, add to a tile, as flags.
+std::vector<uint8_t> ExtraKeys(const Sequence& s, const Tile& tile, const VerticalSlash& extra, const KeyList& list) {
   std::vector<uint8_t> on_extra(static_cast<size_t>(s.k_len));
+  for (int64_t i = 0; i < list.count; ++i) on_extra[list.keys[i]] = 1;
   for (int64_t i = 0; i < extra.vertical_count; ++i) {
     if (extra.verticals[i] < s.k_len) on_extra[extra.verticals[i]] = 1;
   }
@@ -36,8 +64,8 @@ std::vector<uint8_t> KeysOnVerticalSlash(const Sequence& s, const Tile& tile, co
 
 // What row `q` at `position` attends to.
 void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, const Sequence& s, const Tile& tile,
-                 const uint64_t* bits, const std::vector<uint8_t>& on_extra, const KeyValues& kv, const double* q,
-                 int64_t position, std::vector<Entry>& entries) {
+                 const uint64_t* bits, const std::vector<uint8_t>& on_extra, const KeyValues& kv, const Means& means,
+                 const double* q, int64_t position, std::vector<Entry>& entries) {
   entries.clear();
   const double scale = p.softmax_scale;
   for (int64_t b = 0; b < tile.visible; ++b) {
@@ -48,10 +76,13 @@ void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, con
       for (int64_t t = begin; t < end; ++t) {
         entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t]});
       }
-    } else if (mask.mean_correction && b < tile.full) {
-      entries.push_back(
-          {scale * Dot(q, kv.key_means[b], p.head_dim), static_cast<double>(g.BlockKeys(s, b)), kv.value_means[b]});
-    } else if (HasVerticalSlash(mask)) {
+      continue;
+    }
+    if (mask.mean_correction && b < tile.full && means.count[b] > 0) {
+      const double weight = static_cast<double>(means.count[b]);
+      entries.push_back({scale * Dot(q, means.keys[b], p.head_dim), weight, means.values[b]});
+    }
+    if (HasVerticalSlash(mask) || HasKeyLists(mask)) {
       const int64_t end = std::min(begin + g.BlockKeys(s, b), position + 1);
       for (int64_t t = begin; t < end; ++t) {
         if (on_extra[t]) entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t]});
@@ -85,12 +116,16 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
   auto attend_head = [&](const Sequence& s, int64_t head, const KeyValues& kv) {
     const Matrix queries = LoadQueries(p, s, head);
     const VerticalSlash extra = VerticalSlash::Of(mask, s.index, head);
+    Means means; // of a segment; without key lists of all tiles
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
       const uint64_t* bits = mask.bits + g.Row(s, head / g.heads_per_tile, m) * g.words;
-      const std::vector<uint8_t> on_extra = KeysOnVerticalSlash(s, tile, extra);
+      const KeyList list = KeyList::OfTile(mask, s, head / g.heads_per_tile, m);
+      const std::vector<uint8_t> on_extra = ExtraKeys(s, tile, extra, list);
+      const bool begins = m == 0 || (HasKeyLists(mask) && m % mask.segment_tiles == 0);
+      if (mask.mean_correction && begins) means = MeansOf(p, g, s, kv, list);
       for (int64_t i = tile.begin; i < tile.end; ++i) {
-        ListEntries(p, mask, g, s, tile, bits, on_extra, kv, queries[i], s.prefix + i, entries);
+        ListEntries(p, mask, g, s, tile, bits, on_extra, kv, means, queries[i], s.prefix + i, entries);
         const double lse = Softmax(entries, out);
         const int64_t row = RowOffset(p, output.out.stride, s, i, head);
         for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -104,11 +139,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
   for (int b = 0; b < p.batch; ++b) {
     const Sequence s = SequenceOf(p, b);
     for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
-      KeyValues kv{LoadKeys(p, p.k, s, kv_head), LoadKeys(p, p.v, s, kv_head), {}, {}};
-      if (mask.mean_correction) {
-        kv.key_means = BlockMeans(g, s, kv.keys, p.k.dtype);
-        kv.value_means = BlockMeans(g, s, kv.values, p.v.dtype);
-      }
+      const KeyValues kv{LoadKeys(p, p.k, s, kv_head), LoadKeys(p, p.v, s, kv_head)};
       for (int64_t h = kv_head * g.group; h < (kv_head + 1) * g.group; ++h) attend_head(s, h, kv);
     }
   }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "core/key_list.h"
 #include "core/types.h"
 
 namespace flashprefill::reference {
@@ -63,6 +64,13 @@ struct TileChoice {
                                  // within the tolerance
 };
 
+// The keys that a policy gathers for a segment, one entry per key before the segment's own blocks.
+struct KeyChoice {
+  std::vector<double> energy; // up to a factor common to the segment; 0 for keys that are not ranked
+  std::vector<uint8_t> kept, near_tie;
+  int64_t wanted = 0; // as many would be kept if the list had room
+};
+
 // Everything that a method may read when it selects for one mask head of one sequence. V is not part of it.
 struct HeadView {
   const Problem& problem;
@@ -80,6 +88,8 @@ class HeadSelector {
   virtual TileChoice Choose(const Tile& tile) const = 0;
   // Keys finer than blocks, for all tiles: verticals and slashes, ascending.
   virtual void ChooseVerticalSlash(std::vector<int32_t>& /*verticals*/, std::vector<int32_t>& /*slashes*/) const {}
+  // The key list of segment i.
+  virtual KeyChoice ChooseKeys(int64_t /*i*/) const { return {}; }
 };
 
 // Scored blocks by energy, largest first, equal ones by index: the order that mass, gain and min_blocks go by.
@@ -88,9 +98,11 @@ std::vector<int64_t> Ranking(const TileChoice& choice);
 // Sets choice.kept from energy, scored and rule.
 void ApplyRule(TileChoice& choice);
 
-// Select. Tests may pass an observer, which is called for each tile that was scored.
+// Select. Tests may pass observers, which are called for each tile that was scored and for each segment.
 using Observer = std::function<void(const Sequence& s, int64_t mask_head, int64_t m, const TileChoice& choice)>;
-void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer = nullptr);
+using KeyObserver = std::function<void(const Sequence& s, int64_t mask_head, int64_t i, const KeyChoice& choice)>;
+void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer = nullptr,
+            const KeyObserver& key_observer = nullptr);
 
 void Attend(const Problem& p, const BlockMask& mask, const Output& output);
 

@@ -3,7 +3,20 @@
 #include "reference/selector.h"
 
 namespace flashprefill::reference {
-void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer) {
+namespace {
+
+void WriteList(const KeyChoice& choice, int32_t* list) {
+  list[0] = 0;
+  list[1] = static_cast<int32_t>(choice.wanted);
+  for (size_t key = 0; key < choice.kept.size(); ++key) {
+    if (choice.kept[key]) list[2 + list[0]++] = static_cast<int32_t>(key);
+  }
+}
+
+} // namespace
+
+void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Observer& observer,
+            const KeyObserver& key_observer) {
   const Geometry g = Geometry::Of(p, policy);
 
   auto select_head = [&](const Sequence& s, int64_t mask_head, bool everything) {
@@ -25,6 +38,11 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Obser
       vertical_slash[1] = static_cast<int32_t>(distances.size());
       std::copy(columns.begin(), columns.end(), vertical_slash + 2);
       std::copy(distances.begin(), distances.end(), vertical_slash + 2 + mask.max_verticals);
+    }
+    for (int64_t i = 0; i < Segments(mask, s); ++i) {
+      const KeyChoice choice = selector ? selector->ChooseKeys(i) : KeyChoice{};
+      WriteList(choice, KeyListAt(mask, s, mask_head, i));
+      if (selector && key_observer) key_observer(s, mask_head, i, choice);
     }
     for (int64_t m = 0; m < g.Tiles(s); ++m) {
       const Tile tile = g.TileOf(p, s, m);
@@ -48,6 +66,8 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Obser
         for (int64_t b = 0; b < tile.visible; ++b) mask.counts[row] += TestBit(bits, b);
         const int64_t keys = VerticalSlashKeys(g, s, tile, VerticalSlash::Of(mask, s.index, mask_head), bits);
         mask.counts[row] += static_cast<int32_t>(DivUp<int64_t>(keys, g.block_size));
+        mask.counts[row] +=
+            static_cast<int32_t>(ListedBlocks(g, s, tile, KeyList::OfTile(mask, s, mask_head, m), bits));
       }
     }
   };

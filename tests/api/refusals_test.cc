@@ -106,6 +106,25 @@ const std::vector<Refusal>& Refusals() {
       {"mask_vertical_slash_null",
        [](Call& c) { c.use_mask = true, c.mask.max_slashes = 5; },
        {"mask.vertical_slash is NULL"}},
+      {"mask_keys_room",
+       [](Call& c) {
+         static int32_t lists[64];
+         c.use_mask = true, c.mask.max_keys = 5, c.mask.segment_tiles = 1000, c.mask.key_lists = lists;
+         c.mask.segment_rows = c.problem.batch;
+       },
+       {"mask.max_keys is 5", "policy's (0)"}},
+      {"mask_segment_tiles",
+       [](Call& c) { c.use_mask = true, c.mask.max_keys = 5; },
+       {"mask.segment_tiles is 0", "from 1"}},
+      {"mask_segment_rows",
+       [](Call& c) { c.use_mask = true, c.mask.max_keys = 5, c.mask.segment_tiles = 1, c.mask.segment_rows = 77; },
+       {"mask.segment_rows is 77", "fp_mask_describe"}},
+      {"mask_keys_and_lines",
+       [](Call& c) {
+         c.use_mask = true, c.mask.max_keys = c.mask.max_slashes = 5, c.mask.segment_tiles = 1000;
+         c.mask.segment_rows = c.problem.batch;
+       },
+       {"mask.max_keys is 5", "0 where the mask has verticals or slashes"}},
       {"exec_size", [](Call& c) { c.exec.struct_size = 1; }, {"exec.struct_size is 1"}},
       {"threads", [](Call& c) { c.exec.threads = -1; }, {"exec.threads is -1"}},
       {"backend", [](Call& c) { c.exec.backend = "quantum"; }, {"exec.backend is quantum", "reference"}},

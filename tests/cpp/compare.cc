@@ -7,6 +7,8 @@
 #include <cstring>
 #include <limits>
 
+#include "core/key_list.h"
+
 namespace flashprefill::test {
 namespace {
 
@@ -118,10 +120,58 @@ void TieCount::Print() const {
 
 ExpectedMask::ExpectedMask(const fp_problem& problem, const AnyPolicy& policy)
     : problem_(problem), policy_(policy), mask_(problem, policy.get()) {
-  reference::Select(problem, *policy.get(), mask_.view,
-                    [&](const Sequence& s, int64_t head, int64_t m, const reference::TileChoice& choice) {
-                      choices_[{s.index, head, m}] = choice;
-                    });
+  reference::Select(
+      problem, *policy.get(), mask_.view,
+      [&](const Sequence& s, int64_t head, int64_t m, const reference::TileChoice& choice) {
+        choices_[{s.index, head, m}] = choice;
+      },
+      [&](const Sequence& s, int64_t head, int64_t i, const reference::KeyChoice& choice) {
+        keys_[{s.index, head, i}] = choice;
+      });
+}
+
+// Lists hold the same keys but for those near a tie, ascending, and as many were wanted.
+testing::AssertionResult ExpectedMask::ListsAgree(const Mask& actual, TieCount& ties) const {
+  const auto list_agrees = [&](const Sequence& s, int64_t head, int64_t i) {
+    const auto where = [&] {
+      return testing::AssertionFailure() << "list of sequence " << s.index << ", mask head " << head << ", segment "
+                                         << i << ": ";
+    };
+    const KeyList want = KeyList::Of(mask_.view, s, head, i), have = KeyList::Of(actual.view, s, head, i);
+    const auto found = keys_.find({s.index, head, i});
+    const size_t keys = found == keys_.end() ? 0 : found->second.kept.size();
+    std::vector<uint8_t> is_kept(keys);
+    if (have.count < 0 || have.count > actual.view.max_keys) return where() << have.count << " keys";
+    for (int64_t k = 0; k < have.count; ++k) {
+      const int32_t key = have.keys[k];
+      if (key < 0 || key >= static_cast<int64_t>(keys)) return where() << "key " << key << " is none of its " << keys;
+      if (k > 0 && key <= have.keys[k - 1]) return where() << "key " << key << " after " << have.keys[k - 1];
+      is_kept[key] = 1;
+    }
+    int64_t open = 0;
+    for (size_t key = 0; key < keys; ++key) {
+      open += found->second.near_tie[key];
+      ties.bits += found->second.energy[key] > 0;
+      ties.near_ties += found->second.near_tie[key] && found->second.energy[key] > 0;
+      if (is_kept[key] == found->second.kept[key] || found->second.near_tie[key]) continue;
+      return where() << "key " << key << " is " << int{is_kept[key]} << ", expected " << int{!is_kept[key]}
+                     << "; its energy is " << found->second.energy[key];
+    }
+    if (std::abs(want.wanted - have.wanted) > open && want.wanted <= want.count) {
+      return where() << have.wanted << " keys are wanted, expected " << want.wanted;
+    }
+    if (want.overflows() != have.overflows() && open == 0) return where() << "it overflows, or not";
+    return testing::AssertionSuccess();
+  };
+  for (int b = 0; b < problem_.batch; ++b) {
+    const Sequence s = SequenceOf(problem_, b);
+    for (int64_t h = 0; h < mask_.view.heads; ++h) {
+      for (int64_t i = 0; i < Segments(mask_.view, s); ++i) {
+        if (auto result = list_agrees(s, h, i); !result) return result;
+      }
+    }
+  }
+  return testing::AssertionSuccess();
 }
 
 testing::AssertionResult ExpectedMask::Agrees(const Mask& actual, TieCount& ties) const {
@@ -150,11 +200,14 @@ testing::AssertionResult ExpectedMask::Agrees(const Mask& actual, TieCount& ties
       if (choice && block < tile.visible) failure << ", its energy is " << choice->energy[block];
       return failure;
     }
+    const KeyList list = KeyList::OfTile(actual.view, s, head, m);
+    count += static_cast<int32_t>(ListedBlocks(g, s, tile, list, actual.Row(row)));
     if (actual.counts[row] == count) return testing::AssertionSuccess();
     return testing::AssertionFailure() << "count of sequence " << s.index << ", mask head " << head << ", tile " << m
-                                       << " is " << actual.counts[row] << ", its bits are " << count;
+                                       << " is " << actual.counts[row] << ", what it keeps is " << count;
   };
 
+  if (auto result = ListsAgree(actual, ties); !result) return result;
   for (int b = 0; b < p.batch; ++b) {
     const Sequence s = SequenceOf(p, b);
     if (actual.fallback[b] != mask_.fallback[b]) {
@@ -181,6 +234,12 @@ testing::AssertionResult SameMask(const fp_problem& p, const Mask& expected, con
         if (expected.counts[row] != actual.counts[row] ||
             std::memcmp(expected.Row(row), actual.Row(row), static_cast<size_t>(g.words) * 8) != 0) {
           return testing::AssertionFailure() << "mask of sequence " << b << ", mask head " << h << ", tile " << m;
+        }
+      }
+      for (int64_t i = 0; i < Segments(expected.view, s); ++i) {
+        const KeyList want = KeyList::Of(expected.view, s, h, i), have = KeyList::Of(actual.view, s, h, i);
+        if (want.wanted != have.wanted || expected.Keys(s, h, i) != actual.Keys(s, h, i)) {
+          return testing::AssertionFailure() << "keys of sequence " << b << ", mask head " << h << ", segment " << i;
         }
       }
     }

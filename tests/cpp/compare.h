@@ -35,14 +35,17 @@ class ExpectedMask {
  public:
   ExpectedMask(const fp_problem& problem, const AnyPolicy& policy);
   const Mask& mask() const { return mask_; }
-  // Every word of every used row, counts and fallbacks.
+  // Every word of every used row, lists of keys, counts and fallbacks.
   testing::AssertionResult Agrees(const Mask& actual, TieCount& ties) const;
 
  private:
   const fp_problem& problem_;
   AnyPolicy policy_;
   Mask mask_;
+  testing::AssertionResult ListsAgree(const Mask& actual, TieCount& ties) const;
+
   std::map<std::tuple<int, int64_t, int64_t>, reference::TileChoice> choices_; // by sequence, mask head, tile
+  std::map<std::tuple<int, int64_t, int64_t>, reference::KeyChoice> keys_;     // by sequence, mask head, segment
 };
 
 // Bit for bit in all rows that belong to a tile.

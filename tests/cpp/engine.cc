@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "core/backend.h"
+#include "core/key_list.h"
 #include "core/vertical_slash.h"
 
 namespace flashprefill::test {
@@ -130,6 +131,7 @@ Mask::Mask(const fp_problem& problem, const fp_policy* policy) {
   counts.assign(static_cast<size_t>(view.heads * view.tile_rows), -99);
   fallback.assign(static_cast<size_t>(problem.batch), -99);
   vertical_slash.assign(static_cast<size_t>(problem.batch * view.heads * VerticalSlashStride(view)), -99);
+  key_lists.assign(static_cast<size_t>(view.heads * view.segment_rows * KeyListStride(view)), -99);
   PointAtOwn();
 }
 
@@ -139,6 +141,7 @@ Mask& Mask::operator=(const Mask& other) {
   counts = other.counts;
   fallback = other.fallback;
   vertical_slash = other.vertical_slash;
+  key_lists = other.key_lists;
   PointAtOwn();
   return *this;
 }
@@ -148,6 +151,12 @@ void Mask::PointAtOwn() {
   view.counts = counts.data();
   view.fallback = fallback.data();
   view.vertical_slash = vertical_slash.empty() ? nullptr : vertical_slash.data();
+  view.key_lists = key_lists.empty() ? nullptr : key_lists.data();
+}
+
+std::vector<int32_t> Mask::Keys(const Sequence& s, int64_t head, int64_t segment) const {
+  const KeyList list = KeyList::Of(view, s, head, segment);
+  return {list.keys, list.keys + list.count};
 }
 
 Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
@@ -161,6 +170,32 @@ Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, boo
   for (uint64_t& word : mask.bits) {
     for (int bit = 0; bit < 64; ++bit) {
       if (!keep(random)) word &= ~(uint64_t{1} << bit);
+    }
+  }
+  return mask;
+}
+
+Mask WithKeyLists(const fp_problem& problem, Mask mask, int segment_tiles, int max_keys, double density,
+                  uint64_t seed) {
+  mask.view.segment_tiles = segment_tiles;
+  mask.view.max_keys = max_keys;
+  mask.view.segment_rows = SegmentRows(problem, mask.view);
+  mask.key_lists.assign(static_cast<size_t>(mask.view.heads * mask.view.segment_rows * KeyListStride(mask.view)), -99);
+  mask.PointAtOwn();
+  std::mt19937_64 random(seed);
+  std::bernoulli_distribution keep(density);
+  for (int b = 0; b < problem.batch; ++b) {
+    const Sequence s = SequenceOf(problem, b);
+    for (int h = 0; h < mask.view.heads; ++h) {
+      for (int64_t i = 0; i < Segments(mask.view, s); ++i) {
+        int32_t* list = KeyListAt(mask.view, s, h, i);
+        list[0] = list[1] = 0;
+        for (int64_t t = 0; t < s.k_len; ++t) {
+          if (!keep(random)) continue;
+          if (list[0] < max_keys) list[2 + list[0]++] = static_cast<int32_t>(t);
+          ++list[1];
+        }
+      }
     }
   }
   return mask;

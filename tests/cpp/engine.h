@@ -27,7 +27,7 @@ std::vector<Engine> AllEngines();   // the reference too
 struct Mask {
   fp_block_mask view{};
   std::vector<uint64_t> bits;
-  std::vector<int32_t> counts, fallback, vertical_slash;
+  std::vector<int32_t> counts, fallback, vertical_slash, key_lists;
 
   Mask() = default;
   Mask(const fp_problem& problem, const fp_policy* policy);
@@ -37,11 +37,16 @@ struct Mask {
 
   uint64_t* Row(int64_t row) { return bits.data() + row * view.words; }
   const uint64_t* Row(int64_t row) const { return bits.data() + row * view.words; }
+  std::vector<int32_t> Keys(const Sequence& s, int64_t head, int64_t segment) const; // of a list
 };
 
 // A mask with each visible block kept with this probability, and random bits where attend must not look.
 Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
                 uint64_t seed);
+
+// The mask with a list of keys for each segment of so many tiles: each of its keys with this probability, in the future
+// too, and as many as there is room for. Unused room is full of nonsense.
+Mask WithKeyLists(const fp_problem& problem, Mask mask, int segment_tiles, int max_keys, double density, uint64_t seed);
 
 // Outputs in logical order: (sequence, token, head, dim) and (sequence, token, head).
 struct Attended {

@@ -156,13 +156,17 @@ struct Mask {
   explicit Mask(const fp_block_mask& described, int32_t batch)
       : view(described),
         bits(described.heads * described.tile_rows * described.words * 8),
-        lists(Room() > 0 ? int64_t{batch} * described.heads * (2 + Room()) * 4 : 0) {
+        lists(Room() > 0 ? int64_t{batch} * described.heads * (2 + Room()) * 4 : 0),
+        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0) {
     view.bits = reinterpret_cast<uint64_t*>(bits.data);
     view.vertical_slash = reinterpret_cast<int32_t*>(lists.data);
+    view.key_lists = reinterpret_cast<int32_t*>(keys.data);
   }
   int64_t Room() const { return int64_t{view.max_verticals} + view.max_slashes; }
+  int64_t KeyStride() const { return 2 + int64_t{view.max_keys}; }
+  int64_t KeyLists() const { return view.max_keys > 0 ? view.heads * view.segment_rows : 0; }
   fp_block_mask view;
-  Buffer bits, lists;
+  Buffer bits, lists, keys;
 };
 
 // Whether the call was refused; then it has a message, and the outputs are as before.
@@ -180,22 +184,40 @@ void UseMask(const Call& call, const Mask& mask, const fp_exec& exec) {
   if (Refused(fp_attend_workspace(&call.problem(), &mask.view, &exec, &bytes), call, before)) return;
   const Buffer workspace(bytes);
   Refused(fp_attend(&call.problem(), &mask.view, &exec, &call.output(), workspace.data, bytes), call, before);
-  std::vector<int64_t> kept(static_cast<size_t>(call.problem().batch) * mask.view.heads);
+  std::vector<int64_t> kept(static_cast<size_t>(call.problem().batch) * mask.view.heads), overflowed(kept.size());
   fp_stats stats;
   fp_stats_init(&stats);
   stats.kept = kept.data();
+  stats.overflowed = overflowed.data();
   fp_mask_stats(&call.problem(), &mask.view, &stats);
 }
 
-// A mask of Dense's geometry, with lists of its own: ascending in most cases.
+// A mask of Dense's geometry, with lists of its own, of lines or of keys: ascending in most cases.
 void UseMaskByHand(Bytes& in, const Call& call, const fp_exec& exec) {
   const AnyPolicy dense = Dense(16 * (1 + in.Upto(4)));
   fp_block_mask view;
   fp_block_mask_init(&view);
   if (fp_mask_describe(&call.problem(), dense.get(), &view) != FP_OK) return;
-  view.max_verticals = in.Upto(12);
-  view.max_slashes = in.Upto(12);
+  const bool gathers = in.OneIn(2);
+  view.max_verticals = in.Mostly(gathers ? 0 : in.Upto(12));
+  view.max_slashes = in.Mostly(gathers ? 0 : in.Upto(12));
+  view.max_keys = gathers ? in.Upto(40) : 0;
+  view.segment_tiles = in.Mostly(1 + in.Upto(2));
+  if (view.max_verticals < 0 || view.max_verticals > 12 || view.max_slashes < 0 || view.max_slashes > 12) return;
+  if (view.max_keys > 0 && view.segment_tiles > 0) {
+    view.segment_rows =
+        call.problem().total_q / (int64_t{view.segment_tiles} * view.tile_tokens) + call.problem().batch;
+  }
   Mask mask(view, call.problem().batch);
+  for (int64_t list = 0; list < mask.KeyLists(); ++list) {
+    int32_t* at = mask.view.key_lists + list * mask.KeyStride();
+    at[0] = in.Mostly(in.Upto(view.max_keys));
+    at[1] = in.Mostly(at[0] + in.Upto(1));
+    for (int64_t i = 2, next = 0; i < mask.KeyStride(); ++i) {
+      next += in.Upto(3);
+      at[i] = in.Mostly(static_cast<int32_t>(next++));
+    }
+  }
   const int64_t stride = 2 + mask.Room();
   for (int64_t list = 0; mask.Room() > 0 && list < call.problem().batch * view.heads; ++list) {
     int32_t* at = mask.view.vertical_slash + list * stride;
@@ -244,6 +266,9 @@ void Run(Bytes in) {
   }
   for (int i = in.Upto(2); i > 0 && mask.lists.size > 0; --i) {
     mask.view.vertical_slash[in.Raw<uint16_t>() % (mask.lists.size / 4)] += in.Upto(8) - 4;
+  }
+  for (int i = in.Upto(2); i > 0 && mask.keys.size > 0; --i) {
+    mask.view.key_lists[in.Raw<uint16_t>() % (mask.keys.size / 4)] += in.Upto(8) - 4;
   }
   UseMask(call, mask, exec);
 }

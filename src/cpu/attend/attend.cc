@@ -3,16 +3,19 @@
 // holds: a long prompt's heads one by one, so that packed keys stay in the last cache and scratch memory is one head's;
 // hundreds of short ones at once. In a wave all threads pack, then all take tiles from one list with the heaviest tiles
 // first, so that whatever is left at the end is small. A sequence of few queries (decoding) is not packed: its rows
-// read K and V as they lie. A tile's arithmetic is one thread's, in a fixed order: the
-// result does not depend on the number of threads.
+// read K and V as they lie. Where the mask has key lists, what is taken from the list of tiles is a segment: its keys
+// are packed once, by rows from anywhere, and then serve all its tiles. A tile's arithmetic is one thread's, in a fixed
+// order: the result does not depend on the number of threads.
 #include "cpu/attend/attend.h"
 
 #include <atomic>
 #include <numeric>
 
 #include "core/half.h"
+#include "core/key_list.h"
 #include "core/threads.h"
 #include "core/vertical_slash.h"
+#include "cpu/attend/segment.h"
 #include "cpu/attend/tile.h"
 
 namespace flashprefill::cpu {
@@ -29,11 +32,12 @@ struct Pair {
   Packed keys, means;
   std::byte* mean_keys; // [blocks][head_dim], in k's dtype, before they are packed
   std::byte* mean_values;
-  uint64_t* used;     // blocks that some tile keeps: only these are packed
-  int64_t first_unit; // of packing
+  BlockMeans block_means; // with key lists in place of these three
+  uint64_t* used;         // blocks that some tile keeps: only these are packed
+  int64_t first_unit;     // of packing
 };
 
-// One tile of one mask head.
+// One tile of one mask head; with key lists the tiles of one segment, of which it is the first.
 struct Item {
   int64_t kept; // blocks
   int32_t pair, mask_head, tile;
@@ -45,33 +49,49 @@ bool Heavier(const Item& a, const Item& b) {
   return a.pair != b.pair ? a.pair < b.pair : a.mask_head < b.mask_head;
 }
 
-// Whether keys that `q_len` queries see are worth packing: reading them once for each row must not cost more.
-bool WorthPacking(const AttendCall& call, int64_t q_len) {
-  return q_len * call.g.group > kFewRows || call.mask.mean_correction || HasVerticalSlash(call.mask);
+// Whether keys that `q_len` queries see are worth packing: reading them once for each row must not cost more. Rows that
+// read keys as they lie know blocks only.
+bool WorthPacking(const AttendCall& call, int64_t q_len, bool has_lists) {
+  return q_len * call.g.group > kFewRows || call.mask.mean_correction || HasVerticalSlash(call.mask) || has_lists;
+}
+
+// Whether some key list of a pair holds a key.
+bool HasListedKeys(const AttendCall& call, const Sequence& s, int64_t kv_head) {
+  const int64_t mask_heads = call.g.group / call.g.heads_per_tile;
+  for (int64_t h = kv_head * mask_heads; h < (kv_head + 1) * mask_heads; ++h) {
+    for (int64_t i = 0; i < Segments(call.mask, s); ++i) {
+      if (KeyList::Of(call.mask, s, h, i).count > 0) return true;
+    }
+  }
+  return false;
 }
 
 // Cuts the memory of one pair out of a wave's.
-void TakePair(Workspace& memory, const AttendCall& call, int64_t q_len, int64_t k_len, Pair& pair) {
+void TakePair(Workspace& memory, const AttendCall& call, int64_t k_len, bool is_packed, Pair& pair) {
   const int64_t blocks = DivUp<int64_t>(k_len, call.g.block_size);
-  pair.is_packed = WorthPacking(call, q_len);
+  pair.is_packed = is_packed;
+  pair.block_means = {}; // a pair lies in memory that nothing was written to
   pair.keys = pair.is_packed ? Packed::Take(memory, call.kernels, call.p.head_dim, k_len) : Packed{};
   pair.used = memory.Take<uint64_t>(DivUp<int64_t>(blocks, 64));
   if (!call.mask.mean_correction) return;
+  if (HasKeyLists(call.mask)) {
+    pair.block_means = BlockMeans::Take(memory, call.p.head_dim, blocks);
+    return;
+  }
   pair.means = Packed::Take(memory, call.kernels, call.p.head_dim, blocks);
   pair.mean_keys = memory.Take<std::byte>(blocks * call.p.head_dim * DtypeSize(call.p.k.dtype));
   pair.mean_values = memory.Take<std::byte>(blocks * call.p.head_dim * DtypeSize(call.p.v.dtype));
 }
 
+// An upper bound where the mask has key lists, which may be empty.
 size_t PairBytes(const AttendCall& call, int64_t q_len, int64_t k_len) {
   Workspace memory(nullptr);
   Pair pair{};
-  TakePair(memory, call, q_len, k_len, pair);
+  TakePair(memory, call, k_len, WorthPacking(call, q_len, HasKeyLists(call.mask)), pair);
   return memory.used();
 }
 
-TileScratch TakeScratch(Workspace& memory, const AttendCall& call) {
-  return TileScratch::Take(memory, call.kernels, call.p.head_dim, HasVerticalSlash(call.mask));
-}
+TileScratch TakeScratch(Workspace& memory, const AttendCall& call) { return TileScratch::Take(memory, call); }
 
 // The parts of the caller's workspace.
 struct Memory {
@@ -163,12 +183,16 @@ class Packer {
     int64_t offset[kMaxBlock];
     const int32_t count = static_cast<int32_t>(call_.g.BlockKeys(pair.s, block));
     const int32_t d = call_.p.head_dim;
-    auto average = [&](const fp_tensor& tensor, std::byte* to) {
+    auto average = [&](const fp_tensor& tensor, std::byte* to, float* exact) {
       call_.kernels.mean(KeyRows(pair, tensor, block * call_.g.block_size, count, offset), d, mean);
-      for (int32_t i = 0; i < d; ++i) StoreElement(to, tensor.dtype, block * d + i, mean[i]);
+      if (exact) {
+        std::copy_n(mean, d, exact + block * d);
+      } else {
+        for (int32_t i = 0; i < d; ++i) StoreElement(to, tensor.dtype, block * d + i, mean[i]);
+      }
     };
-    average(call_.p.k, pair.mean_keys);
-    average(call_.p.v, pair.mean_values);
+    average(call_.p.k, pair.mean_keys, pair.block_means.keys);
+    average(call_.p.v, pair.mean_values, pair.block_means.values);
   }
 
   static constexpr int kMaxBlock = 1024; // of the C ABI
@@ -196,6 +220,13 @@ int64_t ListItems(const AttendCall& call, int32_t index, const Pair& pair, Item*
       if (!pair.is_packed && count == 1) {
         items[0].kept += kept;
         continue;
+      }
+      if (pair.is_packed && HasKeyLists(call.mask)) {
+        kept += ListedBlocks(g, pair.s, tile, KeyList::OfTile(call.mask, pair.s, h, m), bits);
+        if (m % call.mask.segment_tiles != 0) {
+          items[count - 1].kept += kept;
+          continue;
+        }
       }
       if (HasVerticalSlash(call.mask)) {
         kept += VerticalSlashKeys(g, pair.s, tile, VerticalSlash::Of(call.mask, pair.s.index, h), bits) / g.block_size;
@@ -262,7 +293,8 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
       pair.s = SequenceOf(p, static_cast<int>((first + count) / p.kv_heads));
       pair.head = (first + count) % p.kv_heads;
       if (wave.used() + PairBytes(call, pair.s.q_len, pair.s.k_len) > memory.capacity) break;
-      TakePair(wave, call, pair.s.q_len, pair.s.k_len, pair);
+      const bool is_packed = WorthPacking(call, pair.s.q_len, HasListedKeys(call, pair.s, pair.head));
+      TakePair(wave, call, pair.s.k_len, is_packed, pair);
       pair.first_unit = units;
       units += packer.Units(pair);
       items += ListItems(call, static_cast<int32_t>(count), pair, memory.items + items);
@@ -275,7 +307,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
                          1;
       packer.Pack(*pair, unit - pair->first_unit, scratch.mean);
     });
-    if (mask.mean_correction) {
+    if (mask.mean_correction && !HasKeyLists(mask)) {
       for_each(count, [&](int64_t i, int64_t, TileScratch&) {
         const Pair& pair = memory.pairs[i];
         for (int64_t block = 0; block < call.g.Blocks(pair.s); block += kGroup) packer.PackMeans(pair, block);
@@ -284,7 +316,9 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
     for_each(items, [&](int64_t i, int64_t after, TileScratch& scratch) {
       const Item& item = memory.items[i];
       const Pair& pair = memory.pairs[item.pair];
-      if (pair.is_packed) {
+      if (pair.is_packed && HasKeyLists(mask)) {
+        AttendSegment(call, pair.s, item.mask_head, item.tile, pair.keys, pair.block_means, scratch);
+      } else if (pair.is_packed) {
         const Item* next = after < items && memory.items[after].pair == item.pair ? &memory.items[after] : nullptr;
         const int64_t next_key = next ? FirstKey(call, pair.s, next->mask_head, next->tile) : -1;
         AttendTile(call, pair.s, item.mask_head, item.tile, pair.keys, pair.means, next_key, scratch);

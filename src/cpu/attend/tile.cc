@@ -69,19 +69,51 @@ void AddVerticalSlash(const AttendCall& call, const TileRows& rows, const uint64
   flush();
 }
 
+// The keys of the segment's list, but for those in kept blocks. They are ascending, so a row sees the first keys of a
+// chunk.
+void AddKeyList(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const KeyList& list,
+                TileScratch& scratch) {
+  const int64_t first_row = rows.s.prefix + rows.tile.begin;
+  for (int64_t first = 0; first < list.count; first += kChunk) {
+    const int32_t* keys = list.keys + first;
+    const int32_t count = static_cast<int32_t>(std::min<int64_t>(list.count - first, kChunk));
+    if (keys[0] >= rows.s.prefix + rows.tile.end) break;
+    int32_t added = 0;
+    std::fill_n(scratch.bias, kChunk, 0.f);
+    for (int32_t i = 0; i < count; ++i) {
+      const bool in_block = TestBit(bits, keys[i] / call.g.block_size);
+      if (in_block) scratch.bias[i] = -kInfinity;
+      added += !in_block;
+    }
+    if (added == 0) continue;
+    Chunk chunk = {scratch.listed.k, scratch.listed.v, count, 1, {}, nullptr, -1, nullptr};
+    chunk.run[0] = {first, 0, count};
+    if (first + count < list.count) chunk.next = first + kChunk;
+    if (added < count) chunk.bias = scratch.bias;
+    if (keys[count - 1] > first_row) {
+      for (int32_t r = 0; r < rows.count(); ++r) {
+        scratch.limit[r] = static_cast<int32_t>(
+            std::upper_bound(keys, keys + count, static_cast<int32_t>(rows.s.prefix + rows.token(r))) - keys);
+      }
+      chunk.limit = scratch.limit;
+    }
+    call.kernels.attend(scratch.state, chunk);
+  }
+}
+
 // Every block that is left out and seen whole by all rows: its mean key and value, weighing as much as it has keys.
+// keys_of(block): how many.
+template <typename KeysOf>
 void AddMeans(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Packed& means,
-              TileScratch& scratch) {
+              const KeysOf& keys_of, TileScratch& scratch) {
   ChunkBuilder chunks(call.kernels, scratch.state, rows, means, scratch.limit);
   for (int64_t first = 0; first < rows.tile.full; first += kChunk) {
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(rows.tile.full - first, kChunk));
     bool any = false;
     for (int32_t i = 0; i < kChunk; ++i) {
-      const bool counts = i < count && !TestBit(bits, first + i);
-      any |= counts;
-      scratch.bias[i] = counts
-                            ? std::log2(static_cast<float>(call.g.BlockKeys(rows.s, first + i))) / scratch.state.scale
-                            : -kInfinity;
+      const float keys = i < count && !TestBit(bits, first + i) ? keys_of(first + i) : 0.f;
+      any |= keys > 0;
+      scratch.bias[i] = keys > 0 ? std::log2(keys) / scratch.state.scale : -kInfinity;
     }
     if (any) chunks.AddBiased(first, count, scratch.bias);
   }
@@ -114,8 +146,9 @@ void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows
 
 } // namespace
 
-TileScratch TileScratch::Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim,
-                              bool has_vertical_slash) {
+TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
+  const AttendKernels& kernels = call.kernels;
+  const int32_t head_dim = call.p.head_dim;
   TileScratch t{};
   t.state.q = memory.Take<float>(kTileRows * QueryStride(head_dim));
   t.state.o = memory.Take<float>(kTileRows * ValueWidth(head_dim));
@@ -127,7 +160,15 @@ TileScratch TileScratch::Take(Workspace& memory, const AttendKernels& kernels, i
   t.bias = memory.Take<float>(kChunk);
   t.lse = memory.Take<float>(kTileRows);
   t.mean = memory.Take<float>(kMaxHeadDim);
-  if (has_vertical_slash) {
+  if (HasKeyLists(call.mask)) t.listed = Packed::Take(memory, kernels, head_dim, call.mask.max_keys);
+  if (HasKeyLists(call.mask) && call.mask.mean_correction) {
+    const int64_t blocks = DivUp<int64_t>(call.p.max_seqlen_k, call.g.block_size);
+    t.rest = Packed::Take(memory, kernels, head_dim, blocks);
+    t.rest_count = memory.Take<float>(blocks);
+    t.rest_keys = memory.Take<std::byte>(blocks * head_dim * DtypeSize(call.p.k.dtype));
+    t.rest_values = memory.Take<std::byte>(blocks * head_dim * DtypeSize(call.p.v.dtype));
+  }
+  if (HasVerticalSlash(call.mask)) {
     t.extra_key = memory.Take<int64_t>(kChunk);
     t.extra_offset = memory.Take<int64_t>(kChunk);
     t.gathered = Packed::Take(memory, kernels, head_dim, kGroup);
@@ -161,9 +202,18 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   call.kernels.load_queries(RowsOf(p, p.q, rows, scratch), p.head_dim, state.q);
   Clear(state);
   AddKeptBlocks(call, rows, bits, keys, next_key, scratch);
-  if (call.mask.mean_correction) AddMeans(call, rows, bits, means, scratch);
+  if (call.mask.mean_correction && HasKeyLists(call.mask)) {
+    AddMeans(
+        call, rows, bits, scratch.rest, [&](int64_t b) { return scratch.rest_count[b]; }, scratch);
+  } else if (call.mask.mean_correction) {
+    const auto keys_of = [&](int64_t block) { return static_cast<float>(g.BlockKeys(s, block)); };
+    AddMeans(call, rows, bits, means, keys_of, scratch);
+  }
   if (HasVerticalSlash(call.mask)) {
     AddVerticalSlash(call, rows, bits, VerticalSlash::Of(call.mask, s.index, mask_head), mask_head / g.group, scratch);
+  }
+  if (HasKeyLists(call.mask)) {
+    AddKeyList(call, rows, bits, KeyList::OfTile(call.mask, s, mask_head, m), scratch);
   }
   Finish(call, call.kernels, rows, state, scratch);
 }

@@ -4,6 +4,7 @@
 #define FLASHPREFILL_CPU_ATTEND_TILE_H_
 
 #include "core/backend.h"
+#include "core/key_list.h"
 #include "cpu/attend/kernels.h"
 #include "cpu/simd/targets.h"
 
@@ -49,12 +50,19 @@ struct TileScratch {
   int64_t* extra_key;    // [kChunk]
   int64_t* extra_offset; // [kChunk]
   Packed gathered;
+  // Where the mask has key lists: the keys of one of them, and with mean_correction what stands for each block that is
+  // left out: the means of its other keys, and how many these are.
+  Packed listed;
+  Packed rest;
+  float* rest_count;      // [blocks]
+  std::byte* rest_keys;   // [blocks][head_dim], in k's dtype, before they are packed
+  std::byte* rest_values; // the same
 
-  static TileScratch Take(Workspace& memory, const AttendKernels& kernels, int32_t head_dim, bool has_vertical_slash);
+  static TileScratch Take(Workspace& memory, const AttendCall& call);
 };
 
-// Tile m of mask head `mask_head`; keys and means are those of its KV head. `next_key`: the first one that the tile
-// after it keeps of the same packed keys, to be fetched ahead; or -1.
+// Tile m of mask head `mask_head`; keys and means are those of its KV head, or with key lists scratch's. `next_key`:
+// the first one that the tile after it keeps of the same packed keys, to be fetched ahead; or -1.
 void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
                 const Packed& means, int64_t next_key, TileScratch& scratch);
 

@@ -5,21 +5,12 @@
 #include <functional>
 #include <limits>
 
+#include "cpu/vertical_slash/lanes.h"
+
 namespace flashprefill::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// fp32 rows into the lanes of panels.
-void PutLane(const float* row, int64_t depth, float factor, int64_t lane, float* panels) {
-  float* to = panels + lane / kPanelRows * kPanelRows * depth + lane % kPanelRows;
-  for (int64_t i = 0; i < depth; ++i) to[i * kPanelRows] = row[i] * factor;
-}
-
-// A sum of n rows becomes their mean, rounded once.
-void Finish(float* sum, int64_t depth, int64_t n, int32_t dtype) {
-  for (int64_t i = 0; i < depth; ++i) sum[i] = RoundTo(dtype, sum[i] / static_cast<float>(n));
-}
 
 // Adds keys [first, first + count), which lie in scratch.rows, to the means of their blocks.
 void AddToMeans(const HeadCall& call, int64_t first, int64_t count) {
@@ -30,15 +21,10 @@ void AddToMeans(const HeadCall& call, int64_t first, int64_t count) {
     if (t == block * size) std::fill_n(mean, depth, 0.f);
     call.kernels.add_rows(call.scratch.rows + (t - first) * depth, end - t, depth, mean);
     if (end == block * size + call.g.BlockKeys(call.s, block)) {
-      Finish(mean, depth, call.g.BlockKeys(call.s, block), call.p.k.dtype);
+      FinishMean(mean, depth, call.g.BlockKeys(call.s, block), call.p.k.dtype);
     }
     t = end;
   }
-}
-
-// The reference of a lane's softmax with which its shares sum to `total`.
-float Reference(float largest, float sum, float total) {
-  return sum > 0 ? largest + std::log2(sum / total) : kInfinity; // no score is finite: the row is ignored
 }
 
 } // namespace
@@ -100,7 +86,7 @@ void SumVerticalSlash(const HeadCall& call, int64_t rows, bool with_means) {
     if (with_means) AddToMeans(call, chunk.first, chunk.count);
   });
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    t.largest[lane] = Reference(t.largest[lane], t.sums[lane], 1.f / static_cast<float>(rows));
+    t.largest[lane] = LaneReference(t.largest[lane], t.sums[lane], 1.f / static_cast<float>(rows));
   }
   for_chunks([&](const ScoreChunk& chunk) {
     call.kernels.share(chunk, t.largest);
@@ -121,7 +107,7 @@ void MeanQueries(const HeadCall& call, int64_t begin, int64_t end, float* mean) 
   call.kernels.load_queries(call.p, call.s, begin, end, call.head, call.scratch.rows);
   std::fill_n(mean, depth, 0.f);
   call.kernels.add_rows(call.scratch.rows, end - begin, depth, mean);
-  Finish(mean, depth, end - begin, call.p.q.dtype);
+  FinishMean(mean, depth, end - begin, call.p.q.dtype);
 }
 
 void PoolQueries(const HeadCall& call) {

@@ -152,6 +152,10 @@ class BlockMask(Structure):
         ("vertical_slash", c_void_p),
         ("max_verticals", c_int32),
         ("max_slashes", c_int32),
+        ("key_lists", c_void_p),
+        ("segment_rows", c_int64),
+        ("segment_tiles", c_int32),
+        ("max_keys", c_int32),
     ]
 
 
@@ -164,6 +168,7 @@ class Stats(Structure):
         ("kept", c_void_p),
         ("total", c_void_p),
         ("fallback", c_void_p),
+        ("overflowed", c_void_p),
     ]
 
 

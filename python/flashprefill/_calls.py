@@ -56,10 +56,12 @@ class Verb:
         return self._call._make(arguments)
 
 
+_LISTS = {"vertical_slash": "Tensor!?", "key_lists": "Tensor!?"}
+
 SELECT = Verb(
     "select",
     _INPUTS,
-    {"bits": "Tensor!", "counts": "Tensor!", "fallback": "Tensor!", "vertical_slash": "Tensor!?"},
+    {"bits": "Tensor!", "counts": "Tensor!", "fallback": "Tensor!", **_LISTS},
     _LAYOUT,
     _SELECTION,
     _EXECUTION,
@@ -76,6 +78,8 @@ ATTEND = Verb(
         "mean_correction": "bool",
         "vertical_slash": "Tensor?",
         "max_verticals": "SymInt",
+        "key_lists": "Tensor?",
+        "segment_tiles": "SymInt",
     },
     _LAYOUT,
     _EXECUTION,
@@ -84,7 +88,7 @@ PREFILL = Verb(
     "prefill",
     _INPUTS,
     _RESULTS,
-    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", "vertical_slash": "Tensor!?"},
+    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", **_LISTS},
     _LAYOUT,
     _SELECTION,
     _EXECUTION,

@@ -99,6 +99,9 @@ def _mask_given(call: Any) -> _abi.BlockMask:
     if call.vertical_slash is not None:
         m.vertical_slash, m.max_verticals = address_of(call.vertical_slash), call.max_verticals
         m.max_slashes = call.vertical_slash.shape[2] - 2 - call.max_verticals
+    if call.key_lists is not None:
+        m.key_lists, m.segment_tiles = address_of(call.key_lists), call.segment_tiles
+        m.segment_rows, m.max_keys = call.key_lists.shape[1], call.key_lists.shape[2] - 2
     return m
 
 
@@ -114,6 +117,11 @@ def _mask_written(problem: _abi.Problem, policy: Any, call: Any) -> _abi.BlockMa
         shape = lists if lists is None else tuple(lists.shape)
         refuse("the shape of the mask's vertical_slash", shape, f"for {room}")
     m.vertical_slash = address_of(lists)
+    wanted = (m.heads, m.segment_rows, 2 + m.max_keys) if m.max_keys else ()
+    shape = () if call.key_lists is None else tuple(call.key_lists.shape)
+    if shape != wanted:
+        refuse("the shape of the mask's key_lists", shape, str(wanted))
+    m.key_lists = address_of(call.key_lists)
     return m
 
 

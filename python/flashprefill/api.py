@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, PREFILL, SELECT
+from ._key_lists import rows_of as key_list_rows
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
 from ._prototype import join_function
@@ -36,6 +37,8 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
     heads = k.shape[-2] if policy.share_heads else q.shape[-2]
     shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
     room = policy._vertical_slash_room(layout.max_seqlen_k)
+    list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
+    segment_rows = key_list_rows(layout, segment_tiles * tile_tokens)
     return BlockMask(
         layout.kept(ops),
         ops.zero_words(q, shape),
@@ -47,6 +50,8 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
         policy.corrects,
         ops.zero_counts(q, (layout.batch, heads, 2 + sum(room))) if sum(room) else None,
         room[0],
+        ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
+        segment_tiles,
     )
 
 
@@ -458,16 +463,18 @@ def attend(
 
 def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
     """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
-    bits, vertical_slash = mask.bits, mask.vertical_slash
+    bits, lists = mask.bits, {"vertical_slash": mask.vertical_slash, "key_lists": mask.key_lists}
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
         bits = ops.words_of(mask._ops.to_host(bits))
-        vertical_slash = None if vertical_slash is None else ops.from_host(mask._ops.to_host(vertical_slash))
+        lists = {n: None if x is None else ops.from_host(mask._ops.to_host(x)) for n, x in lists.items()}
     if not ops.same_device(bits, q):
         refuse("mask's device", bits.device, f"q's ({q.device})")
     heads = k.shape[-2] if mask.share_heads else q.shape[-2]
     if bits.shape[0] == 1 and heads > 1:
         bits = ops.expand_heads(bits, heads)
+        if lists["key_lists"] is not None:
+            lists["key_lists"] = ops.expand_heads(lists["key_lists"], heads)
     if bits.shape[0] != heads:
         what = "kv_heads" if mask.share_heads else "q_heads"
         refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
-    return {**mask._given, "bits": bits, "vertical_slash": vertical_slash}
+    return {**mask._given, "bits": bits, **lists}

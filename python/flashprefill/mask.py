@@ -12,19 +12,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import _numpy_ops
+from . import _key_lists, _numpy_ops
 from ._layout import TILE_ROWS, Layout, ceil_div, check_bool, tile_tokens_of
 from ._ops import ops_of
 from .errors import refuse, refuse_type
+from .policies.checks import MAX_TOKENS, check_integer
 from .stats import Stats
 
 __all__ = ["BlockMask"]
 
 
 # Attributes of a mask by the names in _calls.py: what a selection writes, and what attention reads.
-_LISTS = ("bits", "counts", "fallback", "vertical_slash")
+_LISTS = ("bits", "counts", "fallback", "vertical_slash", "key_lists")
 _SHAPE = ("tile_tokens", "block_size", "share_heads", "mean_correction")
-_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals")
+_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals", "key_lists", "segment_tiles")
 
 
 class BlockMask:
@@ -42,6 +43,10 @@ class BlockMask:
         vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32
             [batch, mask heads, ...] as the C header describes them, or None.
         max_verticals: how many verticals they have room for.
+        key_lists: single keys gathered for segments of tiles (:class:`flashprefill.Gather`), int32
+            [mask heads, segment rows, 2 + room] as the C header describes them, or None. :meth:`keys` reads
+            them.
+        segment_tiles: tiles that share one of these lists.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class BlockMask:
         mean_correction: bool,
         vertical_slash: Any = None,
         max_verticals: int = 0,
+        key_lists: Any = None,
+        segment_tiles: int = 1,
     ) -> None:
         self._layout = layout
         self.bits = bits
@@ -67,6 +74,8 @@ class BlockMask:
         self.mean_correction = mean_correction
         self.vertical_slash = vertical_slash
         self.max_verticals = max_verticals
+        self.key_lists = key_lists
+        self.segment_tiles = segment_tiles
 
     @classmethod
     def from_dense(
@@ -82,6 +91,8 @@ class BlockMask:
         mean_correction: bool = False,
         cu_seqlens_q: Any = None,
         cu_seqlens_k: Any = None,
+        keys: Any = None,
+        segment_tiles: int = 1,
     ) -> BlockMask:
         """Pack a mask from bools. Bits in the future are ignored.
 
@@ -97,6 +108,9 @@ class BlockMask:
             mean_correction: blocks left out count by their means.
             cu_seqlens_q: cumulative query lengths of packed sequences; keep is a list then.
             cu_seqlens_k: cumulative key lengths; without them the keys are as many as the queries.
+            keys: single keys beside the blocks, as :meth:`keys` returns them: for each mask head and each
+                segment, ascending; a list of such where keep is one.
+            segment_tiles: tiles that share a list of these.
         """
         check_bool("share_heads", share_heads)
         check_bool("causal", causal)
@@ -107,7 +121,8 @@ class BlockMask:
             refuse("block_size", block_size, "a multiple of 16 from 16 to 1024")
         if share_heads and not 1 <= group <= TILE_ROWS:
             refuse("group", group, f"from 1 to {TILE_ROWS}")
-        parts = list(keep) if isinstance(keep, (list, tuple)) or getattr(keep, "ndim", 0) == 4 else [keep]
+        batched = isinstance(keep, (list, tuple)) or getattr(keep, "ndim", 0) == 4
+        parts = list(keep) if batched else [keep]
         tile_tokens = tile_tokens_of(share_heads, group)
         ops = (
             ops_of("keep", parts[0], "a NumPy array or a torch tensor of bools, or a list of them")
@@ -132,8 +147,7 @@ class BlockMask:
         )
         for b, (place, part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
             name = f"keep[{b}].shape" if len(parts) > 1 else "keep.shape"
-            _, rows, keys = place
-            wanted = (heads, ceil_div(rows, tile_tokens), ceil_div(keys, block_size))
+            wanted = (heads, ceil_div(place[1], tile_tokens), ceil_div(place[2], block_size))
             if tuple(part.shape) != wanted:
                 refuse(
                     name,
@@ -141,7 +155,33 @@ class BlockMask:
                     f"{wanted}: heads, tiles of {tile_tokens} tokens, blocks of {block_size} keys",
                 )
             mask._write(b, place, part)
+        if keys is not None:
+            check_integer("segment_tiles", segment_tiles, 1, MAX_TOKENS)
+            mask.segment_tiles = segment_tiles
+            mask._write_keys(list(keys) if batched else [keys], like)
         return mask
+
+    def _write_keys(self, parts: Sequence[Any], like: Any) -> None:
+        """Write the key lists of all sequences, and count what they add."""
+        ops, places = self._ops, self._layout.sequences(self._ops)
+        if len(parts) != len(places):
+            refuse("keys", f"for {len(parts)} sequences", f"for {len(places)}")
+        lists = _key_lists.packed(parts, self.heads, self._layout, places, self._segment_tokens)
+        self.key_lists = ops.zero_counts(like, lists.shape)
+        self.key_lists[:] = ops.from_host(lists)
+        for b, (begin, rows, keys) in enumerate(places):
+            first = begin // self.tile_tokens + b
+            dense = np.asarray(ops.to_host(self._blocks(b)))
+            for h, head in enumerate(self.keys(b)):
+                for m in range(ceil_div(rows, self.tile_tokens)):
+                    one = head[m // self.segment_tiles]
+                    end = keys - rows + min((m + 1) * self.tile_tokens, rows)
+                    added = int((~dense[h, m, one[one < end] // self.block_size]).sum())
+                    self.counts[h, first + m] += (added + self.block_size // 2) // self.block_size
+
+    @property
+    def _segment_tokens(self) -> int:
+        return self.segment_tiles * self.tile_tokens
 
     @property
     def _ops(self) -> Any:
@@ -197,16 +237,39 @@ class BlockMask:
     def dense(self, seq: int = 0) -> Any:
         """Return the mask of one sequence as bool [mask heads, tiles, blocks].
 
-        Where the mask has verticals or slashes, blocks that hold a key of one are True too, though not all of
-        their keys may be kept.
+        Where the mask has verticals, slashes or key lists, blocks that hold a key of one are True too, though
+        not all of their keys may be kept.
         """
+        _, rows, keys = self._sequence(seq)
+        keep = self._blocks(seq % self.batch)
+        if self.vertical_slash is not None:
+            keep = keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys))
+        if self.key_lists is not None:
+            visible = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
+            blocks = ceil_div(keys, self.block_size)
+            listed = _key_lists.blocks_of(
+                self.keys(seq), visible, blocks, self.block_size, self.segment_tiles
+            )
+            keep = keep | self._ops.from_host(listed)
+        return keep
+
+    def _blocks(self, seq: int) -> Any:
+        """Return the bits of one sequence as bool [mask heads, tiles, blocks]."""
         begin, rows, keys = self._sequence(seq)
-        first = begin // self.tile_tokens + seq % self.batch
+        first = begin // self.tile_tokens + seq
         bits = self.bits[:, first : first + ceil_div(rows, self.tile_tokens)]
-        keep = self._ops.unpack(bits, ceil_div(keys, self.block_size))
-        if self.vertical_slash is None:
-            return keep
-        return keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys))
+        return self._ops.unpack(bits, ceil_div(keys, self.block_size))
+
+    def keys(self, seq: int = 0) -> list[list[np.ndarray]]:
+        """Return the key lists of one sequence: for each mask head and segment, ascending key indices.
+
+        A segment is :attr:`segment_tiles` tiles. Masks without lists have empty ones.
+        """
+        begin, rows, _ = self._sequence(seq)
+        place = _key_lists.place_of(seq % self.batch, begin, rows, self._segment_tokens)
+        if self.key_lists is None:
+            return [[np.empty(0, np.int32)] * (place.stop - place.start) for _ in range(self.heads)]
+        return _key_lists.unpacked(np.asarray(self._ops.to_host(self.key_lists))[:, place])
 
     def _on_vertical_slash(self, seq: int, rows: int, keys: int) -> np.ndarray:
         """Return the visible blocks that hold a key of a vertical or slash, bool [heads, tiles, blocks]."""
@@ -241,12 +304,15 @@ class BlockMask:
             self.mean_correction,
             moved["vertical_slash"],
             self.max_verticals,
+            moved["key_lists"],
+            self.segment_tiles,
         )
 
     @property
     def stats(self) -> Stats:
         """Kept blocks by sequence and head."""
-        return Stats(self._layout, self.counts, self.fallback, self.tile_tokens, self.block_size)
+        shape = (self.tile_tokens, self.block_size, self._segment_tokens)
+        return Stats(self._layout, self.counts, self.fallback, *shape, self.key_lists)
 
     @property
     def density(self) -> float:

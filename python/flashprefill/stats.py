@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ._abi import FALLBACK_NAMES
+from ._key_lists import place_of
 from ._layout import Layout
 from ._ops import ops_of
 
@@ -21,12 +22,23 @@ class Stats:
     ``share_heads`` a KV head.
     """
 
-    def __init__(self, layout: Layout, counts: Any, fallback: Any, tile_tokens: int, block_size: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        counts: Any,
+        fallback: Any,
+        tile_tokens: int,
+        block_size: int,
+        segment_tokens: int = 1,
+        key_lists: Any = None,
+    ) -> None:
         self._layout = layout
         self._counts = counts
         self._fallback = fallback
         self._tile_tokens = tile_tokens
         self._block_size = block_size
+        self._segment_tokens = segment_tokens
+        self._key_lists = key_lists
         self._read: dict[str, np.ndarray] | None = None
 
     @property
@@ -67,6 +79,23 @@ class Stats:
         return self._ops.from_host(self._values()["density"])
 
     @property
+    def overflowed(self) -> Any:
+        """Key lists for which the policy wanted more keys than they have room for, int64 [batch, mask heads].
+
+        They hold the best of them. 0 for masks without key lists.
+        """
+        return self._ops.from_host(self._overflowed())
+
+    def _overflowed(self) -> np.ndarray:
+        full = np.zeros(self._values()["kept"].shape, np.int64)
+        if self._key_lists is not None:
+            numbers = np.asarray(self._ops.to_host(self._key_lists))[:, :, :2]
+            for b, (begin, rows, _) in enumerate(self._layout.sequences(self._ops)):
+                own = numbers[:, place_of(b, begin, rows, self._segment_tokens)]
+                full[b] = (own[..., 1] > own[..., 0]).sum(axis=1)
+        return full
+
+    @property
     def fallback(self) -> Any:
         """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 short, 2 the policy is Dense.
 
@@ -94,9 +123,11 @@ class Stats:
         words = [
             f"{reasons.count(why)} {why}" for code, why in FALLBACK_NAMES.items() if code and why in reasons
         ]
+        full = int(self._overflowed().sum())
         return (
             f"Stats(density {self.mean_density:.3f}: {int(values['kept'].sum())} of {possible} blocks kept, "
             f"{batch} sequence{'s' * (batch != 1)}, {heads} mask head{'s' * (heads != 1)}"
+            + (f"; {full} key list{'s' * (full != 1)} too short for what was wanted" if full else "")
             + (f"; not selected for: {', '.join(words)}" if words else "")
             + ")"
         )

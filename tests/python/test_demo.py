@@ -64,8 +64,8 @@ def test_results_hold_everything(results):
     labels = [run["label"] for run in saved["runs"]]
     assert (
         labels[:2] == ["Dense (PyTorch SDPA)", "Dense, our kernel"]
-        and len(labels) == 6
-        and labels[-1] == "Sketch"
+        and len(labels) == 7
+        and labels[-2:] == ["Sketch", "Gather"]
     )
     for run in saved["runs"]:
         for name in ("ttft_seconds", "attention_seconds", "select_seconds"):

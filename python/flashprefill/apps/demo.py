@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..policies import Dense, FlashPrefill, Sketch
+from ..policies import Dense, FlashPrefill, Gather, Sketch
 from . import checks, device, factors, machine, models, prompt, report, table
 from .errors import UsageError
 from .method import Method
@@ -53,8 +53,8 @@ class Options:
     out: Path = Path("out/demo")
 
 
-def methods_for(texts: Sequence[str]) -> list[Method]:
-    """Return PyTorch's dense attention, ours, and the policies of the command line or the main four."""
+def methods_for(texts: Sequence[str], cuda: bool = False) -> list[Method]:
+    """Return PyTorch's dense attention, ours, and the policies of the command line or the main ones."""
     dense = [Method("Dense (PyTorch SDPA)", None), Method(factors.OURS, Dense())]
     if texts:
         policies = [policy for policy in map(parse_policy, texts) if not isinstance(policy, Dense)]
@@ -67,6 +67,7 @@ def methods_for(texts: Sequence[str]) -> list[Method]:
         ),
         Method("FlashPrefill, pooled", FlashPrefill(alpha=0.12, query_pool=16)),
         Method("Sketch", Sketch()),
+        *([] if cuda else [Method("Gather", Gather())]),  # which a GPU does not select by
     ]
 
 
@@ -273,7 +274,6 @@ def check(options: Options) -> None:
 def run(options: Options) -> dict[str, Any]:
     """The whole demo; returns what results.json holds."""
     check(options)
-    methods = methods_for(options.policies)
     import torch
     from tqdm import tqdm
 
@@ -286,6 +286,7 @@ def run(options: Options) -> dict[str, Any]:
         device.resolve(options.device, options.dtype),
         models.ROPE_STRETCH if options.long else 1.0,
     )
+    methods = methods_for(options.policies, where.cuda)
     print("loading the model ...", file=sys.stderr, flush=True)
     loaded = models.load(options.model, options.dtype, where, stretch)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)

@@ -24,6 +24,7 @@ from .base import Policy
 from .dense import Dense
 from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
+from .gather import Gather
 from .mask_policy import MaskPolicy
 from .minference import MInference
 from .prism import Prism
@@ -38,6 +39,7 @@ __all__ = [
     "Dense",
     "FlashPrefill",
     "FlexPrefill",
+    "Gather",
     "MInference",
     "MaskPolicy",
     "Policy",

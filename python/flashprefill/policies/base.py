@@ -163,6 +163,10 @@ class Policy(metaclass=_Named):
         """Return how many verticals and slashes of single tokens a mask head needs room for."""
         return 0, 0
 
+    def _key_list_room(self, keys: int, tile_tokens: int) -> tuple[int, int]:
+        """Return how many keys a key list needs room for, 0 without lists, and the tiles that share one."""
+        return 0, 1
+
     @property
     def corrects(self) -> bool:
         """Whether blocks left out count by their means."""

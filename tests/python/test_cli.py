@@ -141,6 +141,8 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(capsys, arguments, messag
         (" FlashPrefill( alpha = 0.2, query_pool=16 ) ", fp.FlashPrefill(alpha=0.2, query_pool=16)),
         ("sketch(mass=0.8, share_heads=True)", fp.Sketch(mass=0.8, share_heads=True)),
         ("sketch(mass=None, alpha=0.1)", fp.Sketch(alpha=0.1)),
+        ("gather", fp.Gather()),
+        ("gather(budget=0.1, share_heads=False)", fp.Gather(budget=0.1, share_heads=False)),
         ("xattention(stride=8)", fp.XAttention(stride=8)),
         ("xattention(head_thresholds=(0.5, 0))", fp.XAttention(head_thresholds=(0.5, 0.0))),
         ("rrattention(threshold=0.9)", fp.RRAttention(threshold=0.9)),

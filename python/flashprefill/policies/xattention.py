@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -58,6 +59,13 @@ class XAttention(Policy):
             )
             if not values["head_thresholds"]:
                 refuse("head_thresholds", (), "a threshold for each query head, or None")
+
+    def _row_unit(self) -> int | None:
+        return self.stride
+
+    def _at_heads(self, first: int, past: int, heads: int) -> XAttention:
+        table = self.head_thresholds
+        return self if table is None else dataclasses.replace(self, head_thresholds=table[first:past])
 
     @classmethod
     def from_config(cls, config: Any, **fields: Any) -> dict[Any, XAttention]:

@@ -1,6 +1,6 @@
 """Processes for the tests of several ranks: started once, then given one function after the other.
 
-Each process is a rank of a gloo group of all of them, and the first 1, 2, 4, ... of them are groups too. A
+Each process is a rank of a group of all of them, and the first 1, 2, 4, ... of them are groups too. A
 function that a test runs is called on each rank of a group as ``function(group, *arguments)``; what it
 returns comes back, and what it raises is raised in the test.
 """
@@ -12,12 +12,14 @@ import tempfile
 import traceback
 
 
-def _serve(rank, ranks, store, pipe):
+def _serve(rank, ranks, backend, store, pipe):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
     groups, size = {}, 1
     while size <= ranks:
         groups[size] = dist.new_group(range(size))
@@ -38,14 +40,14 @@ def _serve(rank, ranks, store, pipe):
 class World:
     """Processes that wait for work."""
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, backend="gloo"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "flashprefill", "flashprefill.distributed"])
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe()
-            arguments = (rank, ranks, f"{self._folder.name}/store", there)
+            arguments = (rank, ranks, backend, f"{self._folder.name}/store", there)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()

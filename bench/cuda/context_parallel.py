@@ -1,12 +1,13 @@
-"""One layer of a long prompt on one GPU and on all of them: zigzag by groups of heads, Ulysses, all-gather alone.
+"""One layer of a long prompt on one GPU and on all of them: zigzag by groups of heads, Ulysses.
 
     python3 bench/cuda/context_parallel.py [--ranks 2] [--tokens 65536,131072,524288] [--out FILE]
 
-32 query heads, 8 KV heads of 128, bf16, causal; inputs as operator_bench.py makes them, and alpha set to reach
-each density. A time is that of several calls one after the other, as layers are, between two events; the
-largest over the ranks; medians over turns in which all contenders take part. "Attention alone" is the same calls
-without the transfer, over what was gathered before: what the transfer adds to it is exposed. Where it can, each
-contender's rows on rank 0 are compared with one GPU's, bit by bit. `--device cpu` runs it small, over gloo.
+32 query heads, 8 KV heads of 128, bf16, causal; inputs have topics as operator_bench.py's, and alpha is set
+to reach each density. A time is that of several calls one after the other, as layers are, between two
+events; the largest over the ranks; medians over turns in which all contenders take part. "Attention alone"
+is the same calls without the transfer, over what was gathered before: what the transfer adds to it is
+exposed. Each contender's rows on rank 0 are compared with one GPU's, bit by bit. Before that, the all-gather
+alone and a copy from GPU to GPU. `--device cpu` runs it small, over gloo.
 """
 
 import argparse
@@ -53,7 +54,11 @@ class Bench:
             which = torch.randint(64, (tokens // run, count), generator=make, device=self.device)
             return (0.5 * topics).to(self.a.dtype)[which.repeat_interleave(run, 0)]
 
-        return noise(heads).add_(topic(heads, 128)), noise(kv_heads).add_(topic(kv_heads, 256)), noise(kv_heads)
+        return (
+            noise(heads).add_(topic(heads, 128)),
+            noise(kv_heads).add_(topic(kv_heads, 256)),
+            noise(kv_heads),
+        )
 
     def tuned(self, q, k, make, density):
         """The policy of this density; rank 0 finds it."""
@@ -99,7 +104,12 @@ class Bench:
             self.milliseconds(lambda: collectives.all_gather(buffer, self.rank, None), 5) for _ in range(5)
         )
         arriving = buffer.numel() * buffer.element_size() * (self.ranks - 1) // self.ranks
-        row = {"tokens": tokens, "name": "all-gather of K and V alone", "ms": ms, "gb_per_s": arriving / ms / 1e6}
+        row = {
+            "tokens": tokens,
+            "name": "all-gather of K and V alone",
+            "ms": ms,
+            "gb_per_s": arriving / ms / 1e6,
+        }
         self.note({**row, "bytes_into_each": arriving})
         if self.cuda and tokens == max(self.a.tokens):
             there = torch.empty_like(buffer, device=f"cuda:{(self.rank + 1) % self.ranks}")
@@ -165,7 +175,13 @@ class Bench:
         """Note the rows of one policy."""
         medians = {contender: statistics.median(all_times) for contender, all_times in times.items()}
         for contender, ms in medians.items():
-            row = {"tokens": tokens, "policy": name, "alpha": policy.alpha, "density": density, "name": contender}
+            row = {
+                "tokens": tokens,
+                "policy": name,
+                "alpha": policy.alpha,
+                "density": density,
+                "name": contender,
+            }
             row |= {"ms": ms, "speed_up": medians["one GPU"] / ms, "least_ms": min(times[contender])}
             alone = medians.get(f"{contender}: attention alone")
             if alone is not None:
@@ -181,7 +197,10 @@ class Bench:
             more = [f"{key} {row[key]:.3f}" for key in ("speed_up", "exposed", "gb_per_s") if key in row]
             more += [f"equal bits: {row['equal_bits']}"] if "equal_bits" in row else []
             what = f"{row['policy']:28s} {row['density']:.3f} " if "policy" in row else ""
-            print(f"{row['tokens']:8d} {what}{row['name']:34s} {row['ms']:9.3f} ms  {'  '.join(more)}", flush=True)
+            print(
+                f"{row['tokens']:8d} {what}{row['name']:34s} {row['ms']:9.3f} ms  {'  '.join(more)}",
+                flush=True,
+            )
 
     def write(self):
         """Write rows with what makes a figure of them."""
@@ -236,7 +255,9 @@ def main():
     parser.add_argument("--tokens", type=numbers(int), default=[65536, 131072, 524288])
     parser.add_argument("--densities", type=numbers(float), default=[0.05, 0.02])
     parser.add_argument("--groups", type=numbers(int), default=[1, 2, 4], help="groups of KV heads")
-    parser.add_argument("--heads", type=numbers(int), default=[32, 8, 128], help="query heads, KV heads, head_dim")
+    parser.add_argument(
+        "--heads", type=numbers(int), default=[32, 8, 128], help="query heads, KV heads, head_dim"
+    )
     parser.add_argument("--ulysses-up-to", type=int, default=131072, help="tokens")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

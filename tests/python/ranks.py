@@ -42,7 +42,9 @@ class World:
 
     def __init__(self, ranks, backend="gloo"):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "flashprefill", "flashprefill.distributed"])
+        context.set_forkserver_preload(
+            ["torch", "torch.distributed", "flashprefill", "flashprefill.distributed"]
+        )
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(ranks):

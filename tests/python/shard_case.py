@@ -73,13 +73,23 @@ def compare(group, case):
     own = [shards.shard(x) for x in whole]
     for _ in range(2):  # the second time in the buffers of the first
         out, lse, stats = fp.distributed.prefill_attention(
-            *own, case.policy, shards=shards, prefix=prefix, return_lse=True, return_stats=True, **case.options
+            *own,
+            case.policy,
+            shards=shards,
+            prefix=prefix,
+            return_lse=True,
+            return_stats=True,
+            **case.options,
         )
     assert out.shape == own[0].shape
     gathered = shards.keys_values(*own[1:])
     if case.batched:
         lse = lse.transpose(1, 2).contiguous()
-    out, lse, stats = shards.join(out), shards.join(lse if case.batched else lse.T.contiguous()), stats.over_ranks(group)
+    out, lse, stats = (
+        shards.join(out),
+        shards.join(lse if case.batched else lse.T.contiguous()),
+        stats.over_ranks(group),
+    )
     if case.batched:
         out, lse, gathered = out.flatten(0, 1), lse.flatten(0, 1), [x.flatten(0, 1) for x in gathered]
     if rank:

@@ -12,7 +12,9 @@ from ranks import World  # noqa: E402
 from shard_case import Case, same  # noqa: E402
 
 Zigzag, Ulysses = fp.distributed.Zigzag, fp.distributed.Ulysses
-FEW = dict(sink_blocks=1, window_blocks=1, dense_tail_blocks=1, block_size=32)  # so that there is much to choose
+FEW = dict(
+    sink_blocks=1, window_blocks=1, dense_tail_blocks=1, block_size=32
+)  # so that there is much to choose
 PAPER = fp.FlashPrefill(alpha=0.5, **FEW)
 POOLED = fp.FlashPrefill(alpha=0.5, query_pool=16, **FEW)
 SHARED = fp.FlashPrefill(alpha=0.5, share_heads=True, **FEW)
@@ -211,7 +213,9 @@ def test_ulysses_refuses_what_goes_by_numbers_of_heads(world):
 def test_refusals_of_divisions():
     with pytest.raises(fp.UnsupportedError, match="no process group"):
         Zigzag(1000)
-    with pytest.raises(fp.InvalidArgumentError, match="rank is 3; it must be a rank of the group, from 0 to 1"):
+    with pytest.raises(
+        fp.InvalidArgumentError, match="rank is 3; it must be a rank of the group, from 0 to 1"
+    ):
         Zigzag(1000, ranks=2, rank=3)
     with pytest.raises(fp.InvalidArgumentError, match="tokens is -1"):
         Zigzag(-1, ranks=1, rank=0)

@@ -1,11 +1,13 @@
 """Several GPUs: one long prompt, read by all ranks of a torch.distributed process group together.
 
-    shards = fp.distributed.Zigzag(131072)             # in each of the processes that torchrun starts
-    out = fp.distributed.prefill_attention(shards.shard(q), shards.shard(k), shards.shard(v), policy, shards=shards)
-    fp.distributed.patch_model(model, policy)          # or: a Transformers model whose prompts are so read
+    shards = fp.distributed.Zigzag(131072)       # in each of the processes that torchrun starts
+    q, k, v = (shards.shard(x) for x in (q, k, v))
+    out = fp.distributed.prefill_attention(q, k, v, policy, shards=shards)
+    fp.distributed.patch_model(model, policy)    # or: a Transformers model whose prompts are so read
 
-One file for each question: shards.py says which rows are whose, zigzag.py and ulysses.py what travels, pages.py
-where it arrives, call.py what is checked, model.py how Transformers' models get there. See docs/several-gpus.md.
+One file for each question: shards.py says which rows are whose, zigzag.py and ulysses.py what travels,
+pages.py where it arrives, call.py what is checked, model.py how Transformers' models get there. See
+docs/several-gpus.md.
 
 Importing this package imports torch.
 """

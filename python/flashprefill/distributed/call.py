@@ -70,7 +70,8 @@ def _flat(name: str, x: Any, q: Any, tokens: Sequence[int], what: str) -> torch.
         return x
     equal = len(set(tokens)) <= 1
     if x.ndim == 4 and equal and tuple(x.shape[:2]) == (len(tokens), tokens[0] if tokens else 0):
-        return x.flatten(0, 1)
+        flat = x.flatten(0, 1)
+        return flat
     must = f"({total}, heads, head_dim)"
     if equal and tokens:
         must += f" or ({len(tokens)}, {tokens[0]}, heads, head_dim)"
@@ -95,7 +96,9 @@ def _checked(
             _flat(f"prefix[{i}]", x, q, shards.prefix, of_prompts) for i, x in enumerate(prefix)
         )  # fmt: skip
     elif any(shards.prefix):
-        refuse("prefix", None, f"keys and values of the tokens before: shards.prefix is {list(shards.prefix)}")
+        refuse(
+            "prefix", None, f"keys and values of the tokens before: shards.prefix is {list(shards.prefix)}"
+        )
     for name, x in (("v", flat_v), ("prefix[0]", k_prefix), ("prefix[1]", v_prefix)):
         if x is not None and x.shape[1:] != flat_k.shape[1:]:
             refuse(f"{name}'s heads and head_dim", tuple(x.shape[1:]), f"k's ({tuple(flat_k.shape[1:])})")
@@ -226,7 +229,7 @@ def prefill_attention(
         result = out.copy_(result)
     results: list[Any] = [result]
     if return_lse:
-        results.append(lse if batch is None or lse is None else lse.unflatten(1, (batch, -1)).transpose(0, 1))
+        results.append(lse if batch is None or lse is None else lse.view(len(lse), batch, -1).transpose(0, 1))
     if return_stats:
         results.append(shards.stats_of(call, parts))
     return results[0] if len(results) == 1 else tuple(results)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 # Its name since PyTorch 2.13; the older one warns there.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

@@ -1,7 +1,7 @@
 """Transformers: a model's long prompts are read by all ranks together.
 
-    torchrun --nproc-per-node 8 program.py          # in which each process has the whole model on its GPU, and
-    fp.distributed.patch_model(model, policy)       # calls model.generate(...) or model(...) with the same ids
+    torchrun --nproc-per-node 8 program.py       # in which each process has the whole model on its GPU, and
+    fp.distributed.patch_model(model, policy)    # calls model.generate(...) or model(...) with the same ids
 
 In a forward over a long prompt each rank embeds, projects and attends to its own rows. Attention goes through
 call.py, every other layer sees fewer rows and knows nothing. In the end every rank has what one process would
@@ -36,6 +36,7 @@ from ..transformers.reasons import as_sdpa_casts, describe, why_never
 from .call import prefill_attention
 from .shards import Shards
 from .zigzag import Zigzag
+
 
 @dataclass
 class _Door:
@@ -86,7 +87,7 @@ class _Forward:
         scaling: float | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Compute a layer: q, k and v are [prompts, heads, rows, head_dim], out [prompts, rows, heads, ...]."""
+        """Compute a layer of q, k, v [prompts, heads, rows, head_dim]; out is [prompts, rows, heads, ...]."""
         number = module.layer_idx
         reason = why_never(module, tensors, dropout, kwargs)
         window = kwargs.get("sliding_window")
@@ -94,8 +95,8 @@ class _Forward:
             reason = "sliding window"
         if reason is not None:
             raise UnsupportedError(
-                f"layer {number} of {type(module).__name__} can't be computed over several ranks because of this: "
-                f"{LOUD[reason]} ({describe(tensors)})"
+                f"layer {number} of {type(module).__name__} can't be computed over several ranks because of "
+                f"this: {LOUD[reason]} ({describe(tensors)})"
             )
         policy: Policy = self.door.dense if layer is None or layer.policy is None else layer.policy
         q, k, v = (x.transpose(1, 2) for x in as_sdpa_casts(tensors))
@@ -138,8 +139,8 @@ def patch_model(
 
     Each rank has the whole model and calls it with the same arguments, under ``torch.inference_mode()`` or
     ``torch.no_grad()``: ``model(...)``, or ``model.generate(...)``, greedily or with equal seeds. Prompts
-    may continue a cache. Batches must be without padding. Results are on every rank; where only the last logits
-    are wanted (``logits_to_keep=1``, as in ``generate``) only those are computed.
+    may continue a cache. Batches must be without padding. Results are on every rank; where only the last
+    logits are wanted (``logits_to_keep=1``, as in ``generate``) only those are computed.
 
     Args:
         model: a text model of Transformers, on this rank's device.
@@ -226,7 +227,9 @@ def _unit(decoder: Any) -> tuple[int, Policy]:
     return math.lcm(*(units or [TILE_ROWS])), Dense(share_heads=shared)
 
 
-def _note_logits(door: _Door, signature: inspect.Signature, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _note_logits(
+    door: _Door, signature: inspect.Signature, _: Any, args: Any, kwargs: dict[str, Any]
+) -> None:
     """Remember which rows' logits are wanted."""
     given = signature.bind_partial(*args, **kwargs).arguments
     given = {**given, **given.get("kwargs", {})}
@@ -275,9 +278,13 @@ def _leave(door: _Door, decoder: Any, args: Any, kwargs: Any, output: Any) -> An
     if output is None:
         return None
     if not state.layers:
-        raise UnsupportedError(f"{type(decoder).__name__} has no attention that Transformers asks flashprefill for")
+        raise UnsupportedError(
+            f"{type(decoder).__name__} has no attention that Transformers asks flashprefill for"
+        )
     hidden = output.last_hidden_state
-    output.last_hidden_state = state.shards.last(hidden)[:, None] if door.keep == 1 else state.shards.join(hidden)
+    output.last_hidden_state = (
+        state.shards.last(hidden)[:, None] if door.keep == 1 else state.shards.join(hidden)
+    )
     if state.use_cache:
         output[_cache_name(door)] = state.cache
     return output.to_tuple() if state.as_tuple else output
@@ -310,7 +317,9 @@ def _agree_on_prompt(shards: Shards, ids: torch.Tensor | None) -> None:
     everyone: list[Any] = [None] * shards.ranks
     dist.all_gather_object(everyone, mine, group=shards.group)
     for rank, theirs in enumerate(everyone):
-        for what, own, other in zip(("layout", "tokens", "cached tokens", "unit", "input_ids"), everyone[0], theirs, strict=True):
+        for what, own, other in zip(
+            ("layout", "tokens", "cached tokens", "unit", "input_ids"), everyone[0], theirs, strict=True
+        ):
             if own != other:
                 shown = "not rank 0's" if what == "input_ids" else other
                 refuse(f"{what} of rank {rank}", shown, "the same on all ranks")
@@ -322,10 +331,12 @@ def _refuse_padding(mask: Any, tokens: int) -> None:
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] != tokens:
         what = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-        raise UnsupportedError(f"attention_mask is {what}; over several ranks it must be None or (prompts, {tokens})")
+        raise UnsupportedError(
+            f"attention_mask is {what}; over several ranks it must be None or (prompts, {tokens})"
+        )
     if bool(mask.all()):
         return
     raise UnsupportedError(
-        "attention_mask has padding; over several ranks prompts of a batch must have equal lengths: read them one "
-        "by one"
+        "attention_mask has padding; over several ranks prompts of a batch must have equal lengths: read "
+        "them one by one"
     )

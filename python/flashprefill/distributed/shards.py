@@ -75,8 +75,8 @@ class Shards:
         if ranks is None or rank is None:
             if not dist.is_initialized():
                 raise UnsupportedError(
-                    "torch.distributed has no process group: call torch.distributed.init_process_group first, "
-                    "or give ranks and rank"
+                    "torch.distributed has no process group: call torch.distributed.init_process_group "
+                    "first, or give ranks and rank"
                 )
             ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if rank < 0 or ranks < 1 or rank >= ranks:
@@ -118,7 +118,9 @@ class Shards:
         starts = [0]
         for n in self.tokens:
             starts.append(starts[-1] + n)
-        parts = [torch.arange(starts[c.prompt] + c.begin, starts[c.prompt] + c.end) for c in self.chunks(rank)]
+        parts = [
+            torch.arange(starts[c.prompt] + c.begin, starts[c.prompt] + c.end) for c in self.chunks(rank)
+        ]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def positions(self, device: Any = "cpu") -> torch.Tensor:
@@ -169,7 +171,7 @@ class Shards:
             return order.to(x.device)
 
         whole = gathered.flatten(0, 1).index_select(0, self.kept("join", x.device, make))
-        return whole.unflatten(0, (len(self.tokens), -1)) if batched else whole
+        return whole.view(len(self.tokens), -1, *whole.shape[1:]) if batched else whole
 
     def last(self, x: torch.Tensor) -> torch.Tensor:
         """Return each prompt's last row on every rank, [prompts, ...]. All ranks call it.

@@ -90,7 +90,9 @@ class ShardStats:
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
         kept, total, fallbacks = (list(values) for values in zip(*everyone, strict=True))
-        reasons = np.array([functools.reduce(_join, codes) for codes in zip(*fallbacks, strict=True)], np.int32)
+        reasons = np.array(
+            [functools.reduce(_join, codes) for codes in zip(*fallbacks, strict=True)], np.int32
+        )
         if self._over_heads:
             read = np.concatenate(kept, axis=1), np.max(total, axis=0), reasons
         else:

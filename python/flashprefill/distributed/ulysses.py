@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Ulysses(Shards):
     """Prompts divided into runs of rows; heads are exchanged for rows around attention.
 
-    For every policy that does not go by a head's number, any number of ranks and any length. The result has the bits of one process.
+    For every policy that does not go by a head's number, any number of ranks and any length. The result has
+    the bits of one process.
 
     Args:
         tokens: new tokens of a prompt; or a list, for a batch.
@@ -69,12 +70,17 @@ class Ulysses(Shards):
             self._to_heads(x, kv_heads, per) for x, per in ((call.q, group), (call.k, 1), (call.v, 1))
         )  # fmt: skip
         if call.k_prefix is not None and call.v_prefix is not None:
-            k, v = self._behind(call.k_prefix[:, first:past], k), self._behind(call.v_prefix[:, first:past], v)
+            k, v = (
+                self._behind(call.k_prefix[:, first:past], k),
+                self._behind(call.v_prefix[:, first:past], v),
+            )
         out, lse, stats = q.new_empty(q.shape), None, []
         if call.return_lse:
             lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
         if first < past and q.shape[0]:
-            starts_q, starts_k = (self.kept(name, q.device, lambda n=name: self._starts(n, q)) for name in "qk")
+            starts_q, starts_k = (
+                self.kept(name, q.device, lambda n=name: self._starts(n, q)) for name in "qk"
+            )
             result = prefill_attention(
                 q, k, v, call.at_heads(first, past), softmax_scale=call.softmax_scale, cu_seqlens_q=starts_q,
                 cu_seqlens_k=starts_k, max_seqlen_q=max(self.tokens), final_chunk=call.final, out=out,
@@ -124,7 +130,7 @@ class Ulysses(Shards):
         collectives.all_to_all(
             received, sent.reshape(-1), counts, [n * x.shape[1] * dim for n in rows], self.group
         )  # fmt: skip
-        parts = received.split(counts)
+        parts = torch.split(received, counts)
         shapes = [(self.rows, (b - a) * per, dim) for a, b in bounds]
         return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim=1)
 
@@ -146,6 +152,8 @@ class Ulysses(Shards):
     def _behind(self, prefix: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Return each prompt's prefix and new tokens, one after the other."""
         parts = []
-        for p, n in zip(prefix.split(self.prefix), new.split(self.tokens), strict=True):
+        for p, n in zip(
+            torch.split(prefix, list(self.prefix)), torch.split(new, list(self.tokens)), strict=True
+        ):
             parts += [p, n]
         return torch.cat(parts)

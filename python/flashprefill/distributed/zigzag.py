@@ -17,7 +17,7 @@ keys); they are refused here, and are exact with :class:`Ulysses`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,12 +35,12 @@ from .stats import ShardStats
 if TYPE_CHECKING:
     from .call import Call
 
-# CUDA's `prefill` attends densely to whole sequences of at most so many keys (kEnergiesDenseUpToKeys). A piece of
-# a longer prompt may be that short, and must be selected for, as it would be on one GPU.
+# CUDA's `prefill` attends densely to whole sequences of at most so many keys (kEnergiesDenseUpToKeys). A
+# piece of a longer prompt may be that short, and must be selected for, as it would be on one GPU.
 CUDA_DENSE_KEYS = 3072
 
-# Groups of KV heads. More of them hide more of the transfer behind attention, which for its part wants heads enough
-# to fill a GPU.
+# Groups of KV heads. More of them hide more of the transfer behind attention, which for its part wants heads
+# enough to fill a GPU.
 HEAD_GROUPS = 4
 LEAST_GROUPED_ROWS = 4096  # fewer rows take less time than a second call's launches
 
@@ -102,7 +102,7 @@ class Zigzag(Shards):
         if rank not in self._chunks:
             found = []
             for prompt, tokens in enumerate(self.tokens):
-                # The last unit is longer by what is left: few rows alone would take the kernels' way for decoding.
+                # The last unit is longer by what is left: few rows alone are computed as decoding is.
                 units, parts = max(tokens // self.unit, 1), 2 * self.ranks
                 each, more = divmod(units, parts)
                 for chunk in (rank, parts - 1 - rank):
@@ -153,17 +153,21 @@ class Zigzag(Shards):
             refuse(
                 "shards.unit",
                 self.unit,
-                f"a multiple of {tile}, the tokens of this policy's tiles: {type(self).__name__}(..., unit={tile})",
+                f"a multiple of {tile}, the tokens of this policy's tiles: Zigzag(..., unit={tile})",
             )
         unit = policy._row_unit()
         if self.ranks > 1 and unit is None:
             raise UnsupportedError(
-                f"{policy.kind} selects for a tile by rows or keys that other ranks have, so Zigzag can't give the "
-                "result of one process; Ulysses does"
+                f"{policy.kind} selects for a tile by rows or keys that other ranks have, so Zigzag can't "
+                "give the result of one process; Ulysses does"
             )
         for name, value in (("shards.unit", self.unit), *(("shards.prefix", n) for n in self.prefix)):
             if self.ranks > 1 and unit and value % unit:
-                refuse(name, value, f"a multiple of {unit} for {policy.kind}, whose cells of keys it must not cut")
+                refuse(
+                    name,
+                    value,
+                    f"a multiple of {unit} for {policy.kind}, whose cells of keys it must not cut",
+                )
         self.head_groups(call)
 
     def prefill(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None, list[Any]]:
@@ -190,13 +194,14 @@ class Zigzag(Shards):
         return out, lse, stats
 
     @contextlib.contextmanager
-    def _side_stream(self, device: torch.device, again: bool = False) -> Any:
-        """Do what follows on a stream of its own, after what the current one has been given so far."""
+    def _side_stream(self, device: torch.device, again: bool = False) -> Iterator[None]:
+        """Do what follows on a stream of its own; the first time in a call behind the current stream."""
         if device.type != "cuda":
             yield
             return
         if self._side is None or self._side.device != device:
-            self._side = torch.cuda.Stream(device)
+            stream: Any = torch.cuda.Stream
+            self._side = stream(device)
         if not again:
             self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
@@ -294,7 +299,7 @@ class Zigzag(Shards):
             mask = select(q, k, policy, **layout, **shared)
             del layout["final_chunk"]
             result = attend(q, k, v, mask, out=own, return_lse=lse is not None, **layout, **shared)
-            results = [*result, mask.stats] if lse is not None else [result, mask.stats]
+            results: list[Any] = [*result, mask.stats] if lse is not None else [result, mask.stats]
         else:
             result = prefill_attention(
                 q, k, v, policy, out=own, return_lse=lse is not None, return_stats=call.return_stats,
@@ -302,7 +307,7 @@ class Zigzag(Shards):
             )  # fmt: skip
             results = list(result) if isinstance(result, tuple) else [result]
         if lse is not None:
-            lse[here] = results[1]
+            lse[here].copy_(results[1])
         return [results[-1]] if call.return_stats else []
 
     def _has_short_piece(self, sequences: _Sequences) -> bool:
@@ -321,5 +326,5 @@ class Zigzag(Shards):
             for which in (0, 1)
         )
         if self._batched("k", k, self.rows_of(self.rank)):
-            keys, values = (x.unflatten(0, (len(self.tokens), -1)) for x in (keys, values))
+            keys, values = (x.view(len(self.tokens), -1, *x.shape[1:]) for x in (keys, values))
         return keys, values

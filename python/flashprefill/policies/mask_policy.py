@@ -107,12 +107,15 @@ class MaskPolicy(Policy):
         return str(getattr(self.function, "__qualname__", None) or type(self.function).__qualname__)
 
     def _row_unit(self) -> int | None:
-        return 1  # the function is called with chunks, and it is the function's business what it makes of them
+        return (
+            1  # the function is called with chunks, and it is the function's business what it makes of them
+        )
 
     def _at_heads(self, first: int, past: int, heads: int) -> MaskPolicy:
         if (first, past) != (0, heads):
             raise UnsupportedError(
-                f"{self.name} is called with all heads: heads {first} to {past - 1} of {heads} can't be taken alone"
+                f"{self.name} is called with all heads: heads {first} to {past - 1} of {heads} can't be "
+                "taken alone"
             )
         return self
 

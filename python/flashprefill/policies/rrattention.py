@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Policy
 from ..errors import UnsupportedError
+from .base import Policy
 from .checks import check_stride
 from .library import DEFAULT
 

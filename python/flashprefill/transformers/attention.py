@@ -51,7 +51,7 @@ _UNPATCHED = FlashPrefill()
 # Length of the prompt that generate() is reading, all its chunks; None if unknown. Set by register.py.
 prompt_length: contextvars.ContextVar[int | None] = contextvars.ContextVar("prompt_length", default=None)
 
-# What computes the layers of a forward whose rows are spread over several ranks. Set by flashprefill.distributed.
+# What computes the layers of a forward whose rows are spread over ranks. Set by flashprefill.distributed.
 over_ranks: contextvars.ContextVar[Callable[..., torch.Tensor] | None] = contextvars.ContextVar(
     "over_ranks", default=None
 )

@@ -317,7 +317,7 @@ def test_embeddings(pooling: str, model: str, tmp_path: Path) -> None:
 )
 def test_options_of_llama_cpp(more: tuple[str, ...], computes: bool, model: str, tmp_path: Path) -> None:
     """With -ngl, --device and -fa the policy is at work, or one line says that nothing is."""
-    with asked(model, tmp_path, None) as it:
+    with asked(model, tmp_path, None, *(() if computes else ("-fa", "off"))) as it:
         stock = it.after(TEXT[:1280], 0)
     with asked(model, tmp_path, STREAMING) as it:
         sparse = it.after(TEXT[:1280], 0)

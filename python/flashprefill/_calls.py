@@ -8,7 +8,6 @@ reads them again. Types are those of torch's schemas; "Tensor!" is a tensor that
 from __future__ import annotations
 
 from collections import namedtuple
-from operator import itemgetter
 from typing import Any
 
 _ALIASES = "abcdefghijklmnop"  # torch's names for the tensors that an operator writes to
@@ -36,7 +35,6 @@ class Verb:
         self.name = name
         self.types = {argument: kind for group in groups for argument, kind in group.items()}
         self.names = tuple(self.types)
-        self._in_order = itemgetter(*self.names)
         self._call: Any = namedtuple(f"{name}_arguments", self.names)  # type: ignore[misc]
 
     @property
@@ -51,7 +49,7 @@ class Verb:
 
     def pack(self, **values: Any) -> tuple[Any, ...]:
         """Return the arguments in their order."""
-        return self._in_order(values)  # type: ignore[no-any-return]
+        return tuple([values[name] for name in self.names])
 
     def unpack(self, arguments: tuple[Any, ...]) -> Any:
         """Return the arguments as a named tuple."""

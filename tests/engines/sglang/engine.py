@@ -12,6 +12,7 @@ import sys
 import traceback
 from array import array
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from answers import Answer
 
@@ -56,7 +57,7 @@ def serve(model, requests, log, policy=None, **arguments):
     process.join(30)
     if process.is_alive():
         process.kill()
-    text = open(log).read()
+    text = Path(log).read_text(errors="replace")
     assert served is not None, f"the engine's process ended with {process.exitcode}\n{text}"
     served.log = text
     return served

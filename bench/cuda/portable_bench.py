@@ -51,7 +51,9 @@ def random_mask(tokens, density):
     make = torch.Generator("cuda").manual_seed(tokens)
     keep = torch.rand(HEADS, tiles, tiles, generator=make, device="cuda") < density
     keep |= torch.eye(tiles, dtype=torch.bool, device="cuda")
-    return fp.BlockMask.from_dense(keep.tril(), q_len=tokens, k_len=tokens, block_size=128), int(keep.tril().sum())
+    return fp.BlockMask.from_dense(keep.tril(), q_len=tokens, k_len=tokens, block_size=128), int(
+        keep.tril().sum()
+    )
 
 
 def dense(tokens, dim, targets):

@@ -39,6 +39,8 @@ struct Selector {
   // In a prefill sequences of at most this many keys are attended to densely, since they gain less than select takes.
   // Null: none are.
   int (*dense_up_to_keys)(const Gpu&) = nullptr;
+  // Whether blocks are kept for their scores. If not, tiles keep equally many but for those of a dense tail.
+  bool scores = true;
 };
 
 // Null for a method without CUDA kernels.

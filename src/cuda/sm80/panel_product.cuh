@@ -8,6 +8,9 @@
 namespace flashprefill::cuda {
 
 struct PanelProductPortable {
+  template <int PANELS>
+  static constexpr int kStages = PANELS == 4 ? 1 : 2; // of rows of A: 99 KiB must do
+
   // After a thread's copies, before the product's barrier.
   static __device__ __forceinline__ void Fence() {}
 

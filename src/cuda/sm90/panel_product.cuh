@@ -8,6 +8,9 @@
 namespace flashprefill::cuda {
 
 struct PanelProductSm90 {
+  template <int PANELS>
+  static constexpr int kStages = 2; // of rows of A
+
   // After a thread's copies, before the product's barrier.
   static __device__ __forceinline__ void Fence() { FenceAsyncProxy(); }
 

@@ -5,8 +5,9 @@
 #include <cmath>
 #include <limits>
 
-#include "cuda/common/attend/args.h"
+#include "cuda/common/attend/order.h"
 #include "cuda/common/heuristics.h"
+#include "cuda/common/launch.h"
 #include "cuda/common/tensor_access.h"
 
 namespace flashprefill::cuda {
@@ -102,7 +103,13 @@ AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gp
   plan.p_ = &p;
   plan.mask_ = &mask;
   plan.gpu_ = gpu;
+  const int64_t items = plan.MaxItems(), most = gpu.portable ? kMaxOrderedItemsPortable : kMaxOrderedItems;
+  if (items <= most && items * p.max_seqlen_k >= kMinOrderedWork) plan.ordered_items_ = items;
   return plan;
+}
+
+int64_t AttendPlan::MaxItems() const {
+  return mask_->tile_tokens < 1 ? 0 : (p_->total_q / mask_->tile_tokens + p_->batch) * mask_->heads;
 }
 
 const char* AttendPlan::Unsupported(const Output* output) const {
@@ -124,13 +131,21 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   return nullptr;
 }
 
-cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select,
+cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
                                cudaStream_t stream) const {
   const Problem& p = *p_;
   if (p.batch == 0 || p.total_q == 0) return cudaSuccess;
-  AttendCall call{p, *mask_, gpu_, output, means, follows_select, 0};
-  const AttendArgs args = ArgsOf(call, counter_);
-  call.items = (p.total_q / args.tile_tokens + p.batch) * p.kv_heads * args.mask_heads;
+  const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
+  AttendArgs args = ArgsOf(call, counter_);
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
+  if (order_ && uneven && mask_->counts && call.items > processors) {
+    args.order = order_;
+    args.ordered_items = static_cast<int>(call.items);
+    if (cudaError_t e = LaunchOrder(args, mask_->counts, order_, follows_select, stream)) return e;
+  } else if (!follows_select) {
+    if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
+  }
   return gpu_.portable ? LaunchAttendPortable(args, call, stream) : LaunchAttendSm90(args, call, stream);
 }
 

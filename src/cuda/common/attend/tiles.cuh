@@ -1,7 +1,8 @@
 // The order in which CTAs take query tiles. Items are numbered so that those that follow each other
 // share keys and values in L2: KV heads first, in each of them the sequences, in each of them the tiles from the last
 // (heaviest) to the first, and of a tile the query heads of the KV head next to each other. A persistent CTA takes the
-// next number from one counter. Device arrays are clamped, never trusted.
+// next number from one counter; where there are few items, order.cu has put the heaviest first. Device arrays are
+// clamped, never trusted.
 #ifndef FLASHPREFILL_CUDA_COMMON_ATTEND_TILES_CUH_
 #define FLASHPREFILL_CUDA_COMMON_ATTEND_TILES_CUH_
 

@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(kPanelThreads) PoolRowsKernel(const __grid_con
 // A CTA's rows, and the product of a step.
 template <class PRODUCT, typename T, int PANELS>
 struct MapPanel {
-  static constexpr int kStageBytes = kPanelBytes<PANELS, kRows>; // 64 rows of either side
-  static constexpr int kBytes = 3 * kStageBytes;
+  static constexpr int kStageBytes = kPanelBytes<PANELS, kRows>;    // 64 rows of either side
+  static constexpr int kStages = PRODUCT::template kStages<PANELS>; // of keys
+  static constexpr int kBytes = (1 + kStages) * kStageBytes;
 
   const MapArgs& args;
   const VerticalSlashShape& a;
@@ -122,7 +123,7 @@ struct MapPanel {
 
   __device__ void CopyKeys(int step) {
     const int blocks = s.Blocks(a.rules);
-    CopyRows<PANELS, kRows>(shared + (1 + step % 2) * kStageBytes, a.d.p.head_dim, keys, [&](int c) {
+    CopyRows<PANELS, kRows>(shared + (1 + step % kStages) * kStageBytes, a.d.p.head_dim, keys, [&](int c) {
       const int block = step * kRows + c;
       return block < blocks ? keys + int64_t{block} * args.pitch : nullptr;
     });
@@ -140,9 +141,17 @@ struct MapPanel {
       AsyncCopyWaitAll();
       PRODUCT::Fence();
       __syncthreads();
-      PRODUCT::template Multiply<T, PANELS, kRows>(d, shared + (1 + step % 2) * kStageBytes, shared, [&] {
+      const char* const keys_of_step = shared + (1 + step % kStages) * kStageBytes;
+      const auto next = [&] {
         if (step + 1 < steps) CopyKeys(step + 1);
-      });
+      };
+      if constexpr (kStages > 1) {
+        PRODUCT::template Multiply<T, PANELS, kRows>(d, keys_of_step, shared, next);
+      } else {
+        PRODUCT::template Multiply<T, PANELS, kRows>(d, keys_of_step, shared, [] {});
+        __syncthreads();
+        next();
+      }
       body(step, d);
     }
   }

@@ -11,13 +11,14 @@ constexpr int64_t kLeastChunk = 256;  // keys per CTA: below this its rows' load
 constexpr int64_t kMostChunks = 128;  // of a sequence: each CTA of the second launch reads all their denominators
 constexpr int64_t kWantedCtas = 2112; // eight for each of 132 multiprocessors with room for two
 
-VerticalSlashShape ShapeOf(const Problem& p, const TileRules& rules, int rows) {
+VerticalSlashShape ShapeOf(const Problem& p, const TileRules& rules, const Gpu& gpu, int rows) {
   VerticalSlashShape a{};
   a.d = DeviceProblem::Of(p);
   a.rules = rules;
   a.exponent_scale = ExponentScale(p);
   a.rows = rows;
-  a.columns = a.rows <= 64 ? 64 : 128;
+  const bool small = p.head_dim > 128 && gpu.shared_bytes < kMediumShared; // 128 rows would not fit
+  a.columns = a.rows <= 64 || small ? 64 : 128;
   a.parts = DivUp(a.rows, a.columns);
   const int64_t keys = PackedKeys(p) ? p.total_k : p.batch * p.max_seqlen_k;
   const int64_t wanted =
@@ -42,7 +43,7 @@ VerticalSlashPlan VerticalSlashPlan::Of(const Problem& p, const Policy& policy, 
   VerticalSlashPlan plan{};
   plan.p = p;
   plan.gpu = gpu;
-  plan.shape = ShapeOf(p, rules, rows);
+  plan.shape = ShapeOf(p, rules, gpu, rows);
   plan.keeps_everything = p.total_q == 0 || p.max_seqlen_q <= 1 || p.max_seqlen_k <= dense_up_to_keys;
   plan.block_room = DivUp<int64_t>(p.max_seqlen_k, policy.block_size);
   plan.token_words = DivUp<int64_t>(p.max_seqlen_k, 32);

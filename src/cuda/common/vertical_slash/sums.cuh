@@ -29,7 +29,6 @@ namespace flashprefill::cuda {
 namespace {
 
 constexpr int kWarps = kPanelThreads / 32;
-constexpr int kRingStages = 2;
 constexpr int kShareRows = 32; // 8 warp + lane / 4: a thread's lower key, whose upper one has joined it
 
 // Floats per row of shares: as far as its keys reach, and 8 modulo 32 but for one, so that what 16 lanes store, 8 bytes
@@ -73,6 +72,7 @@ __device__ inline bool PlaceUnit(const SumsArgs& args, SumsUnit& unit) {
 // that where keys lie evenly it finds the next one by an addition.
 template <class PRODUCT, typename T, int PANELS, int COLUMNS>
 struct SumsProduct {
+  static constexpr int kRingStages = PRODUCT::template kStages<PANELS>;
   static constexpr int kRowBytes = kPanelBytes<PANELS, COLUMNS>, kStageBytes = kPanelBytes<PANELS, kProductRows>;
   static constexpr int kBytes = kRowBytes + kRingStages * kStageBytes;
   static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
@@ -136,10 +136,17 @@ struct SumsProduct {
     AsyncCopyWaitAll();
     PRODUCT::Fence();
     __syncthreads();
-    PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, shared + kRowBytes + step % kRingStages * kStageBytes, shared,
-                                                   [&] {
-                                                     if (step + 1 < unit.steps) CopyKeys(step + 1);
-                                                   });
+    const char* const keys = shared + kRowBytes + step % kRingStages * kStageBytes;
+    const auto next = [&] {
+      if (step + 1 < unit.steps) CopyKeys(step + 1);
+    };
+    if constexpr (kRingStages > 1) {
+      PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, keys, shared, next);
+    } else {
+      PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, keys, shared, [] {});
+      __syncthreads();
+      next();
+    }
   }
 
   // Whether every row sees every key of a step.

@@ -1,13 +1,13 @@
 // Exact softmax attention over the kept blocks of a mask, for every NVIDIA GPU since Ampere: mma.sync, ldmatrix,
 // cp.async. Persistent CTAs take query tiles of 128 rows; all warps load and all compute.
 //
-// Why it is fast. K and V stream through stages by asynchronous copies that are one or two halves of a step ahead, and
-// a barrier per half is all that warps wait for each other. A warp has 32 rows where registers and shared memory allow
-// it, so that every fragment of K and V that ldmatrix brings serves two products: with 16 rows, shared memory would be
-// the limit of GPUs with fast matrix units. Scores come in two slices of 32 keys: the first one's weights are made
-// while the matrix units still work on the second one's scores, and the second's while they add up P V of the first. P
-// never leaves registers. Weights have no maximum in the common step (common/attend/row_math.cuh). The second CTA of
-// the multiprocessor, or its second warp per scheduler, covers what is left.
+// Why it is fast. K and V stream through stages by asynchronous copies a step ahead, and a barrier per step (two, where
+// shared memory holds one stage) is all that warps wait for each other. A warp has 32 rows where registers and shared
+// memory allow it, so that every fragment of K and V that ldmatrix brings serves two products: with 16 rows, shared
+// memory would be the limit of GPUs with fast matrix units. Scores come in two slices of 32 keys: the first one's
+// weights are made while the matrix units still work on the second one's scores, and the second's while they add up P V
+// of the first. P never leaves registers. Weights have no maximum in the common step (common/attend/row_math.cuh). The
+// second CTA of the multiprocessor, or its second warp per scheduler, covers what is left.
 #ifndef FLASHPREFILL_CUDA_SM80_ATTEND_ATTEND_CUH_
 #define FLASHPREFILL_CUDA_SM80_ATTEND_ATTEND_CUH_
 
@@ -53,6 +53,7 @@ class PortableAttendRun {
  private:
   static constexpr int kHeadDim = SHAPE::kHeadDim;
   static constexpr int kKeys = SHAPE::kKeys;
+  static constexpr int kParts = kKeys / SHAPE::kPartKeys;
   static constexpr int kPanels = SHAPE::kPanels;
   static constexpr int kRowTiles = SHAPE::kRowTiles;
   static constexpr int kSlice = SHAPE::kSlice;
@@ -68,7 +69,7 @@ class PortableAttendRun {
   __device__ __forceinline__ void TakeTile() {
     const int item = c_.next_item, tiles = c_.tiles_of_batch;
     if (item < tiles * p_.kv_heads * p_.mask_heads) {
-      const Work work = DecodeItem(p_, item, tiles);
+      const Work work = DecodeItem(p_, item < p_.ordered_items ? p_.order[item] : item, tiles);
       if (threadIdx.x == 0) c_.work = work;
     } else if (threadIdx.x == 0) {
       c_.work.sequence = -1;
@@ -117,7 +118,8 @@ class PortableAttendRun {
     StoreTile();
   }
 
-  // One pass over a list. Item 2 j is K of step j, item 2 j + 1 its V; items are asked for 2 stages - 1 ahead.
+  // One pass over a list. With two stages a step's K and V come as one group of copies while the step before is
+  // computed, and one barrier per step is enough. With one, V comes during Q K^T, the next K during P V.
   __device__ __forceinline__ void Steps(int steps) {
     typename KeyList<SHAPE>::Row ahead{};
     if (keys_.Places()) {
@@ -127,83 +129,95 @@ class PortableAttendRun {
     }
     __syncthreads();
     Load(0, 0, steps);
-    if (p_.stages == 2) {
-      Load(1, 0, steps);
-      Load(0, 1, steps);
-    }
+    if (p_.stages == 2) Load(1, 0, steps);
+    AsyncCopyCommit();
 #pragma unroll 1
     for (int j = 0; j < steps; ++j) {
-      WaitForItem();
-      Load(1, j + p_.stages - 1, steps);
+      WaitForCopies();
+      if (p_.stages == 2) {
+        Load(0, j + 1, steps);
+        Load(1, j + 1, steps);
+      } else {
+        Load(1, j, steps);
+      }
+      AsyncCopyCommit();
       if (j + 3 < steps && keys_.Places()) {
         keys_.Tell(j + 3, ahead);
         if (j + 4 < steps) ahead = keys_.Ask(j + 4);
       }
-      Step(j, steps);
+      const int stage = j & (p_.stages - 1);
+      const uint32_t k = stages_ + 2 * stage * SHAPE::kStageBytes;
+      const StepControl& step = c_.step[j % kStepRing];
+      const int how = step.masked | step.means << 1;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Part(j, steps, part, k + part * SHAPE::kPartKeys * kRowBytes,
+             k + SHAPE::kStageBytes + part * SHAPE::kPartKeys * kRowBytes, how);
+      }
     }
   }
 
-  // The next item is there, for all warps; and all have done with the one before it.
-  __device__ __forceinline__ void WaitForItem() const {
-    if (p_.stages == 2) {
-      AsyncCopyWait<2>();
-    } else {
-      AsyncCopyWait<0>();
-    }
+  // The copies that were asked for last are there, for all warps, and all have done with what was there before.
+  __device__ __forceinline__ void WaitForCopies() const {
+    AsyncCopyWait<0>();
     __syncthreads();
   }
 
-  __device__ __forceinline__ void Step(int j, int steps) {
-    const int stage = j & (p_.stages - 1);
-    const uint32_t k = stages_ + 2 * stage * SHAPE::kStageBytes, v = k + SHAPE::kStageBytes;
-    const StepControl& step = c_.step[j % kStepRing];
-    const bool masked = (step.masked[0] | step.masked[1] | step.means) != 0;
+  // The part of a step whose scores are in registers at a time: two slices. how: bit 0 if some row doesn't see all of
+  // it, bit 1 if it is of means.
+  __device__ __forceinline__ void Part(int j, int steps, int part, uint32_t k, uint32_t v, int how) {
     Slice first, second;
     Scores(k, first, second);
-    if (masked) Mask(j, 0, first);
+    if (how) Mask(j, 2 * part, first);
     Weights weights;
-    WeighSlice(first, weights);
-    WaitForItem();
-    Load(0, j + p_.stages, steps);
-    AddValues(v, 0, weights);
-    if constexpr (SHAPE::kSlices == 2) {
-      if (masked) Mask(j, 1, second);
-      WeighSlice(second, weights);
-      AddValues(v, 1, weights);
+    WeighSlice(first, weights, how & 1);
+    if (p_.stages == 1) {
+      if (part == 0) AsyncCopyWait<0>(); // V is there,
+      __syncthreads();                   // for all warps, and after the last part all have done with K
+      if (part == kParts - 1) {
+        Load(0, j + 1, steps);
+        AsyncCopyCommit();
+      }
     }
+    AddValues(v, 0, weights);
+    if (how) Mask(j, 2 * part + 1, second);
+    WeighSlice(second, weights, how & 1);
+    AddValues(v, 1, weights);
   }
 
   // ---------------------------------------------------------------- loads
 
-  // K's rows (which = 0) or V's of a step; always a group of copies, also an empty one.
+  // K's rows (which = 0) or V's of a step, if there is one.
   __device__ __forceinline__ void Load(int which, int step, int steps) const {
-    if (step < steps) {
-      using Keys = KeyList<SHAPE>;
-      const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
-      const uint32_t* const offsets = &c_.offset[which][step % kStepRing][row * Keys::kPasses];
-      uint32_t at[Keys::kPasses];
-      if constexpr (Keys::kPasses == 4) {
-        const uint4 four = LoadShared16(SharedAddress(offsets));
+    if (step >= steps) return;
+    using Keys = KeyList<SHAPE>;
+    const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+    const uint32_t* const offsets = &c_.offset[which][step % kStepRing][row * Keys::kPasses];
+    const auto* const base = static_cast<const uint16_t*>(c_.base[which]) + piece * 8;
+    const uint32_t to = stages_ + (2 * (step & (p_.stages - 1)) + which) * SHAPE::kStageBytes + row * kRowBytes +
+                        ((piece ^ row % 8) << 4);
+    constexpr int kAtOnce = Keys::kPasses < 4 ? Keys::kPasses : 4;
+#pragma unroll
+    for (int first = 0; first < Keys::kPasses; first += kAtOnce) {
+      uint32_t at[kAtOnce];
+      if constexpr (kAtOnce == 4) {
+        const uint4 four = LoadShared16(SharedAddress(offsets + first));
         at[0] = four.x, at[1] = four.y, at[2] = four.z, at[3] = four.w;
       } else {
 #pragma unroll
-        for (int i = 0; i < Keys::kPasses; ++i) at[i] = offsets[i];
+        for (int i = 0; i < kAtOnce; ++i) at[i] = offsets[first + i];
       }
-      const auto* const base = static_cast<const uint16_t*>(c_.base[which]) + piece * 8;
-      const uint32_t to = stages_ + (2 * (step & (p_.stages - 1)) + which) * SHAPE::kStageBytes + row * kRowBytes +
-                          ((piece ^ row % 8) << 4);
 #pragma unroll
-      for (int i = 0; i < Keys::kPasses; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         const bool there = at[i] != kNowhere;
         const auto* const from = static_cast<const uint16_t*>(AddUnits16(base, there ? at[i] : 0));
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          AsyncCopy16(to + panel * kKeyPanel + i * Keys::kRowsPerPass * kRowBytes, from + panel * kPanelColumns,
-                      there && panel * kPanelColumns + piece * 8 < p_.head_dim);
+          AsyncCopy16(to + panel * kKeyPanel + (first + i) * Keys::kRowsPerPass * kRowBytes,
+                      from + panel * kPanelColumns, there && panel * kPanelColumns + piece * 8 < p_.head_dim);
         }
       }
     }
-    AsyncCopyCommit();
   }
 
   __device__ __forceinline__ void LoadQueries() const {
@@ -240,7 +254,7 @@ class PortableAttendRun {
 
   // ---------------------------------------------------------------- products
 
-  // S = Q K^T of both slices: a fragment of Q serves all keys of the step.
+  // S = Q K^T of both slices: a fragment of Q serves the keys of both.
   __device__ __forceinline__ void Scores(uint32_t k_panel, Slice& first, Slice& second) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -261,7 +275,7 @@ class PortableAttendRun {
         }
       }
 #pragma unroll
-      for (int n = 0; n < kKeys / 16; ++n) {
+      for (int n = 0; n < SHAPE::kPartKeys / 16; ++n) {
         uint32_t b[4];
         LoadMatrix4(b, Piece(k_at, k) + n * 16 * kRowBytes + k / 4 * kKeyPanel);
         Slice& s = n < kSlice / 16 ? first : second;
@@ -300,10 +314,11 @@ class PortableAttendRun {
 
   // Weights of a slice, against the old references, without a look at the scores; where that makes a lane's sum too
   // large, once more with the row's maximum. Not a number counts as large: a row that has seen nothing yet has the
-  // reference -inf.
-  __device__ __forceinline__ void WeighSlice(const Slice& s, Weights& weights) {
+  // reference -inf. follow: references follow the maxima in any case, so that rows of few keys give the largest one the
+  // weight 1, which bf16 does not round.
+  __device__ __forceinline__ void WeighSlice(const Slice& s, Weights& weights, bool follow) {
     float part[kRowTiles][2] = {};
-    bool large = false;
+    bool large = follow;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       const float reference[2] = {max_[m][0] * p_.exponent_scale, max_[m][1] * p_.exponent_scale};
@@ -313,7 +328,7 @@ class PortableAttendRun {
     if (__any_sync(~0u, large)) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        int moves = (part[m][0] < kLargestSum<T> ? 0 : 1) | (part[m][1] < kLargestSum<T> ? 0 : 2);
+        int moves = follow ? 3 : (part[m][0] < kLargestSum<T> ? 0 : 1) | (part[m][1] < kLargestSum<T> ? 0 : 2);
         moves |= __shfl_xor_sync(~0u, moves, 1);
         moves |= __shfl_xor_sync(~0u, moves, 2);
         float grow[2], reference[2];

@@ -17,9 +17,9 @@ namespace flashprefill::cuda {
 constexpr uint32_t kNowhere = ~0u;
 
 struct StepControl {
-  int masked[2]; // by the warps that have placed its rows: some key is not seen by all rows
-  int means;     // columns are means of blocks
-  int block;     // the first one's
+  int masked; // some key is not seen by all rows
+  int means;  // columns are means of blocks
+  int block;  // the first one's
 };
 
 // The list, as all threads know it: in shared memory, to spare registers.
@@ -91,13 +91,14 @@ class KeyList {
   __device__ __forceinline__ void ListMeans(int group) {
     const int lane = threadIdx.x % 32;
     const uint64_t word = LeftOut(group * 32 + lane);
-    constexpr int kTilesPerWord = 64 / kKeys;
+    constexpr int kTilesPerWord = kKeys < 64 ? 64 / kKeys : 1, kWordsPerTile = kKeys > 64 ? kKeys / 64 : 1;
     uint32_t any[kTilesPerWord];
     int entries = 0;
     int above = 0; // tiles of higher words
 #pragma unroll
     for (int i = 0; i < kTilesPerWord; ++i) {
       any[i] = __ballot_sync(~0u, kTilesPerWord == 1 ? word != 0 : static_cast<uint32_t>(word >> 32 * i) != 0);
+      if (kWordsPerTile == 2) any[i] = (any[i] | any[i] >> 1) & 0x55555555u; // at the tile's lower word
       entries += __popc(any[i]);
       above += __popc(any[i] >> lane >> 1);
     }
@@ -105,7 +106,7 @@ class KeyList {
     if (threadIdx.x < 32) {
 #pragma unroll
       for (int i = kTilesPerWord - 1; i >= 0; --i) {
-        if (any[i] >> lane & 1) c_.list[above++] = static_cast<uint16_t>(lane * kTilesPerWord + i);
+        if (any[i] >> lane & 1) c_.list[above++] = static_cast<uint16_t>(lane * kTilesPerWord / kWordsPerTile + i);
       }
     }
     SetBase(true);
@@ -115,7 +116,8 @@ class KeyList {
   struct Row {
     int position, asked;
   };
-  static __device__ __forceinline__ bool Places() { return threadIdx.x < 2 * kKeys; }
+  static constexpr bool kOneForBoth = SHAPE::kThreads < 2 * kKeys; // a thread's row is K's and V's
+  static __device__ __forceinline__ bool Places() { return threadIdx.x < (kOneForBoth ? kKeys : 2 * kKeys); }
 
   __device__ __forceinline__ Row Ask(int step) const {
     const int row = threadIdx.x % kKeys;
@@ -143,38 +145,40 @@ class KeyList {
     return r;
   }
 
-  // Writes what Ask has got.
+  // Writes what Ask has got. Positions fall, so a step's highest says whether some row doesn't see all of it: of keys
+  // the first thread's chunk, or, where that is absent, one with it.
   __device__ __forceinline__ void Tell(int step, Row r) const {
     const int row = threadIdx.x % kKeys, slot = step % kStepRing;
-    const bool is_v = threadIdx.x >= kKeys;
-    const uint32_t* const units = is_v ? p_.v_units : p_.k_units;
-    uint32_t offset = kNowhere;
-    int block = 0;
-    if (c_.state.means) {
-      block = r.position - row;
-      if (r.asked) offset = r.position * static_cast<uint32_t>(p_.mean_stride[1] / 8);
-      r.position = r.asked ? 0 : kAbsent;
-    } else if (r.position != kAbsent) {
-      offset = r.position * units[1];
-      if (p_.page_size) {
-        const int page = ClampTo(r.asked, p_.page_count - 1);
-        offset = page * units[0] + (r.position - p_.by_page(r.position) * p_.page_size) * units[1];
-      }
-    }
-    c_.offset[is_v][slot][PlaceOfRow(row)] = offset;
+    const bool is_v = !kOneForBoth && threadIdx.x >= kKeys, means = c_.state.means != 0;
+    const auto offset_of = [&](const uint32_t* units) {
+      if (means) return r.asked ? r.position * static_cast<uint32_t>(p_.mean_stride[1] / 8) : kNowhere;
+      if (r.position == kAbsent) return kNowhere;
+      if (!p_.page_size) return r.position * units[1];
+      const int page = ClampTo(r.asked, p_.page_count - 1);
+      return page * units[0] + (r.position - p_.by_page(r.position) * p_.page_size) * units[1];
+    };
+    c_.offset[is_v][slot][PlaceOfRow(row)] = offset_of(is_v ? p_.v_units : p_.k_units);
+    if (kOneForBoth) c_.offset[1][slot][PlaceOfRow(row)] = offset_of(p_.v_units);
     if (is_v) return;
-    c_.position[slot][row] = r.position;
-    const int safe = min(c_.work.first_position + 1, c_.work.k_len); // keys below it are seen by every row
-    const bool masked = __any_sync(~0u, r.position >= safe);
-    if (threadIdx.x % 32 == 0) c_.step[slot].masked[threadIdx.x / 32] = masked;
+    c_.position[slot][row] = !means ? r.position : r.asked ? 0 : kAbsent;
     if (threadIdx.x == 0) {
-      if (kKeys == 32) c_.step[slot].masked[1] = 0;
-      c_.step[slot].means = c_.state.means;
-      c_.step[slot].block = block;
+      // Keys below `safe` are seen by every row. A step is not masked if its highest chunk ends below it; the first
+      // step of a list may lack chunks.
+      const int safe = min(c_.work.first_position + 1, c_.work.k_len);
+      c_.step[slot] = StepControl{step == 0 || HighestOf(step) >= safe, means, r.position};
     }
   }
 
  private:
+  // The last position of a step of keys, but the first, which may lack chunks.
+  __device__ __forceinline__ int HighestOf(int step) const {
+    const ListState& list = c_.state;
+    if (list.means) return 0;
+    const int chunk = step * (kKeys >> p_.chunk_shift) - list.missing + list.skipped;
+    const int entry = p_.by_chunks(chunk), sub = p_.chunks_per_block - (chunk - entry * p_.chunks_per_block);
+    return (list.group * kListBlocks + c_.list[entry]) * p_.block_size + (sub << p_.chunk_shift) - 1;
+  }
+
   // A list of kept blocks, of which `first` is the highest. Chunks of a tile's last block that no row sees are left
   // out.
   __device__ __forceinline__ ListState StateOf(int group, int kept, int first) const {

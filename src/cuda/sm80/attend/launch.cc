@@ -46,9 +46,6 @@ cudaError_t LaunchAttendPortable(const AttendArgs& args, const AttendCall& call,
   int processors = 0;
   if (cudaError_t e = CountProcessors(&processors)) return e;
   if (cudaError_t e = AllowSharedOnly(plan.kernel, bytes)) return e;
-  if (!call.follows_select) {
-    if (cudaError_t e = LaunchAttendStart(a.counter, stream)) return e;
-  }
   return LaunchOverlapped(plan.kernel, true, std::min<int64_t>(call.items, int64_t{processors} * ctas), plan.threads,
                           bytes, stream, a);
 }

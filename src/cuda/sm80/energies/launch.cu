@@ -16,6 +16,7 @@ bool PlanFor(int shared, int head_dim, int64_t max_blocks, int unit_rows, bool s
   const int64_t stride = DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), kStepBlocks) * kStepBlocks + 4;
   if (stride > (1 << 20)) return false;
   plan.energy_stride = static_cast<int>(stride);
+  plan.streams = false;
   constexpr int kSetsAndTeams[3][2] = {{2, 0}, {1, 1}, {1, 0}}; // sets, log2 of groups per set
   for (int units = columns / unit_rows; units >= 1; units /= 2) {
     plan.units = units;
@@ -25,14 +26,18 @@ bool PlanFor(int shared, int head_dim, int64_t max_blocks, int unit_rows, bool s
       plan.groups = sets << log2_team;
       for (int energy_bytes = 4; energy_bytes >= (columns == 64 ? 2 : 4); energy_bytes -= 2) {
         plan.energy_bytes = energy_bytes;
-        for (plan.stages = 3; plan.stages >= 2; --plan.stages) {
+        for (int stages = 3; stages >= 2; --stages) {
+          plan.stages = stages;
           if (PortableScoreLayoutOf(plan, columns, sketch).total <= shared) return true;
         }
       }
       if (whole) return false; // with two sets of all units, or not at all
     }
   }
-  return false;
+  // Sketch's rows of head_dim 256 and query_pool 1 are 128 KiB. They come with the stages then.
+  plan.streams = columns == 128;
+  plan.energy_bytes = 4;
+  return plan.streams && PortableScoreLayoutOf(plan, columns, sketch).total <= shared;
 }
 
 // Two CTAs per multiprocessor, if that costs nothing else.

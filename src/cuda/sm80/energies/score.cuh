@@ -61,42 +61,43 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
         }
       }
     } else {
-      for (int s = 0; s < plan.sets; ++s) CopyRows(item, s);
+      for (int i = 0; i < (plan.streams ? 0 : plan.sets * plan.q_panels); ++i) {
+        const int s = i / plan.q_panels, panel = i - s * plan.q_panels;
+        CopyPanel(item, s, panel, SharedAddress(shared) + s * layout.rows_set + panel * COLUMNS * kRowBytes);
+      }
       AsyncCopyCommit();
     }
   }
 
-  __device__ __forceinline__ void CopyRows(const ScoreItem& item, int s) const {
+  // One panel of 64 columns of a set's rows, or of their squares.
+  __device__ __forceinline__ void CopyPanel(const ScoreItem& item, int s, int q_panel, uint32_t to) const {
     const TileRules& r = a.rules;
     const Problem& p = a.d.p;
     const int unit = item.first + s * plan.units, tile_index = r.by_units(unit);
+    const bool squares = q_panel >= PANELS;
+    const int piece = threadIdx.x % 8,
+              first_column = (squares ? q_panel - PANELS : q_panel) * kScorePanelColumns + piece * 8;
     const int tokens = min((tile_index + 1) * r.tile_tokens, item.sequence.q_len) - tile_index * r.tile_tokens;
     const int head = (item.kv * r.units_per_kv + unit - tile_index * r.units_per_kv) * r.heads_per_tile;
-    const int64_t in_scratch = (int64_t{item.kv} * r.tile_rows + item.sequence.TileBase(r)) * r.units_per_kv + unit;
     const T* const q =
         static_cast<const T*>(p.q.data) + RowOffsetAt(p, p.q.stride, item.sequence, tile_index * r.tile_tokens, head);
-    const uint32_t to = SharedAddress(shared) + s * layout.rows_set;
-    const int pieces = 8 * plan.q_panels;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < COLUMNS * pieces; i += blockDim.x) {
-      const int row = i / pieces, piece = i % pieces, panel = piece / 8;
-      const int of_plane = piece % (8 * plan.panels); // 16 bytes of means, or of squares
+    const int64_t in_scratch = (int64_t{item.kv} * r.tile_rows + item.sequence.TileBase(r)) * r.units_per_kv + unit;
+#pragma unroll 2
+    for (int row = threadIdx.x / 8; row < COLUMNS; row += blockDim.x / 8) {
       const int token = plan.by_heads(row);
       const T* from = nullptr;
       int columns = 0; // of the 8
-      if (a.rows_in_q) {
-        from = q + token * p.q.stride[1] + (row - token * r.heads_per_tile) * p.q.stride[2] + of_plane * 8;
-        columns = unit < item.units && token < tokens ? min(8, p.head_dim - of_plane * 8) : 0;
-      } else {
-        const int64_t scratch_row = (in_scratch + (panel >= plan.panels ? a.unit_count : 0)) * a.unit_rows + row;
-        from = static_cast<const T*>(a.rows) + scratch_row * a.pitch + of_plane * 8;
-        columns = unit < item.units ? min(8, a.pitch - of_plane * 8) : 0;
+      if (unit >= item.units) {
+      } else if (!a.rows_in_q) {
+        const int64_t scratch_row = (in_scratch + (squares ? a.unit_count : 0)) * a.unit_rows + row;
+        from = static_cast<const T*>(a.rows) + scratch_row * a.pitch + first_column;
+        columns = a.pitch - first_column;
+      } else if (token < tokens) {
+        from = q + token * p.q.stride[1] + (row - token * r.heads_per_tile) * p.q.stride[2] + first_column;
+        columns = p.head_dim - first_column;
       }
-      if (columns <= 0) from = static_cast<const T*>(p.q.data);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                       to + panel * COLUMNS * kRowBytes + row * kRowBytes + ((piece % 8 ^ row % 8) << 4)),
-                   "l"(from), "r"(max(columns, 0) * 2)
-                   : "memory");
+      columns = min(max(columns, 0), 8);
+      AsyncCopyPart16(to + row * kRowBytes + ((piece ^ row % 8) << 4), columns > 0 ? from : p.q.data, 2 * columns);
     }
   }
 
@@ -117,7 +118,8 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
   };
 
   // The next stage; always a group of copies, also an empty one.
-  __device__ __forceinline__ void LoadNext(int64_t first_row, int planes, int iterations, Place& next) const {
+  __device__ __forceinline__ void LoadNext(const ScoreItem& item, int64_t first_row, int planes, int iterations,
+                                           Place& next) const {
     if (next.iteration < iterations) {
       const int64_t plane_rows = a.mean_rows * a.d.p.kv_heads;
       const int64_t row0 = first_row + next.plane * plane_rows + int64_t{next.iteration} * plan.StageRows();
@@ -130,6 +132,10 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
         const bool there = row < rows && column < a.pitch;
         AsyncCopy16(to + row * kRowBytes + ((piece ^ row % 8) << 4), from + (there ? row * a.pitch : 0), there);
       }
+    }
+    if (COLUMNS == 128 && plan.streams && next.iteration < iterations) {
+      CopyPanel(item, 0, next.panel + (SKETCH && next.plane == 1 ? PANELS : 0),
+                SharedAddress(shared) + layout.stages + next.slot * layout.stage + plan.StageRows() * kRowBytes);
     }
     next.Advance(plan.stages, planes);
     AsyncCopyCommit();
@@ -150,7 +156,8 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
   __device__ __forceinline__ void Multiply(Scores& scores, int slot, int q_panel) const {
     const uint32_t keys = SharedAddress(shared) + layout.stages + slot * layout.stage;
     const uint32_t a_at = RowsOfA(keys, member * kStepBlocks + 16 * warp);
-    const uint32_t b_at = RowsOfB(rows_address + q_panel * COLUMNS * kRowBytes, 0);
+    const uint32_t b_at =
+        RowsOfB(plan.streams ? keys + plan.StageRows() * kRowBytes : rows_address + q_panel * COLUMNS * kRowBytes, 0);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t blocks[4];
@@ -170,7 +177,7 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
     const int steps = item.steps, iterations = (steps + team - 1) >> plan.log2_team;
     const int64_t first_row = item.kv * a.mean_rows + MeanBase(a.d.p, item.sequence, a.rules.block_size);
     Place next;
-    for (int i = 0; i < plan.stages - 1; ++i) LoadNext(first_row, planes, iterations, next);
+    for (int i = 0; i < plan.stages - 1; ++i) LoadNext(item, first_row, planes, iterations, next);
     int slot = 0;
 #pragma unroll 1
     for (int iteration = 0; iteration < iterations; ++iteration) {
@@ -186,7 +193,7 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel) {
           WaitForStage();
-          LoadNext(first_row, planes, iterations, next);
+          LoadNext(item, first_row, planes, iterations, next);
           Multiply(scores, slot, (spread ? PANELS : 0) + panel);
           slot = slot + 1 == plan.stages ? 0 : slot + 1;
         }

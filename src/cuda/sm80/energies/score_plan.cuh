@@ -16,6 +16,7 @@ struct PortableScorePlan : UnitPlan {
   int q_panels; // twice as many with squares
   int groups;   // that run
   int stages;   // 2 or 3
+  bool streams; // rows come with each stage, where they don't fit into shared memory whole
 
   __host__ __device__ int Team() const { return 1 << log2_team; }
   __host__ __device__ int StageRows() const { return kStepBlocks * Team(); }
@@ -33,8 +34,8 @@ struct PortableScoreLayout { // of dynamic shared memory: rows of all sets first
 __host__ __device__ inline PortableScoreLayout PortableScoreLayoutOf(const PortableScorePlan& plan, int columns,
                                                                      bool sketch) {
   PortableScoreLayout l;
-  l.rows_set = plan.q_panels * columns * kScorePanelBytes;
-  l.stage = plan.StageRows() * kScorePanelBytes;
+  l.rows_set = plan.streams ? 0 : plan.q_panels * columns * kScorePanelBytes;
+  l.stage = (plan.StageRows() + (plan.streams ? columns : 0)) * kScorePanelBytes;
   l.stages = l.rows_set * plan.sets;
   l.energies = l.stages + l.stage * plan.stages;
   l.energies_set = plan.units * plan.energy_stride * plan.energy_bytes;

@@ -30,12 +30,12 @@ struct Scorer {
     const StridedShape& g = args.common.shape;
     if (step < plan.steps) {
       const int piece = threadIdx.x % 8, column = step * kStridedPanel + piece * 8;
-      const bool in_row = column < g.pitch;
+      const int bytes = 2 * min(max(g.columns - column, 0), 8); // the pitch may be more
       const uint32_t to = stages + slot * kStridedStage;
       const auto copy = [&](uint32_t panel, const void* matrix, int64_t first, int count, int row) {
-        const bool there = in_row && row < count;
+        const bool there = bytes > 0 && row < count;
         const T* const from = static_cast<const T*>(matrix) + (there ? (first + row) * g.pitch + column : 0);
-        AsyncCopy16(panel + row * kRowBytes + ((piece ^ row % 8) << 4), from, there);
+        AsyncCopyPart16(panel + row * kRowBytes + ((piece ^ row % 8) << 4), from, there ? bytes : 0);
       };
 #pragma unroll
       for (int i = 0; i < kStripRows / (kThreads / 8); ++i) {

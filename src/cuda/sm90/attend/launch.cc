@@ -111,9 +111,6 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
   int processors = 0;
   if (cudaError_t e = CountProcessors(&processors)) return e;
   if (cudaError_t e = AllowShared(kernel, kernels.shared_bytes)) return e;
-  if (!call.follows_select) {
-    if (cudaError_t e = LaunchAttendStart(a.counter, stream)) return e;
-  }
   return LaunchOverlapped(kernel, true, std::min<int64_t>(call.items, processors), kAttendThreads, kernels.shared_bytes,
                           stream, a);
 }

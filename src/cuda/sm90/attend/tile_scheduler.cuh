@@ -30,7 +30,7 @@ __device__ __forceinline__ bool TakeTile(const AttendParams& p, SharedMemory<SHA
   Work w;
   uint64_t word = 0;
   if (there) {
-    w = DecodeItem(p, item, tiles);
+    w = DecodeItem(p, item < p.ordered_items ? p.order[item] : item, tiles);
     word = MaskWord(p, w, max(0, (w.visible - 1) / kGroupBlocks) * 32 + lane);
   } else {
     w.sequence = -1;

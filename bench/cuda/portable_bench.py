@@ -1,4 +1,4 @@
-"""Times the portable kernels on a GPU beside PyTorch's FlashAttention-2 and, on Hopper, beside its own kernels.
+"""Times the portable kernels on a GPU beside PyTorch's FlashAttention-2 and, on Hopper, its own kernels.
 
     python3 bench/cuda/portable_bench.py [case ...] [--targets portable,portable_small] [--out FILE]
 
@@ -14,12 +14,12 @@ import statistics
 import time
 
 import torch
+from attend_bench import clock
+from operator_bench import graph_of, inputs, milliseconds, tuned
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashprefill as fp
-from attend_bench import clock
-from operator_bench import graph_of, inputs, milliseconds, tuned
 
 K = 1024
 HEADS, KV_HEADS = 32, 8

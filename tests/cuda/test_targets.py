@@ -1,7 +1,7 @@
-"""The targets of a GPU against each other: on Hopper its own kernels, and the portable ones that other GPUs run.
+"""The targets of a GPU against each other: on Hopper its own kernels, and the portable ones of other GPUs.
 
-Masks may differ where an energy is near its threshold alone, which a share of the blocks' number bounds; outputs
-under one mask agree to the dtype's rounding, and a target's bits are the same every time.
+Masks may differ where an energy is near its threshold alone, which a share of the blocks' number bounds;
+outputs under one mask agree to the dtype's rounding, and a target's bits are the same every time.
 """
 
 import pytest
@@ -120,7 +120,7 @@ def test_more_than_2048_blocks():
 
 def test_unknown_target_is_refused():
     q, k, v = inputs(300)
-    with pytest.raises(fp.InvalidArgumentError, match="exec.target"):
+    with pytest.raises(fp.InvalidArgumentError, match="target is sm_75"):
         fp.prefill_attention(q, k, v, fp.Dense(), target="sm_75")
 
 

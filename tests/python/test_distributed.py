@@ -150,15 +150,15 @@ def test_no_chunk_of_few_rows():
 
 
 def test_cuda_attends_densely_up_to():
-    """The number that zigzag.py has to know is the library's."""
+    """The numbers that zigzag.py has to know are the library's."""
     import re
     from pathlib import Path
 
     from flashprefill.distributed import zigzag
 
-    header = Path(__file__).parents[2] / "src/cuda/sm90/energies/plan.h"
-    number = re.search(r"kEnergiesDenseUpToKeys = (\d+);", header.read_text())
-    assert int(number[1]) == zigzag.CUDA_DENSE_KEYS
+    header = (Path(__file__).parents[2] / "src/cuda/common/heuristics.h").read_text()
+    found = re.search(r"EnergiesDenseUpToKeys.*portable \? (\d+) : (\d+);", header)
+    assert [int(n) for n in found.groups()] == [zigzag.PORTABLE_DENSE_KEYS, zigzag.HOPPER_DENSE_KEYS]
 
 
 # -------------------------------------------------------------------- refusals

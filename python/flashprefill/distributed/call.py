@@ -65,13 +65,13 @@ class Call:
 def _flat(name: str, x: Any, q: Any, tokens: Sequence[int], what: str) -> torch.Tensor:
     """Return a tensor as [tokens of all prompts, heads, head_dim], or refuse it."""
     torch_op.check(name, x, q)
+    assert isinstance(x, torch.Tensor)
     total = sum(tokens)
     if x.ndim == 3 and x.shape[0] == total:
         return x
     equal = len(set(tokens)) <= 1
     if x.ndim == 4 and equal and tuple(x.shape[:2]) == (len(tokens), tokens[0] if tokens else 0):
-        flat = x.flatten(0, 1)
-        return flat
+        return torch.flatten(x, 0, 1)
     must = f"({total}, heads, head_dim)"
     if equal and tokens:
         must += f" or ({len(tokens)}, {tokens[0]}, heads, head_dim)"

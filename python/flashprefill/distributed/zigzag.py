@@ -35,9 +35,20 @@ from .streams import Streams
 if TYPE_CHECKING:
     from .call import Call
 
-# CUDA's `prefill` attends densely to whole sequences of at most so many keys (kEnergiesDenseUpToKeys). A
-# piece of a longer prompt may be that short, and must be selected for, as it would be on one GPU.
-CUDA_DENSE_KEYS = 3072
+# CUDA's `prefill` attends densely to whole sequences of at most so many keys (EnergiesDenseUpToKeys in
+# src/cuda/common/heuristics.h). A piece of a longer prompt may be that short, and must be selected for, as it would
+# be on one GPU.
+HOPPER_DENSE_KEYS = 3072
+PORTABLE_DENSE_KEYS = 2048
+
+
+def _dense_keys(device: torch.device, target: str | None) -> int:
+    """Return up to how many keys a whole sequence is dense on a device."""
+    if device.type != "cuda":
+        return 0
+    hopper = torch.cuda.get_device_capability(device) == (9, 0) if target is None else target == "sm90a"
+    return HOPPER_DENSE_KEYS if hopper else PORTABLE_DENSE_KEYS
+
 
 # Groups of KV heads. While one is attended to the next travels. At 128K tokens and density .05 a layer takes 7.5
 # ms on two H200 with two groups and 8.0 with one, of which 0.7 and 1.1 are the transfer. Each group's launches
@@ -329,7 +340,7 @@ class Zigzag(Shards):
         policy, own, q = call.at_heads(*kv_heads), out[rows, here], call.q[rows, here]
         layout, final = sequences.arguments(), call.options
         shared = dict(softmax_scale=call.softmax_scale, **final)
-        if call.q.device.type == "cuda" and self._has_short_piece(sequences):
+        if self._has_short_piece(sequences, _dense_keys(q.device, call.options.get("target"))):
             mask = select(q, k, policy, **layout, **shared)
             del layout["final_chunk"]
             result = attend(q, k, v, mask, out=own, return_lse=lse is not None, **layout, **shared)
@@ -346,10 +357,10 @@ class Zigzag(Shards):
         owners = [piece.prompt for piece in sequences.pieces]
         return [(first, owners, results[-1])] if call.return_stats else []
 
-    def _has_short_piece(self, sequences: _Sequences) -> bool:
-        """Return whether a piece is so short that CUDA would not select for it, of a prompt that is not."""
+    def _has_short_piece(self, sequences: _Sequences, dense_keys: int) -> bool:
+        """Return whether a piece is so short that it would be dense by itself, of a prompt that is not."""
         return any(
-            piece.keys <= CUDA_DENSE_KEYS < self.tokens[piece.prompt] + self.prefix[piece.prompt]
+            piece.keys <= dense_keys < self.tokens[piece.prompt] + self.prefix[piece.prompt]
             for piece in sequences.pieces
         )
 

@@ -143,6 +143,8 @@ def function_named(text: str) -> Any:
     module, _, path = text.partition(":")
     found: Any
     try:
+        if module.startswith("."):
+            raise ImportError("a module's whole name is needed")
         found = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)

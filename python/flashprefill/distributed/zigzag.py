@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from .call import Call
 
 # CUDA's `prefill` attends densely to whole sequences of at most so many keys (EnergiesDenseUpToKeys in
-# src/cuda/common/heuristics.h). A piece of a longer prompt may be that short, and must be selected for, as it would
-# be on one GPU.
+# src/cuda/common/heuristics.h). A piece of a longer prompt may be that short, and must be selected for, as it
+# would be on one GPU.
 HOPPER_DENSE_KEYS = 3072
 PORTABLE_DENSE_KEYS = 2048
 
@@ -50,9 +50,9 @@ def _dense_keys(device: torch.device, target: str | None) -> int:
     return HOPPER_DENSE_KEYS if hopper else PORTABLE_DENSE_KEYS
 
 
-# Groups of KV heads. While one is attended to the next travels. At 128K tokens and density .05 a layer takes 7.5
-# ms on two H200 with two groups and 8.0 with one, of which 0.7 and 1.1 are the transfer. Each group's launches
-# cost the host about 1 ms, so below that GPUs would wait for it; four groups gain little at any length.
+# Groups of KV heads. While one is attended to the next travels. At 128K tokens and density .05 a layer takes
+# 7.5 ms on two H200 with two groups and 8.0 with one, of which 0.7 and 1.1 are the transfer. Each group's
+# launches cost the host about 1 ms, so below that GPUs would wait for it; four groups gain little anywhere.
 HEAD_GROUPS = 2
 LEAST_GROUPED_ROWS = 65536  # of a rank
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -82,6 +83,9 @@ class MInference(Policy):
             values["heads"] = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
         if values["rounding"] == "tokens" and values["mean_correction"]:
             refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
+
+    def _at_heads(self, first: int, past: int, heads: int) -> MInference:
+        return self if self.heads is None else dataclasses.replace(self, heads=self.heads[first:past])
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,13 @@ class XAttention(Policy):
             values["head_thresholds"] = tuple(
                 threshold._replace(name=f"head_thresholds[{h}]").check(each) for h, each in enumerate(heads)
             )
+
+    def _row_unit(self) -> int | None:
+        return self.stride
+
+    def _at_heads(self, first: int, past: int, heads: int) -> XAttention:
+        table = self.head_thresholds
+        return self if table is None else dataclasses.replace(self, head_thresholds=table[first:past])
 
     @classmethod
     def from_config(cls, config: Any, **fields: Any) -> dict[Any, XAttention]:

@@ -233,8 +233,7 @@ TEST(PolicyText, NoneWhereAValueFollowsFromOtherFields) {
 }
 
 TEST(PolicyText, MessagesAreOneLineWhateverTheTextHolds) {
-  EXPECT_EQ(ErrorOf("flash\nprefill(alpha=1)"),
-            "policy 'flash\\nprefill(alpha=1)': write a name with or without arguments, like flashprefill(alpha=0.2)");
+  EXPECT_EQ(ErrorOf("flash\nprefill(alpha=1)").find("policy 'flash\\nprefill(alpha=1)': the name must be one of "), 0u);
   EXPECT_EQ(ErrorOf("sketch(mass=\r\t7)"),
             "policy 'sketch(mass=\\r\\t7)': mass is 7; it must be above 0 and at most 1");
   for (int c = 1; c < 256; ++c) {

@@ -87,6 +87,7 @@ VISION = {
     "qwen3_vl_moe": DEEP,
 }
 CACHE = cache_keyword(transformers.LlamaForCausalLM)  # cache or, before 5.24, past_key_values
+PADDED_DENSE = ("llama4",)  # its files don't support FlashAttention, so its masks are SDPA's
 ALL_DENSE = ("mistral_window", "gemma2", "gpt_oss")
 
 

@@ -26,18 +26,12 @@ foreach(architecture IN LISTS FLASHPREFILL_CUDA_PORTABLE)
   list(APPEND portable_flags "-gencode=arch=compute_${architecture},code=[sm_${architecture}${ptx}]")
 endforeach()
 
-set(compression "")
-if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 13.0)
-  set(compression --compress-mode=balance) # a quarter of the size; code is unpacked when it is first used
-endif()
-
 file(GLOB FLASHPREFILL_CUDA_HOPPER CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/sm90/*/*.cu)
 file(GLOB FLASHPREFILL_CUDA_ANY CONFIGURE_DEPENDS
      ${CMAKE_CURRENT_LIST_DIR}/common/*/*.cu ${CMAKE_CURRENT_LIST_DIR}/sm80/*/*.cu)
 set_source_files_properties(${FLASHPREFILL_CUDA_HOPPER} PROPERTIES
   COMPILE_OPTIONS "-gencode=arch=compute_90a,code=sm_90a")
-set_source_files_properties(${FLASHPREFILL_CUDA_ANY} PROPERTIES
-  COMPILE_OPTIONS "${portable_flags};${compression}")
+set_source_files_properties(${FLASHPREFILL_CUDA_ANY} PROPERTIES COMPILE_OPTIONS "${portable_flags}")
 
 file(GLOB FLASHPREFILL_CUDA_SOURCES CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_LIST_DIR}
      ${CMAKE_CURRENT_LIST_DIR}/*.cc ${CMAKE_CURRENT_LIST_DIR}/*/*.cc ${CMAKE_CURRENT_LIST_DIR}/*/*/*.cc

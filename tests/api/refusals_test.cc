@@ -121,8 +121,9 @@ const std::vector<Refusal>& Refusals() {
        {"mask.segment_rows is 77", "fp_mask_describe"}},
       {"mask_keys_and_lines",
        [](Call& c) {
+         static int32_t lists[64];
          c.use_mask = true, c.mask.max_keys = c.mask.max_slashes = 5, c.mask.segment_tiles = 1000;
-         c.mask.segment_rows = c.problem.batch;
+         c.mask.segment_rows = c.problem.batch, c.mask.vertical_slash = lists;
        },
        {"mask.max_keys is 5", "0 where the mask has verticals or slashes"}},
       {"exec_size", [](Call& c) { c.exec.struct_size = 1; }, {"exec.struct_size is 1"}},

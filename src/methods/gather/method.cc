@@ -14,7 +14,7 @@ namespace {
 constexpr int32_t kAlternative = FP_FIELD_ALTERNATIVE | FP_FIELD_DECIDES;
 
 constexpr Field kFields[] = {
-    ShareField("gain", offsetof(fp_gather, gain), 0.01, kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_BELOW_MOST,
+    ShareField("gain", offsetof(fp_gather, gain), 0.002, kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_BELOW_MOST,
                "keep keys, the best first, while 128 * share * sqrt(rest) is at least this"),
     ShareField("budget", offsetof(fp_gather, budget), kNotGiven, kAlternative | FP_FIELD_ABOVE_LEAST,
                "keep this share of the keys that are ranked, the best"),
@@ -42,7 +42,7 @@ KeyListRoom Room(const Problem& p, const Policy& policy) {
 extern const Method kMethod = {.kind = FP_GATHER,
                                .name = "gather",
                                .size = sizeof(fp_gather),
-                               .common = {128, 1, 2, 2, 1},
+                               .common = {32, 1, 2, 8, 1},
                                .fields = kFields,
                                .check = Check,
                                .keeps_everything = KeepsAll,

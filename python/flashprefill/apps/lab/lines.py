@@ -21,13 +21,17 @@ ALPHAS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7)
 ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
 MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
 GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
-KEY_GAINS = (0.001, 0.004, 0.012, 0.03, 0.08)  # Gather's
+KEY_GAINS = (0.0003, 0.001, 0.003, 0.01, 0.03)  # Gather's
 GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
 COUNTS = (4, 8, 14, 22, 34)  # blocks per tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
 
 # Sketch at an eighth of V1's products: two pooled rows per tile times mean, variance and six outliers.
 EIGHTH = {"query_metric": True, "outliers": 6, "query_pool": 64}
+
+
+# What Gather forces is its own: it chooses single keys, so blocks are for the nearest alone, and small.
+KEYS = {"block_size": 32, "sink_blocks": 1, "window_blocks": 2}
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,10 @@ METHODS = (
     Line("Sketch, mass, query metric", "sketch", "mass", MASSES, {"query_metric": True}),
     Line("Sketch, gain, query metric, pool 64", "sketch", "gain", GAINS, EIGHTH),
     Line("Sketch, gain, query metric, pool 128", "sketch", "gain", GAINS, {**EIGHTH, "query_pool": 128}),
-    Line("Gather, gain", "gather", "gain", KEY_GAINS),
-    Line("Gather, gain, segments of 256", "gather", "gain", KEY_GAINS, {"segment": 256}),
-    Line("Gather, gain, per query head", "gather", "gain", KEY_GAINS, {"share_heads": False}),
-    Line("Gather, budget", "gather", "budget", (0.02, 0.05, 0.1, 0.2, 0.35)),
+    Line("Gather, gain", "gather", "gain", KEY_GAINS, KEYS),
+    Line("Gather, gain, segments of 256", "gather", "gain", KEY_GAINS, {**KEYS, "segment": 256}),
+    Line("Gather, gain, per query head", "gather", "gain", KEY_GAINS, {**KEYS, "share_heads": False}),
+    Line("Gather, budget", "gather", "budget", (0.02, 0.05, 0.1, 0.2, 0.35), KEYS),
     Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),
     Line("MInference, vertical-slash", "minference", "slash", (100, 250, 500, 1000, 2000), {"vertical": 100}),
     Line("XAttention, stride 16", "xattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),

@@ -52,7 +52,7 @@ def tensor_of(x: Any) -> _abi.Tensor:
     return _abi.Tensor(address_of(x), dtype_of(x.dtype), 0, _FourStrides(*strides))
 
 
-def _range(x: Any) -> tuple[int, int]:
+def range_of(x: Any) -> tuple[int, int]:
     """Return the first and the past-the-end address of what a tensor touches."""
     begin = address_of(x) or 0
     if 0 in x.shape:
@@ -69,9 +69,9 @@ def _range(x: Any) -> tuple[int, int]:
 
 def refuse_overlap(out: Any, **inputs: Any) -> None:
     """Refuse an output in the memory of an input."""
-    begin, end = _range(out)
+    begin, end = range_of(out)
     for name, x in inputs.items():
-        first, last = _range(x)
+        first, last = range_of(x)
         if begin < last and first < end:
             refuse("out", f"in the same memory as {name}", "memory of its own")
 

@@ -137,6 +137,8 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
   CheckCuda(attend.Launch(output, means, true, StreamOf(exec)), "attend");
 }
 
+int64_t DenseKeys(const Policy& policy) { return SelectorFor(policy).dense_up_to_keys; }
+
 } // namespace
 } // namespace cuda
 
@@ -152,6 +154,7 @@ extern const Backend kCudaBackend = {"cuda",
                                      cuda::Select,
                                      cuda::Attend,
                                      cuda::PrefillWorkspace,
-                                     cuda::Prefill};
+                                     cuda::Prefill,
+                                     cuda::DenseKeys};
 
 } // namespace flashprefill

@@ -5,13 +5,23 @@ import math
 import random
 from dataclasses import dataclass, field
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from flashprefill import vllm as plugin
+
+CUDA = torch.cuda.is_available()
+if CUDA:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl as StockImpl
+
+    BACKEND, KIND = AttentionBackendEnum.FLASH_ATTN, {"attention_backend": "FLASH_ATTN"}
+else:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as StockImpl
+
+    BACKEND, KIND = AttentionBackendEnum.CPU_ATTN, {}
 
 NEAR = 1e-3  # the stock engine's two best log-probabilities may be swapped if they are so close
 
@@ -22,6 +32,7 @@ class Request:
     new: int = 8
     at: int = 0  # the engine's step at which it comes
     abort_at: int = -1  # and the one at which its client leaves
+    lora: object = None
 
 
 @dataclass
@@ -40,19 +51,19 @@ class Engine:
         load_general_plugins()  # once a process: now, so that nobody registers us in between
         selector._cached_get_attn_backend.cache_clear()
         if stock:
-            AttentionBackendEnum.CPU_ATTN.clear_override()
+            BACKEND.clear_override()
         else:
             plugin.register()
-        options.setdefault("skip_tokenizer_init", True)
+        options = {"skip_tokenizer_init": True, "enforce_eager": True, **KIND, **options}
         self.llm = LLM(
-            str(model), dtype=dtype, max_model_len=max_len, kv_cache_memory_bytes=memory, enforce_eager=True,
+            str(model), dtype=dtype, max_model_len=max_len, kv_cache_memory_bytes=memory,
             additional_config=asked, seed=0, disable_log_stats=False, **options,
         )  # fmt: skip
         plugin.register()
         self.core = self.llm.llm_engine
         self._number = 0
         for impl in self.impls():
-            assert (type(impl) is CPUAttentionBackendImpl) == stock
+            assert (type(impl) is StockImpl) == stock
 
     def impls(self):
         runner = self.core.model_executor.driver_worker.worker.model_runner
@@ -60,7 +71,7 @@ class Engine:
         return [
             layer.impl
             for layer in layers
-            if isinstance(getattr(layer, "impl", None), CPUAttentionBackendImpl)
+            if isinstance(getattr(layer, "impl", None), StockImpl)
         ]
 
     @property
@@ -83,7 +94,9 @@ class Engine:
                     params = SamplingParams(
                         max_tokens=request.new, temperature=0, logprobs=5, ignore_eos=True
                     )
-                    names[self.core.add_request(name, {"prompt_token_ids": request.ids}, params) or name] = i
+                    more = {} if request.lora is None else {"lora_request": request.lora}
+                    sent = self.core.add_request(name, {"prompt_token_ids": request.ids}, params, **more)
+                    names[sent or name] = i
                 if request.abort_at == step:
                     self.core.abort_request([name for name, j in names.items() if j == i])
             for output in self.core.step():
@@ -103,9 +116,15 @@ class Engine:
             assert step < 5000
         return answers, delta(before, plugin.snapshot())
 
+    def chunk(self, tokens):
+        """From the next step on a batch has so many tokens at most."""
+        self.scheduler.max_num_scheduled_tokens = tokens
+
     def close(self):
         del self.llm, self.core
         gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
 
 
 def delta(before, after):

@@ -1,6 +1,6 @@
-"""The vLLM plugin without vLLM: its options, how it takes batches apart, caches of vLLM's shapes, statistics.
+"""The vLLM plugin without vLLM: how it takes batches apart, caches of vLLM's shapes, what stays dense.
 
-What needs the engine is in tests/engines/vllm.
+What all plugins share is tested in test_engines.py, what needs the engine in tests/engines/vllm.
 """
 
 import logging
@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import flashprefill as fp
-from flashprefill.vllm import backend, caches, config, layers, metrics, options, runner, sparse
-from flashprefill.vllm.rows import split
+from flashprefill.engines import caches
+from flashprefill.engines import sparse as shared
+from flashprefill.vllm import backend, config, layers, metrics, options, runner, sparse
+from flashprefill.vllm.host import host
 
 H, HKV, D, PAGE = 6, 2, 64, 32
 SCALE = 0.11
@@ -85,9 +87,9 @@ def cuda_cache_tokens_first(k, v):
 
 
 CACHES = {
-    "cpu": (cpu_cache, caches.cpu_pages),
-    "cuda": (cuda_cache, caches.cuda_pages),
-    "cuda-nhd": (cuda_cache_tokens_first, caches.cuda_pages),
+    "cpu": (cpu_cache, caches.transposed_pages),
+    "cuda": (cuda_cache, caches.halves_pages),
+    "cuda-nhd": (cuda_cache_tokens_first, caches.halves_pages),
 }
 
 
@@ -142,7 +144,7 @@ TINY = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 1, "block_siz
 
 
 def wanted(policy):
-    return options.parse(config(policy)["flashprefill"])
+    return options.of_config(config(policy))
 
 
 def run(common, policy, cache, final=None, dtype=torch.float32):
@@ -250,18 +252,6 @@ def test_batches_that_are_not_plain_are_the_engines(change):
     assert sparse.plan_of(replace(common, **change), None, wanted(fp.Dense()), None) is None
 
 
-def test_split():
-    asked = options.parse({"parameters": TINY, "min_chunk": 200})
-    assert asked.forced_keys == 128
-    parts = split([0, 1, 301, 501, 700, 900], [9, 300, 128, 500, 900], [False] + [True] * 4, None, asked)
-    assert [(s.first, s.past, s.begin, s.end) for s in parts.spans] == [(1, 2, 1, 301), (4, 5, 700, 900)]
-    assert parts.dense == [0, 2, 3]
-    assert parts.dense_rows == {"decode": 1, "short": 200 + 199}
-    assert parts.sparse_rows == 500
-    assert parts.dense_range([0, 1, 301, 501, 700, 900]) is None
-    assert parts.spans[0].final == [True]
-
-
 def test_final_of_another_batch_is_not_used():
     common = common_of([LONG, LONG])
     plan = sparse.plan_of(common, [False], wanted(fp.Dense()), None)
@@ -342,7 +332,7 @@ class FakeImpl:
 
 
 class Impl(backend.ImplMixin, FakeImpl):
-    pages_of = staticmethod(lambda kv_cache: caches.cpu_pages(kv_cache, D))
+    pages_of = staticmethod(lambda kv_cache: caches.transposed_pages(kv_cache, D))
 
 
 def impl_of(**changes):
@@ -429,7 +419,7 @@ def test_a_kernel_that_refuses_leaves_a_dense_engine(installed, monkeypatch, cap
     def refuses(*arguments, **keywords):
         raise fp.UnsupportedError("no such thing here")
 
-    monkeypatch.setattr(sparse, "prefill_attention", refuses)
+    monkeypatch.setattr(shared, "prefill_attention", refuses)
     with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
         output, batches = forward(impl_of(), "model.layers.0.attn", common, metadata, k, v, query)
     assert batches == [common] and not output.isnan().any()
@@ -467,8 +457,8 @@ def test_announcements(caplog):
 
 
 def test_a_model_that_never_came_to_us(caplog, monkeypatch):
-    monkeypatch.setattr(layers, "announced", False)
-    monkeypatch.setattr(sparse, "_said", set())
+    monkeypatch.setattr(host, "announced", False)
+    monkeypatch.setattr(host, "_said", set())
     with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
         backend.warn_if_unused({})
         assert not caplog.records
@@ -531,57 +521,6 @@ def test_ways_to_leave_it_off(value):
 def test_policies_survive_the_way(policy):
     asked = options.of_config(config(policy, first_dense_layers=2, min_chunk=256))
     assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (1.5, "flashprefill"),
-        ("flash", "one of"),
-        ({"alpha": 0.1}, "option"),
-        ({"policy": "sketch", "parameters": {"alhpa": 0.1}}, "alhpa"),
-        ({"parameters": {"alpha": -1}}, "alpha"),
-        ({"parameters": 3}, "parameters"),
-        ({"min_chunk": 64}, "min_chunk"),
-        ({"first_dense_layers": True}, "first_dense_layers"),
-        ({"first_dense_layers": -1}, "first_dense_layers"),
-        ({"log_seconds": "x"}, "log_seconds"),
-        ({"metrics_hook": "module"}, "metrics_hook"),
-    ],
-)
-def test_mistakes_are_named(value, words):
-    with pytest.raises((ValueError, TypeError), match=words):
-        options.parse(value)
-
-
-seen: list[dict[str, Any]] = []
-
-
-def hook(numbers):
-    seen.append(numbers)
-
-
-def test_metrics(caplog, monkeypatch):
-    counters = metrics.Metrics()
-    asked = replace(wanted(fp.Dense()), metrics_hook=f"{__name__}:hook", log_seconds=0.0)
-    with caplog.at_level(logging.INFO, "vllm.flashprefill"):
-        counters.tick(asked)
-        assert not caplog.records, "no news"
-        counters.count_batch(split([0, 1, 301], [9, 300], [False, True], None, asked))
-        counters.count_call(torch.tensor([[3, 4], [2, 0]], dtype=torch.int32), 18)
-        counters.tick(asked)
-        counters.tick(asked)
-    (record,) = caplog.records
-    assert "300 rows in 1 chunks sparse at density 0.500, 1 rows dense (1 decode)" in record.message
-    assert len(seen) == 1 and seen[0] == counters.snapshot()
-    assert seen[0]["density"] == 0.5 and seen[0]["dense_rows"] == {"decode": 1}
-
-    monkeypatch.setattr(f"{__name__}.hook", lambda numbers: 1 / 0)
-    counters._hooks.clear()
-    counters.count_call(torch.tensor([1]), 1)
-    with caplog.at_level(logging.ERROR, "vllm.flashprefill"):
-        counters.tick(asked)
-    assert "not called again" in caplog.text
 
 
 def test_density_is_that_of_the_kernel():

@@ -13,19 +13,15 @@ Importing this package imports neither torch nor vLLM.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
+from .host import host
 from .metrics import WorkerExtension, snapshot
 from .options import config
 
 __all__ = ["WorkerExtension", "config", "register", "snapshot"]
 
-# The private interfaces of vLLM that the backends extend change between its minor versions.
-SUPPORTED = ("0.32",)
 BACKENDS = {"CPU_ATTN": "cpu.CPUBackend", "FLASH_ATTN": "cuda.FlashBackend"}
-
-logger = logging.getLogger("vllm.flashprefill")  # below "vllm", so that the engine's handlers print it
 
 
 def register() -> None:
@@ -36,18 +32,12 @@ def register() -> None:
     import vllm
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in SUPPORTED)):
-        logger.error(
-            "flashprefill: this is vLLM %s, and the plugin knows %s only; nothing is changed, prompts are "
-            "read densely",
-            vllm.__version__,
-            ", ".join(SUPPORTED),
-        )
+    if not host.knows(vllm.__version__):
         return
     for name, path in BACKENDS.items():
         backend, ours = AttentionBackendEnum[name], f"{__name__}.{path}"
         if backend.is_overridden() and backend.get_path() != ours:
-            logger.warning(
+            host.logger.warning(
                 "flashprefill: another plugin has replaced the attention backend %s by %s; it stays, and "
                 "prompts are read densely",
                 name,

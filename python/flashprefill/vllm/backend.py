@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from ..engines.options import Options
 from . import layers, options, runner, sparse
+from .host import host
 from .metrics import metrics
 
 
@@ -23,7 +25,7 @@ class BuilderMixin:
     `build_options` are what its build gets for the dense requests of a batch that has sparse ones too.
     """
 
-    options: options.Options | None
+    options: Options | None
     build_options: dict[str, Any] = {}
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
@@ -33,7 +35,7 @@ class BuilderMixin:
             return
         reason = self.why_dense()
         if reason:
-            layers.announce_dense(len(layer_names), reason)
+            host.announce_dense(len(layer_names), reason)
             self.options = None
             return
         if layers.announce(self.impls(layer_names, vllm_config), self.options):
@@ -123,7 +125,7 @@ class ImplMixin:
         dense(query, attn_metadata, output)
         return output
 
-    def _wants(self, layer: Any, wanted: options.Options) -> bool:
+    def _wants(self, layer: Any, wanted: Options) -> bool:
         if self._is_sparse is None:
             self._number = layers.number_of(layer.layer_name)
             self._is_sparse = not layers.why_dense(self) and self._number >= wanted.first_dense_layers
@@ -136,8 +138,8 @@ def warn_if_unused(additional_config: Any) -> None:
         wanted = options.of_config(additional_config)
     except (TypeError, ValueError):
         return  # said when the model was loaded
-    if wanted is not None and not layers.announced:
-        sparse.say_once(
+    if wanted is not None and not host.announced:
+        host.say_once(
             logging.WARNING,
             "flashprefill: it is turned on, but no layer of this model has the attention backend CPU_ATTN or "
             "FLASH_ATTN, which are all that it extends; prompts are read densely",

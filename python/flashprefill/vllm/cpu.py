@@ -19,8 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..engines.caches import transposed_pages
 from .backend import BuilderMixin, ImplMixin
-from .caches import cpu_pages
 
 
 @functools.lru_cache
@@ -33,7 +33,7 @@ def reads_back(isa: str, dtype: torch.dtype, page_size: int, head_dim: int) -> b
     slots = torch.arange(tokens) + page_size  # pages 1 and 2
     k_raw, v_raw = kv_cache.view(3, heads, 2 * page_size, head_dim).chunk(2, dim=2)
     _custom_ops.cpu_attn_reshape_and_cache(key, value, k_raw, v_raw, slots, isa)
-    k_pages, v_pages = (pages.flatten(0, 1)[slots] for pages in cpu_pages(kv_cache, head_dim))
+    k_pages, v_pages = (pages.flatten(0, 1)[slots] for pages in transposed_pages(kv_cache, head_dim))
     return bool(torch.equal(k_pages, key) and torch.equal(v_pages, value))
 
 
@@ -68,4 +68,4 @@ class CPUImpl(ImplMixin, CPUAttentionBackendImpl):
 
     def pages_of(self, kv_cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a cache."""
-        return cpu_pages(kv_cache, self.head_size)
+        return transposed_pages(kv_cache, self.head_size)

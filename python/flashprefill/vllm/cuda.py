@@ -19,9 +19,9 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from ..engines.caches import halves_pages
 from . import options
 from .backend import BuilderMixin, ImplMixin
-from .caches import cuda_pages
 
 
 class FlashBackend(FlashAttentionBackend):
@@ -58,4 +58,4 @@ class FlashImpl(ImplMixin, FlashAttentionImpl):
 
     def pages_of(self, kv_cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a cache."""
-        return cuda_pages(kv_cache, self.head_size)
+        return halves_pages(kv_cache, self.head_size)

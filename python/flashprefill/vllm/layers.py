@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .options import Options
-from .sparse import say_once
+from ..engines.options import Options
+from .host import host
 
-announced = False  # whether any layer of a model came to us
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -40,24 +37,9 @@ def number_of(layer_name: str) -> int:
 
 def announce(impls: Mapping[str, Any], wanted: Options) -> int:
     """Log which layers of a group are sparse and why the others are not. Returns how many are."""
-    global announced
-    announced = True
-    reasons: Counter[str] = Counter()
-    for name, impl in impls.items():
-        reason = why_dense(impl)
-        if not reason and number_of(name) < wanted.first_dense_layers:
-            reason = "first_dense_layers"
-        reasons[reason] += 1
-    sparse = reasons.pop("", 0)
-    dense = "".join(f"; {count} stay dense: {reason}" for reason, count in reasons.items())
-    level = logging.INFO if sparse else logging.WARNING
-    whose = f"flashprefill: {sparse} of {len(impls)} layers of a kind read prompts with {wanted.policy}"
-    say_once(level, whose + dense)
-    return sparse
 
+    def why(name: str, impl: Any) -> str:
+        early = number_of(name) < wanted.first_dense_layers
+        return why_dense(impl) or ("first_dense_layers" if early else "")
 
-def announce_dense(count: int, reason: str) -> None:
-    """Log that a whole group stays dense."""
-    global announced
-    announced = True
-    say_once(logging.WARNING, f"flashprefill: {count} layers stay dense: {reason}")
+    return host.announce((why(name, impl) for name, impl in impls.items()), wanted.policy)

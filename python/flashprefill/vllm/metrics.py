@@ -1,144 +1,19 @@
-"""Counters of sparse and dense rows, in the process that computes them.
-
-One line in the engine's log now and then, and the same numbers as a dict for whoever wants them: from inside
-the process (`snapshot`), through vLLM's own ``collective_rpc`` (`WorkerExtension`), or by a hook that is
-called whenever a line is due.
-"""
+"""The counters of a worker's process."""
 
 from __future__ import annotations
 
-import importlib
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from .options import Options
-from .rows import Split
+from .host import host
 
-logger = logging.getLogger("vllm.flashprefill")
-
-
-class Metrics:
-    """Counters of a process since it began. Only the thread that runs the model writes them."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.sparse_rows = 0
-        self.sparse_chunks = 0
-        self.dense_rows: Counter[str] = Counter()
-        self.calls = 0
-        self.fallbacks: Counter[str] = Counter()
-        self._step: Any = None
-        self._possible = 0
-        self._kept = 0
-        self._device_kept: Any = None  # counted on a GPU and not read yet
-        self._next_line = 0.0
-        self._shown: dict[str, Any] | None = None
-        self._hooks: dict[str, Callable[[dict[str, Any]], None] | None] = {}
-
-    def begins(self, step: Any) -> bool:
-        """Return whether a step is new: models with several kinds of layers prepare each batch several times.
-
-        Args:
-            step: an object of the step's own; None: every time counts.
-        """
-        new = step is None or step is not self._step
-        self._step = step
-        return new
-
-    def count_batch(self, split: Split) -> None:
-        """Count a batch, once per step."""
-        self.steps += 1
-        self.sparse_rows += split.sparse_rows
-        self.sparse_chunks += sum(len(span.rows) for span in split.spans)
-        self.dense_rows += split.dense_rows
-
-    def count_call(self, counts: Any, possible: int) -> None:
-        """Count what a layer kept: `counts` is the mask's. A GPU is not synchronised with."""
-        self.calls += 1
-        self._possible += possible
-        kept = counts.sum()
-        if kept.device.type == "cpu":
-            self._kept += int(kept)
-        elif self._device_kept is None:
-            self._device_kept = kept
-        else:
-            self._device_kept += kept
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the counters. Waits for the GPU where one has counted."""
-        if self._device_kept is not None:
-            self._kept += int(self._device_kept)
-            self._device_kept = None
-        return {
-            "steps": self.steps,
-            "sparse_rows": self.sparse_rows,
-            "sparse_chunks": self.sparse_chunks,
-            "dense_rows": dict(self.dense_rows),
-            "calls": self.calls,
-            "kept_blocks": self._kept,
-            "causal_blocks": self._possible,
-            "density": self._kept / self._possible if self._possible else None,
-            "fallbacks": dict(self.fallbacks),
-        }
-
-    def tick(self, options: Options) -> None:
-        """Write a line if one is due and there is news. Called between steps."""
-        now = time.monotonic()
-        if self.calls == (self._shown or {}).get("calls", 0) or now < self._next_line:
-            return
-        self._next_line = now + options.log_seconds
-        after = self.snapshot()
-        logger.info("%s", line(self._shown, after))
-        self._shown = after
-        hook = self._hook(options.metrics_hook)
-        if hook is not None:
-            try:
-                hook(after)
-            except Exception:
-                logger.exception("flashprefill: metrics_hook %s failed, and is not called again", hook)
-                self._hooks[options.metrics_hook or ""] = None
-
-    def _hook(self, name: str | None) -> Callable[[dict[str, Any]], None] | None:
-        if name is None:
-            return None
-        if name not in self._hooks:
-            module, _, function = name.partition(":")
-            self._hooks[name] = getattr(importlib.import_module(module), function)
-        return self._hooks[name]
-
-
-def line(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
-    """Say what happened between two snapshots."""
-    before = before or {}
-
-    def news(name: str) -> int:
-        return int(after[name] - before.get(name, 0))
-
-    dense = Counter(after["dense_rows"])
-    dense.subtract(before.get("dense_rows", {}))
-    reasons = ", ".join(f"{rows} {reason}" for reason, rows in dense.most_common() if rows)
-    possible = news("causal_blocks")
-    density = f"{news('kept_blocks') / possible:.3f}" if possible else "-"
-    return (
-        f"flashprefill: {news('sparse_rows')} rows in {news('sparse_chunks')} chunks sparse at density "
-        f"{density}, {sum(dense.values())} rows dense" + (f" ({reasons})" if reasons else "")
-    )
-
-
-metrics = Metrics()
+metrics = host.metrics
 
 
 def snapshot() -> dict[str, Any]:
     """Return the counters of this process: the one that computes, not a server's front end.
 
     Returns:
-        steps: batches with something to split; sparse_rows, sparse_chunks: rows and pieces of prompts that
-        went sparse; dense_rows: rows that did not, by reason; calls: of the kernel, by all layers together;
-        kept_blocks, causal_blocks, density: over all layers and heads; fallbacks: calls that failed and ran
-        dense, by message.
+        What `flashprefill.engines.metrics.Metrics.snapshot` describes.
     """
     return metrics.snapshot()
 

@@ -3,40 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import refuse, refuse_type
-from ..policies import FlashPrefill, Policy
-from ..policies.text import parse as parse_policy
-
-KEY = "flashprefill"
-MIN_CHUNK = 128  # rows: a tile of queries
-
-
-@dataclass(frozen=True)
-class Options:
-    """How prompts are prefilled.
-
-    Attributes:
-        policy: which blocks are kept.
-        first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense.
-        log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
-        metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
-    """
-
-    policy: Policy
-    first_dense_layers: int = 0
-    min_chunk: int = MIN_CHUNK
-    log_seconds: float = 10.0
-    metrics_hook: str | None = None
-
-    @property
-    def forced_keys(self) -> int:
-        """Keys up to which a prompt's sink and window blocks are all there is to keep."""
-        blocks = getattr(self.policy, "sink_blocks", 0) + getattr(self.policy, "window_blocks", 0)
-        return int(blocks * self.policy.block_size)
+from ..engines.options import KEY, MIN_CHUNK, Options, of_value, value_of
+from ..policies import Policy
 
 
 def config(
@@ -62,65 +32,17 @@ def config(
     Raises:
         ValueError, TypeError: a value is wrong; the message names it.
     """
-    if isinstance(policy, Policy):
-        if parameters:
-            refuse("parameters", sorted(parameters), "none where the policy is not a text")
-        policy = policy.text
-    value = {
-        "policy": policy,
-        "parameters": parameters,
-        "first_dense_layers": first_dense_layers,
-        "min_chunk": min_chunk,
-        "log_seconds": log_seconds,
-        "metrics_hook": metrics_hook,
-    }
-    parse(value)
+    value = value_of(
+        policy,
+        parameters,
+        first_dense_layers=first_dense_layers,
+        min_chunk=min_chunk,
+        log_seconds=log_seconds,
+        metrics_hook=metrics_hook,
+    )
     return {KEY: value}
 
 
 def of_config(additional_config: Any) -> Options | None:
     """Return what vLLM's additional config asks for, None if it does not name us."""
-    value = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
-    return None if value is None or value is False else parse(value)
-
-
-def parse(value: Any) -> Options:
-    """Read the key's value: True, a text of a policy, or a mapping of what `config` takes."""
-    if value is True:
-        value = {}
-    if isinstance(value, str):
-        value = {"policy": value}
-    if not isinstance(value, Mapping):
-        refuse_type(KEY, repr(value), "true, a text of a policy, or a mapping")
-    known = {"parameters"} | {field.name for field in fields(Options)}
-    for name in value:
-        if name not in known:
-            refuse(f"{KEY}'s option", repr(name), "one of " + ", ".join(sorted(known)))
-    policy = _policy(value.get("policy", FlashPrefill.kind), value.get("parameters") or {})
-    hook = value.get("metrics_hook")
-    if hook is not None and (not isinstance(hook, str) or hook.count(":") != 1):
-        refuse("metrics_hook", repr(hook), '"module:function"')
-    seconds = value.get("log_seconds", 10.0)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        refuse("log_seconds", repr(seconds), "a number of at least 0")
-    return Options(
-        policy,
-        _integer("first_dense_layers", value.get("first_dense_layers", 0), 0),
-        _integer("min_chunk", value.get("min_chunk", MIN_CHUNK), MIN_CHUNK),
-        float(seconds),
-        hook,
-    )
-
-
-def _policy(text: Any, parameters: Any) -> Policy:
-    if not isinstance(text, str):
-        refuse_type("policy", repr(text), "a text, such as 'flashprefill(alpha=0.12)'")
-    if not isinstance(parameters, Mapping):
-        refuse_type("parameters", repr(parameters), "a mapping from a policy's fields to values")
-    return parse_policy(text, parameters)
-
-
-def _integer(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        refuse(name, repr(value), f"an integer of at least {low}")
-    return int(value)
+    return of_value(additional_config.get(KEY) if isinstance(additional_config, Mapping) else None)

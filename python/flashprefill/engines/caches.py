@@ -1,12 +1,12 @@
-"""How vLLM's caches look: K and V as [pages, page_size, kv_heads, head_dim], by strides alone."""
+"""How engines' caches look: K and V as [pages, page_size, kv_heads, head_dim], by strides alone."""
 
 from __future__ import annotations
 
 import torch
 
 
-def cpu_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return K and V of the CPU backend's cache, [pages, kv_heads, page_size, 2 * head_dim].
+def transposed_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V of vLLM's CPU backend's cache, [pages, kv_heads, page_size, 2 * head_dim].
 
     That shape is its size only: a page and head holds K transposed, [head_dim, page_size], and after it V,
     [page_size, head_dim].
@@ -21,8 +21,8 @@ def cpu_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torc
     )
 
 
-def cuda_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return K and V of the FlashAttention backend's cache, [pages, kv_heads, page_size, 2 * head_dim].
+def halves_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V of vLLM's FlashAttention backend's cache, [pages, kv_heads, page_size, 2 * head_dim].
 
     K is the first half of the last axis, V the second; the other axes may lie in any order.
     """

@@ -1,9 +1,9 @@
 """Which rows of a batch are sparse: each request is treated by its kind.
 
-vLLM packs the new tokens of all its running requests into one batch: whole prompts, chunks of prompts over
-what the cache already holds, single tokens of requests that generate, drafts to be verified. Pieces of
+An engine packs the new tokens of all its running requests into one batch: whole prompts, chunks of prompts
+over what the cache already holds, single tokens of requests that generate, drafts to be verified. Pieces of
 prompts of at least `min_chunk` rows go to our kernel, all else to the engine's own. Nothing here knows torch
-or vLLM.
+or an engine.
 """
 
 from __future__ import annotations

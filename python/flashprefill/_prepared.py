@@ -19,7 +19,7 @@ from ._calls import PREFILL
 from ._engine import add_timings, exec_of, output_of, problem_of, set_final_chunk
 from ._layout import layout_of
 from ._ops import ops_of
-from .policies import Policy
+from .policies import MaskPolicy, Policy
 from .policies.library import struct_of
 
 
@@ -133,9 +133,14 @@ def dense_keys(policy: Policy, device: str) -> int:
     """Return the number of keys up to which a prefill keeps everything, as a selection would not pay.
 
     Args:
-        policy: a policy of the library.
+        policy: any policy; of a selection in Python there is no such number.
         device: "cpu" or "cuda".
+
+    Raises:
+        UnsupportedError: no backend of this machine works on that device, or knows the policy there.
     """
+    if isinstance(policy, MaskPolicy):
+        return 0
     keys, struct = ctypes.c_int64(), struct_of(policy.text)
     kind = _abi.CUDA if device == "cuda" else _abi.CPU
     _abi.check(_abi.lib.fp_prefill_dense_keys(byref(struct), kind, None, byref(keys)))

@@ -419,7 +419,7 @@ def test_a_kernel_that_refuses_leaves_a_dense_engine(installed, monkeypatch, cap
     def refuses(*arguments, **keywords):
         raise fp.UnsupportedError("no such thing here")
 
-    monkeypatch.setattr(shared, "prefill_attention", refuses)
+    monkeypatch.setattr(shared, "PreparedPrefill", refuses)
     with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
         output, batches = forward(impl_of(), "model.layers.0.attn", common, metadata, k, v, query)
     assert batches == [common] and not output.isnan().any()

@@ -21,7 +21,7 @@ class Options:
     Attributes:
         policy: which blocks are kept.
         first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense.
+        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache leaves.
         log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
         metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
     """
@@ -104,7 +104,7 @@ def parse(value: Any) -> Options:
     return Options(
         policy,
         _integer("first_dense_layers", value.get("first_dense_layers", 0), 0),
-        _integer("min_chunk", value.get("min_chunk", MIN_CHUNK), MIN_CHUNK),
+        _integer("min_chunk", value.get("min_chunk", MIN_CHUNK), 1),
         float(seconds),
         hook,
     )

@@ -82,7 +82,7 @@ class Engine:
         """Use a policy from the next batch on."""
         value = POLICIES[policy]
         for builder in self.builders:
-            builder.options = None if value is None else options.parse(value)
+            builder.options = options.of_config({"flashprefill": value})
 
     def add(self, ids: list[int], new: int) -> str:
         """Send a request; returns its name."""
@@ -173,7 +173,9 @@ def host(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, float]
 KINDS = {"ttft": first_token, "beside": beside, "decode": decode, "host": host}
 
 
-def compare(engine: Engine, kind: str, tokens: int, chunk: int, repeats: int, policies: list[str]) -> dict[str, Any]:
+def compare(
+    engine: Engine, kind: str, tokens: int, chunk: int, repeats: int, policies: list[str]
+) -> dict[str, Any]:
     """Measure one situation with each policy by turns; medians, every repeat, and densities."""
     seen: dict[str, list[dict[str, float]]] = {policy: [] for policy in policies}
     density: dict[str, float] = {}
@@ -188,13 +190,19 @@ def compare(engine: Engine, kind: str, tokens: int, chunk: int, repeats: int, po
                 density[policy] = round((after["kept_blocks"] - before["kept_blocks"]) / causal, 4)
     row: dict[str, Any] = {"kind": kind, "tokens": tokens, "chunk": chunk, "density": density}
     for policy, times in seen.items():
-        row[policy] = {key: round(statistics.median(t[key] for t in times if key in t), 4) for key in times[0]}
+        row[policy] = {
+            key: round(statistics.median(t[key] for t in times if key in t), 4) for key in times[0]
+        }
         row[policy]["all"] = [[round(value, 3) for value in t.values()] for t in times]
     stock = row["stock"].get("ms")
     words = [
         f"{policy} "
         + ", ".join(f"{key} {value:.3f}" for key, value in row[policy].items() if key != "all")
-        + (f" ({stock / row[policy]['ms']:.3f}x, density {density.get(policy)})" if stock and policy != "stock" else "")
+        + (
+            f" ({stock / row[policy]['ms']:.3f}x, density {density.get(policy)})"
+            if stock and policy != "stock"
+            else ""
+        )
         for policy in policies
     ]
     say(f"## {kind} {tokens} tokens, chunk {chunk}:", "; ".join(words))

@@ -25,7 +25,18 @@ from .policies.library import struct_of
 
 def signature(q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...]:
     """Return what has to be equal for tensors to be run by the same `PreparedPrefill`."""
-    return q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(), q.dtype, k.dtype, v.dtype, q.device
+    return (
+        q.shape,
+        q.stride(),
+        k.shape,
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+    )
 
 
 class PreparedPrefill:
@@ -74,7 +85,15 @@ class PreparedPrefill:
         lists = dict.fromkeys(("bits", "counts", "fallback", "vertical_slash"))
         shared = shared_of(q, layout, softmax_scale, None, None, None)
         chunks = final_chunk_of(final_chunk, layout.batch)
-        values = {"q": q, "k": k, "v": v, "out": out, "lse": None, "final_chunk": chunks, "policy": policy.text}
+        values = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "out": out,
+            "lse": None,
+            "final_chunk": chunks,
+            "policy": policy.text,
+        }
         call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared))
         (readable,) = all_cuda_reads(q, cached=True)
         self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
@@ -83,11 +102,15 @@ class PreparedPrefill:
         self._policy, self._mask = struct_of(policy.text), _abi.sized(_abi.BlockMask)
         _abi.check(_abi.lib.fp_mask_describe(byref(self._problem), byref(self._policy), byref(self._mask)))
         self.counts_shape = self._mask.heads, self._mask.tile_rows
-        visible = (layout.visible(*each, self._mask.tile_tokens, self._mask.block_size) for each in rows_and_keys)
+        visible = (
+            layout.visible(*each, self._mask.tile_tokens, self._mask.block_size) for each in rows_and_keys
+        )
         self.causal_blocks = self._mask.heads * sum(map(sum, visible))
         size, execution = ctypes.c_size_t(), exec_of(q, -1, None, None)
         _abi.check(
-            _abi.lib.fp_prefill_workspace(byref(self._problem), byref(self._policy), byref(execution), byref(size))
+            _abi.lib.fp_prefill_workspace(
+                byref(self._problem), byref(self._policy), byref(execution), byref(size)
+            )
         )
         self._size = size.value
         self._memory, self._workspace = workspace_of(q, self._size)
@@ -105,7 +128,9 @@ class PreparedPrefill:
             FlashPrefillError: the library refuses, or out lies in the memory of an input.
         """
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        *inputs, (begin, end) = [(at + low, at + high) for at, (low, high) in zip(addresses, self._extents, strict=True)]
+        *inputs, (begin, end) = [
+            (at + low, at + high) for at, (low, high) in zip(addresses, self._extents, strict=True)
+        ]
         for first, last in inputs:
             if begin < last and first < end:
                 refuse_overlap(out, q=q, k=k, v=v)

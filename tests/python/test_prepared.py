@@ -17,7 +17,7 @@ POLICIES = [
     fp.FlashPrefill(alpha=0.4, share_heads=True, mean_correction=True, **SMALL),
     fp.Sketch(mass=0.7, **SMALL),
     fp.XAttention(threshold=0.6, block_size=64),
-    fp.MInference(vertical=30, slash=60, rounding="tokens"),
+    fp.MInference(vertical=30, slash=60),
 ]
 GPU = pytest.param(
     "cuda",
@@ -54,13 +54,30 @@ def tensors(seed, pages, device):
 
 
 def prepared(layer, policy, given, **changes):
-    options = {"softmax_scale": 0.11, "rows_and_keys": ROWS_AND_KEYS, "final_chunk": FINAL, **given, **changes}
+    options = {
+        "softmax_scale": 0.11,
+        "rows_and_keys": ROWS_AND_KEYS,
+        "final_chunk": FINAL,
+        **given,
+        **changes,
+    }
     return PreparedPrefill(*layer, policy, **options)
+
+
+TOKENS = fp.MInference(vertical=30, slash=60, rounding="tokens")  # lists beside the bits; on the CPU alone
+
+
+def test_layers_share_keys_finer_than_blocks():
+    check_layers(TOKENS, "cpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_layers_share_it(policy, device):
+    check_layers(policy, device)
+
+
+def check_layers(policy, device):
     given, pages = layout(device)
     layers = [tensors(seed, pages, device) for seed in range(3)]
     assert len({signature(*layer) for layer in layers}) == 1
@@ -88,7 +105,15 @@ def test_queries_that_a_gpu_cannot_read_are_copied(device):
     ours = prepared((odd, k, v, out), fp.Dense(), given)
     ours.run(odd, k, v, out)
     expected = fp.prefill_attention(
-        q, k, v, fp.Dense(), softmax_scale=0.11, max_seqlen_q=300, max_seqlen_k=500, final_chunk=FINAL, **given
+        q,
+        k,
+        v,
+        fp.Dense(),
+        softmax_scale=0.11,
+        max_seqlen_q=300,
+        max_seqlen_k=500,
+        final_chunk=FINAL,
+        **given,
     )
     assert torch.equal(out, expected)
 

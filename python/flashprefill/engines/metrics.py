@@ -97,8 +97,8 @@ class Metrics:
                 self._kept += int(kept)
             elif self._device_kept is None:
                 self._device_kept = kept
-            else:
-                self._device_kept += kept
+            else:  # not in place: a tensor of inference mode may not be written to outside of it
+                self._device_kept = self._device_kept + kept
         self._pending.clear()
 
     def snapshot(self) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from .metrics import Metrics
 from .options import Options
 from .rows import Span, Split
 
-
 LAYERS = 32  # whose counts of kept blocks lie in one buffer, cleared and summed at once
 
 

@@ -17,7 +17,9 @@ CUDA = torch.cuda.is_available()
 if CUDA:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl as StockImpl
 
-    BACKEND, KIND = AttentionBackendEnum.FLASH_ATTN, {"attention_backend": "FLASH_ATTN"}
+    # The share of memory: several such processes may use one GPU.
+    BACKEND = AttentionBackendEnum.FLASH_ATTN
+    KIND = {"attention_backend": "FLASH_ATTN", "gpu_memory_utilization": 0.1}
 else:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as StockImpl
 
@@ -68,11 +70,7 @@ class Engine:
     def impls(self):
         runner = self.core.model_executor.driver_worker.worker.model_runner
         layers = runner.vllm_config.compilation_config.static_forward_context.values()
-        return [
-            layer.impl
-            for layer in layers
-            if isinstance(getattr(layer, "impl", None), StockImpl)
-        ]
+        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), StockImpl)]
 
     @property
     def scheduler(self):

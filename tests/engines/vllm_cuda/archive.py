@@ -83,7 +83,9 @@ def main() -> None:
     for wheel in sorted((folder / "wheels").glob("*.whl")):
         unpack(wheel, site)
     tar, archive = folder / "site.tar", folder / "site.tar.xz"
-    subprocess.run(["tar", "--sort=name", "--owner=0", "--group=0", "-C", str(site), "-cf", str(tar), "."], check=True)
+    subprocess.run(
+        ["tar", "--sort=name", "--owner=0", "--group=0", "-C", str(site), "-cf", str(tar), "."], check=True
+    )
     subprocess.run(["xz", "-6", "-T2", "--force", str(tar)], check=True)
     print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB")
 

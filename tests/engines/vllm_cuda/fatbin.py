@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 
 _MAGIC = struct.pack("<I", 0xBA55ED50)
 _CUBIN, _PTX = 2, 1
-_NAME = re.compile(rb"_INTERNAL_[0-9a-f]{8}_\d+_(\w+?_cu)_")  # of the source file, in the names of its symbols
+_NAME = re.compile(
+    rb"_INTERNAL_[0-9a-f]{8}_\d+_(\w+?_cu)_"
+)  # of the source file, in the names of its symbols
 
 
 def _entries(data: bytearray, at: int) -> list[tuple[int, int, int, int]] | None:

@@ -41,7 +41,15 @@ def length(n):
 
 
 COMMON = tokens(length(16000), 100)
-COME_AND_GO = [(9000, 0, 12), (700, 0, 30), (20000, 2, 4), (300, 3, 25), (5000, 4, 8), (40, 5, 20), (12000, 7, 3)]
+COME_AND_GO = [
+    (9000, 0, 12),
+    (700, 0, 30),
+    (20000, 2, 4),
+    (300, 3, 25),
+    (5000, 4, 8),
+    (40, 5, 20),
+    (12000, 7, 3),
+]
 COME_AND_GO.append((1500, 11, 9))
 # Name: what is asked, and tokens per batch at most.
 SITUATIONS = {
@@ -51,7 +59,11 @@ SITUATIONS = {
     "chunks of 1237": ([Request(tokens(length(6100), 3))], 1237),
     "chunks of 512": ([Request(tokens(length(5000), 4))], 512),
     "prefix hits": (
-        [Request(COMMON), Request(COMMON + tokens(length(5000), 5), at=14), Request(COMMON[: length(9001)], at=28)],
+        [
+            Request(COMMON),
+            Request(COMMON + tokens(length(5000), 5), at=14),
+            Request(COMMON[: length(9001)], at=28),
+        ],
         8192,
     ),
     "come and go": ([Request(tokens(length(n), n), new, at) for n, at, new in COME_AND_GO], 4096),
@@ -167,7 +179,11 @@ def test_preemption(llama, engines):
     blocks = 3 * -(-n // size) + (20 if CUDA else 2)
     requests = [Request(tokens(n, 50 + i), new) for i in range(3)]
     asked = {**OPTIONS, "max_len": n + new, "num_gpu_blocks_override": blocks, "block_size": size}
-    asked |= {"max_num_batched_tokens": 2048 if CUDA else 500, "enable_prefix_caching": False, "max_num_seqs": 4}
+    asked |= {
+        "max_num_batched_tokens": 2048 if CUDA else 500,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 4,
+    }
     stock, _ = engines(llama, None, **asked).run(requests)
     engine = engines(llama, DENSE, **asked)
     with engines_own() as found:

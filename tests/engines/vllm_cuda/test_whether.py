@@ -1,7 +1,8 @@
 """Why this folder's other files are left out, where they are."""
 
-import conftest
 import pytest
+
+import conftest
 
 
 def test_there_is_an_engine_and_a_gpu():

@@ -39,7 +39,7 @@ void Demand(const char* unsupported) {
 }
 
 // Without anything to score, as with a share of 1, every method is the same.
-constexpr Selector kForcedBlocks = SelectorOver<ForcedPlan::Of>();
+constexpr Selector kForcedBlocks = ForcedSelector();
 
 const Selector& SelectorFor(const Policy& policy) {
   if (flashprefill::KeepsEverything(policy)) return kForcedBlocks;
@@ -112,7 +112,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
     const TileRules rules = TileRules::Of(Geometry::Of(p, mask));
     CheckCuda(LaunchMeans(DeviceProblem::Of(p), rules, means, false, StreamOf(exec)), "pooling");
   }
-  CheckCuda(attend.Launch(output, means, false, StreamOf(exec)), "attend");
+  CheckCuda(attend.Launch(output, means, false, true, StreamOf(exec)), "attend");
 }
 
 size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec&) {
@@ -121,6 +121,13 @@ size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask&
   attend.Take(layout);
   SelectorFor(policy).select(p, policy, mask.mean_correction != 0, layout, nullptr);
   return layout.used();
+}
+
+// Whether tiles may keep very unequal numbers of blocks: for their scores, or in a dense tail behind a long prefix.
+bool Uneven(const Problem& p, const Policy& policy, const Selector& selector) {
+  if (flashprefill::KeepsEverything(policy) || p.max_seqlen_k <= selector.dense_up_to_keys) return false;
+  const bool tail = policy.dense_tail_blocks > 0 && (p.final_chunks || p.final_chunk);
+  return selector.scores || (tail && p.max_seqlen_k > p.max_seqlen_q);
 }
 
 // Select's own means of K serve the correction too, and V's are pooled in the same pass.
@@ -134,7 +141,7 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
   const Selector& selector = SelectorFor(policy);
   const SelectTarget target{mask, StreamOf(exec), {attend.counter(), selector.dense_up_to_keys}};
   const Means means = selector.select(p, policy, mask.mean_correction != 0, layout, &target);
-  CheckCuda(attend.Launch(output, means, true, StreamOf(exec)), "attend");
+  CheckCuda(attend.Launch(output, means, true, Uneven(p, policy, selector), StreamOf(exec)), "attend");
 }
 
 int64_t DenseKeys(const Policy& policy) { return SelectorFor(policy).dense_up_to_keys; }

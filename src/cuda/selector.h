@@ -38,6 +38,8 @@ struct Selector {
   Means (*select)(const Problem&, const Policy&, bool correction, Workspace&, const SelectTarget* target);
   // In a prefill sequences of at most this many keys are attended to densely: they gain less than select takes.
   int dense_up_to_keys = 0;
+  // Whether blocks are kept for their scores. If not, tiles keep equally many but for those of a dense tail.
+  bool scores = true;
 };
 
 // Null for a method without CUDA kernels.

@@ -4,6 +4,6 @@
 namespace flashprefill::methods::dense {
 
 extern const cuda::Selector kCuda;
-const cuda::Selector kCuda = cuda::SelectorOver<cuda::ForcedPlan::Of>();
+const cuda::Selector kCuda = cuda::ForcedSelector();
 
 } // namespace flashprefill::methods::dense

@@ -62,6 +62,7 @@ struct AttendParams {
   const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k, *block_table;
   const uint64_t* bits; // null: all ones
   int* counter;         // of tiles handed out; 0 at launch
+  const int* order;     // which item is taken as the n-th
   int64_t block_table_stride;
   int64_t tile_rows;
   int64_t mean_rows;
@@ -72,6 +73,7 @@ struct AttendParams {
   int group;          // query heads per KV head
   int heads_per_tile; // group or 1
   int mask_heads;     // of a KV head: group / heads_per_tile
+  int ordered_items;  // that `order` has; the others are taken as they come
   int token_of_row;   // ceil(65536 / heads_per_tile)
   int tile_tokens;
   int head_dim;

@@ -13,6 +13,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_access.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sm90/attend/order.h"
 #include "cuda/sm90/attend/params.h"
 
 namespace flashprefill::cuda {
@@ -77,7 +78,13 @@ AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask) {
   plan.chunk_ = ChunkKeys(p, p.block_table ? mask.block_size | p.page_size : mask.block_size);
   plan.gathers_ = p.block_table && plan.chunk_ < 16;
   if (plan.gathers_) plan.chunk_ = ChunkKeys(p, mask.block_size);
+  const int64_t items = plan.MaxItems();
+  if (items <= kMaxOrderedItems && items * p.max_seqlen_k >= kMinOrderedWork) plan.ordered_items_ = items;
   return plan;
+}
+
+int64_t AttendPlan::MaxItems() const {
+  return mask_->tile_tokens < 1 ? 0 : (p_->total_q / mask_->tile_tokens + p_->batch) * mask_->heads;
 }
 
 const char* AttendPlan::Unsupported(const Output* output) const {
@@ -198,7 +205,7 @@ cudaError_t AttendPlan::MakeMaps(const Output& output, const Means& means, Atten
   return MakeTensorMap(&a.v_mean_part, means.v, p.k.dtype, blocks);
 }
 
-cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select,
+cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
                                cudaStream_t stream) const {
   const Problem& p = *p_;
   if (p.batch == 0 || p.total_q == 0) return cudaSuccess;
@@ -214,10 +221,14 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
   int processors = 0;
   if (cudaError_t e = CountProcessors(&processors)) return e;
   if (cudaError_t e = AllowShared(kernel, kernels.shared_bytes)) return e;
-  if (!follows_select) {
+  const int64_t items = MaxItems();
+  if (order_ && uneven && mask_->counts && items > processors) {
+    a.order = order_;
+    a.ordered_items = static_cast<int>(items);
+    if (cudaError_t e = LaunchOrder(a, mask_->counts, order_, follows_select, stream)) return e;
+  } else if (!follows_select) {
     if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
   }
-  const int64_t items = (p.total_q / a.tile_tokens + p.batch) * p.kv_heads * a.mask_heads;
   return LaunchOverlapped(kernel, true, std::min<int64_t>(items, processors), kAttendThreads, kernels.shared_bytes,
                           stream, a);
 }

@@ -18,26 +18,34 @@ class AttendPlan {
   // Null if the kernel does this problem, else the requirement that is not met, in words.
   const char* Unsupported(const Output* output) const;
 
-  // The counter of tiles handed out: a word that is zero when the kernel starts.
-  void Take(Workspace& workspace) { counter_ = workspace.Take<int>(1); }
+  // The counter of tiles handed out: a word that is zero when the kernel starts. And their order, if it is made.
+  void Take(Workspace& workspace) {
+    counter_ = workspace.Take<int>(1);
+    if (ordered_items_ > 0) order_ = workspace.Take<int>(ordered_items_);
+  }
   int* counter() const { return counter_; }
 
   // Puts the kernel on the stream. No allocation, no synchronisation; may be captured in a graph, where the device
   // arrays' contents (lengths, page tables, masks) may change between replays. `means`: for mean_correction, the means
   // of the blocks of K and of V; rows that are no block's are not read into products. follows_select: the launch before
   // this one on the stream is select's, which has set the counter to zero; else a kernel that does so comes first. The
-  // kernel's start hides behind the end of either.
-  cudaError_t Launch(const Output& output, const Means& means, bool follows_select, cudaStream_t stream) const;
+  // kernel's start hides behind the end of either. uneven: tiles may keep unequal numbers of blocks, so that it can pay
+  // to take the heaviest first.
+  cudaError_t Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
+                     cudaStream_t stream) const;
 
  private:
+  int64_t MaxItems() const; // query tiles of all heads, or more
   void FillParams(const Output& output, const Means& means, AttendParams& a) const;
   cudaError_t MakeMaps(const Output& output, const Means& means, AttendParams& a) const;
 
   const Problem* p_;
   const BlockMask* mask_;
-  bool gathers_; // keys come row by row
-  int chunk_;    // keys that lie together
+  bool gathers_;              // keys come row by row
+  int chunk_;                 // keys that lie together
+  int64_t ordered_items_ = 0; // at most so many tiles of all heads are put in order; 0: they are taken as they come
   int* counter_ = nullptr;
+  int* order_ = nullptr;
 };
 
 } // namespace flashprefill::cuda

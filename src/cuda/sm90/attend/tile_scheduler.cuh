@@ -1,7 +1,8 @@
 // Tile scheduler: the order in which CTAs take query tiles. Items are numbered so that those that follow each other
 // share keys and values in L2: KV heads first, in each of them the sequences, in each of them the tiles from the last
 // (heaviest) to the first, and of a tile the query heads of the KV head next to each other. A persistent CTA takes the
-// next number from one counter. Device arrays are clamped, never trusted.
+// next number from one counter; where there are few items, order.cu has put the heaviest first. Device arrays are
+// clamped, never trusted.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_TILE_SCHEDULER_CUH_
 
@@ -142,7 +143,7 @@ __device__ __forceinline__ bool TakeTile(const AttendParams& p, SharedMemory<SHA
   Work w;
   uint64_t word = 0;
   if (there) {
-    w = DecodeItem(p, item, tiles);
+    w = DecodeItem(p, item < p.ordered_items ? p.order[item] : item, tiles);
     word = MaskWord(p, w, max(0, (w.visible - 1) / kGroupBlocks) * 32 + lane);
   } else {
     w.sequence = -1;

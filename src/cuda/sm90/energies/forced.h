@@ -53,6 +53,13 @@ Means TakeMeans(Workspace& workspace, const Problem& p, int block_size, bool k, 
 cudaError_t LaunchMeans(const DeviceProblem& d, const TileRules& rules, const Means& means, bool skip_forced,
                         cudaStream_t stream);
 
+// The selector of methods without scores.
+constexpr Selector ForcedSelector() {
+  Selector selector = SelectorOver<ForcedPlan::Of>();
+  selector.scores = false;
+  return selector;
+}
+
 } // namespace flashprefill::cuda
 
 #endif // FLASHPREFILL_CUDA_SM90_ENERGIES_FORCED_H_

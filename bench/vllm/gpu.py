@@ -2,9 +2,9 @@
 
     python bench/vllm/gpu.py --out bench/results/vllm-h200.json
 
-The model is a Llama-3-8B in shape, of random weights with structure (structured_llama.py). One engine, compiled, with
-CUDA graphs and blocks of 16 tokens; between prompts the plugin is turned off and on, and off is vLLM's own
-FlashAttention 3 (tests/engines/vllm_cuda shows that off is the stock engine). Measured:
+The model is a Llama-3-8B in shape, of random weights with structure (structured_llama.py). One engine,
+compiled, with CUDA graphs and blocks of 16 tokens. Between prompts the plugin is turned off and on; off is
+vLLM's own FlashAttention 3, to which every batch goes untouched. Measured:
 
     ttft     time to first token, for each length and chunk
     beside   the same while eight requests generate, and their steps
@@ -69,8 +69,9 @@ class Engine:
             more = {"kv_cache_memory_bytes": 1 << 29}
         self.llm = LLM(
             str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
-            max_model_len=max(asked.tokens) + 4096, max_num_batched_tokens=asked.chunk, enforce_eager=asked.eager,
-            enable_prefix_caching=False, max_num_seqs=32, additional_config={"flashprefill": "dense"}, **more,
+            max_model_len=max(asked.tokens) + 4096, max_num_batched_tokens=asked.chunk, max_num_seqs=32,
+            enforce_eager=asked.eager, enable_prefix_caching=False,
+            additional_config={"flashprefill": "dense"}, **more,
         )  # fmt: skip
         self.llm.apply_model(model.set_weights)
         self.core = self.llm.llm_engine
@@ -148,7 +149,7 @@ def decode(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, floa
 
 
 def host(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, float]:
-    """Time the plugin's part of each layer on the host; and the engine's own kernel's, where the plugin is off."""
+    """Time each layer's attention on the host; where the plugin is off, the engine's own."""
     seconds: dict[str, list[float]] = {"layer": [], "plan": []}
     layer, plan = backend.ImplMixin.forward, backend.sparse.plan_of
 

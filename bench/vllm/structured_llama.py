@@ -1,8 +1,8 @@
-"""A Llama of random weights with structure, for timing: blocks of its prompts differ, so that a policy has to choose.
+"""A Llama of random weights with structure, for timing: blocks of its prompts differ, so policies choose.
 
-Tokens belong to 64 topics, a prompt is runs of 256 tokens of one topic, and an embedding is half its topic's and half
-its own. Matrices have fan-in scale; queries are twice that, so that scores have a standard deviation of about 4. It
-is not language: densities say how much is computed, and nothing about quality.
+Tokens belong to 64 topics, a prompt is runs of 256 tokens of one topic, and an embedding is half its topic's
+and half its own. Matrices have fan-in scale; queries are twice that, so that scores have a standard deviation
+of about 4. It is not language: densities say how much is computed, and nothing about quality.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ SMALL = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
 def write_config(folder: Path, layers: int, shape: dict[str, int], longest: int = 262144) -> Path:
     """Write config.json of a Llama with these layers; weights are set later, by `set_weights`."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 128, "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY, "max_position_embeddings": longest, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "bos_token_id": 1,
-        "eos_token_id": 2, "torch_dtype": "bfloat16", "rope_theta": 500000.0, **shape,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 128, "rope_theta": 500000.0,
+        "num_hidden_layers": layers, "vocab_size": VOCABULARY, "max_position_embeddings": longest,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+        **shape,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,8 +1,9 @@
 """A prefill that the layers of a model share: checked once, its descriptors filled in once.
 
-The layers of a step ask for the same batch, with tensors of the same shapes, strides and dtypes. Where these tensors
-lie is all that differs, so all but their addresses is settled when a `PreparedPrefill` is made. On a GPU the host's
-time per call matters: a chunk of 512 rows takes less time on an H200 than checking the arguments of 32 layers did.
+The layers of a step ask for the same batch, with tensors of the same shapes, strides and dtypes. Where these
+tensors lie is all that differs, so all but their addresses is settled when a `PreparedPrefill` is made. On a
+GPU the host's time per call matters: an H200 computes a chunk of 512 rows in less time than the host took to
+check the arguments again for each layer.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class PreparedPrefill:
 
     Attributes:
         counts_shape: of the counts that `run` writes, [mask heads, tile rows].
-        causal_blocks: blocks that all heads together could keep; needs the lengths of `rows_and_keys`.
+        causal_blocks: blocks that all heads together could keep, by the lengths that the host knows.
     """
 
     def __init__(
@@ -67,7 +68,10 @@ class PreparedPrefill:
         """Check everything, as `prefill_attention` does, whose arguments these are.
 
         Args:
-            q, k, v, out: tensors of the signature, such as the first layer's.
+            q: queries, packed [tokens, heads, head_dim]; like k, v and out a tensor of the signature.
+            k: pages of keys, [pages, page_size, kv_heads, head_dim].
+            v: pages of values, likewise.
+            out: where results go, of q's shape.
             policy: what to keep; a policy of the library, not a `MaskPolicy`.
             softmax_scale: factor of the scores.
             cu_seqlens_q: int32 [batch + 1].
@@ -120,9 +124,12 @@ class PreparedPrefill:
         """Write attention of q over the cache into out.
 
         Args:
-            q, k, v, out: tensors of the signature.
-            counts: int32 of `counts_shape`, where the number of blocks goes that each tile keeps; entries that no
-                tile has are left alone. None: nothing is counted.
+            q: queries, a tensor of the signature, like the next three.
+            k: pages of keys.
+            v: pages of values.
+            out: where results go.
+            counts: int32 of `counts_shape`, where the number of blocks goes that each tile keeps; entries
+                that no tile has are left alone. None: nothing is counted.
 
         Raises:
             FlashPrefillError: the library refuses, or out lies in the memory of an input.

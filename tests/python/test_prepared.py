@@ -1,4 +1,4 @@
-"""A prepared prefill gives what `prefill_attention` gives, layer by layer, over one paged cache after another."""
+"""A prepared prefill gives what `prefill_attention` gives, for layer after layer over paged caches."""
 
 import pytest
 import torch

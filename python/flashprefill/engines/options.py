@@ -21,7 +21,8 @@ class Options:
     Attributes:
         policy: which blocks are kept.
         first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache leaves.
+        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache
+            leaves of a prompt.
         log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
         metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
     """

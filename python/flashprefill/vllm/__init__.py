@@ -51,7 +51,7 @@ def register() -> None:
 def _watch_models() -> None:
     """Have each worker, once its model is loaded, say so if the plugin is on and has nothing to do.
 
-    And have it count no batch that it makes up, to warm itself up, to capture graphs, or to keep others company.
+    And have it count no batch that it makes up: to warm itself up, to capture graphs, to keep others company.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -73,7 +73,7 @@ def _watch_models() -> None:
 
 
 def _uncounted(name: str) -> Any:
-    """Return a method of a worker's wrapper that calls the worker's, whose batches are made up, and counts none."""
+    """Return a method of a worker's wrapper that calls the worker's and counts none of its batches."""
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         with metrics.paused():

@@ -24,7 +24,8 @@ def config(
         policy: a policy, or a text of one: "sketch(mass=0.9)", or "module:function" for a selection of your
             own (:class:`flashprefill.MaskPolicy`), which each of the engine's processes imports.
         first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache leaves.
+        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache
+            leaves of a prompt.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
         **parameters: fields of the policy, where it is given as text.

@@ -1,10 +1,10 @@
 """Packs vLLM for a machine with a Hopper GPU where nothing can be installed: python archive.py FOLDER
 
-Writes FOLDER/site.tar.xz (about 50 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
-torch for CUDA, Transformers and what they bring; with the archive unpacked and in PYTHONPATH, `import vllm` works
-there, and run.sh of this folder runs the tests.
+Writes FOLDER/site.tar.xz (58 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
+torch for CUDA, Transformers and what they bring. With the archive unpacked and in PYTHONPATH, `import vllm`
+works there, and run.sh of this folder runs the tests.
 
-Takes ten minutes, 350 MB of downloads and 1 GB in FOLDER. What is left out: FlashAttention 2, kernels of
+Downloads 350 MB and takes 1 GB in FOLDER and some minutes. Left out are FlashAttention 2, kernels of
 DeepSeek's models and of quantised mixtures, the Rust front end, and machine code for other GPUs and for head
 dimensions and types that the tests do not use (fatbin.py).
 """
@@ -30,7 +30,7 @@ PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34, 35)
 LIBRARIES = {  # of vLLM's wheel, and what of their kernels is kept
     "vllm/_C_stable_libtorch.abi3.so": "",
     "vllm/_moe_C_stable_libtorch.abi3.so": "-",  # no kernel: the library only has to load
-    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": r"flash_fwd_hdim(128|64)_bf16|flash_fwd_hdim128_e4m3|combine|scheduler",
+    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": r"fwd_hdim(128|64)_bf16|fwd_hdim128_e4m3|combine|scheduler",
     "vllm/cumem_allocator.abi3.so": "",
     "vllm/spinloop.abi3.so": "",
     "vllm/fs_io_C.abi3.so": "",

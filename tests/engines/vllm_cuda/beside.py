@@ -1,7 +1,8 @@
 """The engine's own kernel beside ours, in each layer of each batch that has sparse rows.
 
-In bf16 a token test is weak: two good kernels round differently, and greedy tokens part at the first near tie. So
-after our `forward` the engine's own runs over the whole batch, into a buffer of its own, and the difference is kept.
+In bf16 a token test is weak: two good kernels round differently, and greedy tokens part at the first near
+tie. So after our `forward` the engine's own runs over the whole batch, into a buffer of its own, and the
+difference is kept.
 """
 
 import contextlib

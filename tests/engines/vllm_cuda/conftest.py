@@ -1,4 +1,4 @@
-"""Real vLLM on a GPU. Without one, or without vLLM, each file skips and says so; --rehearse runs what it can on a CPU.
+"""Real vLLM on a GPU. Without one, or without vLLM, it skips and says so; --rehearse uses the CPU.
 
 The engine that is driven step by step is that of ../vllm.
 """

@@ -1,4 +1,4 @@
-"""Features of the engine that batches pass through: 8-bit caches, speculation, adapters. With all blocks kept."""
+"""Features of the engine that batches pass through: 8-bit caches, speculation, adapters; all blocks kept."""
 
 import json
 import logging
@@ -99,9 +99,9 @@ def test_adapters(engines, llama, tmp_path):
 
 
 def test_what_a_prefix_cache_leaves_is_read_as_before(engines, llama):
-    """min_chunk 1: the second answer to a prompt is the first, though the cache leaves less than a tile of it.
+    """min_chunk 1: the second answer to a prompt is the first, though the cache leaves less than a tile.
 
-    With a cache in blocks of a tile's 128 tokens what is left begins where a tile began, so the same is selected.
+    In a cache in blocks of a tile's 128 tokens what is left begins where a tile began: the same is selected.
     """
     policy = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 0}
     asked = {**OPTIONS, "block_size": 128}

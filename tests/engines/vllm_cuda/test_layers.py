@@ -1,7 +1,7 @@
 """Each way that this engine has to run a model, in each situation of its scheduler, with all blocks kept.
 
-Of each batch with sparse rows each layer is compared with the engine's own kernel (beside.py), and greedy tokens
-with those of the engine without us. The sparse policy's own test is that it answers the same twice.
+Of each batch with sparse rows each layer is compared with the engine's own kernel (beside.py), and greedy
+tokens with those of the engine without us. A sparse policy has to answer the same twice.
 """
 
 import os
@@ -18,12 +18,12 @@ DENSE = plugin.config(fp.Dense())
 SPARSE = plugin.config(fp.FlashPrefill(alpha=0.5, window_blocks=1, sink_blocks=1))
 S = 1 if CUDA else 8  # a CPU's prompts are shorter
 DTYPE = "bfloat16" if CUDA else "float32"
-# Differences of log-probabilities, and gaps of the stock engine's two best within which tokens may differ: three
-# layers in bf16, or in fp32.
+# Differences of log-probabilities, and gaps of the stock engine's two best within which tokens may differ:
+# three layers in bf16, or in fp32.
 LIMIT, NEAR = (0.5, 0.25) if CUDA else (5e-4, 1e-3)
 OPTIONS = {
-    "dtype": DTYPE, "max_len": 40000 // S, "max_num_batched_tokens": 8192 if CUDA else 2048, "max_num_seqs": 16,
-    "memory": (1 << 30) if CUDA else (1 << 28), "enable_prefix_caching": True,
+    "dtype": DTYPE, "max_len": 40000 // S, "max_num_batched_tokens": 8192 if CUDA else 2048,
+    "max_num_seqs": 16, "memory": (1 << 30) if CUDA else (1 << 28), "enable_prefix_caching": True,
 }  # fmt: skip
 WAYS = {
     "v2-eager-16": {"block_size": 16},

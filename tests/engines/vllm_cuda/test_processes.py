@@ -1,7 +1,7 @@
-"""What needs processes of its own: a separate engine, a server over HTTP, several GPUs, an engine of another version.
+"""What needs processes of its own: a separate engine, a server, several GPUs, an engine of another version.
 
-Each starts `SCRIPT` or vLLM's server with a model's folder and compares its tokens with those of an engine whose
-process has no plugin (VLLM_PLUGINS).
+Each starts `SCRIPT` or vLLM's server with a model's folder and compares its tokens with those of an engine
+whose process has no plugin (VLLM_PLUGINS).
 """
 
 import contextlib

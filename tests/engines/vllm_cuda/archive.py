@@ -1,4 +1,4 @@
-"""Packs vLLM for a machine with a Hopper GPU where nothing can be installed: python archive.py FOLDER
+"""Packs vLLM for a machine with a Hopper GPU where nothing can be installed: python archive.py FOLDER WHEEL...
 
 Writes FOLDER/site.tar.xz (58 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
 torch for CUDA, Transformers and what they bring. With the archive unpacked and in PYTHONPATH, `import vllm`
@@ -76,11 +76,13 @@ def unpack(wheel: Path, site: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("wheels", type=Path, nargs="*", help="of your own: flashprefill's, built for CUDA")
+    asked = parser.parse_args()
+    folder = asked.folder
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
     fetch(folder / "wheels")
-    for wheel in sorted((folder / "wheels").glob("*.whl")):
+    for wheel in [*sorted((folder / "wheels").glob("*.whl")), *asked.wheels]:
         unpack(wheel, site)
     tar, archive = folder / "site.tar", folder / "site.tar.xz"
     subprocess.run(

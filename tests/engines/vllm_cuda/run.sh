@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs this folder's tests on a machine with a GPU, where vLLM 0.32 and flashprefill (built for CUDA) are installed.
+# Elsewhere they are skipped, with a line that says why.
 #   --site FILE  first unpack FILE, which archive.py made elsewhere, and use what is in it: nothing has to be installed
 #   --bench      bench/vllm/gpu.py with the other arguments, in place of the tests
 #   others       go to pytest: -k v2-eager-16; --rehearse: on vLLM's CPU backend
@@ -21,6 +22,10 @@ fi
 if [ "${1:-}" = --bench ]; then
   shift
   exec "${PYTHON:-python3}" "$here/../../../bench/vllm/gpu.py" "$@"
+fi
+if ! "${PYTHON:-python3}" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("vllm") and u.find_spec("pytest")))'; then
+  echo "skipped: needs vLLM and pytest in ${PYTHON:-python3}"
+  exit 0
 fi
 cd "$here"
 exec "${PYTHON:-python3}" -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"

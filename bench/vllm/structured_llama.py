@@ -1,8 +1,8 @@
 """A Llama of random weights with structure, for timing: blocks of its prompts differ, so policies choose.
 
 Tokens belong to 64 topics, a prompt is runs of 256 tokens of one topic, and an embedding is half its topic's
-and half its own. Matrices have fan-in scale; queries are twice that, so that scores have a standard deviation
-of about 4. It is not language: densities say how much is computed, and nothing about quality.
+and half its own. Matrices have fan-in scale; queries and keys are twice that, so that scores have a standard
+deviation of about 4. It is not language: densities say how much is computed, and nothing about quality.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def set_weights(model: Any) -> int:
     device = parameters[0][1].device
     generator = torch.Generator(device=device)
     config = model.config
-    kv = 2 * config.num_key_value_heads * config.head_dim  # rows of keys and values
+    values = config.num_key_value_heads * config.head_dim  # rows of them, the last of q, k and v
     for i, (name, parameter) in enumerate(parameters):
         generator.manual_seed(1000 + i)
         data = parameter.data
@@ -60,7 +60,7 @@ def set_weights(model: Any) -> int:
                 data.copy_(0.5**0.5 * (of_each + drawn))
             else:
                 if "qkv" in name:
-                    drawn[: data.shape[0] - kv] *= 2.0
+                    drawn[: data.shape[0] - values] *= 2.0
                 data.copy_(drawn * data.shape[1] ** -0.5)
     return len(parameters)
 

@@ -5,6 +5,7 @@ import torch
 
 import flashprefill as fp
 from flashprefill._prepared import PreparedPrefill, dense_keys, signature
+from flashprefill.policies.text import policy_of
 
 H, HKV, D, PAGE = 6, 2, 64, 16
 ROWS_AND_KEYS = [(300, 300), (201, 500), (1, 77), (150, 150)]
@@ -116,6 +117,43 @@ def test_queries_that_a_gpu_cannot_read_are_copied(device):
         **given,
     )
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize(
+    "policy", [fp.FlashPrefill(alpha=0.4), fp.Sketch(mass=0.7), fp.XAttention()], ids=repr
+)
+def test_scratch_memory_may_hold_anything(policy, device):
+    """More tiles than a GPU has processors, which take them by a counter in scratch memory."""
+    policy = policy_of(policy)
+    rows, keys = 4500, 5000  # 216 tiles
+    generator = torch.Generator(device).manual_seed(1)
+    q = torch.randn(rows, H, D, generator=generator, device=device, dtype=torch.bfloat16)
+    cache = torch.randn(keys // PAGE + 1, HKV, PAGE, 2 * D, generator=generator, device=device, dtype=q.dtype)
+    k, v = cache.transpose(1, 2).chunk(2, -1)
+    given = {
+        "cu_seqlens_q": torch.tensor([0, rows], dtype=torch.int32, device=device),
+        "seqused_k": torch.tensor([keys], dtype=torch.int32, device=device),
+        "block_table": torch.arange(len(cache), dtype=torch.int32, device=device)[None],
+    }
+    sizes = {"max_seqlen_q": rows, "max_seqlen_k": keys}
+    expected = fp.prefill_attention(q, k, v, policy, softmax_scale=0.11, **given, **sizes)
+    for byte in (0, 255, 127, 1):
+        out = torch.full_like(q, float("nan"))
+        ours = PreparedPrefill(
+            q,
+            k,
+            v,
+            out,
+            policy,
+            softmax_scale=0.11,
+            rows_and_keys=[(rows, keys)],
+            final_chunk=[True],
+            **given,
+        )
+        ours._memory.fill_(byte)
+        ours.run(q, k, v, out, torch.zeros(ours.counts_shape, dtype=torch.int32, device=device))
+        assert torch.equal(out, expected), byte
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .options import Options
+from .reading import Reading
 from .rows import Split
 
 
@@ -38,10 +39,11 @@ class Metrics:
         self._possible = 0
         self._kept = 0
         self._pending: list[Any] = []  # tensors of counts that are not summed up yet
-        self._device_kept: Any = None  # summed up on a GPU and not read yet
+        self._device_kept: Any = None  # summed up on a GPU
         self._paused = 0
         self._next_line = 0.0
         self._shown: dict[str, Any] | None = None
+        self._reading: Reading | None = None  # what the next line says, on its way from a GPU
         self._hooks: dict[str, Callable[[dict[str, Any]], None] | None] = {}
 
     def begins(self, step: Any) -> bool:
@@ -101,6 +103,21 @@ class Metrics:
                 self._device_kept = self._device_kept + kept
         self._pending.clear()
 
+    def _read(self) -> Reading:
+        """Begin to read the counters."""
+        self._settle()
+        numbers = {
+            "steps": self.steps,
+            "sparse_rows": self.sparse_rows,
+            "sparse_chunks": self.sparse_chunks,
+            "dense_rows": dict(self.dense_rows),
+            "calls": self.calls,
+            "kept_blocks": self._kept,
+            "causal_blocks": self._possible,
+            "fallbacks": dict(self.fallbacks),
+        }
+        return Reading(numbers, self._device_kept)
+
     def snapshot(self) -> dict[str, Any]:
         """Return the counters. Waits for the GPU where one has counted.
 
@@ -110,29 +127,19 @@ class Metrics:
             together; kept_blocks, causal_blocks, density: over all layers and heads; fallbacks: calls that
             failed and ran dense, by message.
         """
-        self._settle()
-        if self._device_kept is not None:
-            self._kept += int(self._device_kept)
-            self._device_kept = None
-        return {
-            "steps": self.steps,
-            "sparse_rows": self.sparse_rows,
-            "sparse_chunks": self.sparse_chunks,
-            "dense_rows": dict(self.dense_rows),
-            "calls": self.calls,
-            "kept_blocks": self._kept,
-            "causal_blocks": self._possible,
-            "density": self._kept / self._possible if self._possible else None,
-            "fallbacks": dict(self.fallbacks),
-        }
+        return self._read().numbers()
 
     def tick(self, options: Options) -> None:
-        """Write a line if one is due and there is news. Called between steps."""
-        now = time.monotonic()
-        if self.calls == (self._shown or {}).get("calls", 0) or now < self._next_line:
+        """Write a line if one is due and there is news. Called between steps; waits for nothing."""
+        if self._reading is None:
+            now = time.monotonic()
+            if self.calls == (self._shown or {}).get("calls", 0) or now < self._next_line:
+                return
+            self._next_line = now + options.log_seconds
+            self._reading = self._read()
+        if not self._reading.is_there():
             return
-        self._next_line = now + options.log_seconds
-        after = self.snapshot()
+        after, self._reading = self._reading.numbers(), None
         self.logger.info("%s", line(self._shown, after))
         self._shown = after
         hook = self._hook(options.metrics_hook)

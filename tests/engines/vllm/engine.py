@@ -160,7 +160,11 @@ def assert_same(stock, ours, limit, near=NEAR):
     for i, (a, b) in enumerate(zip(stock, ours, strict=True)):
         assert a.finished and b.finished
         worst, agreed = distance(a, b, near)
-        assert worst < limit, f"request {i}: {worst} after {agreed} tokens, {a.tokens} and {b.tokens}"
+        best = [
+            sorted(x[agreed].values())[:-3:-1] if agreed < len(x) else [] for x in (a.logprobs, b.logprobs)
+        ]
+        where = f"request {i}: {worst} after {agreed} tokens, {best}"
+        assert worst < limit, f"{where}, {a.tokens} and {b.tokens}"
 
 
 def tokens(count, seed):

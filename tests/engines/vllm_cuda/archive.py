@@ -2,7 +2,7 @@
 
 Writes FOLDER/site.tar.xz (58 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
 torch for CUDA, Transformers and what they bring. With the archive unpacked and in PYTHONPATH, `import vllm`
-works there, and run.sh of this folder runs the tests. Wheels named after FOLDER go in as well: flashprefill's.
+works there, and run.sh of this folder runs the tests. Wheels named after FOLDER go in too: flashprefill's.
 
 Downloads 350 MB and takes 1 GB in FOLDER and some minutes. Left out are FlashAttention 2, kernels of
 DeepSeek's models and of quantised mixtures, the Rust front end, and machine code for other GPUs and for head

@@ -334,8 +334,9 @@ fp_status fp_prefill_dense_keys(const fp_policy* policy, int32_t device, const f
     CheckPointer("keys", keys);
     Problem p{};
     p.device = device;
-    const Backend& backend = BackendFor(p, ExecOf(exec));
-    *keys = backend.dense_keys ? backend.dense_keys(*policy) : 0;
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(p, e);
+    *keys = backend.dense_keys ? backend.dense_keys(*policy, e) : 0;
   });
 }
 

@@ -159,6 +159,21 @@ class Policy(metaclass=_Named):
         """Return the policy for one layer of a model: itself, unless it depends on the layer."""
         return self
 
+    def _row_unit(self) -> int | None:
+        """Return where a prompt may be cut so that the selection of no tile changes: at multiples of this.
+
+        None: nowhere, because tiles are chosen for by rows or keys that may lie on the other side.
+        """
+        return None
+
+    def _at_heads(self, first: int, past: int, heads: int) -> Policy:
+        """Return the policy for query heads first to past - 1 of `heads`, as if there were no others.
+
+        Raises:
+            UnsupportedError: there is none, because the policy goes by a head's number.
+        """
+        return self
+
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:
         """Return how many verticals and slashes of single tokens a mask head needs room for."""
         return 0, 0

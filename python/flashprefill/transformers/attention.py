@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,11 @@ _UNPATCHED = FlashPrefill()
 # Length of the prompt that generate() is reading, all its chunks; None if unknown. Set by register.py.
 prompt_length: contextvars.ContextVar[int | None] = contextvars.ContextVar("prompt_length", default=None)
 
+# What computes the layers of a forward whose rows are spread over ranks. Set by flashprefill.distributed.
+over_ranks: contextvars.ContextVar[Callable[..., torch.Tensor] | None] = contextvars.ContextVar(
+    "over_ranks", default=None
+)
+
 
 def flashprefill_attention(
     module: Any,
@@ -79,6 +85,9 @@ def flashprefill_attention(
         **kwargs: what else the model's layers hand on.
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
+    ranks = over_ranks.get()
+    if ranks is not None:
+        return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)
     compiling = torch.compiler.is_compiling()
     if not compiling and is_jit_tracing():  # lengths are tensors, and the trace must be right for others

@@ -1,6 +1,6 @@
 """Real vLLM on a GPU. Without one, or without vLLM, it skips and says so; --rehearse uses the CPU.
 
-The engine that is driven step by step is that of ../vllm.
+The engine that is driven step by step is that of ../vllm, models and how answers are compared ../common's.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, so that it can be stepped
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # needs a compiler on the machine
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vllm"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("vllm", "common")]
 
 import pytest  # noqa: E402
 

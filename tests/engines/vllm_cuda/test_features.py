@@ -4,8 +4,9 @@ import json
 import logging
 
 import pytest
+from answers import Request, assert_same, tokens
 from beside import assert_equal, engines_own
-from engine import CUDA, Request, assert_same, tokens
+from engine import CUDA
 from test_layers import DENSE, LIMIT, NEAR, OPTIONS, S, length
 
 from flashprefill import vllm as plugin

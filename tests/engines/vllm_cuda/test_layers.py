@@ -7,8 +7,9 @@ tokens with those of the engine without us. A sparse policy has to answer the sa
 import os
 
 import pytest
+from answers import Request, assert_same, tokens
 from beside import assert_equal, engines_own
-from engine import CUDA, Engine, Request, assert_same, tokens
+from engine import CUDA, Engine
 
 import flashprefill as fp
 from flashprefill import vllm as plugin

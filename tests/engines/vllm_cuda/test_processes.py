@@ -14,7 +14,8 @@ import time
 import urllib.request
 
 import pytest
-from engine import CUDA, KIND, tokens
+from answers import tokens
+from engine import CUDA, KIND
 from test_layers import DTYPE, length
 
 from flashprefill import vllm as plugin

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from ctypes import byref
 from typing import Any
 
-from . import _abi
+from . import _abi, _engine
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
 from ._calls import PREFILL
-from ._engine import add_timings, exec_of, output_of, problem_of, set_final_chunk
 from ._layout import layout_of
 from ._ops import ops_of
 from .policies import MaskPolicy, Policy
@@ -101,8 +100,8 @@ class PreparedPrefill:
         call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared))
         (readable,) = all_cuda_reads(q, cached=True)
         self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
-        self._problem, self._output = problem_of(call, readable, k, v), output_of(call)
-        set_final_chunk(self._problem, chunks)
+        self._problem, self._output = _engine.problem_of(call, readable, k, v), _engine.output_of(call)
+        _engine.set_final_chunk(self._problem, chunks)
         self._policy, self._mask = struct_of(policy.text), _abi.sized(_abi.BlockMask)
         _abi.check(_abi.lib.fp_mask_describe(byref(self._problem), byref(self._policy), byref(self._mask)))
         self.counts_shape = self._mask.heads, self._mask.tile_rows
@@ -110,7 +109,7 @@ class PreparedPrefill:
             layout.visible(*each, self._mask.tile_tokens, self._mask.block_size) for each in rows_and_keys
         )
         self.causal_blocks = self._mask.heads * sum(map(sum, visible))
-        size, execution = ctypes.c_size_t(), exec_of(q, -1, None, None)
+        size, execution = ctypes.c_size_t(), _engine.exec_of(q, -1, None, None)
         _abi.check(
             _abi.lib.fp_prefill_workspace(
                 byref(self._problem), byref(self._policy), byref(execution), byref(size)
@@ -146,7 +145,7 @@ class PreparedPrefill:
         problem.q = tensor_of(readable)
         problem.k.data, problem.v.data, output.out.data = addresses[1:]
         mask.counts = None if counts is None else counts.data_ptr()
-        execution = exec_of(q, -1, None, None)
+        execution = _engine.exec_of(q, -1, None, None)
         _abi.check(
             _abi.lib.fp_prefill(
                 byref(problem),
@@ -158,7 +157,7 @@ class PreparedPrefill:
                 self._size,
             )
         )
-        add_timings(execution)
+        _engine.add_timings(execution)
 
 
 def dense_keys(policy: Policy, device: str) -> int:

@@ -523,7 +523,7 @@ def test_options_survive_the_way(monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [('{"alpha": 1}', "option"), ("{", "JSON"), ("flush", "one of"), ('{"min_chunk": 1}', "128")],
+    [('{"alpha": 1}', "option"), ("{", "JSON"), ("flush", "one of"), ('{"min_chunk": 0}', "at least 1")],
 )
 def test_mistakes_are_named(text, words, monkeypatch):
     monkeypatch.setenv(options.VARIABLE, text)

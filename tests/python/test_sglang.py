@@ -416,7 +416,7 @@ def test_a_kernel_that_refuses_leaves_a_dense_engine(monkeypatch, caplog):
     def refuses(*arguments, **keywords):
         raise fp.UnsupportedError("no such thing here")
 
-    monkeypatch.setattr(shared, "prefill_attention", refuses)
+    monkeypatch.setattr(shared, "PreparedPrefill", refuses)
     runner, batch, q, k, v = world(BATCHES["scattered"])
     one, _ = backends_of(runner, fp.Dense())
     with caplog.at_level(logging.WARNING, "sglang.flashprefill"):

@@ -332,6 +332,7 @@ fp_status fp_prefill_dense_keys(const fp_policy* policy, int32_t device, const f
   return Guard([&] {
     ValidatePolicyAlone(policy);
     CheckPointer("keys", keys);
+    if (device != FP_CPU && device != FP_CUDA) Refuse("device", device, "FP_CPU (0) or FP_CUDA (1)");
     Problem p{};
     p.device = device;
     const Exec e = ExecOf(exec);

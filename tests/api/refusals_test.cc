@@ -103,9 +103,6 @@ const std::vector<Refusal>& Refusals() {
          c.use_mask = true, c.mask.max_verticals = 5, c.mask.vertical_slash = lists;
        },
        {"mask.max_verticals is 5", "policy's (0)"}},
-      {"mask_vertical_slash_null",
-       [](Call& c) { c.use_mask = true, c.mask.max_slashes = 5; },
-       {"mask.vertical_slash is NULL"}},
       {"exec_size", [](Call& c) { c.exec.struct_size = 1; }, {"exec.struct_size is 1"}},
       {"threads", [](Call& c) { c.exec.threads = -1; }, {"exec.threads is -1"}},
       {"backend", [](Call& c) { c.exec.backend = "quantum"; }, {"exec.backend is quantum", "reference"}},
@@ -197,6 +194,10 @@ TEST(Refusals, AMaskWithoutBits) {
   EXPECT_NE(std::string(fp_last_error()).find("mask.bits is NULL"), std::string::npos);
   c.use_mask = true;
   EXPECT_EQ(c.Prefill(), FP_OK) << fp_last_error();
+  c.mask.bits = c.bits.data();
+  c.mask.max_slashes = 5;
+  EXPECT_EQ(fp_attend(&c.problem, &c.mask, &c.exec, &c.output, c.workspace, c.workspace_bytes), FP_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(fp_last_error()).find("mask.vertical_slash is NULL"), std::string::npos);
 }
 
 } // namespace

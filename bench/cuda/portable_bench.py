@@ -11,6 +11,7 @@ CASES; default all.
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
@@ -72,11 +73,15 @@ def sparse(tokens, dim, density, targets):
 
 
 def operator(tokens, density, targets):
-    """Selection and attention, and selection alone."""
+    """Selection and attention, selection alone, and up to 16K tokens dense attention."""
     q, k, v = inputs(tokens)
     policy = tuned(q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), density)
     mask = fp.select(q, k, policy)
     runs = {t: lambda t=t: fp.prefill_attention(q, k, v, policy, target=t) for t in targets}
+    if tokens <= 16 * K:
+        runs |= {
+            f"{t}: dense": lambda t=t: fp.prefill_attention(q, k, v, fp.Dense(), target=t) for t in targets
+        }
     selects = {f"{t}: select": lambda t=t: fp.select(q, k, policy, target=t) for t in targets}
     same = {}
     for t in targets:
@@ -95,6 +100,7 @@ CASES = {
     "sparse 16K": lambda t: sparse(16 * K, 128, 0.33, t),
     "sparse 64K": lambda t: sparse(64 * K, 128, 0.09, t),
     "sparse 128K": lambda t: sparse(128 * K, 128, 0.047, t),
+    "operator 3K": lambda t: operator(3 * K, 0.8, t),
     "operator 4K": lambda t: operator(4 * K, 0.74, t),
     "operator 16K": lambda t: operator(16 * K, 0.33, t),
     "operator 64K": lambda t: operator(64 * K, 0.09, t),
@@ -130,6 +136,7 @@ def main():
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--out")
     options = parser.parse_args()
+    info = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "turns": options.turns}
     rows = []
     targets = sorted(options.targets.split(","), key=lambda t: t != "portable")
     for name in options.cases or CASES:
@@ -144,10 +151,9 @@ def main():
         rest = {k: v for k, v in row.items() if k not in ("name", "ms", "tflops")}
         print(f"{name:15s} " + " | ".join(parts), rest, flush=True)
         torch.cuda.empty_cache()
-    if options.out:
-        info = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "turns": options.turns}
-        with open(options.out, "w") as f:
-            json.dump({**info, "rows": rows}, f, indent=1)
+        if options.out:
+            with open(options.out, "w") as f:
+                json.dump({**info, "command": " ".join(sys.argv), "rows": rows}, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,12 @@ from flashprefill.vllm import backend, options, snapshot
 
 POLICIES: dict[str, Any] = {
     "stock": None,
-    "flashprefill": {"policy": "flashprefill", "parameters": {"alpha": 0.12}},
-    "streaming": {"policy": "streaming", "parameters": {"sink_blocks": 2, "window_blocks": 32}},
+    "flashprefill": {"policy": "flashprefill", "parameters": {"alpha": 0.12}, "min_chunk": 128},
+    "streaming": {
+        "policy": "streaming",
+        "parameters": {"sink_blocks": 2, "window_blocks": 32},
+        "min_chunk": 128,
+    },
 }
 GENERATING, CONTEXT = 8, 2000  # requests that generate, and their prompts' tokens
 

@@ -377,6 +377,23 @@ def test_turned_off_nothing_is_ours():
     assert batches == [common]
 
 
+def test_a_backend_knows_from_how_many_rows_on(installed, monkeypatch):
+    assert builder_of(fp.Dense()).options.min_chunk == 128
+    monkeypatch.setattr(Builder, "min_chunk", 1024)
+    assert builder_of(fp.Dense()).options.min_chunk == 1024
+    assert builder_of(fp.Dense(), min_chunk=1).options.min_chunk == 1
+
+
+def test_a_library_without_the_device_leaves_a_dense_engine(installed, monkeypatch, caplog):
+    def refuses(policy, device):
+        raise fp.UnsupportedError("no backend here can work on that memory")
+
+    monkeypatch.setattr(backend, "dense_keys", refuses)
+    with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
+        assert builder_of(fp.Dense()).options is None
+    assert "stay dense: no backend here" in caplog.text
+
+
 def test_backend(installed):
     builder = builder_of(fp.Dense(), first_dense_layers=1)
     common = common_of(BATCHES["scattered"])

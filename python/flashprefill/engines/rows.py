@@ -95,7 +95,7 @@ def split(
         rows = starts[request + 1] - starts[request]
         if not prefilling[request]:
             reason = "decode" if rows <= 1 else "speculative"
-        elif rows < options.min_chunk or keys[request] <= short_keys:
+        elif rows < options.least_rows or keys[request] <= short_keys:
             reason = "short"
         else:
             spans = result.spans

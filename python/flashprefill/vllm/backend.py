@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .._prepared import dense_keys
-from ..engines.options import Options
+from ..engines.options import MIN_CHUNK, Options
 from ..errors import FlashPrefillError
 from . import layers, options, runner, sparse
 from .host import host
@@ -29,6 +30,7 @@ class BuilderMixin:
 
     options: Options | None
     short_keys = 0  # keys up to which our kernel would keep everything
+    min_chunk = MIN_CHUNK  # where the options leave it open
     build_options: dict[str, Any] = {}
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
@@ -36,6 +38,8 @@ class BuilderMixin:
         self.options = options.of_config(vllm_config.additional_config)
         if self.options is None:
             return
+        if self.options.min_chunk is None:
+            self.options = replace(self.options, min_chunk=self.min_chunk)
         reason = self.why_dense()
         if not reason:
             try:

@@ -50,7 +50,7 @@ def plan_of(
     if common.logits_indices_padded is not None or common.dcp_local_seq_lens is not None:
         return None  # the fast prefill of layers that share a cache; contexts that are split over GPUs
     # A step that only decodes should cost nothing.
-    if common.max_query_len == 1 and (options.min_chunk > 1 or not bool(common.is_prefilling.any())):
+    if common.max_query_len == 1 and (options.least_rows > 1 or not bool(common.is_prefilling.any())):
         if metrics.begins(final):
             metrics.count_dense("decode", common.num_actual_tokens)
         return None

@@ -43,14 +43,14 @@ cudaError_t LaunchOverlapped(void (*kernel)(Params...), bool overlaps, int64_t g
                              cudaStream_t stream, const Params&... params) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = overlaps && GridsOverlap();
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = overlaps && GridsOverlap() ? 1 : 0; // below Hopper there is no such attribute
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }

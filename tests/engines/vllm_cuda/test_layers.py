@@ -15,9 +15,11 @@ import flashprefill as fp
 from flashprefill import vllm as plugin
 from flashprefill.vllm import backend, options
 
-DENSE = plugin.config(fp.Dense())
+DENSE = plugin.config(fp.Dense(), min_chunk=128)
 # Tokens at random have no structure, so blocks are alike: each tile's best one stays, and what is forced.
-SPARSE = plugin.config(fp.FlashPrefill(alpha=1.0, sink_blocks=1, window_blocks=1, dense_tail_blocks=1))
+SPARSE = plugin.config(
+    fp.FlashPrefill(alpha=1.0, sink_blocks=1, window_blocks=1, dense_tail_blocks=1), min_chunk=128
+)
 S = 1 if CUDA else 8  # a CPU's prompts are shorter
 DTYPE = "bfloat16" if CUDA else "float32"
 # Differences of log-probabilities, and gaps of the stock engine's two best within which tokens may differ:

@@ -98,12 +98,13 @@ class PortableAttendRun {
       TakeQueries();
     }
     __syncthreads(); // the list is there, and what queries came through is free
-    // Kept blocks from the highest group of the mask down, then means.
-    const int groups = keys_.Groups();
+    // Kept blocks from the highest group of the mask down, then means. How many groups there are is asked again, to
+    // spare a register.
 #pragma unroll 1
-    for (int segment = 0; segment < (p_.mean_correction ? 2 * groups : groups); ++segment) {
+    for (int segment = 0; segment < keys_.Groups() << (p_.mean_correction ? 1 : 0); ++segment) {
       if (segment > 0) {
         __syncthreads();
+        const int groups = keys_.Groups();
         if (segment < groups) {
           keys_.ListKeys(groups - 1 - segment);
         } else {

@@ -2,7 +2,7 @@
 // memory, from the diagonal down, so that a step's keys are a look into the list and not a walk over bits that a dozen
 // registers follow. After them come, with mean correction, the means of blocks that were left out.
 //
-// A step is kKeys rows, and a row's place is an offset: two threads per row, for K and for V, find it three steps
+// A step is kKeys rows, and a row's place is an offset: a thread or two per row, for K and for V, find it three steps
 // before it is used, whatever the layout, the block size and the pages are, and ask for the page number a step earlier
 // still. So there is one way to load. A row that isn't there reads as zeros, and is masked.
 #ifndef FLASHPREFILL_CUDA_SM80_ATTEND_KEY_LIST_CUH_
@@ -56,7 +56,8 @@ class KeyList {
 
   __device__ __forceinline__ KeyList(const PortableAttendParams& p, ListControl<SHAPE>& control) : p_(p), c_(control) {}
 
-  __device__ __forceinline__ int Groups() const { return (c_.work.visible + kListBlocks - 1) / kListBlocks; }
+  // Groups of 2048 blocks that the tile sees; one where it sees nothing, since rows of zeros are written too.
+  __device__ __forceinline__ int Groups() const { return max(1, (c_.work.visible + kListBlocks - 1) / kListBlocks); }
 
   // Lists the kept blocks of a group. All threads, between two barriers.
   __device__ __forceinline__ void ListKeys(int group) {

@@ -87,12 +87,11 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
       const int token = plan.by_heads(row);
       const T* from = nullptr;
       int columns = 0; // of the 8
-      if (unit >= item.units) {
-      } else if (!a.rows_in_q) {
+      if (unit < item.units && !a.rows_in_q) {
         const int64_t scratch_row = (in_scratch + (squares ? a.unit_count : 0)) * a.unit_rows + row;
         from = static_cast<const T*>(a.rows) + scratch_row * a.pitch + first_column;
         columns = a.pitch - first_column;
-      } else if (token < tokens) {
+      } else if (unit < item.units && token < tokens) {
         from = q + token * p.q.stride[1] + (row - token * r.heads_per_tile) * p.q.stride[2] + first_column;
         columns = p.head_dim - first_column;
       }
@@ -234,7 +233,6 @@ struct PortableScorer : EnergyMath<COLUMNS, ROWS, SKETCH, COLUMNS == 64> {
   }
 };
 
-// Where products are of 64 columns two CTAs share a multiprocessor's registers.
 template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
 __global__ void __launch_bounds__(kPortableScoreThreads, 2)
     PortableScoreKernel(const __grid_constant__ ScoreArgs a, const __grid_constant__ PortableScorePlan plan) {

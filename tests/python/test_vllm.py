@@ -300,6 +300,31 @@ def test_on_a_gpu(batch, cache, dtype):
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("cache", [pytest.param("cuda", marks=needs_gpu)])
+def test_nothing_waits_for_a_gpu(cache):
+    """Dividing a mixed batch, its layers, and a line of statistics, with everything that waits an error."""
+    common = common_of(BATCHES["scattered"], "cuda")
+    query, k, v = (x.to("cuda") for x in inputs(common, torch.bfloat16))
+    write, pages_of = CACHES[cache]
+    pages, output = pages_of(write(k, v), D), torch.empty_like(query)
+    counters = host.metrics
+
+    def step():
+        plan = sparse.plan_of(common, None, wanted(fp.FlashPrefill(alpha=0.5, **TINY)), lambda batch: batch)
+        for _ in range(3):
+            assert sparse.run(plan, query, *pages, output, SCALE, lambda q, batch, out: out.zero_())
+        counters._next_line = 0.0
+        counters.tick(replace(wanted(fp.Dense()), log_seconds=0.0))
+
+    step()  # what is loaded at the first call may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ----------------------------------------------------------------- mix-ins
 
 

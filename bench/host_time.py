@@ -3,8 +3,8 @@
     python bench/host_time.py new=python old=../old/python [--rounds 40] [--torch]
 
 Each NAME=FOLDER is a folder to put on PYTHONPATH; FLASHPREFILL_LIBRARY may name the library for all of them.
-Inputs are so small (16 tokens, 2 heads, head_dim 16) that the kernel is a tenth of a call. Every version has a
-process of its own; they take turns, round by round, so that a busy machine hits all alike. Printed are the
+Inputs are so small (16 tokens, 2 heads, head_dim 16) that the kernel is a tenth of a call. Every version has
+a process of its own; they take turns, round by round, so that a busy machine hits all alike. Printed are the
 least and the median microseconds of processor time per call.
 """
 

@@ -33,7 +33,7 @@ for name in "${targets[@]}"; do
   if [ -x "build/fuzz/tests/fuzz/$name" ]; then
     "build/fuzz/tests/fuzz/$name" "${options[@]}" -max_len=512 -timeout=20 "$corpus"
   else
-    $python tests/fuzz/readers.py "$name" --seconds "$seconds" -- "${options[@]}" -max_len=4096 -timeout=60 "$corpus"
+    $python tests/fuzz/readers.py --seconds "$seconds" "$name" -- "${options[@]}" -max_len=4096 -timeout=60 "$corpus"
   fi
 done
 echo "fuzz: no finding"

@@ -56,7 +56,7 @@ def tensor_of(x: Any) -> _abi.Tensor:
 
 
 def _range(x: Any) -> tuple[int, int]:
-    """Return the first and the past-the-end address of what a torch tensor, without negative strides, touches."""
+    """Return the first and the past-the-end address of what a torch tensor touches. No stride is negative."""
     begin = x.data_ptr()
     if x.is_contiguous():
         return begin, begin + x.nbytes

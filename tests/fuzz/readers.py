@@ -3,7 +3,7 @@ options, names of models, dumps in three formats, and GGUF files. An input is re
 that its reader documents; any other exception is a finding. Cases that were findings are among the seeds.
 
     python tests/fuzz/readers.py --seconds 60                # all targets, a minute each
-    python tests/fuzz/readers.py dump_npz --seconds 3600     # one of them
+    python tests/fuzz/readers.py --seconds 3600 dump_npz     # one of them
 
 `make fuzz` runs each under atheris, where mutations follow the coverage of our own modules, and
 tests/python/test_fuzz.py two seconds long.

@@ -65,3 +65,9 @@ def test_other_heads(world):
     """Heads of 64 and fp16, in four groups."""
     shape = {"heads": (8, 4, 64), "dtype": torch.float16, "device": "cuda"}
     same(world, RANKS, Case(POOLED, (10000,), options={"head_groups": 4}, **shape))
+
+
+def test_portable_kernels(world):
+    """They select from another number of keys on than Hopper's."""
+    for tokens in (2500, 8192):
+        same(world, RANKS, Case(POOLED, (tokens,), options={"target": "portable"}, **GPU))

@@ -133,9 +133,12 @@ def test_every_row_is_on_one_rank(layout, tokens, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_have_equally_much_to_do(ranks):
-    shards = [Zigzag(131072, ranks=ranks, rank=rank) for rank in range(ranks)]
+    shards = [Zigzag(131072, ranks=ranks, rank=rank, tail=0) for rank in range(ranks)]
     seen = [int((part.positions() + 1).sum()) for part in shards]
     assert max(seen) == min(seen)
+    shards = [Zigzag(131072, ranks=ranks, rank=rank) for rank in range(ranks)]
+    tails = [int((part.positions() >= 131072 - 256).sum()) for part in shards]
+    assert tails == [128, 128] + [0] * (ranks - 2)  # a tile each
 
 
 def test_no_chunk_of_few_rows():
@@ -147,15 +150,15 @@ def test_no_chunk_of_few_rows():
 
 
 def test_cuda_attends_densely_up_to():
-    """The number that zigzag.py has to know is the library's."""
+    """The numbers that zigzag.py has to know are the library's."""
     import re
     from pathlib import Path
 
     from flashprefill.distributed import zigzag
 
-    header = Path(__file__).parents[2] / "src/cuda/sm90/energies/plan.h"
-    number = re.search(r"kEnergiesDenseUpToKeys = (\d+);", header.read_text())
-    assert int(number[1]) == zigzag.CUDA_DENSE_KEYS
+    header = (Path(__file__).parents[2] / "src/cuda/common/heuristics.h").read_text()
+    found = re.search(r"EnergiesDenseUpToKeys.*portable \? (\d+) : (\d+);", header)
+    assert [int(n) for n in found.groups()] == [zigzag.PORTABLE_DENSE_KEYS, zigzag.HOPPER_DENSE_KEYS]
 
 
 # -------------------------------------------------------------------- refusals
@@ -221,6 +224,8 @@ def test_refusals_of_divisions():
         Zigzag(-1, ranks=1, rank=0)
     with pytest.raises(fp.ArgumentTypeError, match="tokens is 'many'"):
         Zigzag("many", ranks=1, rank=0)
+    with pytest.raises(fp.InvalidArgumentError, match="tail is -1"):
+        Zigzag(10, ranks=1, rank=0, tail=-1)
     with pytest.raises(fp.InvalidArgumentError, match="unit is 0"):
         Ulysses(10, ranks=1, rank=0, unit=0)
     with pytest.raises(fp.InvalidArgumentError, match="prefix is a list of 2"):

@@ -65,13 +65,13 @@ class Call:
 def _flat(name: str, x: Any, q: Any, tokens: Sequence[int], what: str) -> torch.Tensor:
     """Return a tensor as [tokens of all prompts, heads, head_dim], or refuse it."""
     torch_op.check(name, x, q)
+    assert isinstance(x, torch.Tensor)
     total = sum(tokens)
     if x.ndim == 3 and x.shape[0] == total:
         return x
     equal = len(set(tokens)) <= 1
     if x.ndim == 4 and equal and tuple(x.shape[:2]) == (len(tokens), tokens[0] if tokens else 0):
-        flat = x.flatten(0, 1)
-        return flat
+        return torch.flatten(x, 0, 1)
     must = f"({total}, heads, head_dim)"
     if equal and tokens:
         must += f" or ({len(tokens)}, {tokens[0]}, heads, head_dim)"
@@ -133,13 +133,7 @@ def _agree(shards: Shards, mine: dict[str, Any], error: FlashPrefillError | None
         return
     if error is not None and shards.agreed:
         return  # the other ranks may be on their way already
-    mine = {
-        "the class of shards": type(shards).__name__,
-        "shards.tokens": shards.tokens,
-        "shards.prefix": shards.prefix,
-        "shards.unit": shards.unit,
-        **mine,
-    }
+    mine = {**shards.described(), **mine}
     everyone: list[Any] = [None] * shards.ranks
     dist.all_gather_object(everyone, (mine, None if error is None else str(error)), group=shards.group)
     if error is not None:
@@ -194,7 +188,7 @@ def prefill_attention(
             or [prompts, heads, rows of each] where q has 4 axes.
         return_stats: return a :class:`ShardStats` of this rank too.
         head_groups: Zigzag: groups of KV heads, a divisor of their number. While one group is attended to
-            the next is gathered. The default is up to 4 for long prompts.
+            the next is gathered. The default is 2 from 65,536 rows per rank on.
         threads: as in :func:`flashprefill.prefill_attention`.
         backend: as in :func:`flashprefill.prefill_attention`.
         target: as in :func:`flashprefill.prefill_attention`.

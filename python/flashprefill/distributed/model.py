@@ -313,16 +313,14 @@ def _sharded(given: dict[str, Any], shards: Shards, past: int, x: torch.Tensor) 
 def _agree_on_prompt(shards: Shards, ids: torch.Tensor | None) -> None:
     """Refuse prompts that differ between ranks: each would read a mixture of them."""
     check = None if ids is None else zlib.crc32(ids.contiguous().cpu().numpy().tobytes())
-    mine = (type(shards).__name__, shards.tokens, shards.prefix, shards.unit, check)
+    mine = {**shards.described(), "input_ids": check}
     everyone: list[Any] = [None] * shards.ranks
     dist.all_gather_object(everyone, mine, group=shards.group)
     for rank, theirs in enumerate(everyone):
-        for what, own, other in zip(
-            ("layout", "tokens", "cached tokens", "unit", "input_ids"), everyone[0], theirs, strict=True
-        ):
-            if own != other:
-                shown = "not rank 0's" if what == "input_ids" else other
-                refuse(f"{what} of rank {rank}", shown, "the same on all ranks")
+        for what, value in everyone[0].items():
+            if theirs[what] != value:
+                shown, must = ("not rank 0's", "the same") if what == "input_ids" else (theirs[what], value)
+                refuse(f"{what} of rank {rank}", shown, f"{must} on all ranks")
 
 
 def _refuse_padding(mask: Any, tokens: int) -> None:

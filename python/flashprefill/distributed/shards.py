@@ -90,6 +90,15 @@ class Shards:
         self.agreed: set[Any] = set()  # calls that all ranks are known to make alike
         self._device: dict[Any, Any] = {}  # tensors by name and device
 
+    def described(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, by names of arguments."""
+        return {
+            "the class of shards": type(self).__name__,
+            "shards.tokens": self.tokens,
+            "shards.prefix": self.prefix,
+            "shards.unit": self.unit,
+        }
+
     def chunks(self, rank: int) -> list[Chunk]:
         """Return the chunks of a rank in the order in which it holds them. None of them is empty."""
         raise NotImplementedError

@@ -23,18 +23,22 @@ class ShardStats:
     """
 
     def __init__(
-        self, parts: Sequence[Stats], owners: Sequence[int], prompts: int, heads: int, over_heads: bool
+        self,
+        parts: Sequence[tuple[int, Sequence[int], Stats]],
+        prompts: int,
+        heads: int,
+        over_heads: bool,
     ) -> None:
         """Join the statistics of several calls.
 
         Args:
-            parts: statistics of calls with the same sequences, of neighbouring heads.
-            owners: the prompts that these sequences belong to.
+            parts: of each call its first mask head, the prompts that its sequences belong to, and its
+                statistics.
             prompts: how many prompts there are.
             heads: mask heads of all calls together.
             over_heads: ranks have all rows of some heads, not some rows of all heads.
         """
-        self._parts, self._owners = list(parts), list(owners)
+        self._parts = list(parts)
         self._prompts, self._heads, self._over_heads = prompts, heads, over_heads
         self._read: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
@@ -43,14 +47,12 @@ class ShardStats:
             kept = np.zeros((self._prompts, self._heads), np.int64)
             total = np.zeros(self._prompts, np.int64)
             fallback = np.full(self._prompts, _NOT_HERE, np.int32)
-            head = 0
-            for stats in self._parts:
-                here = np.asarray(stats.kept)
-                for sequence, prompt in enumerate(self._owners):
+            for head, owners, stats in self._parts:
+                here, possible, reasons = (np.asarray(x) for x in (stats.kept, stats.total, stats.fallback))
+                for sequence, prompt in enumerate(owners):
                     kept[prompt, head : head + here.shape[1]] += here[sequence]
-                    total[prompt] += int(stats.total[sequence]) if head == 0 else 0
-                    fallback[prompt] = _join(fallback[prompt], int(stats.fallback[sequence]))
-                head += here.shape[1]
+                    total[prompt] += possible[sequence] if head == 0 else 0
+                    fallback[prompt] = _join(fallback[prompt], reasons[sequence])
             self._read = kept, total, fallback
         return self._read
 
@@ -97,7 +99,7 @@ class ShardStats:
             read = np.concatenate(kept, axis=1), np.max(total, axis=0), reasons
         else:
             read = np.sum(kept, axis=0), np.sum(total, axis=0), reasons
-        result = ShardStats([], [], self._prompts, read[0].shape[1], self._over_heads)
+        result = ShardStats([], self._prompts, read[0].shape[1], self._over_heads)
         result._read = read
         return result
 

@@ -89,7 +89,7 @@ class Ulysses(Shards):
             )  # fmt: skip
             results = list(result) if isinstance(result, tuple) else [result]
             lse = results[1] if call.return_lse else None
-            stats = [results[-1]] if call.return_stats else []
+            stats = [(0, range(len(self.tokens)), results[-1])] if call.return_stats else []
         own = self._to_rows(out, kv_heads, group)
         own_lse = None
         if lse is not None:
@@ -101,7 +101,7 @@ class Ulysses(Shards):
         first, past = self.heads_of(self.rank, call.k.shape[1])
         heads = (past - first) * (1 if call.policy.share_heads else call.q.shape[1] // call.k.shape[1])
         prompts = len(self.tokens)
-        return ShardStats(parts, range(prompts), prompts, heads, over_heads=True)
+        return ShardStats(parts, prompts, heads, over_heads=True)
 
     def _starts(self, which: str, like: torch.Tensor) -> torch.Tensor:
         """Return cumulative lengths of the prompts' queries or keys."""

@@ -16,8 +16,7 @@ keys); they are refused here, and are exact with :class:`Ulysses`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,24 +24,37 @@ import torch
 
 from .._layout import ceil_div, tile_tokens_of
 from ..api import attend, prefill_attention, select
-from ..errors import UnsupportedError, refuse
+from ..errors import UnsupportedError, refuse, refuse_type
 from ..torch_op import empty_like
 from . import collectives
 from .pages import Pages
 from .shards import Chunk, Shards
 from .stats import ShardStats
+from .streams import Streams
 
 if TYPE_CHECKING:
     from .call import Call
 
-# CUDA's `prefill` attends densely to whole sequences of at most so many keys (kEnergiesDenseUpToKeys). A
-# piece of a longer prompt may be that short, and must be selected for, as it would be on one GPU.
-CUDA_DENSE_KEYS = 3072
+# CUDA's `prefill` attends densely to whole sequences of at most so many keys (EnergiesDenseUpToKeys in
+# src/cuda/common/heuristics.h). A piece of a longer prompt may be that short, and must be selected for, as it
+# would be on one GPU.
+HOPPER_DENSE_KEYS = 3072
+PORTABLE_DENSE_KEYS = 2048
 
-# Groups of KV heads. More of them hide more of the transfer behind attention, which for its part wants heads
-# enough to fill a GPU.
-HEAD_GROUPS = 4
-LEAST_GROUPED_ROWS = 4096  # fewer rows take less time than a second call's launches
+
+def _dense_keys(device: torch.device, target: str | None) -> int:
+    """Return up to how many keys a whole sequence is dense on a device."""
+    if device.type != "cuda":
+        return 0
+    hopper = torch.cuda.get_device_capability(device) == (9, 0) if target is None else target == "sm90a"
+    return HOPPER_DENSE_KEYS if hopper else PORTABLE_DENSE_KEYS
+
+
+# Groups of KV heads. While one is attended to the next travels. At 128K tokens and density .05 a layer takes
+# 7.5 ms on two H200 with two groups and 8.0 with one, of which 0.7 and 1.1 are the transfer. Each group's
+# launches cost the host about 1 ms, so below that GPUs would wait for it; four groups gain little anywhere.
+HEAD_GROUPS = 2
+LEAST_GROUPED_ROWS = 65536  # of a rank
 
 
 class Piece(NamedTuple):
@@ -52,13 +64,16 @@ class Piece(NamedTuple):
     rows: int
     keys: int  # up to the last row, prefix included
     final: bool  # its last tiles are the policy's dense tail
+    tail: bool  # all of them are
 
 
 @dataclass
 class _Sequences:
-    """A rank's pieces as the kernel takes them."""
+    """Neighbouring pieces of a rank as the kernel takes them."""
 
     pieces: list[Piece]
+    begin: int  # the first row
+    end: int
     cu_seqlens_q: torch.Tensor
     seqused_k: torch.Tensor
     block_table: torch.Tensor
@@ -86,27 +101,52 @@ class Zigzag(Shards):
         prefix: tokens before them, cached on every rank; or a list, one for each prompt.
         unit: rows; chunks are cut at multiples of it. It must be a multiple of a tile's tokens: 128, or with
             ``share_heads`` 128 // (heads // kv_heads).
+        tail: rows at a prompt's end that are dealt out unit by unit, because a policy's dense tail makes them
+            the longest to compute.
         ranks: with ``rank``: the number of ranks, to look at a division without a process group.
         rank: with ``ranks``: this rank.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        tokens: int | Sequence[int],
+        group: Any = None,
+        *,
+        prefix: int | Sequence[int] = 0,
+        unit: int = 128,
+        tail: int = 256,
+        ranks: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if isinstance(tail, bool) or not isinstance(tail, int):
+            refuse_type("tail", repr(tail), "an integer")
+        if tail < 0:
+            refuse("tail", tail, "at least 0")
+        self.tail = tail
         self._chunks: dict[int, list[Chunk]] = {}
-        super().__init__(*args, **options)
+        super().__init__(tokens, group, prefix=prefix, unit=unit, ranks=ranks, rank=rank)
         self._stored: Pages | None = None
         self._buffers: list[torch.Tensor] = []  # by group of heads, of the last call
-        self._side: Any = None
+
+    def described(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks."""
+        return {**super().described(), "shards.tail": self.tail}
 
     def chunks(self, rank: int) -> list[Chunk]:
-        """Return an early and a late chunk per prompt."""
+        """Return an early and a late chunk per prompt, and a rank's share of its tail."""
         if rank not in self._chunks:
             found = []
             for prompt, tokens in enumerate(self.tokens):
                 # The last unit is longer by what is left: few rows alone are computed as decoding is.
                 units, parts = max(tokens // self.unit, 1), 2 * self.ranks
-                each, more = divmod(units, parts)
-                for chunk in (rank, parts - 1 - rank):
-                    first, past = (each * c + min(c, more) for c in (chunk, chunk + 1))
+                dealt = self.tail // self.unit
+                if self.ranks == 1 or units < parts + dealt:
+                    dealt = 0
+                each, more = divmod(units - dealt, parts)
+                runs = [(each * c + min(c, more), each * (c + 1) + min(c + 1, more)) for c in range(parts)]
+                own = [runs[rank], runs[parts - 1 - rank]]
+                own += [(units - dealt + i, units - dealt + i + 1) for i in range(rank, dealt, self.ranks)]
+                for first, past in own:
                     begin, end = first * self.unit, tokens if past == units else past * self.unit
                     if first < past and begin < end:
                         found.append(Chunk(prompt, begin, end))
@@ -171,41 +211,39 @@ class Zigzag(Shards):
         self.head_groups(call)
 
     def prefill(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None, list[Any]]:
-        """Compute a call whose arguments are checked; return out, lse and statistics by group of heads."""
-        groups = self.head_groups(call)
-        device = call.q.device
+        """Compute a call whose arguments are checked; return out, lse and statistics by group of heads.
+
+        A tile of a dense tail sees all keys, and at 128K tokens takes its multiprocessor 1.7 ms: as long as
+        the rest of a rank's group takes the whole GPU. So tails are calls of their own, first, beside the
+        others, and no group waits for the end of the one before it.
+        """
+        groups, device = self.head_groups(call), call.q.device
         out = empty_like(call.q)
         lse = call.q.new_empty(call.q.shape[1::-1], dtype=torch.float32) if call.return_lse else None
-        sequences = self._sequences(call)
+        tails, others = self._sequences(call)
         buffers = self._buffers_for(call, groups)
+        streams = self._streams_for(device, groups)
         stats = []
-        with self._side_stream(device):
+        with streams.sending():
             works = [self._send(call, buffers[g], *self._heads(call, groups, g)) for g in range(groups)]
         for g in range(groups):
-            with self._side_stream(device, again=True):
+            with streams.arriving(g):
                 if works[g] is not None:
                     works[g].wait()
                 self.pages.stitch(buffers[g])
-                arrived = self._side.record_event() if self._side is not None else None
-            if arrived is not None:
-                torch.cuda.current_stream(device).wait_event(arrived)
-            if sequences.pieces:
-                stats += self._attend(call, sequences, buffers[g], self._heads(call, groups, g), out, lse)
+            heads = self._heads(call, groups, g)
+            for sequences, tail in ((tails, True), (others, False)):
+                if sequences.pieces:
+                    with streams.attending(g, tail):
+                        stats += self._attend(call, sequences, buffers[g], heads, out, lse)
+        streams.join()
         return out, lse, stats
 
-    @contextlib.contextmanager
-    def _side_stream(self, device: torch.device, again: bool = False) -> Iterator[None]:
-        """Do what follows on a stream of its own; the first time in a call behind the current stream."""
-        if device.type != "cuda":
-            yield
-            return
-        if self._side is None or self._side.device != device:
-            stream: Any = torch.cuda.Stream
-            self._side = stream(device)
-        if not again:
-            self._side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._side):
-            yield
+    def _streams_for(self, device: torch.device, groups: int) -> Streams:
+        """Return the streams of a call, those of the last one if they fit."""
+        key = ("streams", groups)
+        streams: Streams = self.kept(key, device, lambda: Streams(device, groups))
+        return streams
 
     def _buffers_for(self, call: Call, groups: int) -> list[torch.Tensor]:
         """Return a buffer for each group of heads, those of the last call if they fit."""
@@ -236,24 +274,31 @@ class Zigzag(Shards):
 
     def stats_of(self, call: Call, parts: Sequence[Any]) -> ShardStats:
         """Return what this rank's rows kept."""
-        owners = [piece.prompt for piece in self._sequences(call).pieces]
         heads = (call.k if call.policy.share_heads else call.q).shape[1]
-        return ShardStats(parts, owners, len(self.tokens), heads, over_heads=False)
+        return ShardStats(parts, len(self.tokens), heads, over_heads=False)
 
-    def _sequences(self, call: Call) -> _Sequences:
-        """Return this rank's pieces, on the device."""
+    def _sequences(self, call: Call) -> tuple[_Sequences, _Sequences]:
+        """Return this rank's pieces: on a GPU those at its end that are all dense tail, and the others."""
         tile = tile_tokens_of(call.policy.share_heads, call.q.shape[1] // call.k.shape[1])
         tail = ceil_div(getattr(call.policy, "dense_tail_blocks", 0) * call.policy.block_size, tile)
         key = ("sequences", tile, tail, tuple(call.final))
 
-        def make() -> _Sequences:
-            pieces = self.pieces(self.rank, tile, tail, call.final)
+        def made(pieces: list[Piece], begin: int) -> _Sequences:
             starts = torch.tensor([0, *(piece.rows for piece in pieces)]).cumsum(0).to(torch.int32)
             table = self.pages.table([piece.prompt for piece in pieces])
             used = torch.tensor([piece.keys for piece in pieces], dtype=torch.int32)
-            return _Sequences(pieces, *(x.to(call.q.device) for x in (starts, used, table)))
+            end = begin + sum(piece.rows for piece in pieces)
+            return _Sequences(pieces, begin, end, *(x.to(call.q.device) for x in (starts, used, table)))
 
-        result: _Sequences = self.kept(key, call.q.device, make)
+        def make() -> tuple[_Sequences, _Sequences]:
+            pieces = self.pieces(self.rank, tile, tail, call.final)
+            count = len(pieces)
+            while call.q.device.type == "cuda" and count and pieces[count - 1].tail:
+                count -= 1
+            others = made(pieces[:count], 0)
+            return made(pieces[count:], others.end), others
+
+        result: tuple[_Sequences, _Sequences] = self.kept(key, call.q.device, make)
         return result
 
     def pieces(self, rank: int, tile: int, tail: int, final: Sequence[bool]) -> list[Piece]:
@@ -273,10 +318,10 @@ class Zigzag(Shards):
             tokens, before = self.tokens[prompt], self.prefix[prompt]
             tail_begin = max(0, ceil_div(tokens, tile) - tail) * tile if final[prompt] else tokens
             if begin < tail_begin < end < tokens:
-                pieces.append(Piece(prompt, tail_begin - begin, before + tail_begin, False))
+                pieces.append(Piece(prompt, tail_begin - begin, before + tail_begin, False, False))
                 begin = tail_begin
             ends = final[prompt] and tail > 0 and (end == tokens or begin >= tail_begin)
-            pieces.append(Piece(prompt, end - begin, before + end, ends))
+            pieces.append(Piece(prompt, end - begin, before + end, ends, ends and begin >= tail_begin))
         return pieces
 
     def _attend(
@@ -290,12 +335,12 @@ class Zigzag(Shards):
     ) -> list[Any]:
         """Select and attend for some heads; return their statistics, if they are asked for."""
         group = call.q.shape[1] // call.k.shape[1]
-        here = slice(kv_heads[0] * group, kv_heads[1] * group)
+        here, rows = slice(kv_heads[0] * group, kv_heads[1] * group), slice(sequences.begin, sequences.end)
         k, v = self.pages.views(buffer)
-        policy, own, q = call.at_heads(*kv_heads), out[:, here], call.q[:, here]
+        policy, own, q = call.at_heads(*kv_heads), out[rows, here], call.q[rows, here]
         layout, final = sequences.arguments(), call.options
         shared = dict(softmax_scale=call.softmax_scale, **final)
-        if call.q.device.type == "cuda" and self._has_short_piece(sequences):
+        if self._has_short_piece(sequences, _dense_keys(q.device, call.options.get("target"))):
             mask = select(q, k, policy, **layout, **shared)
             del layout["final_chunk"]
             result = attend(q, k, v, mask, out=own, return_lse=lse is not None, **layout, **shared)
@@ -307,13 +352,15 @@ class Zigzag(Shards):
             )  # fmt: skip
             results = list(result) if isinstance(result, tuple) else [result]
         if lse is not None:
-            lse[here].copy_(results[1])
-        return [results[-1]] if call.return_stats else []
+            lse[here, rows].copy_(results[1])
+        first = kv_heads[0] if policy.share_heads else here.start
+        owners = [piece.prompt for piece in sequences.pieces]
+        return [(first, owners, results[-1])] if call.return_stats else []
 
-    def _has_short_piece(self, sequences: _Sequences) -> bool:
-        """Return whether a piece is so short that CUDA would not select for it, of a prompt that is not."""
+    def _has_short_piece(self, sequences: _Sequences, dense_keys: int) -> bool:
+        """Return whether a piece is so short that it would be dense by itself, of a prompt that is not."""
         return any(
-            piece.keys <= CUDA_DENSE_KEYS < self.tokens[piece.prompt] + self.prefix[piece.prompt]
+            piece.keys <= dense_keys < self.tokens[piece.prompt] + self.prefix[piece.prompt]
             for piece in sequences.pieces
         )
 

@@ -49,7 +49,6 @@ class Policy(metaclass=_Named):
     source: str
     _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
     _fields: ClassVar[tuple[Field, ...]] = ()
-    _always_in_text: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         own = cls.__dict__.get("__annotations__", {}) or cls.__annotations__
@@ -107,8 +106,7 @@ class Policy(metaclass=_Named):
         shown = []
         for field in self._fields:
             value = values[field.name]
-            always = field.flags & _abi.DECIDES or field.name in self._always_in_text
-            if value is not None and (always or value != field.default):
+            if value is not None and (field.flags & _abi.DECIDES or value != field.default):
                 shown.append(f"{field.name}={self._spell(field.name, value)}")
         return f"{self.kind}({', '.join(shown)})" if shown else self.kind
 

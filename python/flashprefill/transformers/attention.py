@@ -31,7 +31,7 @@ from . import packed, stats
 from .configs import is_patched
 from .dense import dense_attention, supports_sdpa
 from .fallback import DETAILED, note_once, warn_once
-from .masks import Plan, Span, is_jit_tracing, is_roles, plan_of
+from .masks import Plan, Span, is_general_export, is_jit_tracing, is_roles, plan_of
 from .reasons import as_sdpa_casts, describe, why_dense
 
 ATTRIBUTE = "_flashprefill"  # of a patched model's attention layers: a Layer
@@ -90,7 +90,7 @@ def flashprefill_attention(
         return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)
     compiling = torch.compiler.is_compiling()
-    if not compiling and is_jit_tracing():  # lengths are tensors, and the trace must be right for others
+    if (not compiling and is_jit_tracing()) or is_general_export(query.shape[2]):  # to be right at any length
         warn_once("tracing", module)
         return dense_attention(
             module, query, key, value, attention_mask, None, eager, dropout, scaling, is_causal, kwargs

@@ -262,8 +262,8 @@ FP_API fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask,
                            const fp_output* output, void* workspace, size_t workspace_bytes);
 
 /* Both. mask may be NULL (its memory is then part of the workspace), or a described mask with memory, to be kept. Of
- * such a mask bits and vertical_slash may be NULL too, and are then part of the workspace: whoever counts what is kept
- * needs counts alone. */
+ * such a mask bits, vertical_slash and key_lists may be NULL too, and are then part of the workspace: whoever counts
+ * what is kept needs counts alone. */
 FP_API fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
                             fp_block_mask* mask, const fp_output* output, void* workspace, size_t workspace_bytes);
 

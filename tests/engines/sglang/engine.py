@@ -41,7 +41,8 @@ def serve(model, requests, log, policy=None, **arguments):
         requests: of `answers.Request`.
         log: a path for what the engine prints.
         policy: the environment that `flashprefill.sglang.config` returns; None: the stock engine. It may also
-            name a folder to import from, TEST_PATH, and what SGLang is to say of itself, TEST_SGLANG_VERSION.
+            name a folder to import from, TEST_PATH, what SGLang is to say of itself, TEST_SGLANG_VERSION, and
+            with TEST_FA3 let the FlashAttention 3 backend run.
         **arguments: of SGLang's ServerArgs.
     """
     context = multiprocessing.get_context("fork")
@@ -74,6 +75,10 @@ def _process(pipe, model, requests, log, policy, arguments):
         import sglang
 
         sglang.__version__ = os.environ["TEST_SGLANG_VERSION"]
+    if "TEST_FA3" in os.environ:
+        import fa3_on_cpu
+
+        fa3_on_cpu.install()
     served = Served()
     try:
         _Loop(_start(model, arguments), requests, served).run()

@@ -148,8 +148,9 @@ def main() -> None:
         rows.append(row)
         print(
             f"{row['tokens']:6d} tokens: first token {stock['ttft_seconds']:6.2f} s stock, "
-            f"{ours['ttft_seconds']:7.2f} s ours, {row['speedup']:.2f}x; processor {stock['cpu_seconds']:.0f} "
-            f"and {ours['cpu_seconds']:.1f} s, {row['cpu_ratio']:.2f}x; density {row['density']:.3f}",
+            f"{ours['ttft_seconds']:6.2f} s ours, {row['speedup']:.2f}x; processor "
+            f"{stock['cpu_seconds']:.1f} and {ours['cpu_seconds']:.1f} s, {row['cpu_ratio']:.2f}x; "
+            f"density {row['density']:.3f}",
             flush=True,
         )
         if options.out is not None:  # after each length, so that a run that is cut off leaves what it has

@@ -1,7 +1,7 @@
-"""Lets SGLang's FlashAttention 3 backend run on a CPU: its class and its metadata are real, its kernel is torch's.
+"""Lets SGLang's FlashAttention 3 backend run on a CPU: its class and metadata, with torch for its kernel.
 
-So what the plugin reads of that backend, and the smaller batches that it has it plan, go through the engine's own
-code in the shapes that they have on a GPU. `install` is called in the engine's process, before it starts.
+So what the plugin reads of that backend, and the smaller batches that it has it plan, go through the engine's
+own code in the shapes that they have on a GPU. `install` is called in the engine's process, before it starts.
 """
 
 import sys
@@ -11,8 +11,9 @@ import torch
 
 
 def attend(
-    q, k_cache, v_cache, *, page_table, cache_seqlens, cu_seqlens_q=None, softmax_scale, causal=False, out=None,
-    window_size=(-1, -1), softcap=0.0, k_descale=None, v_descale=None, return_softmax_lse=False, **others,
+    q, k_cache, v_cache, *, page_table, cache_seqlens, cu_seqlens_q=None, softmax_scale, causal=False,
+    out=None, window_size=(-1, -1), softcap=0.0, k_descale=None, v_descale=None, return_softmax_lse=False,
+    **others,
 ):  # fmt: skip
     """Do what flash_attn_with_kvcache does with a paged cache; q is packed, or one row per request."""
     assert not return_softmax_lse and k_descale is None and v_descale is None and not softcap

@@ -68,6 +68,9 @@ def _process(pipe, model, requests, log, policy, arguments):
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # pytest has put files of its own in these places.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.pop(VARIABLE, None)
     os.environ.update(policy or {})
     sys.path.insert(0, os.environ.get("TEST_PATH", ""))

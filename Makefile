@@ -37,7 +37,7 @@ test-sanitize: setup ## the C++ tests under ASan + UBSan, and under TSan
 fuzz: setup ## libFuzzer on every fuzz target, a minute each (ARGS="600": that many seconds each)
 	@tools/fuzz.sh $(ARGS)
 
-test-engines: install ## the plugins inside vLLM and llama.cpp, which are downloaded (ARGS="vllm": only that one)
+test-engines: install ## the plugins inside vLLM, SGLang and llama.cpp, which are downloaded (ARGS="vllm": only that one)
 	@tools/test_engines.sh $(ARGS)
 
 test-arm: setup ## NEON: cross-compiled, a small matrix under qemu

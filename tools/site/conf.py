@@ -32,6 +32,7 @@ docs/python
 docs/policies
 docs/transformers
 docs/vllm
+docs/sglang
 docs/llama.cpp
 ```
 ```{toctree}

@@ -6,6 +6,7 @@ ours: requests come at a given step where it would receive them, and what it sen
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -71,6 +72,7 @@ def _process(pipe, model, requests, log, policy, arguments):
     # pytest has put files of its own in these places.
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
     os.environ.pop(VARIABLE, None)
     os.environ.update(policy or {})
     sys.path.insert(0, os.environ.get("TEST_PATH", ""))

@@ -42,17 +42,21 @@ def test_only_the_last_chunk_has_a_dense_tail(serve, llama):
 
 
 def test_tails_among_others(serve, llama):
-    """Two prompts in chunks beside a request that generates: each has its own tail."""
+    """Two prompts in chunks beside a request that generates: each has its own tail.
+
+    A batch of 601 rows holds one token of each that generates. So the first prompt is read in 600 and 400
+    rows, the second one in 200 beside these, which are all sink and window, and in 599.
+    """
     requests = [
         Request(tokens(40, 4), 30),
         Request(tokens(1000, 1), 2, at=3),
-        Request(tokens(900, 2), 2, at=3),
+        Request(tokens(799, 2), 2, at=3),
     ]
-    arguments = {"chunked_prefill_size": 600, "enable_mixed_chunk": True, "disable_radix_cache": True}
+    arguments = {"chunked_prefill_size": 601, "enable_mixed_chunk": True, "disable_radix_cache": True}
     ours = serve(llama, requests, plugin.config(POSITIONS), **arguments)
-    assert ours.numbers["sparse_chunks"] == 4 and ours.numbers["sparse_rows"] == 1900
-    # One row of each batch is the token that is generated beside it.
-    pieces = [(599, 0, False), (401, 599, True), (198, 0, False), (702, 198, True)]
+    pieces = [(600, 0, False), (400, 600, True), (599, 200, True)]
+    assert ours.numbers["sparse_chunks"] == 3 and ours.numbers["sparse_rows"] == 1599
+    assert ours.numbers["dense_rows"]["short"] == 40 + 200
     assert ours.numbers["kept_blocks"] == kept(pieces)
     assert kept(pieces) < kept([(rows, past, True) for rows, past, _ in pieces])
 

@@ -54,7 +54,7 @@ def prompts():
 
 
 def test_tensor_parallel(tmp_path, llama):
-    """Two processes with half of the heads each, and what the server's information says of the first."""
+    """Two processes with half of the heads each, over gloo; the server's information is the first one's."""
     cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     stock, nothing, _ = run(tmp_path, llama, {"tp_size": 2}, prompts(), **cores)
     ours, numbers, log = run(tmp_path, llama, {"tp_size": 2}, prompts(), plugin.config("dense"), **cores)

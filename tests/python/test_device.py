@@ -56,7 +56,7 @@ def test_a_gpu_needs_our_backend_too(monkeypatch):
     with pytest.raises(UsageError, match="built without CUDA"):
         device.resolve("cuda")
     assert device.resolve("auto").kind == "cpu"
-    old = fp.Backend("cuda", False, "GeForce (sm_61): only sm_90 is built", ())
+    old = fp.Backend("cuda", False, "GeForce (sm_61: not supported)", ())
     monkeypatch.setattr(device, "backends", lambda: [old])
     with pytest.raises(UsageError, match="can't run here: GeForce"):
         device.resolve("cuda")

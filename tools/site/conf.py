@@ -34,6 +34,7 @@ docs/transformers
 docs/vllm
 docs/sglang
 docs/llama.cpp
+docs/several-gpus
 ```
 ```{toctree}
 :hidden:

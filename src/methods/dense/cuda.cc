@@ -1,9 +1,9 @@
 // Dense on CUDA: every block, without scores.
-#include "cuda/sm90/energies/forced.h"
+#include "cuda/common/energies/forced.h"
 
 namespace flashprefill::methods::dense {
 
 extern const cuda::Selector kCuda;
-const cuda::Selector kCuda = cuda::SelectorOver<cuda::ForcedPlan::Of>();
+const cuda::Selector kCuda = cuda::ForcedSelector();
 
 } // namespace flashprefill::methods::dense

@@ -1,9 +1,9 @@
 // Streaming on CUDA: the forced blocks, without scores.
-#include "cuda/sm90/energies/forced.h"
+#include "cuda/common/energies/forced.h"
 
 namespace flashprefill::methods::streaming {
 
 extern const cuda::Selector kCuda;
-const cuda::Selector kCuda = cuda::SelectorOver<cuda::ForcedPlan::Of>();
+const cuda::Selector kCuda = cuda::ForcedSelector();
 
 } // namespace flashprefill::methods::streaming

@@ -17,7 +17,7 @@ FOLDER = Path(os.environ.get("FLASHPREFILL_MODELS", HERE.parents[2] / "build/eng
 
 
 def pytest_addoption(parser):
-    parser.addoption("--prompts", type=int, default=8, help="prompts of the real model: 8, or fewer")
+    parser.addoption("--prompts", type=int, default=4, help="prompts of the real model: 4, or fewer")
     parser.addoption("--soak", type=float, default=60, help="seconds of the soak")
 
 

@@ -165,7 +165,7 @@ class _Loop:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         request = self.requests[number]
-        sampling = SamplingParams(max_new_tokens=request.new, temperature=0, ignore_eos=True)
+        sampling = SamplingParams(max_new_tokens=request.new, temperature=0, ignore_eos=not request.ends)
         sampling.normalize(None)
         return TokenizedGenerateReqInput(
             rid=str(number), input_text=None, input_ids=array("q", request.ids), input_embeds=None,

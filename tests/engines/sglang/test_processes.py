@@ -21,7 +21,7 @@ def main():
     engine = sglang.Engine(
         model_path=model, device="cpu", attention_backend="torch_native", skip_tokenizer_init=True,
         dtype="float32", max_total_tokens=8192, mem_fraction_static=0.3, max_running_requests=4,
-        chunked_prefill_size=600, random_seed=1, **arguments,
+        chunked_prefill_size=600, random_seed=1, log_level="info", **arguments,
     )
     sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
     outputs = engine.generate(input_ids=ids, sampling_params=sampling)

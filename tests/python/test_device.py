@@ -94,6 +94,9 @@ def test_a_backend_or_target_names_the_device(monkeypatch):
     assert bench.device_for(bench.Options(backend="cuda")).kind == "cuda"
     assert bench.device_for(bench.Options(backend="reference")).kind == "cpu"
     assert bench.device_for(bench.Options(target="avx2")).kind == "cpu"
+    monkeypatch.setattr(bench, "backends", lambda: [fp.Backend("cuda", True, "H100", ("sm90a", "portable"))])
+    assert bench.device_for(bench.Options(target="portable")).kind == "cuda"
+    assert bench.device_for(bench.Options(target="avx2")).kind == "cpu"
 
 
 def test_spans_and_timed_calls():

@@ -35,7 +35,7 @@ def _head(layer: int, name: Any, heads: int) -> int:
     """Return a head's index, which JSON has as text."""
     text = str(name)
     if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < heads):
-        refuse(f"config[{layer}]'s head", repr(name)[:40], f"from 0 to {heads - 1}")
+        refuse(f"config[{layer}]'s head", str(name)[:40], f"from 0 to {heads - 1}")
     return int(text)
 
 
@@ -116,7 +116,7 @@ class MInference(Policy):
             OSError: the file cannot be opened.
             InvalidArgumentError, ArgumentTypeError: it is no such table; the message says where.
         """
-        config = read_table(config, Mapping, "one object")
+        config = read_table(config, Mapping, "a list with one object per layer")
         ratio = check_number("ratio", ratio)
         if not 0.0 < ratio < float("inf"):
             refuse("ratio", ratio, "above 0")

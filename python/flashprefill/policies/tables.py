@@ -12,7 +12,7 @@ from ..errors import refuse, refuse_type
 MAX_HEADS = 4096  # more than any model has; a damaged table must not become a list of millions
 
 
-def read_table(config: Any, layer_type: type | tuple[type, ...], layer_is: str) -> list[Any]:
+def read_table(config: Any, layer_type: type | tuple[type, ...], must_be: str) -> list[Any]:
     """Return a table's layers, from the path of a JSON file or from its content.
 
     Raises:
@@ -28,5 +28,5 @@ def read_table(config: Any, layer_type: type | tuple[type, ...], layer_is: str) 
         except ValueError as error:
             refuse("config", f"{os.fspath(path)!r}, which cannot be read ({error})", "a JSON file")
     if not isinstance(config, list) or not all(isinstance(layer, layer_type) for layer in config):
-        refuse_type("config", repr(config)[:60], f"a list with {layer_is} for each layer, or a path to it")
+        refuse_type("config", repr(config)[:60], f"{must_be}, or a path to it")
     return config

@@ -80,7 +80,7 @@ class XAttention(Policy):
             OSError: the file cannot be opened.
             InvalidArgumentError, ArgumentTypeError: it is no such table.
         """
-        config = read_table(config, (list, tuple), "a list of thresholds")
+        config = read_table(config, (list, tuple), "a list of thresholds for each layer")
         heads = {len(layer) for layer in config}
         if len(heads) > 1:
             refuse("config", f"of {min(heads)} to {max(heads)} heads a layer", "of as many in each layer")

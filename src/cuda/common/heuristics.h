@@ -14,12 +14,12 @@ namespace flashprefill::cuda {
 // density, and at 3072 keys dense attention takes 0.121 ms and the density of real text, about 0.8, saves no more than
 // that.
 //
-// Portable kernels: 2048. Dense attention takes twice as long there on an H200, three and a half times on an A100
-// (195 TFLOP/s for 690), and four and a half on an RTX 4090 (152); selection is launches, the same everywhere, and
-// memory (4.2, 2.0 and 1.0 TB/s). With a share of 0.2 saved, it pays from 0.2 x 0.75 = 0.15 ms of dense attention on,
-// if half of the 0.030 ms are launches and the other half doubles. That is 2,300 keys on an H200 and fewer on the
-// others.
-inline int EnergiesDenseUpToKeys(const Gpu& gpu) { return gpu.portable ? 2048 : 3072; }
+// Portable kernels: 2560, derived from what was measured on an H200 at 4096 keys: dense attention takes 0.431 ms, the
+// operator at a density of 0.74 0.351 ms, 0.032 more than that share of dense. At 2560 keys dense takes 0.168 ms, and a
+// density of 0.85 saves 0.025; at 3072 keys 0.242, and 0.8 saves 0.048. Elsewhere both sides grow: dense attention is
+// 1.9 times as long on an A100 (195 TFLOP/s) and 2.4 times on an RTX 4090 (152), and selection, half of it launches and
+// half memory (4.2, 2.0 and 1.0 TB/s), 1.5 and 2.5 times.
+inline int EnergiesDenseUpToKeys(const Gpu& gpu) { return gpu.portable ? 2560 : 3072; }
 
 // Bytes of K and V that stay in L2 while a section of KV heads is worked on. An H200 has 60 MB, of which each half of
 // the chip may hold its own copy: 20 MB were measured to be best there (at 64K, one head at a time is 16 % faster than

@@ -79,7 +79,7 @@ def needles(models, pytestconfig):
 
     folder = models("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    places = [(1500, 0.2), (1800, 0.5), (2200, 0.8), (2600, 0.35)][: pytestconfig.getoption("prompts")]
+    places = [(2048, 0.5), (2500, 0.3), (1800, 0.8), (2600, 0.35)][: pytestconfig.getoption("prompts")]
     return folder, tokenizer, [prompt.build(tokenizer, n, depth) for n, depth in places]
 
 
@@ -91,7 +91,7 @@ def needles(models, pytestconfig):
 def test_needles(serve, needles, arguments):
     """SmolLM2 finds the needles that it finds with the stock engine."""
     folder, tokenizer, prompts = needles
-    requests = [Request(p.ids, 12, at=3 * i) for i, p in enumerate(prompts)]
+    requests = [Request(p.ids, 20, at=3 * i) for i, p in enumerate(prompts)]
     found = {}
     for name, policy in (("stock", None), ("flashprefill", plugin.config("flashprefill"))):
         served = serve(folder, requests, policy, max_total_tokens=12288, **arguments)

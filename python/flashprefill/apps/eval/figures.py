@@ -40,7 +40,9 @@ def pairs(cases: Sequence[Case], method: str) -> dict[str, Any]:
     right = [own["score"] for dense, own in both if dense["score"] >= FULL]
     worse = sum(own["score"] < dense["score"] - 1e-9 for dense, own in both)
     better = sum(own["score"] > dense["score"] + 1e-9 for dense, own in both)
-    first = [statistics.median(pair[side]["ttft_seconds"] for pair in both) for side in (0, 1)] if both else None
+    first = (
+        [statistics.median(pair[side]["ttft_seconds"] for pair in both) for side in (0, 1)] if both else None
+    )
     return {
         "prompts": len(both),
         "score": _mean([own["score"] for _, own in both]),
@@ -86,7 +88,9 @@ def one(rows: Sequence[dict[str, Any]], method: str, length: int | None, task: s
     return next(row for row in rows if (row["method"], row["length"], row["task"]) == (method, length, task))
 
 
-def depth_bins(cases: Sequence[Case], method: str, lengths: Sequence[int], bins: int = 5) -> list[list[float | None]]:
+def depth_bins(
+    cases: Sequence[Case], method: str, lengths: Sequence[int], bins: int = 5
+) -> list[list[float | None]]:
     """Mean score of one needle by depth (down) and length (across); None where there was no such prompt."""
     table: list[list[list[float]]] = [[[] for _ in lengths] for _ in range(bins)]
     for case in cases:

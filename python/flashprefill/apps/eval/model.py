@@ -63,7 +63,9 @@ def _policy(value: Any) -> Policy | None:
     if isinstance(value, str):
         return None if value.strip().lower() in ("", "dense", "none") else parse_policy(value)
     if value is not None and not isinstance(value, Policy):
-        raise UsageError(f"policy {value!r}: must be a policy, a text of one, or None for the model's own attention")
+        raise UsageError(
+            f"policy {value!r}: must be a policy, a text of one, or None for the model's own attention"
+        )
     return value
 
 
@@ -102,7 +104,9 @@ class FlashPrefillLM(HFLM):  # type: ignore[misc]
             raise UsageError(f"batch_size={batch_size}: must be 1, since prompts are read one by one")
         policy = _policy(policy)
         where = devices.resolve("cpu" if device is not None and "cuda" not in device else "auto", dtype)
-        if pretrained is None or (isinstance(pretrained, (str, Path)) and Path(pretrained).expanduser().exists()):
+        if pretrained is None or (
+            isinstance(pretrained, (str, Path)) and Path(pretrained).expanduser().exists()
+        ):
             loaded = models.load(None if pretrained is None else Path(pretrained), dtype, where)
             pretrained, more["tokenizer"] = loaded.model, more.get("tokenizer") or loaded.tokenizer
         elif isinstance(pretrained, str):
@@ -125,6 +129,11 @@ class FlashPrefillLM(HFLM):  # type: ignore[misc]
         self.policy = policy
         if policy is not None:
             patch_model(self.model, policy)
+
+    def read_some(self, tokens: int) -> None:
+        """Read some tokens for nothing: threads start, memory is mapped, kernels are loaded."""
+        some = min(tokens, max(1, self.max_length - 1))
+        self._forward(torch.full((1, some), int(self.eot_token_id or 0), device=self.device))
 
     # ------------------------------------------------------------ reading
 
@@ -189,7 +198,9 @@ class FlashPrefillLM(HFLM):  # type: ignore[misc]
         from tqdm import tqdm
 
         answers = []
-        for request in tqdm(requests, desc="flashprefill: answers", disable=disable_tqdm or len(requests) == 1):
+        for request in tqdm(
+            requests, desc="flashprefill: answers", disable=disable_tqdm or len(requests) == 1
+        ):
             context, options = request.args
             if options.get("do_sample"):
                 answer = super().generate_until([request], disable_tqdm=True)[0]

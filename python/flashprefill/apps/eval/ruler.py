@@ -38,6 +38,7 @@ OFFLINE = (*NIAH, "vt", "cwe", "fwe")
 TASKS = (*OFFLINE, *QA)
 ONE_NEEDLE = tuple(name for name in NIAH if name not in ("niah_multivalue", "niah_multiquery"))
 LEAST_TOKENS = 1024  # below, vt's worked example and the common words do not fit, and their loops don't end
+VT_EXAMPLE, VT_ANSWER = 500, 30  # tokens of vt's worked example and of its answer, in lm-eval's generator
 SAMPLES, SEED = 25, 42
 PREFIX = "fp_ruler_"  # of the names that lm-eval knows the tasks by
 
@@ -69,15 +70,36 @@ def _niah(name: str, tokenizer: Any, length: int, samples: int, haystack: list[s
     niah.cached_sent_tokenize = text.sentences
     try:
         made: list[dict[str, Any]] = niah.generate_samples(
-            hay, TOKENIZER=tokenizer, max_seq_length=length, template=utils.TEMPLATE, num_samples=samples, **fields
+            hay,
+            TOKENIZER=tokenizer,
+            max_seq_length=length,
+            template=utils.TEMPLATE,
+            num_samples=samples,
+            **fields,
         )
     finally:
         niah.cached_sent_tokenize = split
     return made
 
 
+def _must_fit(name: str, tokens: int, room: int, length: int) -> None:
+    """Refuse a length whose smallest prompt hardly fits: lm-eval's generators would try for ever."""
+    if 1.1 * tokens > room:
+        raise UsageError(
+            f"--lengths {length}: {name}'s smallest prompt takes {tokens} tokens of this tokenizer, and there are {room}"
+        )
+
+
 def _vt(tokenizer: Any, length: int, samples: int) -> list[dict[str, Any]]:
-    make = harness.ruler("vt_utils").sys_vartrack_w_noise_random
+    utils = harness.ruler("vt_utils")
+    make = utils.sys_vartrack_w_noise_random
+    example_text, _ = utils.generate_input_output(
+        5, 1, 4, is_icl=True
+    )  # of 500 tokens with its answer, at most
+    example_tokens = len(tokenizer(example_text).input_ids) + VT_ANSWER
+    _must_fit("vt", example_tokens, VT_EXAMPLE, length)
+    smallest, _ = utils.generate_input_output(10, 1, 4)
+    _must_fit("vt", len(tokenizer(smallest).input_ids) + VT_EXAMPLE + VT_ANSWER, length, length)
     example = make(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
     made: list[dict[str, Any]] = make(
         tokenizer=tokenizer, num_samples=samples, max_seq_length=length, icl_example=example
@@ -88,6 +110,9 @@ def _vt(tokenizer: Any, length: int, samples: int) -> list[dict[str, Any]]:
 def _cwe(tokenizer: Any, length: int, samples: int, seed: str) -> list[dict[str, Any]]:
     utils = harness.ruler("cwe_utils")
     utils.RNG.seed(seed)  # its own generator shuffles the list of words
+    _, smallest, _ = utils.generate_input_output(20, length)
+    room = length - utils.CONFIG["tokens_to_generate"]
+    _must_fit("cwe", len(tokenizer(smallest).input_ids), room, length)
     made: list[dict[str, Any]] = utils.sys_word_pair_random(
         num_samples=samples, max_seq_length=length, tokenizer=tokenizer
     )
@@ -97,7 +122,9 @@ def _cwe(tokenizer: Any, length: int, samples: int, seed: str) -> list[dict[str,
 def _fwe(tokenizer: Any, length: int, samples: int) -> list[dict[str, Any]]:
     utils = harness.ruler("fwe_utils")
     room = length - utils.CONFIG["tokens_to_generate"]
-    made: list[dict[str, Any]] = utils.sys_kwext(tokenizer=tokenizer, max_seq_length=room, num_samples=samples)
+    made: list[dict[str, Any]] = utils.sys_kwext(
+        tokenizer=tokenizer, max_seq_length=room, num_samples=samples
+    )
     return [{**one, "max_length": length} for one in made]
 
 
@@ -127,7 +154,11 @@ def _qa(name: str, tokenizer: Any, length: int, samples: int, data: Path | None)
         read = utils.read_squad if name == "qa_squad" else utils.read_hotpotqa
         questions, documents = read(url=str(path))
     made: list[dict[str, Any]] = utils.generate_samples(
-        tokenizer, docs=documents, qas=questions, max_seq_length=length, num_samples=min(samples, len(questions))
+        tokenizer,
+        docs=documents,
+        qas=questions,
+        max_seq_length=length,
+        num_samples=min(samples, len(questions)),
     )
     return made
 
@@ -187,7 +218,9 @@ def dataset(
     """What a YAML's `custom_dataset` calls: a task's samples at all lengths. The arguments are lm-eval's metadata."""
     import datasets
 
-    tokenizer_name = next((model_args[key] for key in ("tokenizer", "pretrained", "model") if model_args.get(key)), "")
+    tokenizer_name = next(
+        (model_args[key] for key in ("tokenizer", "pretrained", "model") if model_args.get(key)), ""
+    )
     if not tokenizer_name:
         raise UsageError('RULER measures prompts in tokens: give --metadata \'{"tokenizer": "PATH"}\'')
     tokenizer = tokenizer_of(str(tokenizer_name))

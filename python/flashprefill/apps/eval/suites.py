@@ -110,7 +110,14 @@ def _spec(task: str, length: int, source: Source) -> tuple[str, dict[str, Any]]:
     if task in ruler.TASKS:
         ruler.remember(source.name, source.tokenizer)
         docs: Any = functools.partial(
-            ruler.samples_of, task, source.tokenizer, length, source.samples, source.seed, source.text, source.data
+            ruler.samples_of,
+            task,
+            source.tokenizer,
+            length,
+            source.samples,
+            source.seed,
+            source.text,
+            source.data,
         )
         return str(TASKS_PATH), {"task": ruler.PREFIX + task, "custom_dataset": _dataset(docs)}
     if task in files.LONGBENCH2:
@@ -144,9 +151,14 @@ def prompts_of(task: str, length: int, source: Source, chat: Any = None) -> list
     """
     folder, changed = _spec(task, length, source)
     with harness.without_downloads(), harness.quiet():
-        (scorer,) = _manager(folder).load([changed])["tasks"].values()
+        # A task's YAML with changes is what lm-eval takes as a member of a group.
+        (scorer,) = _manager(folder).load([{"group": "flashprefill", "task": [changed]}])["tasks"].values()
         scorer.build_all_requests(
-            rank=0, world_size=1, apply_chat_template=chat is not None, chat_template=chat, fewshot_as_multiturn=False
+            rank=0,
+            world_size=1,
+            apply_chat_template=chat is not None,
+            chat_template=chat,
+            fewshot_as_multiturn=False,
         )
     by_doc: dict[int, list[Any]] = {}
     for request in scorer.instances:

@@ -55,12 +55,16 @@ def words(count: int, path: Path | None = None) -> list[str]:
         UsageError: the user's text has fewer words than half of that: prompts would be shorter than asked for.
     """
     found: list[str] = []
-    texts = _local() if path is None else (p.read_text(encoding="utf-8", errors="ignore") for p in files_of(path))
+    texts = (
+        _local() if path is None else (p.read_text(encoding="utf-8", errors="ignore") for p in files_of(path))
+    )
     for text in texts:
         found += _SPACES.sub(" ", text).strip().split(" ")
         if len(found) >= count:
             return found
     if len(found) < count // 2:
         where = f"--text {path}" if path is not None else "the text on this machine"
-        raise UsageError(f"{where}: {len(found)} words are too few for prompts of {count} tokens; give more with --text")
+        raise UsageError(
+            f"{where}: {len(found)} words are too few for prompts of {count} tokens; give more with --text"
+        )
     return found

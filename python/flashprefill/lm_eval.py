@@ -1,9 +1,10 @@
 """lm-eval with flashprefill in it: importing this registers the model "flashprefill".
 
-    python -m flashprefill.lm_eval --model flashprefill --model_args pretrained=PATH,policy=sketch --tasks fp_ruler
+    python -m flashprefill.lm_eval --model flashprefill --model_args pretrained=PATH,policy=sketch --tasks
+    fp_ruler
 
-takes what the command `lm_eval` takes. It also knows the tasks of `flashprefill eval` (fp_ruler and its tasks),
-which generate their prompts from local text. In a program of your own:
+takes what the command `lm_eval` takes. It also knows the tasks of `flashprefill eval` (fp_ruler and its
+tasks), which generate their prompts from local text. In a program of your own:
 
     import flashprefill.lm_eval
     lm_eval.simple_evaluate(model="flashprefill", model_args={"pretrained": PATH, "policy": "sketch"}, ...)

@@ -1,8 +1,8 @@
 """Answers on disk, so that a run that was stopped goes on, and one with another policy asks only that one.
 
 One JSON line per answer, appended and flushed as it is given. The key is a hash of all that an answer depends
-on: the model's weights, how it is run, the policy and the library that selects for it, the prompt, how it is to
-be continued. A line that was cut off by a crash is skipped.
+on: the model's weights, how it is run, the policy and the library that selects for it, the prompt, how it is
+to be continued. A line that was cut off by a crash is skipped.
 """
 
 from __future__ import annotations

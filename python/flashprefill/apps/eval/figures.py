@@ -1,11 +1,11 @@
 """Scores, and pairs of answers to the same prompt.
 
-A mean hides what a policy does to single prompts: two policies with one mean may lose different prompts, and the
-spread over prompts is much wider than the difference between policies. On pairs it cancels. *Kept of dense* is
-the policy's mean score over the prompts that dense attention answers fully; *worse* and *better* count prompts
-whose score is below and above dense attention's, and the p-value is that of McNemar's exact test on the two
-(McNemar 1947; on scores that are shares, the sign test): the chance of a split at least as uneven if the policy
-were as good as dense attention.
+A mean hides what a policy does to single prompts: two policies with one mean may lose different prompts, and
+the spread over prompts is much wider than the difference between policies. On pairs it cancels. *Kept of
+dense* is the policy's mean score over the prompts that dense attention answers fully; *worse* and *better*
+count prompts whose score is below and above dense attention's, and the p-value is that of McNemar's exact
+test on the two (McNemar 1947; on scores that are shares, the sign test): the chance of a split at least as
+uneven if the policy were as good as dense attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def mcnemar(worse: int, better: int) -> float:
     """Two-sided p-value of the exact test: a fair coin thrown `worse + better` times."""
     thrown, least = worse + better, min(worse, better)
     tail = sum(math.comb(thrown, k) for k in range(least + 1)) / 2**thrown
-    return min(1.0, 2.0 * tail)
+    return float(min(1.0, 2.0 * tail))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -62,8 +62,8 @@ def pairs(cases: Sequence[Case], method: str) -> dict[str, Any]:
 def summaries(cases: Sequence[Case], methods: Sequence[str]) -> list[dict[str, Any]]:
     """The figures of every method: per length and task, per length over all tasks, and over everything.
 
-    A score over several tasks is the mean of the tasks' means, as RULER reports it; with as many prompts per task
-    it is the mean over prompts too.
+    A score over several tasks is the mean of the tasks' means, as RULER reports it; with as many prompts per
+    task it is the mean over prompts too.
     """
     lengths = sorted({case["length"] for case in cases})
     tasks = list(dict.fromkeys(case["task"] for case in cases))

@@ -1,8 +1,8 @@
 """InfiniteBench and LongBench v2, from files that the user downloads once and names with --data.
 
 InfiniteBench (Zhang et al., 2402.13718) is one file of JSON lines per task, as its authors publish them;
-prompts and scores are lm-eval's. LongBench v2 (Bai et al., 2412.15204) is one data.json. Nothing is fetched, and
-the files are read as they are.
+prompts and scores are lm-eval's. LongBench v2 (Bai et al., 2412.15204) is one data.json. Nothing is fetched,
+and the files are read as they are.
 """
 
 from __future__ import annotations

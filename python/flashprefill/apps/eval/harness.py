@@ -1,8 +1,8 @@
 """lm-eval, imported without its downloads and without its chatter.
 
 Its RULER module asks nltk for a sentence splitter when it is imported, which without a network takes half a
-minute of time-outs, and its generators print what they do. Our haystack is cut into sentences by a rule of our
-own (text.py), so nothing is asked for, and what is printed goes nowhere.
+minute of time-outs, and its generators print what they do. Our haystack is cut into sentences by a rule of
+our own (text.py), so nothing is asked for, and what is printed goes nowhere.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The class that lm-eval knows as "flashprefill": its Hugging Face model with a policy for the prefill.
 
-A prompt is read all but its last token by the policy; the last token and the answer are dense, token by token
-from the cache, as the harness of FlashPrefill's authors does it. What a policy loses of the prompt is then in
-the cache alone, and every token that is written looks at all of it. `last_token="policy"` reads the whole prompt
-by the policy, as a server does. Without a policy the model keeps its own attention and writes what lm-eval's
-stock class writes.
+A prompt is read all but its last token by the policy; the last token and the answer are dense, token by
+token from the cache, as the harness of FlashPrefill's authors does it. What a policy loses of the prompt is
+then in the cache alone, and every token that is written looks at all of it. `last_token="policy"` reads the
+whole prompt by the policy, as a server does. Without a policy the model keeps its own attention and writes
+what lm-eval's stock class writes.
 
 Four choices that follow one context are scored from one reading of it.
 """
@@ -50,7 +50,8 @@ class FirstToken:
     """A logits processor that changes nothing: it notes when the first logits are there."""
 
     def __init__(self, device: devices.Device) -> None:
-        self.device, self.at = device, None
+        self.device = device
+        self.at: float | None = None
 
     def __call__(self, _ids: Any, scores: Any) -> Any:
         """Note the time once."""
@@ -70,15 +71,15 @@ def _policy(value: Any) -> Policy | None:
 
 
 @register_model("flashprefill")
-class FlashPrefillLM(HFLM):  # type: ignore[misc]
+class FlashPrefillLM(HFLM):
     """lm-eval's Hugging Face model, whose prompts are read by a policy.
 
     Args:
-        pretrained: a folder, a GGUF file, a name on the hub, or a loaded model; None for the packaged SmolLM2.
-        policy: a policy or a text of one ("sketch(gain=0.0025)"); None or "dense" for the model's own attention.
+        pretrained: a folder, a GGUF file, a name on the hub, or a loaded model; None for the packaged one.
+        policy: a policy or its text ("sketch(gain=0.0025)"); None or "dense" for the model's own attention.
         last_token: "dense" reads the prompt's last token densely; "policy" leaves it to the policy.
-        cut: where a prompt that is longer than the context loses tokens: "left", as lm-eval does, or "middle",
-            as InfiniteBench and LongBench v2 do.
+        cut: where a prompt that is longer than the context loses tokens: "left", as lm-eval does, or
+            "middle", as InfiniteBench and LongBench v2 do.
         max_gen_toks_limit: no answer is longer, whatever its task allows.
         device, dtype: as on the command line: a GPU where flashprefill runs on one.
         batch_size: 1. Prompts are read one by one.

@@ -22,8 +22,8 @@ over causal ones.</p>
 
 TASKS = "Scores in per cent: tasks down, methods across, a panel per length."
 LENGTHS = "All tasks together. Dashed: dense attention."
-NEEDLES = """Tasks with exactly one needle: where in the prompt it stands (down), and the prompt's length (across);
-per cent of needles found. Grey: no needle stood there."""
+NEEDLES = """Tasks with exactly one needle: where in the prompt it stands (down), and the prompt's length
+(across); per cent of needles found. Grey: no needle stood there."""
 
 
 def _table(results: dict[str, Any], length: int) -> str:
@@ -69,14 +69,14 @@ def _lost(results: dict[str, Any]) -> str:
         for label, own in case["answers"].items():
             if dense["score"] >= figures.FULL and own["score"] < figures.FULL:
                 depth = "-" if case["depth"] is None else f"{case['depth']:.2f}"
-                rows.append(
-                    f"<tr><td>{escape(label)}<small>{escape(case['task'])}, {case['length']} tokens, depth {depth}"
-                    f"</small></td><td class=words>{_short(str(case['expected']), 80)}</td>"
-                    f"<td class=words>{_short(dense['text'])}</td><td class=words>{_short(own['text'])}</td></tr>"
-                )
+                about = f"{escape(case['task'])}, {case['length']} tokens, depth {depth}"
+                said = (_short(str(case["expected"]), 80), _short(dense["text"]), _short(own["text"]))
+                cells = "".join(f"<td class=words>{words}</td>" for words in said)
+                rows.append(f"<tr><td>{escape(label)}<small>{about}</small></td>{cells}</tr>")
     if not rows:
         return "<h2>What was lost</h2><p>Every policy answered all that dense attention answers fully.</p>"
-    head = "<tr><th></th><th class=words>expected</th><th class=words>dense</th><th class=words>the policy</th></tr>"
+    heads = "".join(f"<th class=words>{name}</th>" for name in ("expected", "dense", "the policy"))
+    head = f"<tr><th></th>{heads}</tr>"
     more = f"<p>{len(rows)} answers in all; the first {LOST} are shown.</p>" if len(rows) > LOST else ""
     shown = "".join(rows[:LOST])
     return f'<h2>What was lost</h2>{more}<div class="card"><table>{head}{shown}</table></div>'

@@ -1,12 +1,12 @@
 """RULER's thirteen tasks (Hsieh et al., 2404.06654): lm-eval's generators, our haystack, our seed.
 
 lm-eval makes 500 samples per length from one running random state, so what a sample is depends on all before
-it. Here a task and a length begin with a seed of their own and make as many samples as are asked for: the same
-prompts whichever tasks run beside them. Eleven tasks need nothing but text; the two with questions read files.
-Scores are lm-eval's: the share of the expected strings that the answer contains, whatever its case.
+it. Here a task and a length begin with a seed of their own and make as many samples as are asked for: the
+same prompts whichever tasks run beside them. Eleven tasks need nothing but text; the two with questions read
+files. Scores are lm-eval's: the share of the expected strings that the answer contains, whatever its case.
 
-lm-eval's frequent-words generator fills the whole length with its prompt and adds the answer's room on top. So
-that no prompt is ever cut, it gets the length less that room.
+lm-eval's frequent-words generator fills the whole length with its prompt and adds the answer's room on top.
+So that no prompt is ever cut, it gets the length less that room.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _must_fit(name: str, tokens: int, room: int, length: int) -> None:
     """Refuse a length whose smallest prompt hardly fits: lm-eval's generators would try for ever."""
     if 1.1 * tokens > room:
         raise UsageError(
-            f"--lengths {length}: {name}'s smallest prompt takes {tokens} tokens of this tokenizer, and there are {room}"
+            f"--lengths {length}: {name}'s smallest prompt takes {tokens} tokens of this tokenizer, "
+            f"and there are {room}"
         )
 
 
@@ -184,8 +185,8 @@ def samples_of(
         data: the folder of the files with questions.
 
     Returns:
-        lm-eval's samples: index, input, gen_prefix (what the answer begins with), outputs (the strings that the
-        answer must contain), length, max_length.
+        lm-eval's samples: index, input, gen_prefix (what the answer begins with), outputs (the strings that
+        the answer must contain), length, max_length.
 
     Raises:
         UsageError: the length is too short for the task, or its file is missing.
@@ -215,7 +216,7 @@ def dataset(
     data: str | None = None,
     **model_args: Any,
 ) -> dict[str, Any]:
-    """What a YAML's `custom_dataset` calls: a task's samples at all lengths. The arguments are lm-eval's metadata."""
+    """What a YAML's `custom_dataset` calls with lm-eval's metadata: a task's samples at all lengths."""
     import datasets
 
     tokenizer_name = next(

@@ -63,7 +63,8 @@ class Prompt:
 def chosen(names: Sequence[str], data: Path | None) -> tuple[list[str], dict[str, str]]:
     """The tasks that names stand for, and those of a suite that are left out, with the reason.
 
-    A task that is named itself must have its file; of RULER's suite the two with questions are left out without.
+    A task that is named itself must have its file; of RULER's suite the two with questions are left out
+    without.
     """
     tasks: list[str] = []
     left_out: dict[str, str] = {}
@@ -145,7 +146,7 @@ def prompts_of(task: str, length: int, source: Source, chat: Any = None) -> list
 
     Args:
         task: one of a suite's.
-        length: tokens of prompt and answer; the suites from files are not made to it, but cut to it when read.
+        length: tokens of prompt and answer; the suites from files are not made to it, but cut to it.
         source: tokenizer, seed, files.
         chat: a model's apply_chat_template, or None to give the text as it is.
     """

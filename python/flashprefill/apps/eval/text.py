@@ -52,7 +52,8 @@ def words(count: int, path: Path | None = None) -> list[str]:
         path: the user's file or folder; None for what is on this machine.
 
     Raises:
-        UsageError: the user's text has fewer words than half of that: prompts would be shorter than asked for.
+        UsageError: the user's text has fewer words than half of that: prompts would be shorter than asked
+        for.
     """
     found: list[str] = []
     texts = (

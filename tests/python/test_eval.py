@@ -65,16 +65,16 @@ def test_too_few_words_are_refused(tmp_path):
 
 
 def test_mcnemar_by_hand():
-    """Five prompts lost and none won: 2 of 32 equally likely outcomes are as uneven. 8 against 2: 2 x 56 /
-    1024.""" assert figures.mcnemar(5, 0) == pytest.approx(2 / 32)
+    # Five lost and none won: 2 of 32 equally likely outcomes are as uneven. 8 against 2: 2 x 56 of 1024.
+    assert figures.mcnemar(5, 0) == pytest.approx(2 / 32)
     assert figures.mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert figures.mcnemar(3, 3) == 1.0
     assert figures.mcnemar(0, 0) == 1.0
 
 
 def test_pairs_by_hand():
-    """Dense is right in three of four; the policy keeps two of those, half of one's four needles, and wins
-    one.""" cases = [
+    # Dense is right in three of four; the policy keeps two of those and half of the third.
+    cases = [
         case("a", 4096, 0, dense=(1.0, 2.0, 1.0), sketch=(1.0, 1.0, 0.25)),
         case("a", 4096, 1, dense=(1.0, 4.0, 1.0), sketch=(0.5, 2.0, 0.75)),
         case("a", 4096, 2, dense=(1.0, 6.0, 1.0), sketch=(1.0, 3.0, None)),

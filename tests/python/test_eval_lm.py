@@ -134,12 +134,11 @@ def test_lengths_that_would_never_fit_are_refused(prose):
 
 
 def test_questions_from_a_file(tmp_path, prose):
-    paragraphs = [
-        {"context": f"Town {i} is {word}.", "qas": [
-            {"question": f"What is town {i}?", "is_impossible": False, "answers": [{"text": word}, {"text": "a town"}]}
-        ]}
-        for i, word in enumerate(("green", "blue", "small", "old"))
-    ]  # fmt: skip
+    paragraphs = []
+    for i, word in enumerate(("green", "blue", "small", "old")):
+        right = [{"text": word}, {"text": "a town"}]
+        question = {"question": f"What is town {i}?", "is_impossible": False, "answers": right}
+        paragraphs.append({"context": f"Town {i} is {word}.", "qas": [question]})
     (tmp_path / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     samples = made("qa_squad", prose, data=tmp_path)
     assert [one["outputs"] for one in samples] == [["green", "a town"], ["blue", "a town"]]

@@ -18,8 +18,9 @@ for module in ("lm_eval", "wonderwords", "nltk", "scipy"):
 
 import torch  # noqa: E402
 
+import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
-from flashprefill.apps import models  # noqa: E402
+from flashprefill.apps import models, spec  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 from flashprefill.apps.eval import draw, figures, harness, ruler, run, suites  # noqa: E402
 
@@ -215,6 +216,26 @@ def test_dense_and_keep_all_are_the_stock_model(ours, stock, policy, last_token)
         assert a == pytest.approx(b, abs=2e-3) and greedy_a == greedy_b
 
 
+def test_a_batch_of_methods_answers_as_each_alone(ours):
+    policies = [
+        None,
+        fp.FlashPrefill(alpha=0.0, dense_tail_blocks=0),
+        spec.parse_policy(HALF),
+        fp.Streaming(),
+    ]
+    lm, request = ours(), asked(PROMPTS[2:])[0]
+    together = lm.answer_together(request, policies)
+    assert lm.can_batch and not ours(last_token="policy").can_batch and lm.policy is None
+    for policy, (said, reading) in zip(policies, together, strict=True):
+        lm.use(policy)
+        assert lm.generate_until([request], disable_tqdm=True) == [said]
+        assert lm.reading.density == reading.density and lm.reading.tokens == reading.tokens
+    assert together[0][0] != together[2][0]
+    assert (
+        lm.cache_bytes(100) == 2 * 3 * 2 * 16 * 100 * 4
+    )  # K and V, layers, KV heads, head_dim, tokens, fp32
+
+
 def test_a_stop_string_ends_the_answer_as_in_the_stock_model(ours, stock):
     whole = stock.generate_until(asked(PROMPTS[:1]), disable_tqdm=True)[0]
     request = asked(PROMPTS[:1], until=[whole[3]])
@@ -300,6 +321,7 @@ def test_a_second_run_reads_the_answers(finished, capsys, monkeypatch):
         raise AssertionError("an answer was asked for again")
 
     monkeypatch.setattr(FlashPrefillLM, "generate_until", refuse)
+    monkeypatch.setattr(FlashPrefillLM, "answer_together", refuse)
     assert cli.main([*arguments, "--policy", HALF]) == 0
     after = json.loads((out / "results.json").read_text())
     assert after["settings"]["from_disk"] == 8 and after["cases"] == before["cases"]
@@ -334,12 +356,12 @@ def test_files_of_the_user_through_the_whole_chain(model, tmp_path):
     )  # fmt: skip
     results = run.run(options)
     tasks = {case["task"]: case for case in results["cases"]}
-    assert set(tasks) == {"passkey", "longbench2"}
+    assert set(tasks) == {"passkey", "longbench2_single"}
     for case in tasks.values():
         dense, kept = case["answers"].values()
         assert dense["text"] == kept["text"] and dense["score"] == kept["score"]
         assert case["cut"] > 0 and case["tokens"] <= 1024
-    assert tasks["longbench2"]["answers"]["dense"]["text"] in "0123"
+    assert tasks["longbench2_single"]["answers"]["dense"]["text"] in "0123"
     assert not (tmp_path / "out" / "needles.png").exists()
 
 

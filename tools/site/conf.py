@@ -39,6 +39,7 @@ docs/llama.cpp
 :caption: Figures
 docs/performance
 docs/quality
+docs/evaluation
 ```
 ```{toctree}
 :hidden:

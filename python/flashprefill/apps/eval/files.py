@@ -7,6 +7,7 @@ and the files are read as they are.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -88,12 +89,11 @@ def infinitebench(task: str, data: Path | None, samples: int, seed: int) -> list
     return _some(docs, samples, seed)
 
 
-def longbench2(task: str, data: Path | None, samples: int, seed: int) -> list[dict[str, Any]]:
-    """The documents of a domain of LongBench v2, or of all of it: context, question, choices, answer."""
-    path = find(task, LONGBENCH2_FILES, data)
+@functools.lru_cache(maxsize=1)  # half a gigabyte, read once for all domains
+def _longbench2(path: Path) -> list[dict[str, Any]]:
     try:
         all_docs = json.loads(path.read_text(encoding="utf-8"))
-        docs = [
+        return [
             {
                 "id": str(doc.get("_id", number)),
                 "context": doc["context"],
@@ -106,6 +106,19 @@ def longbench2(task: str, data: Path | None, samples: int, seed: int) -> list[di
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+def domains(data: Path | None) -> list[str]:
+    """The tasks of LongBench v2 that a file has documents for."""
+    docs = _longbench2(find("longbench2", LONGBENCH2_FILES, data))
+    found = {doc["domain"].lower() for doc in docs}
+    return [task for task, begin in LONGBENCH2.items() if any(name.startswith(begin) for name in found)]
+
+
+def longbench2(task: str, data: Path | None, samples: int, seed: int) -> list[dict[str, Any]]:
+    """The documents of a domain of LongBench v2, or of all of it: context, question, choices, answer."""
+    path = find(task, LONGBENCH2_FILES, data)
+    docs = _longbench2(path)
     begin = LONGBENCH2.get(task, "")
     docs = [doc for doc in docs if doc["domain"].lower().startswith(begin)]
     if not docs:

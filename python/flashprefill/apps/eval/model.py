@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,31 +211,87 @@ class FlashPrefillLM(HFLM):
             self.cache_hook.add_partial("generate_until", (context, options), answer)
         return answers
 
-    def _answer(self, context: str, options: dict[str, Any]) -> str:
+    def _write(
+        self, ids: torch.Tensor, most: int, options: dict[str, Any], cache: Any = None, processors: Any = ()
+    ) -> list[str]:
+        """Continue prompts of one length [batch, tokens], whose beginning may be in a cache."""
         stop = handle_stop_sequences(
             options.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         )
-        most = options.pop("max_gen_toks")
-        most = most if self.limit is None else min(most, self.limit)
-        ids = self._fit(self.tok_batch_encode([context])[0], self.max_length - most)
-        first = FirstToken(self.timer)
-        with self._watched(ids), torch.inference_mode():
-            start = self.timer.now()
-            part = self._by_policy(ids)
-            if 0 < part.shape[1] < ids.shape[1]:
-                options[measure.cache_keyword(self.model)] = self._cache(self._forward(part))
+        if cache is not None:
+            options[measure.cache_keyword(self.model)] = cache
+        with torch.inference_mode():
             written = self._model_generate(
                 context=ids,
                 attention_mask=torch.ones_like(ids),
                 stop=stop,
                 max_length=ids.shape[1] + most,
-                logits_processor=[first],
+                logits_processor=list(processors),
                 **options,
             )
+        texts = [self.tok_decode(row) for row in written[:, ids.shape[1] :].tolist()]
+        return [
+            postprocess_generated_text(generation=text, stop=stop, think_end_token=None) for text in texts
+        ]
+
+    def _answer(self, context: str, options: dict[str, Any]) -> str:
+        most = options.pop("max_gen_toks")
+        most = most if self.limit is None else min(most, self.limit)
+        ids = self._fit(self.tok_batch_encode([context])[0], self.max_length - most)
+        first = FirstToken(self.timer)
+        with self._watched(ids):
+            start = self.timer.now()
+            part = self._by_policy(ids)
+            begun = self._cache(self._forward(part)) if 0 < part.shape[1] < ids.shape[1] else None
+            (answer,) = self._write(ids, most, options, begun, [first])
         self.reading.ttft = (first.at or self.timer.now()) - start
-        text = self.tok_decode(written[0, ids.shape[1] :].tolist())
-        answer: str = postprocess_generated_text(generation=text, stop=stop, think_end_token=None)
         return answer
+
+    def answer_together(self, request: Any, policies: Sequence[Policy | None]) -> list[tuple[str, Reading]]:
+        """One prompt, read by one policy after the other, then answered as one batch.
+
+        The caches are of one length, and what is written is dense for all: a step of the batch takes little
+        more than a step of one. Only where the last token is dense, and for caches without sliding windows.
+        """
+        context, options = request.args
+        options = normalize_gen_kwargs(options, self.max_gen_toks)
+        most = options.pop("max_gen_toks")
+        most = most if self.limit is None else min(most, self.limit)
+        prompt = self.tok_batch_encode([context])[0]
+        caches, readings = [], []
+        for policy in policies:
+            self.use(policy)
+            ids = self._fit(prompt, self.max_length - most)
+            caches.append(self._read(ids)[1])
+            readings.append(self.reading)
+        self.use(None)
+        merged = caches[0]
+        for number, layer in enumerate(merged.layers):  # the last token is read again, by the batch
+            keys, values = zip(
+                *((c.layers[number].keys, c.layers[number].values) for c in caches), strict=True
+            )
+            layer.keys = torch.cat([each[:, :, : ids.shape[1] - 1] for each in keys])
+            layer.values = torch.cat([each[:, :, : ids.shape[1] - 1] for each in values])
+        del caches
+        return list(
+            zip(self._write(ids.repeat(len(policies), 1), most, options, merged), readings, strict=True)
+        )
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether answer_together may be called: one kind of cache layer can be put side by side."""
+        if self.last_token != "dense":
+            return False
+        with torch.inference_mode():
+            cache = self._cache(self._forward(torch.zeros((1, 2), dtype=torch.long, device=self.device)))
+        return all(type(layer).__name__ == "DynamicLayer" for layer in getattr(cache, "layers", [None]))
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the cache of a prompt."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * dim * tokens * self.model.dtype.itemsize)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

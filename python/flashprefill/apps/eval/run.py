@@ -1,14 +1,15 @@
 """The order of work: all prompts first, then each prompt through every method, then tables, pictures, files.
 
 A prompt is answered by all methods before the next one comes. So a run that is stopped has pairs to compare,
-and a slow minute of a shared machine hits all methods alike.
+and a slow minute of a shared machine hits all methods alike. It also lets the methods share the longest part
+of the work: each reads the prompt by itself, and then all write their answers as one batch.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from ..spec import parse_policy
 from . import answers, figures, harness, ruler, suites, text
 
 if TYPE_CHECKING:
-    from .model import FlashPrefillLM
+    from .model import FlashPrefillLM, Reading
 
 SCHEMA = "flashprefill-eval/1"
 LENGTHS = (4096, 8192)
@@ -29,6 +30,8 @@ PATTERNS = ("dense", "flashprefill", "sketch")
 SLACK = 256  # tokens over RULER's length, for what the answer begins with and a chat template
 COUNTED = 5  # on a GPU: prompts of a task and length of which is counted what a policy keeps
 WARM_UP = 1024  # tokens
+MOST_TOGETHER = 16  # answers that are written as one batch
+MEMORY_SHARE = 0.3  # of the free memory, for their caches
 LIST_PACKAGES = ("lm_eval", "datasets", "wonderwords")
 
 
@@ -63,6 +66,28 @@ def methods_of(options: Options) -> dict[str, Policy | None]:
         wanted = ["dense", *(name for name in named() if name != Dense.kind)]
     policies = [parse_policy(name) for name in [*wanted, *options.policies] if name != figures.DENSE]
     return {figures.DENSE: None, **{policy.text: policy for policy in policies}}
+
+
+def refused(methods: dict[str, Policy | None], where: device.Device) -> dict[str, str]:
+    """The policies that don't select on this device yet, with the reason; tried on a few tokens."""
+    import torch
+
+    from ... import select
+    from ...errors import UnsupportedError
+
+    dtype = torch.float32 if not where.cuda else torch.bfloat16
+    draw = torch.Generator(where.kind).manual_seed(0)
+    query, key = (
+        torch.randn(256, heads, 64, generator=draw, device=where.kind, dtype=dtype) for heads in (2, 1)
+    )
+    reasons = {}
+    for label, policy in methods.items():
+        try:
+            if policy is not None:
+                select(query, key, policy.at_layer(0))
+        except UnsupportedError as error:
+            reasons[label] = str(error)
+    return reasons
 
 
 def check(options: Options) -> tuple[list[str], dict[str, str]]:
@@ -155,40 +180,72 @@ class Asker:
             }
         )
 
-    def ask(self, prompt: suites.Prompt, label: str, policy: Policy | None) -> dict[str, Any]:
-        """The answer of one method to one prompt, as it is kept on disk."""
-        key = self.key(prompt, policy)
-        record = self.known.get(key)
-        if record is not None:
-            return record
+    def ask(
+        self, prompt: suites.Prompt, methods: dict[str, Policy | None]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield every method's answer to one prompt, as it is kept on disk: first what is there."""
+        keys = {label: self.key(prompt, policy) for label, policy in methods.items()}
+        for label, key in keys.items():
+            record = self.known.get(key)
+            if record is not None:
+                yield label, record
+        rest = [label for label, key in keys.items() if self.known.get(key) is None]
+        if not rest:
+            return
         lm = self._lm(prompt)
-        lm.use(policy)
-        if (id(lm), label) not in self.warm:
-            lm.read_some(WARM_UP)
-            self.warm.add((id(lm), label))
+        for label in rest:
+            if (id(lm), label) not in self.warm:
+                lm.use(methods[label])
+                lm.read_some(WARM_UP)
+                self.warm.add((id(lm), label))
         lm.count = not self.loaded.device.cuda or prompt.index < COUNTED
+        step = self._together(lm, prompt)
+        for start in range(0, len(rest), step):
+            some = rest[start : start + step]
+            for label, (said, reading) in zip(some, self._answers(lm, prompt, some, methods), strict=True):
+                self.asked += 1
+                yield label, self.known.put(keys[label], self._record(prompt, label, said, reading))
+
+    def _together(self, lm: FlashPrefillLM, prompt: suites.Prompt) -> int:
+        """How many methods write as one batch: as many as their caches have room for."""
+        if prompt.requests[0].request_type != "generate_until" or not lm.can_batch:
+            return 1
+        room = MEMORY_SHARE * self.loaded.device.free_bytes()
+        return int(min(MOST_TOGETHER, max(1, room // lm.cache_bytes(lm.max_length))))
+
+    def _answers(
+        self,
+        lm: FlashPrefillLM,
+        prompt: suites.Prompt,
+        labels: Sequence[str],
+        methods: dict[str, Policy | None],
+    ) -> list[tuple[list[Any], Reading]]:
+        """What some methods say to a prompt, and what was measured."""
+        if len(labels) > 1:
+            together = lm.answer_together(prompt.requests[0], [methods[label] for label in labels])
+            return [([answer], reading) for answer, reading in together]
+        lm.use(methods[labels[0]])
         generating = prompt.requests[0].request_type == "generate_until"
         said = (lm.generate_until if generating else lm.loglikelihood)(prompt.requests, disable_tqdm=True)
-        reading = lm.reading
-        best = said[0] if generating else str(max(range(len(said)), key=lambda choice: said[choice][0]))
-        self.asked += 1
-        return self.known.put(
-            key,
-            {
-                "task": prompt.task,
-                "length": prompt.length,
-                "index": prompt.index,
-                "seed": self.options.seed,
-                "policy": label,
-                "said": said,
-                "text": best,
-                "tokens": reading.tokens,
-                "cut": reading.cut,
-                "ttft_seconds": round(reading.ttft, 5),
-                "density": None if reading.density is None else round(reading.density, 5),
-                "fallbacks": reading.fallbacks or {},
-            },
-        )
+        return [(said, lm.reading)]
+
+    def _record(self, prompt: suites.Prompt, label: str, said: list[Any], reading: Reading) -> dict[str, Any]:
+        choices = not isinstance(said[0], str)
+        best = str(max(range(len(said)), key=lambda choice: said[choice][0])) if choices else said[0]
+        return {
+            "task": prompt.task,
+            "length": prompt.length,
+            "index": prompt.index,
+            "seed": self.options.seed,
+            "policy": label,
+            "said": said,
+            "text": best,
+            "tokens": reading.tokens,
+            "cut": reading.cut,
+            "ttft_seconds": round(reading.ttft, 5),
+            "density": None if reading.density is None else round(reading.density, 5),
+            "fallbacks": reading.fallbacks or {},
+        }
 
 
 def case_of(prompt: suites.Prompt) -> dict[str, Any]:
@@ -246,14 +303,15 @@ def answer_all(
         total=len(prompts) * len(methods),
         unit="answer",
         disable=None,
-        bar_format="{desc:<56} {bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+        bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
         for prompt in prompts:
             case = case_of(prompt)
-            for label, policy in methods.items():
-                bar.set_description(f"{prompt.task}, {prompt.length}: {label}"[:56])
-                add_answer(case, prompt, label, asker.ask(prompt, label, policy))
+            bar.set_description(f"{prompt.task}, {prompt.length} tokens, prompt {prompt.index + 1}")
+            for label, record in asker.ask(prompt, methods):
+                add_answer(case, prompt, label, record)
                 bar.update()
+            case["answers"] = {label: case["answers"][label] for label in methods}
             cases.append(case)
         bar.set_description("done")
     return cases
@@ -344,6 +402,12 @@ def run(options: Options) -> dict[str, Any]:
     for task, reason in left_out.items():
         print(f"note: {task} is left out: {reason}", file=sys.stderr)
     where = device.resolve(options.device, options.dtype)
+    for label, reason in refused(methods, where).items():
+        if "all" not in options.patterns:
+            raise UsageError(f"{label}: {reason}")
+        print(f"note: {label} is left out: {reason}", file=sys.stderr)
+        left_out[label] = f"{label}: {reason}"
+        del methods[label]
     print("loading the model ...", file=sys.stderr, flush=True)
     loaded = models.load(options.model, options.dtype, where)
     chat = None

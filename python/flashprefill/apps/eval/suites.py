@@ -79,6 +79,8 @@ def chosen(names: Sequence[str], data: Path | None) -> tuple[list[str], dict[str
                     tasks.append(task)
                 except UsageError as error:
                     left_out[task] = str(error)
+        elif name == "longbench2":
+            tasks += files.domains(data)
         elif name in SUITES:
             for task in SUITES[name]:
                 missing_file(task, data)

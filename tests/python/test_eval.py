@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from flashprefill import cli  # noqa: E402
+from flashprefill.apps import machine  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 from flashprefill.apps.eval import answers, figures, files, text  # noqa: E402
 
@@ -217,3 +219,15 @@ def test_the_digest_is_of_the_content():
     assert answers.digest({"a": 1, "b": [2]}) == answers.digest({"b": [2], "a": 1})
     assert answers.digest(["a", "b"]) != answers.digest(["ab"])
     assert math.isfinite(int(answers.digest(None), 16))
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_what_is_missing_is_named_with_the_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "importable", lambda name: name not in ("lm_eval", "bs4"))
+    assert cli.main(["eval", "vt", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "flashprefill: eval needs lm-eval, beautifulsoup4: pip install lm-eval beautifulsoup4\n"
+    )
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-eval test-arm bench check format docs wheel wheels clean
+.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-eval test-arm bench check check-cuda format docs wheel wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,11 @@ bench: install ## prefill against PyTorch's attention, table and JSON (ARGS="--h
 
 check: setup ## formatting, linting and types
 	@tools/check.sh
+
+check-cuda: setup ## the CUDA kernels compiled for every GPU, none of which may spill that must not (needs nvcc, no GPU)
+	@cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASHPREFILL_CUDA=ON -Wno-dev > /dev/null
+	@cmake --build build/cuda --target libflashprefill.so
+	@$(BIN)/python tools/check_spills.py $(ARGS)
 
 format: setup ## apply clang-format and ruff format
 	@tools/check.sh --fix

@@ -2,7 +2,7 @@
 
     python bench/vllm/decode.py MODEL --tokens 512 2048 --out bench/results/vllm-decode.json
 
-MODEL is a Hugging Face directory (tests/engines/vllm/models.py unpacks the bundled one). Run it with the
+MODEL is a Hugging Face directory (tests/engines/common/models.py unpacks the bundled one). Run it with the
 Python that has vLLM and flashprefill. Two processes of one and the same engine differ by more than the plugin
 could cost, so one process generates, and from step to step attention and the building of its metadata go
 through the plugin or past it: ours, stock, stock, ours. A group of four is one comparison, in which a

@@ -2,7 +2,7 @@
 
     python bench/vllm/ttft.py MODEL --tokens 2048 4096 7600 --out bench/results/vllm-ttft.json
 
-MODEL is a Hugging Face directory (tests/engines/vllm/models.py unpacks the bundled one). Run it with the
+MODEL is a Hugging Face directory (tests/engines/common/models.py unpacks the bundled one). Run it with the
 Python that has vLLM and flashprefill. Each engine is a process of its own; they hold still while another one
 is timed. Prefix caching is off, everything else is vLLM's default. A row's time is the median of its repeats.
 After a prompt both engines hold it, and generate by turns of eight tokens; decode speed is that of the

@@ -125,7 +125,7 @@ typedef struct fp_exec {
   uint32_t struct_size;
   int32_t threads;     /* CPU: threads at most; 0: as many as OpenMP would use */
   const char* backend; /* a name from fp_backend_name; NULL: the best one for the problem's device */
-  const char* target;  /* CPU: an instruction set from fp_backend_targets; NULL: the best one that this machine has */
+  const char* target;  /* from fp_backend_targets: an instruction set, or a GPU's kernels; NULL: the best one here */
   void* stream;        /* CUDA: a cudaStream_t; NULL: the default stream */
   fp_timings* timings; /* written by CPU backends; may be NULL */
 } fp_exec;

@@ -149,7 +149,8 @@ typedef struct fp_rrattention {
  * keeps everything. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
 typedef struct fp_sparge_attn {
   fp_policy common;
-  float similarity; /* in [-1, 1]: a block is self-similar where the mean cosine of its tokens is above this */
+  float similarity; /* in [-1, 1]: a block is self-similar where the mean cosine of its tokens is above this; NaN (the
+                       default) is what the authors use: 0.6 with cdf, -0.1 with topk */
   float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
   float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
   int32_t reserved;
@@ -194,7 +195,8 @@ typedef enum fp_field_flags {
   FP_FIELD_DECIDES = 2,      /* what the policy is known by: always printed */
   FP_FIELD_ZERO_IS_NONE = 4, /* 0 is no value: text may say none */
   FP_FIELD_ABOVE_LEAST = 8,  /* the value must be above `least`, not at it */
-  FP_FIELD_BELOW_MOST = 16   /* the value must be below `most`, not at it */
+  FP_FIELD_BELOW_MOST = 16,  /* the value must be below `most`, not at it */
+  FP_FIELD_OPTIONAL = 32     /* NaN: not given, and the value follows from other fields; text may say none */
 } fp_field_flags;
 
 /* What a field of a policy is. The strings are the library's. */

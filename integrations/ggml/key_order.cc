@@ -1,6 +1,8 @@
 #include "key_order.h"
 
 #include <algorithm>
+#include <charconv>
+#include <cstring>
 #include <utility>
 
 namespace flashprefill::ggml {
@@ -16,6 +18,17 @@ int64_t GuessOwn(const Run& run) {
 }
 
 } // namespace
+
+int64_t LayerOfCache(const char* name) {
+  constexpr char kBefore[] = "cache_k_l";
+  constexpr uint32_t kMost = 1 << 20; // a larger number is no layer's
+  const char* number = std::strstr(name, kBefore);
+  if (!number) return kNoLayer;
+  number += std::strlen(kBefore);
+  uint32_t layer;
+  const auto read = std::from_chars(number, number + std::strlen(number), layer);
+  return read.ec == std::errc() && layer <= kMost ? layer : kNoLayer;
+}
 
 void RankLog::BeginBatch() {
   if (recent_.size() < most_) return;

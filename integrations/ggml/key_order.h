@@ -20,6 +20,10 @@ namespace flashprefill::ggml {
 
 constexpr Rank kUnknown = std::numeric_limits<Rank>::max();
 constexpr int64_t kNoCell = -1;
+constexpr int64_t kNoLayer = -1;
+
+// The layer that llama.cpp's name of a cache of K says, "cache_k_l3", also with more after it; or kNoLayer.
+int64_t LayerOfCache(const char* name);
 
 // The rank of content. Holds what was used lately: at least `most` fingerprints, at most twice as many and one
 // micro-batch.

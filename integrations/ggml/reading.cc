@@ -1,7 +1,6 @@
 #include "reading.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -100,10 +99,7 @@ bool Within(const ggml_tensor* root, const char* data, size_t bytes) {
 
 } // namespace
 
-int64_t LayerOf(const ggml_tensor* node) {
-  const char* layer = std::strstr(Root(CacheView(node->src[1]))->name, "cache_k_l");
-  return layer ? std::strtoll(layer + std::strlen("cache_k_l"), nullptr, 10) : -1;
-}
+int64_t LayerOf(const ggml_tensor* node) { return LayerOfCache(Root(CacheView(node->src[1]))->name); }
 
 void KeepWrittenCells(const ggml_tensor* node) {
   if (node->op != GGML_OP_SET_ROWS && node->op != GGML_OP_FLASH_ATTN_EXT) return;

@@ -11,7 +11,7 @@
 
 namespace flashprefill::ggml {
 
-// The layer of the node, by the name that llama.cpp gives its cache ("cache_k_l3"); -1: no such name.
+// The layer of the node, by the name that llama.cpp gives its cache; kNoLayer: no such name.
 int64_t LayerOf(const ggml_tensor* node);
 
 // Keeps which tensor holds the cells that a node's rows were written to. To be called with every node that the

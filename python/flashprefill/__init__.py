@@ -13,6 +13,7 @@ Importing the package needs NumPy only; torch and Transformers are imported when
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from .policies import *  # noqa: F403
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from . import distributed as distributed
     from .transformers import collect_stats as collect_stats
     from .transformers import patch_model as patch_model
     from .transformers import register_transformers as register_transformers
@@ -73,6 +75,8 @@ _TRANSFORMERS = ("collect_stats", "patch_model", "register_transformers", "unpat
 
 def __getattr__(name: str) -> Any:
     """Import what needs torch and Transformers when it is asked for."""
+    if name == "distributed":
+        return import_module(".distributed", __name__)
     if name in _TRANSFORMERS:
         missing = [module for module in ("torch", "transformers") if find_spec(module) is None]
         if missing:
@@ -86,7 +90,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TRANSFORMERS})
+    return sorted({*globals(), *_TRANSFORMERS, "distributed"})
 
 
 _transformers_hook.install()

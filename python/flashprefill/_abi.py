@@ -35,7 +35,7 @@ from . import errors
 F32, BF16, F16 = 0, 1, 2
 CPU, CUDA = 0, 1
 INT, FLOAT, BOOL, CHOICE, INT_TABLE, FLOAT_TABLE = range(6)  # fp_field_type
-ALTERNATIVE, DECIDES, ZERO_IS_NONE, ABOVE_LEAST, BELOW_MOST = 1, 2, 4, 8, 16  # fp_field_flags
+ALTERNATIVE, DECIDES, ZERO_IS_NONE, ABOVE_LEAST, BELOW_MOST, OPTIONAL = 1, 2, 4, 8, 16, 32  # fp_field_flags
 FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", -1: "impossible lengths"}  # fp_fallback
 
 

@@ -35,7 +35,10 @@ def strides_of(x: Any) -> tuple[int, ...]:
     """Return the strides in elements; without elements those of a contiguous tensor, NumPy's being 0."""
     if 0 in x.shape:
         return tuple(math.prod(max(n, 1) for n in x.shape[axis + 1 :]) for axis in range(len(x.shape)))
-    return tuple(s // x.itemsize for s in x.strides) if is_numpy(x) else tuple(x.stride())
+    if not is_numpy(x):
+        return tuple(x.stride())
+    size = x.itemsize
+    return tuple([stride // size for stride in x.strides])
 
 
 @functools.cache
@@ -53,26 +56,26 @@ def tensor_of(x: Any) -> _abi.Tensor:
 
 
 def _range(x: Any) -> tuple[int, int]:
-    """Return the first and the past-the-end address of what a tensor touches."""
-    begin = address_of(x) or 0
+    """Return the first and the past-the-end address of what a torch tensor touches. No stride is negative."""
+    begin = x.data_ptr()
+    if x.is_contiguous():
+        return begin, begin + x.nbytes
     if 0 in x.shape:
         return begin, begin
-    size = x.itemsize if is_numpy(x) else x.element_size()
-    low = high = 0
-    for n, s in zip(x.shape, strides_of(x), strict=True):
-        if s < 0:
-            low += (n - 1) * s
-        else:
-            high += (n - 1) * s
-    return begin + low * size, begin + (high + 1) * size
+    last = sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
+    return begin, begin + (last + 1) * x.element_size()
 
 
 def refuse_overlap(out: Any, **inputs: Any) -> None:
     """Refuse an output in the memory of an input."""
-    begin, end = _range(out)
+    begin, end = (0, 0) if is_numpy(out) else _range(out)
     for name, x in inputs.items():
-        first, last = _range(x)
-        if begin < last and first < end:
+        if is_numpy(x):
+            overlap = np.may_share_memory(out, x)
+        else:
+            first, last = _range(x)
+            overlap = begin < last and first < end
+        if overlap:
             refuse("out", f"in the same memory as {name}", "memory of its own")
 
 

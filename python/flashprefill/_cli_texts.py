@@ -50,6 +50,7 @@ examples:
   flashprefill bench --policy flashprefill --density 0.25 --threads 1 --dtype fp32 --out out/bench.json
   flashprefill bench --target avx2                  an older instruction set (see info)
   flashprefill bench --device cuda --shape 32/8x128x128K --density 0.1
+  flashprefill bench --target portable              on a Hopper GPU, the kernels of other GPUs
 
 """
 

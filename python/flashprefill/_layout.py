@@ -108,7 +108,9 @@ def _length(name: str, value: Any) -> int:
 
 def check_bool(name: str, value: Any) -> None:
     """Refuse what is not a bool, or 0 or 1."""
-    if not isinstance(value, (bool, int)) or value not in (False, True):
+    if value is True or value is False:
+        return
+    if not isinstance(value, int) or value not in (0, 1):
         refuse_type(name, repr(value), "True or False")
 
 

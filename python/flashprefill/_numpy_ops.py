@@ -5,6 +5,7 @@ api.py picks one of the two modules by the type of ``q``, and is otherwise indep
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,21 @@ def tracing() -> bool:
     return False
 
 
+@functools.cache
+def _is_known(dtype: Any) -> bool:
+    """Return whether the library has a dtype. Kept, since NumPy takes 2 us to find a dtype's name."""
+    return dtype.name in _DTYPES and dtype.isnative
+
+
 def check(name: str, x: Any, like: Any) -> None:
     """Refuse what is not a tensor that the library can read."""
     if not isinstance(x, np.ndarray):
         refuse_type(name, f"a {type(x).__name__}", f"{NAME}, as q is")
-    if x.dtype.name not in _DTYPES or not x.dtype.isnative:
+    if not _is_known(x.dtype):
         refuse_type(f"{name}.dtype", x.dtype, "float32, float16 or bfloat16 (of ml_dtypes)")
-    if not x.flags.aligned or any(stride % x.itemsize for stride in x.strides):
-        refuse(f"{name}.strides", x.strides, f"multiples of {x.itemsize} bytes from an aligned address")
+    flags, size = x.flags, x.itemsize
+    if not flags.aligned or not flags.c_contiguous and any([stride % size for stride in x.strides]):
+        refuse(f"{name}.strides", x.strides, f"multiples of {size} bytes from an aligned address")
 
 
 def check_out(name: str, x: np.ndarray) -> None:

@@ -198,7 +198,8 @@ def prefill_attention(
         threads: CPU threads at most. The default is torch.get_num_threads() for torch tensors, else what
             OpenMP would use.
         backend: the name of one of :func:`flashprefill.backends`; the default is the best.
-        target: one of the backend's instruction sets; the default is the best.
+        target: one of the backend's instruction sets, or on CUDA whose kernels run (``"portable"``); the
+            default is the best.
 
     Returns:
         out, of q's shape and dtype; or a tuple of out and the other results, in the order lse, stats.

@@ -223,7 +223,9 @@ def _add_bench(verbs: Any) -> None:
     what = "random masks of these densities (0.5,0.25,0.1)"
     add("--density", type=_list_of(float), metavar="X,X", help=what)
     _add_where(add)
-    add("--target", help="an instruction set from `flashprefill info` (default: the best)")
+    add(
+        "--target", help="an instruction set or a GPU's kernels, from `flashprefill info` (default: the best)"
+    )
     add("--backend", help="a backend from `flashprefill info` (default: the best)")
     add("--repeats", type=int, default=5, metavar="N", help="timed turns (default: 5)")
     _add_figures(add)

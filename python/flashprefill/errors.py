@@ -52,7 +52,14 @@ class InternalError(FlashPrefillError, RuntimeError):
 
 def refuse(argument: str, value: Any, must_be: str) -> NoReturn:
     """Raise the one form of refusal for a bad value."""
-    raise InvalidArgumentError(f"{argument} is {value}; it must be {must_be}")
+    raise InvalidArgumentError(f"{argument} is {_in_digits(value)}; it must be {must_be}")
+
+
+def _in_digits(value: Any) -> str:
+    try:
+        return f"{value}"
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
 
 
 def refuse_type(argument: str, value: Any, must_be: str) -> NoReturn:

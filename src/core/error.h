@@ -11,9 +11,26 @@
 
 namespace flashprefill {
 
+// The text with control characters escaped as in C, so that a message that repeats what a user wrote is one line.
+inline std::string OneLine(const std::string& text) {
+  constexpr char kHex[] = "0123456789abcdef";
+  std::string line;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte >= 0x20 && byte != 0x7f) {
+      line += c;
+    } else if (c == '\n' || c == '\r' || c == '\t') {
+      line += c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t";
+    } else {
+      line += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+    }
+  }
+  return line;
+}
+
 class Error : public std::runtime_error {
  public:
-  Error(fp_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  Error(fp_status status, const std::string& message) : std::runtime_error(OneLine(message)), status_(status) {}
   fp_status status() const { return status_; }
 
  private:

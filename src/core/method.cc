@@ -58,7 +58,7 @@ std::string RangeOf(const Field& f) {
 }
 
 void CheckFloat(const Field& f, float value) {
-  if (std::isnan(value) && f.flags & FP_FIELD_ALTERNATIVE) return;
+  if (std::isnan(value) && MayBeNotGiven(f)) return;
   const bool above = f.flags & FP_FIELD_ABOVE_LEAST ? value > f.least : value >= f.least;
   const bool below = f.flags & FP_FIELD_BELOW_MOST ? value < f.most : value <= f.most;
   if (!above || !below || std::isinf(value)) Refuse(f.name, value, RangeOf(f));
@@ -83,6 +83,8 @@ const Method* FindMethod(int32_t kind) {
 }
 
 const Method& MethodOf(const Policy& policy) { return *FindMethod(policy.kind); }
+
+bool MayBeNotGiven(const Field& field) { return field.flags & (FP_FIELD_ALTERNATIVE | FP_FIELD_OPTIONAL); }
 
 bool IsTable(const Field& field) { return field.type == FP_FIELD_INT_TABLE || field.type == FP_FIELD_FLOAT_TABLE; }
 

@@ -78,6 +78,7 @@ constexpr Field ShareField(const char* name, size_t offset, double initial, int3
 }
 
 bool IsTable(const Field& field);
+bool MayBeNotGiven(const Field& field);                          // its value may be NaN
 double FieldValue(const Policy& policy, const Field& field);     // of a field that is no table; NaN: not given
 void SetField(Policy& policy, const Field& field, double value); // the same
 int32_t TableRows(const Policy& policy, const Field& field);

@@ -148,7 +148,7 @@ class Reader {
     const std::string word = Word(), lower = Lower(word);
     if (quoted && !Take('\'') && !Take('"')) Fail(std::string(field.name) + " must be a plain value");
     if (lower == "none" || lower == "nan") {
-      if (field.flags & FP_FIELD_ALTERNATIVE) return kNotGiven;
+      if (MayBeNotGiven(field)) return kNotGiven;
       if (field.flags & FP_FIELD_ZERO_IS_NONE && lower == "none") return 0;
       Fail(std::string(field.name) + " must be a number");
     }

@@ -2,12 +2,14 @@
 // Nothing here allocates device memory or waits for the device. A method's launches are its Selector's.
 #include "core/backend.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "core/method.h"
+#include "cuda/common/attend/plan.h"
+#include "cuda/common/energies/forced.h"
 #include "cuda/devices.h"
 #include "cuda/selector.h"
-#include "cuda/sm90/attend/plan.h"
-#include "cuda/sm90/energies/forced.h"
 
 namespace flashprefill {
 namespace cuda {
@@ -20,18 +22,35 @@ bool Available() {
   return false;
 }
 
+// Which kernels a device runs, and why.
+std::string KernelsOf(const Device& device) {
+  if (device.hopper()) return "target sm90a, Hopper's own kernels";
+  if (device.major < 8) return "not supported, it needs compute capability 8.0 (Ampere) or later";
+  if (!device.supported()) return "not supported, a thread block has less than 99 KiB of shared memory";
+  return "target portable, the kernels for every GPU since Ampere, with " + std::to_string(device.shared_bytes / 1024) +
+         " KiB of shared memory";
+}
+
 std::string Describe() {
   const Devices& devices = AllDevices();
   if (devices.all.empty()) return devices.why_none;
   std::string text;
   for (const Device& device : devices.all) {
-    text += (text.empty() ? "" : ", ") + device.name + " (" + device.arch() +
-            (device.supported() ? ")" : ": only sm_90 is built)");
+    text += (text.empty() ? "" : ", ") + device.name + " (" + device.arch() + ": " + KernelsOf(device) + ")";
   }
   return text;
 }
 
-std::vector<std::string> Targets() { return {}; }
+// Of all devices together, so that a name may be refused later, by Check, for the one that a call is for.
+std::vector<std::string> Targets() {
+  std::vector<std::string> names;
+  for (const Device& device : AllDevices().all) {
+    for (const std::string& name : TargetsOf(device)) {
+      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+    }
+  }
+  return names;
+}
 
 // The text comes from the kernels' own files, which know their limits.
 void Demand(const char* unsupported) {
@@ -48,16 +67,26 @@ const Selector& SelectorFor(const Policy& policy) {
   return *selector;
 }
 
-void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const Exec&) {
+const Device& DeviceOf(const Problem& p) { return AllDevices().all[static_cast<size_t>(p.device_index)]; }
+Gpu GpuOf(const Problem& p, const Exec& exec) { return Gpu::Of(DeviceOf(p), exec.target); }
+
+void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const Exec& exec) {
   const std::vector<Device>& devices = AllDevices().all;
   if (p.device_index < 0 || p.device_index >= static_cast<int>(devices.size())) {
     Refuse("device_index", p.device_index, "from 0 to " + std::to_string(static_cast<int>(devices.size()) - 1));
   }
-  const Device& device = devices[static_cast<size_t>(p.device_index)];
+  const Device& device = DeviceOf(p);
   if (!device.supported()) {
     throw Error(FP_UNSUPPORTED, "GPU " + std::to_string(p.device_index) + " is " + device.name + ", " + device.arch() +
-                                    "; only sm_90 (Hopper: H100, H200, GH200) is built");
+                                    ": " + KernelsOf(device));
   }
+  if (exec.target) {
+    const std::vector<std::string> targets = TargetsOf(device);
+    if (std::find(targets.begin(), targets.end(), exec.target) == targets.end()) {
+      Refuse("exec.target", exec.target, "one that " + device.name + " has: " + Joined(targets, " "));
+    }
+  }
+  const Gpu gpu = GpuOf(p, exec);
   const auto half = [](int32_t dtype) { return dtype == FP_BF16 || dtype == FP_F16; };
   if (!half(p.q.dtype)) Refuse("q.dtype", p.q.dtype, "FP_BF16 (1) or FP_F16 (2) on CUDA", FP_UNSUPPORTED);
   const auto same = [&](const char* name, int32_t dtype) {
@@ -69,15 +98,15 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
     SelectorFor(*policy); // first: whether there is one at all
     Demand("final_chunks is given for more than 4096 sequences");
   }
-  if (policy) Demand(SelectorFor(*policy).unsupported(p, *policy));
-  if (!policy && mask) Demand(AttendPlan::Of(p, *mask).Unsupported(nullptr));
+  if (policy) Demand(SelectorFor(*policy).unsupported(p, *policy, gpu));
+  if (!policy && mask) Demand(AttendPlan::Of(p, *mask, gpu).Unsupported(nullptr));
 }
 
 cudaStream_t StreamOf(const Exec& exec) { return static_cast<cudaStream_t>(exec.stream); }
 
-size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec&) {
+size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
   Workspace layout(nullptr);
-  SelectorFor(policy).select(p, policy, false, layout, nullptr);
+  SelectorFor(policy).select(p, policy, GpuOf(p, exec), false, layout, nullptr);
   return layout.used();
 }
 
@@ -85,7 +114,7 @@ void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask&
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
   const SelectTarget target{mask, StreamOf(exec)};
-  SelectorFor(policy).select(p, policy, false, layout, &target);
+  SelectorFor(policy).select(p, policy, GpuOf(p, exec), false, layout, &target);
 }
 
 // Scratch memory of an attend that has to pool K and V itself.
@@ -95,15 +124,15 @@ Means TakeForAttend(Workspace& workspace, const Problem& p, const BlockMask& mas
   return TakeMeans(workspace, p, mask.block_size, correction, correction);
 }
 
-size_t AttendWorkspace(const Problem& p, const BlockMask& mask, const Exec&) {
+size_t AttendWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask);
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
   TakeForAttend(layout, p, mask, attend);
   return layout.used();
 }
 
 void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Output& output, void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask);
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
@@ -115,17 +144,17 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
   CheckCuda(attend.Launch(output, means, false, true, StreamOf(exec)), "attend");
 }
 
-size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec&) {
+size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask);
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
   attend.Take(layout);
-  SelectorFor(policy).select(p, policy, mask.mean_correction != 0, layout, nullptr);
+  SelectorFor(policy).select(p, policy, GpuOf(p, exec), mask.mean_correction != 0, layout, nullptr);
   return layout.used();
 }
 
 // Whether tiles may keep very unequal numbers of blocks: for their scores, or in a dense tail behind a long prefix.
-bool Uneven(const Problem& p, const Policy& policy, const Selector& selector) {
-  if (flashprefill::KeepsEverything(policy) || p.max_seqlen_k <= selector.dense_up_to_keys) return false;
+bool Uneven(const Problem& p, const Policy& policy, const Selector& selector, int dense_up_to_keys) {
+  if (flashprefill::KeepsEverything(policy) || p.max_seqlen_k <= dense_up_to_keys) return false;
   const bool tail = policy.dense_tail_blocks > 0 && (p.final_chunks || p.final_chunk);
   return selector.scores || (tail && p.max_seqlen_k > p.max_seqlen_q);
 }
@@ -133,15 +162,18 @@ bool Uneven(const Problem& p, const Policy& policy, const Selector& selector) {
 // Select's own means of K serve the correction too, and V's are pooled in the same pass.
 void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
              void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask);
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
   attend.Take(layout);
   const Selector& selector = SelectorFor(policy);
-  const SelectTarget target{mask, StreamOf(exec), {attend.counter(), selector.dense_up_to_keys}};
-  const Means means = selector.select(p, policy, mask.mean_correction != 0, layout, &target);
-  CheckCuda(attend.Launch(output, means, true, Uneven(p, policy, selector), StreamOf(exec)), "attend");
+  const Gpu gpu = GpuOf(p, exec);
+  const int dense_up_to_keys = selector.dense_up_to_keys ? selector.dense_up_to_keys(gpu) : 0;
+  const SelectTarget target{mask, StreamOf(exec), {attend.counter(), dense_up_to_keys}};
+  const Means means = selector.select(p, policy, gpu, mask.mean_correction != 0, layout, &target);
+  CheckCuda(attend.Launch(output, means, true, Uneven(p, policy, selector, dense_up_to_keys), StreamOf(exec)),
+            "attend");
 }
 
 } // namespace

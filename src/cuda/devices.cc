@@ -23,9 +23,12 @@ Devices Find() {
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties{};
     if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) {
-      devices.all.push_back({"an unreadable GPU", 0, 0});
+      devices.all.push_back({"an unreadable GPU"});
     } else {
-      devices.all.push_back({properties.name, properties.major, properties.minor});
+      devices.all.push_back({properties.name, properties.major, properties.minor,
+                             static_cast<int>(properties.sharedMemPerBlockOptin),
+                             static_cast<int>(properties.sharedMemPerMultiprocessor), properties.multiProcessorCount,
+                             properties.l2CacheSize});
     }
   }
   return devices;
@@ -36,6 +39,28 @@ Devices Find() {
 const Devices& AllDevices() {
   static const Devices devices = Find();
   return devices;
+}
+
+std::vector<std::string> TargetsOf(const Device& device) {
+  std::vector<std::string> targets;
+  if (!device.supported()) return targets;
+  if (device.hopper()) targets.push_back("sm90a");
+  targets.push_back("portable");
+  if (device.shared_bytes > kMediumShared) targets.push_back("portable_medium");
+  if (device.shared_bytes > kSmallShared) targets.push_back("portable_small");
+  return targets;
+}
+
+Gpu Gpu::Of(const Device& device, const char* target) {
+  const std::string name = target ? target : device.hopper() ? "sm90a" : "portable";
+  Gpu gpu{name != "sm90a", device.shared_bytes, device.shared_of_processor, device.l2_bytes};
+  const auto limit = [&](int bytes) { // 1 KiB more for the multiprocessor: as the GPUs of that size have
+    gpu.shared_bytes = std::min(gpu.shared_bytes, bytes);
+    gpu.shared_of_processor = std::min(gpu.shared_of_processor, bytes + 1024);
+  };
+  if (name == "portable_medium") limit(kMediumShared);
+  if (name == "portable_small") limit(kSmallShared);
+  return gpu;
 }
 
 void CheckCuda(cudaError_t error, const char* what) {

@@ -1,5 +1,5 @@
 // How the CUDA backend selects by one method. src/methods/<name>/cuda.cc defines `extern const cuda::Selector kCuda`
-// over the plan of a family of kernels (sm90/*/plan.h), CMake writes the table of them. Plain C++.
+// over the plan of a family of kernels (common/*/plan.h), CMake writes the table of them. Plain C++.
 #ifndef FLASHPREFILL_CUDA_SELECTOR_H_
 #define FLASHPREFILL_CUDA_SELECTOR_H_
 
@@ -32,12 +32,13 @@ struct Means {
 
 struct Selector {
   // Null if the kernels do this problem and policy, else the requirement that is not met, in words.
-  const char* (*unsupported)(const Problem&, const Policy&);
+  const char* (*unsupported)(const Problem&, const Policy&, const Gpu&);
   // Takes scratch memory and, unless `target` is null (a size query), puts select on the stream. With `correction` also
   // the pooling of K and V for attend, in the same pass where the method has one; these means are returned.
-  Means (*select)(const Problem&, const Policy&, bool correction, Workspace&, const SelectTarget* target);
-  // In a prefill sequences of at most this many keys are attended to densely: they gain less than select takes.
-  int dense_up_to_keys = 0;
+  Means (*select)(const Problem&, const Policy&, const Gpu&, bool correction, Workspace&, const SelectTarget* target);
+  // In a prefill sequences of at most this many keys are attended to densely, since they gain less than select takes.
+  // Null: none are.
+  int (*dense_up_to_keys)(const Gpu&) = nullptr;
   // Whether blocks are kept for their scores. If not, tiles keep equally many but for those of a dense tail.
   bool scores = true;
 };
@@ -56,12 +57,12 @@ Means SelectBy(Plan plan, bool correction, Workspace& workspace, const SelectTar
   return plan.means;
 }
 
-// A selector over the plan that PLAN_OF(problem, policy) makes.
+// A selector over the plan that PLAN_OF(problem, policy, gpu) makes.
 template <auto PLAN_OF>
 constexpr Selector SelectorOver() {
-  return {[](const Problem& p, const Policy& policy) { return PLAN_OF(p, policy).Unsupported(); },
-          [](const Problem& p, const Policy& policy, bool correction, Workspace& workspace,
-             const SelectTarget* target) { return SelectBy(PLAN_OF(p, policy), correction, workspace, target); }};
+  return {[](const Problem& p, const Policy& policy, const Gpu& gpu) { return PLAN_OF(p, policy, gpu).Unsupported(); },
+          [](const Problem& p, const Policy& policy, const Gpu& gpu, bool correction, Workspace& workspace,
+             const SelectTarget* target) { return SelectBy(PLAN_OF(p, policy, gpu), correction, workspace, target); }};
 }
 
 } // namespace flashprefill::cuda

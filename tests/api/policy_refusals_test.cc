@@ -48,7 +48,7 @@ std::vector<double> Outside(const fp_policy_field& f) {
   if (f.flags & FP_FIELD_ABOVE_LEAST) values.push_back(least);
   if (std::isfinite(most)) values.push_back(std::nextafter(most, INFINITY));
   if (f.flags & FP_FIELD_BELOW_MOST) values.push_back(most);
-  if (!(f.flags & FP_FIELD_ALTERNATIVE)) values.push_back(kNan);
+  if (!(f.flags & (FP_FIELD_ALTERNATIVE | FP_FIELD_OPTIONAL))) values.push_back(kNan);
   return values;
 }
 

@@ -2,6 +2,7 @@
 // fields by fp_policy_field_at.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -73,7 +74,7 @@ TEST(PolicyRows, NamesAndFieldsAreDescribed) {
     if (f.offset < sizeof(fp_policy)) return; // these have other defaults in every method
     const double initial = policy.Get(f);
     if (std::isnan(f.initial)) {
-      EXPECT_TRUE(std::isnan(initial) && (f.flags & FP_FIELD_ALTERNATIVE));
+      EXPECT_TRUE(std::isnan(initial) && (f.flags & (FP_FIELD_ALTERNATIVE | FP_FIELD_OPTIONAL)));
     } else {
       EXPECT_EQ(static_cast<float>(f.initial), static_cast<float>(initial));
       EXPECT_TRUE(f.initial >= f.least && f.initial <= f.most);
@@ -214,6 +215,34 @@ TEST(PolicyText, NoneWhereZeroIsNone) {
   EXPECT_EQ(Parse("flexprefill(max_budget=None)").Get(field), 0);
   EXPECT_EQ(ErrorOf("flexprefill(min_budget=none)"),
             "policy 'flexprefill(min_budget=none)': min_budget must be a number");
+}
+
+TEST(PolicyText, NoneWhereAValueFollowsFromOtherFields) {
+  int optional = 0;
+  ForAllFields([&](const MethodName& method, const fp_policy_field& f) {
+    if (!(f.flags & FP_FIELD_OPTIONAL)) return;
+    EXPECT_TRUE(std::isnan(f.initial));
+    for (const char* none : {"none", "None", "nan"}) {
+      ExpectSameFields(AnyPolicy(method.kind), Parse(method.name + "(" + f.name + "=" + none + ")"));
+    }
+    EXPECT_NE(Name(Parse(With(method.name, f, f.least))).find(f.name), std::string::npos);
+    ++optional;
+  });
+  EXPECT_GE(optional, 1);
+  EXPECT_EQ(Name(Parse("spargeattn(topk=0.5)")), "spargeattn(topk=0.5)");
+}
+
+TEST(PolicyText, MessagesAreOneLineWhateverTheTextHolds) {
+  EXPECT_EQ(ErrorOf("flash\nprefill(alpha=1)").find("policy 'flash\\nprefill(alpha=1)': the name must be one of "), 0u);
+  EXPECT_EQ(ErrorOf("sketch(mass=\r\t7)"),
+            "policy 'sketch(mass=\\r\\t7)': mass is 7; it must be above 0 and at most 1");
+  for (int c = 1; c < 256; ++c) {
+    const std::string message = ErrorOf("sketch(mass" + std::string(1, static_cast<char>(c)) + "\033[31m=7)");
+    EXPECT_TRUE(std::all_of(message.begin(), message.end(), [](char each) {
+      return static_cast<unsigned char>(each) >= 0x20 && each != 0x7f;
+    })) << c;
+    EXPECT_NE(message.find("\\x1b[31m"), std::string::npos) << message;
+  }
 }
 
 TEST(PolicyText, NumbersAndWords) {

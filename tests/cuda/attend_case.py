@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,7 @@ class Case:
     keep: list[torch.Tensor] | None = None  # by sequence: bool [mask heads, tiles, blocks]; None: everything
     max_k: int = 0
     lse_wanted: bool = True
+    target: str | None = None  # of the backend; else FLASHPREFILL_TEST_TARGET's
     _live: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -132,6 +134,8 @@ class Case:
         o.lse_stride = (c.c_int64 * 3)(*([0] if packed else []), *self.lse.stride())
 
         e = _abi.sized(_abi.Exec)
+        target = self.target or os.environ.get("FLASHPREFILL_TEST_TARGET")
+        e.target = target.encode() if target else None
         e.stream = torch.cuda.current_stream().cuda_stream
         size = c.c_size_t()
         _abi.check(_abi.lib.fp_attend_workspace(c.byref(p), c.byref(m), c.byref(e), c.byref(size)))

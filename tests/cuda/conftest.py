@@ -1,4 +1,4 @@
-"""Kernels on a Hopper GPU. Everything here is skipped, visibly, where there is none."""
+"""Kernels on a GPU. Everything here is skipped, visibly, where there is none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The attend kernel on a Hopper GPU against a float64 reference.
+"""The attend kernel on a GPU against a float64 reference.
 
 Every output starts as NaN, so an element that was not written is an error too. The small cases, one for each
 kind of loading, mask and layout, are for compute-sanitizer as well: `-k small` (CONTRIBUTING.md).

@@ -1,4 +1,4 @@
-"""Selections on a Hopper GPU against the CPU's, through their thresholds.
+"""Selections on a GPU against the CPU's, through their thresholds.
 
 What the CPU keeps with a threshold a little stricter must be kept, what it leaves out with one a little
 looser must be left out, and a second call must give the same bits. XAttention and RRAttention, whose blocks

@@ -137,6 +137,7 @@ class Definition:
 
     def spargeattn(self, q, keys, h):
         p = self.policy
+        least = p.similarity if p.similarity is not None else 0.6 if p.topk is None else -0.1
         means = torch.stack([rounded_mean(block, self.dtype) for block in keys.split(self.size)])
 
         def alike(x):
@@ -147,10 +148,10 @@ class Definition:
 
         def choose(begin, end, visible, forced):
             tile = alike(q[begin:end])
-            similar = likeness[:visible] > p.similarity
-            if not tile > p.similarity:
+            similar = likeness[:visible] > least
+            if not tile > least:
                 similar[:] = False
-            doubt = min(abs(tile - p.similarity), np.abs(likeness[:visible] - p.similarity).min()) < 1e-4
+            doubt = min(abs(tile - least), np.abs(likeness[:visible] - least).min()) < 1e-4
             z = rounded_mean(q[begin:end], self.dtype) @ means[:visible].T * self.scale
             keep, near = ~similar, np.full(visible, doubt)
             if similar.any():

@@ -56,7 +56,7 @@ def test_a_gpu_needs_our_backend_too(monkeypatch):
     with pytest.raises(UsageError, match="built without CUDA"):
         device.resolve("cuda")
     assert device.resolve("auto").kind == "cpu"
-    old = fp.Backend("cuda", False, "GeForce (sm_61): only sm_90 is built", ())
+    old = fp.Backend("cuda", False, "GeForce (sm_61: not supported)", ())
     monkeypatch.setattr(device, "backends", lambda: [old])
     with pytest.raises(UsageError, match="can't run here: GeForce"):
         device.resolve("cuda")
@@ -93,6 +93,9 @@ def test_a_backend_or_target_names_the_device(monkeypatch):
     assert bench.device_for(bench.Options()).kind == "cuda"
     assert bench.device_for(bench.Options(backend="cuda")).kind == "cuda"
     assert bench.device_for(bench.Options(backend="reference")).kind == "cpu"
+    assert bench.device_for(bench.Options(target="avx2")).kind == "cpu"
+    monkeypatch.setattr(bench, "backends", lambda: [fp.Backend("cuda", True, "H100", ("sm90a", "portable"))])
+    assert bench.device_for(bench.Options(target="portable")).kind == "cuda"
     assert bench.device_for(bench.Options(target="avx2")).kind == "cpu"
 
 

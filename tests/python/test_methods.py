@@ -382,7 +382,7 @@ def test_tables_of_heads_are_read_as_they_are(tmp_path):
         fp.MInference.from_config(TABLE, q_heads=2)
     with pytest.raises(ValueError, match=r"config\[0\]\[0\]'s pattern is 'zigzag'"):
         fp.MInference.from_config([{"0": ["zigzag", 1, 2, 3]}])
-    with pytest.raises(TypeError, match="config is .*; it must be a list with one object a layer"):
+    with pytest.raises(TypeError, match="config is .*; it must be a list with one object per layer"):
         fp.MInference.from_config({"0": 1})
 
 

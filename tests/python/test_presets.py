@@ -43,6 +43,21 @@ def test_policies_agree_on_names(kind, name):
 
 
 @pytest.mark.parametrize(
+    ("checkpoint", "gamma"),
+    [
+        ("THUDM/glm-4-9b-chat-1m", 0.95),
+        ("zai-org/glm-4-9b-chat-1m-hf", 0.95),
+        ("/models/GLM-4-9B-Chat-1M", 0.95),
+        ("01-ai/Yi-9B-200K", 0.9),
+        ("yi-9b-200k", 0.9),
+    ],
+)
+def test_checkpoints_as_flexprefill_names_them(checkpoint, gamma):
+    policy = fp.FlexPrefill.for_model(checkpoint)
+    assert policy.gamma == gamma and policy.source.startswith("gamma, tau and min_budget of FlexPrefill's")
+
+
+@pytest.mark.parametrize(
     ("fields", "gamma"),
     [
         ({"model_type": "qwen2"}, 0.9),
@@ -68,7 +83,8 @@ def test_a_transformers_config_and_model():
 
 
 @pytest.mark.parametrize(
-    "model", ["gpt-2", "Qwen/Qwen3-8B", "meta-llama/Llama-3.2-1B", "Qwen2-VL-7B", "llama"]
+    "model",
+    ["gpt-2", "Qwen/Qwen3-8B", "meta-llama/Llama-3.2-1B", "Qwen2-VL-7B", "zai-org/GLM-4-9B-0414", "llama"],
 )
 def test_what_nobody_publishes_is_refused(model):
     with pytest.raises(ValueError, match=r"; it must be of a family with published values: .*llama-3\.1"):

@@ -6,6 +6,7 @@ left out, those of SDPA under the selection spelled out as a mask of tokens.
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers_models import (
     KEEP,
     LENGTH,
     MODELS,
+    PADDED_DENSE,
     SHARED,
     STREAMING,
     attention,
@@ -67,12 +69,12 @@ def test_padded_batches(name, side, models, patched):
     patched(model, KEEP)
     with fp.collect_stats(model) as stats:
         got = logits(model, ids, **inputs)
-    check_reasons(stats, name)
+    check_reasons(stats, name, sparse=name not in PADDED_DENSE)
     assert torch.isfinite(got).all()
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_chunks_over_a_growing_cache(name, padded, models, patched):
     model, ids = models(name), tokens(2)
@@ -91,7 +93,7 @@ def test_chunks_over_a_growing_cache(name, padded, models, patched):
                 **{CACHE: cache},
             )
             got.append(out.logits)
-    check_reasons(stats, name)
+    check_reasons(stats, name, sparse=not (padded and name in PADDED_DENSE))
     assert stats.fallbacks["short"] >= 1  # the last 39 rows
     torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
 
@@ -106,7 +108,8 @@ GENERATE = {
 }
 GENERATED = [(name, mode) for name in ("llama", "gemma3") for mode in GENERATE]
 GENERATED += [("gpt_oss", mode) for mode in ("beams", "static", "chunks")]
-GENERATED += [("qwen2", "greedy"), ("qwen3_moe", "beams"), ("mistral_window", "chunks")]
+GENERATED += [(name, "greedy") for name in MODELS if name not in ("llama", "gemma3", *PADDED_DENSE)]
+GENERATED += [("qwen3_moe", "beams"), ("mistral_window", "chunks")]
 
 
 @pytest.mark.parametrize(("name", "mode"), GENERATED)
@@ -137,6 +140,14 @@ def test_generate_from_a_cached_prefix(models, patched):
         got = model.generate(ids, **{CACHE: cache}, max_new_tokens=6, do_sample=False)
     assert torch.equal(got, wanted)
     assert [(call.rows, call.keys) for call in stats.calls if not call.reason] == [(209, 420)] * 2
+
+
+def test_the_table_of_models_is_current():
+    tool = Path(__file__).parents[2] / "tools" / "model_table.py"
+    if not tool.exists():
+        pytest.skip("the tools are in a checkout only")
+    table = runpy.run_path(str(tool))
+    assert table["page"]() == table["PAGE"].read_text()
 
 
 # ------------------------------------------------------------ real sparsity

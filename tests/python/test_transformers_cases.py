@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import subprocess
 import sys
@@ -172,27 +171,6 @@ def test_traces_are_dense_and_right_at_other_lengths(traced_at, masked, implemen
             wanted, got = Wrapped(model, masked)(ids, mask), traced(ids, mask)
             rows = mask.bool() if masked else torch.ones_like(mask).bool()
             torch.testing.assert_close(got[rows], wanted[rows], atol=1e-5, rtol=1e-5)
-
-
-def test_the_older_onnx_export(patched):
-    model = patched(make("llama"), STREAMING)
-    example = tokens(2), padding([LENGTH, 200], "left")
-    file = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(Wrapped(model, True), example, file, dynamo=False, input_names=["ids", "mask"])
-        except torch.onnx.OnnxExporterError as error:
-            assert "Module onnx is not installed" in str(error)  # which writes what has been traced
-    assert b"flashprefill" not in file.getvalue()
-
-
-def test_torch_export(patched):
-    model, ids = patched(make("llama"), KEEP), tokens(2)
-    with torch.no_grad():
-        program = torch.export.export(Wrapped(model, False), (ids, ids), strict=False)
-        got = program.module()(ids, ids)
-    torch.testing.assert_close(got, logits(model, ids), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------- dtypes

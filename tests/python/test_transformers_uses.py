@@ -46,15 +46,53 @@ def test_caches_of_unequal_length(name, chunk, cache, patched):
     patched(model, KEEP)
     with fp.collect_stats(model) as stats:
         got = model.generate(tokens(2), **inputs)
-    assert torch.equal(got, wanted) and stats.sparse_calls
+    assert torch.equal(got, wanted) and stats.sparse_calls and stats.fallbacks["sliding window"]
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantised_caches(backend, patched):
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
-    model = patched(make("llama"), KEEP)
-    inputs = dict(max_new_tokens=3, do_sample=False, cache_implementation="quantized")
-    model.generate(tokens(), **inputs, cache_config=dict(backend=backend, nbits=4, axis_key=0, axis_value=0))
+def test_continuous_batching_where_only_the_layer_knows_its_window(patched):
+    model, ids = qwen2_moe(), tokens(1)[0].tolist()
+    settings = transformers.GenerationConfig(
+        max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+
+    def run():
+        outputs = model.generate_batch([ids, ids[:150]], generation_config=settings, progress_bar=False)
+        return [output.generated_tokens for output in outputs.values()]
+
+    wanted = run()
+    patched(model, KEEP)
+    with fp.collect_stats(model) as stats:
+        got = run()
+    assert got == wanted and stats.sparse_calls and stats.fallbacks["sliding window"]
+
+
+@pytest.mark.parametrize("chunk", [None, 140])
+def test_quantised_caches(chunk, patched):
+    """By HQQ; quanto, the other backend, compiles an extension for minutes when it is first used."""
+    pytest.importorskip("hqq")
+    model = make("llama")
+    inputs = dict(
+        max_new_tokens=3, do_sample=False, cache_implementation="quantized", prefill_chunk_size=chunk
+    )
+    inputs.update(cache_config=dict(backend="hqq", nbits=4, axis_key=0, axis_value=0))
+    wanted = model.generate(tokens(), **inputs)
+    patched(model, KEEP)
+    with fp.collect_stats(model) as stats:
+        got = model.generate(tokens(), **inputs)
+    assert torch.equal(got, wanted) and stats.sparse_calls == (2 if chunk is None else 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Transformers' offloaded caches need a GPU")
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(kind, patched):
+    model, ids = make("llama", head_dim=64).to("cuda", torch.bfloat16), tokens().to("cuda")
+    inputs = dict(max_new_tokens=3, do_sample=False, cache_implementation=kind)
+    model.generate(ids, **inputs)
+    patched(model, KEEP)
+    with fp.collect_stats(model) as stats:
+        model.generate(ids, **inputs)
+    assert stats.sparse_calls
 
 
 def test_decoding_with_drafts(patched):

@@ -37,6 +37,7 @@ TINY = dict(
     initializer_range=0.2,  # so that attention is not flat
 )
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+SECTIONS = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
 MIXED = ["sliding_attention", "full_attention"]
 # name: config class, its fields, why layers of it run dense
 MODELS = {
@@ -55,16 +56,52 @@ MODELS = {
     ),
     "gemma3": ("Gemma3TextConfig", dict(layer_types=MIXED, sliding_window=100), {"sliding window"}),
     "gpt_oss": ("GptOssConfig", dict(EXPERTS, layer_types=MIXED, sliding_window=100), {"attention sinks"}),
+    "gemma": ("GemmaConfig", {}, set()),
+    "phi3": ("Phi3Config", dict(sliding_window=None), set()),
+    "glm": ("GlmConfig", {}, set()),
+    "glm4": ("Glm4Config", {}, set()),
+    # The layers that see chunks alone; a fourth layer in four sees everything.
+    "llama4": (
+        "Llama4TextConfig",
+        dict(
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            intermediate_size_mlp=64,
+            moe_layers=[],
+            layer_types=["chunked_attention", "full_attention"],
+            no_rope_layers=[1, 0],
+            attention_chunk_size=100,
+        ),
+        {"custom mask"},
+    ),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", dict(SECTIONS, hidden_size=64), set()),
+    "qwen3_vl": ("Qwen3VLConfig", SECTIONS, set()),
+    "qwen3_vl_moe": ("Qwen3VLMoeConfig", {**SECTIONS, **EXPERTS}, set()),
+}
+# Models that see: the fields above are their language models'.
+TOWER = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=48)
+DEEP = dict(TOWER, num_position_embeddings=16, deepstack_visual_indexes=[0])
+VISION = {
+    "qwen2_5_vl": dict(TOWER, out_hidden_size=64, fullatt_block_indexes=[0]),
+    "qwen3_vl": DEEP,
+    "qwen3_vl_moe": DEEP,
 }
 CACHE = cache_keyword(transformers.LlamaForCausalLM)  # cache or, before 5.24, past_key_values
+PADDED_DENSE = ("llama4",)  # its files don't support FlashAttention, so its masks are SDPA's
 ALL_DENSE = ("mistral_window", "gemma2", "gpt_oss")
 
 
 def make(name: str, **fields):
     config_class, extra, _ = MODELS[name]
-    config = getattr(transformers, config_class)(**{**TINY, **extra, **fields})
+    kind, fields = transformers.AutoModelForCausalLM, {**TINY, **extra, **fields}
+    if name in VISION:
+        kind, fields = (
+            transformers.AutoModelForImageTextToText,
+            dict(text_config=fields, vision_config=VISION[name]),
+        )
+    config = getattr(transformers, config_class)(**fields)
     torch.manual_seed(len(name))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = kind.from_config(config).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

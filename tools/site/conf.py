@@ -33,6 +33,7 @@ docs/policies
 docs/transformers
 docs/vllm
 docs/llama.cpp
+docs/several-gpus
 ```
 ```{toctree}
 :hidden:

@@ -189,10 +189,12 @@ def check(options: Options) -> None:
 def device_for(options: Options) -> Device:
     """Return the device of the options, which a backend or an instruction set may imply."""
     asked = options.device
-    if asked == "auto" and (options.target is not None or options.backend not in (None, "cuda")):
-        asked = "cpu"
-    if asked == "auto" and options.backend == "cuda":
-        asked = "cuda"
+    if asked == "auto":
+        on_gpu = [t for b in backends() if b.name == "cuda" and b.available for t in b.targets]
+        if options.backend == "cuda" or options.target in on_gpu:
+            asked = "cuda"
+        elif options.target is not None or options.backend is not None:
+            asked = "cpu"
     device = devices.resolve(asked, options.dtype)
     # With one thread the CPU's clock is the process's.
     one_thread = not device.cuda and torch.get_num_threads() == 1
@@ -245,7 +247,10 @@ def run(options: Options) -> dict[str, Any]:
     settings = results["settings"]
     target = settings["target"] or "best target"
     gpu = settings["device"] == "cuda"
-    print(f"{machine.computed_on(results)}, {settings['dtype']}" + ("" if gpu else f", {target}"))
+    print(
+        f"{machine.computed_on(results)}, {settings['dtype']}"
+        + (f", {target}" if settings["target"] or not gpu else "")
+    )
     digits, unit = (3, 1e12) if gpu else (1, 1e9)
     for shape in dict.fromkeys(row["shape"] for row in results["rows"]):
         lines = [

@@ -47,7 +47,9 @@ def queries_and_keys(path: Path) -> tuple[Any, Any]:
     pair = []
     for name in ("q", "k"):
         if name not in content:
-            raise UsageError(f"{path}: holds no {name}; it has {', '.join(sorted(content)) or 'nothing'}")
+            raise UsageError(
+                f"{path}: holds no {name}; it has {', '.join(sorted(map(str, content))) or 'nothing'}"
+            )
         array = content[name]
         shape = tuple(getattr(array, "shape", ()))
         if len(shape) == 4 and shape[0] == 1:

@@ -127,9 +127,12 @@ def load(path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             where, config=config, dtype=torch_dtype(dtype), attn_implementation="sdpa", **options
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise UsageError(f"--model {path}: {reason[0] if reason else type(error).__name__}") from error
+    except Exception as error:  # a damaged file fails in whatever Transformers does with what it reads
+        reason = str(error).strip().splitlines()[:1]
+        kind = (
+            [] if reason and isinstance(error, (OSError, ValueError, ImportError)) else [type(error).__name__]
+        )
+        raise UsageError(f"--model {path}: {': '.join(kind + reason)}") from error
     name = BUNDLED_NAME if path.name.startswith(BUNDLED_NAME) else path.stem if path.is_file() else path.name
     return Loaded(model.to(device.kind), tokenizer, name, dtype, device, stretch)
 

@@ -28,3 +28,17 @@ def halves_pages(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, t
     """
     tokens = kv_cache.transpose(1, 2)
     return tokens[..., :head_dim], tokens[..., head_dim:]
+
+
+def slot_pages(buffer: torch.Tensor, page_size: int, heads: int, head_dim: int) -> torch.Tensor:
+    """Return K or V of SGLang's pool: [slots, heads, head_dim], or pages of [heads, page_size, head_dim].
+
+    Slots may be strided, where layers or K and V share memory.
+    """
+    if buffer.dim() == 4:
+        return buffer.transpose(1, 2)
+    slots = buffer.view(buffer.shape[0], heads, head_dim)
+    slot, head, element = slots.stride()
+    return slots.as_strided(
+        (slots.shape[0] // page_size, page_size, heads, head_dim), (slot * page_size, slot, head, element)
+    )

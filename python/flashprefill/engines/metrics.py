@@ -103,7 +103,7 @@ class Metrics:
         after = self.snapshot()
         self.logger.info("%s", line(self._shown, after))
         self._shown = after
-        hook = self._hook(options.metrics_hook)
+        hook = self.hook(options.metrics_hook)
         if hook is not None:
             try:
                 hook(after)
@@ -111,7 +111,8 @@ class Metrics:
                 self.logger.exception("flashprefill: metrics_hook %s failed, and is not called again", hook)
                 self._hooks[options.metrics_hook or ""] = None
 
-    def _hook(self, name: str | None) -> Callable[[dict[str, Any]], None] | None:
+    def hook(self, name: str | None) -> Callable[[dict[str, Any]], None] | None:
+        """Return the function of a "module:function". Raises what importing it does."""
         if name is None:
             return None
         if name not in self._hooks:

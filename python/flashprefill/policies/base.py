@@ -49,7 +49,6 @@ class Policy(metaclass=_Named):
     source: str
     _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
     _fields: ClassVar[tuple[Field, ...]] = ()
-    _always_in_text: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         own = cls.__dict__.get("__annotations__", {}) or cls.__annotations__
@@ -107,8 +106,7 @@ class Policy(metaclass=_Named):
         shown = []
         for field in self._fields:
             value = values[field.name]
-            always = field.flags & _abi.DECIDES or field.name in self._always_in_text
-            if value is not None and (always or value != field.default):
+            if value is not None and (field.flags & _abi.DECIDES or value != field.default):
                 shown.append(f"{field.name}={self._spell(field.name, value)}")
         return f"{self.kind}({', '.join(shown)})" if shown else self.kind
 
@@ -157,6 +155,21 @@ class Policy(metaclass=_Named):
 
     def at_layer(self, layer: int) -> Policy:
         """Return the policy for one layer of a model: itself, unless it depends on the layer."""
+        return self
+
+    def _row_unit(self) -> int | None:
+        """Return where a prompt may be cut so that the selection of no tile changes: at multiples of this.
+
+        None: nowhere, because tiles are chosen for by rows or keys that may lie on the other side.
+        """
+        return None
+
+    def _at_heads(self, first: int, past: int, heads: int) -> Policy:
+        """Return the policy for query heads first to past - 1 of `heads`, as if there were no others.
+
+        Raises:
+            UnsupportedError: there is none, because the policy goes by a head's number.
+        """
         return self
 
     def _vertical_slash_room(self, keys: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ..errors import refuse, refuse_type
@@ -13,7 +14,12 @@ def check_number(name: str, value: Any) -> float:
     """Return a number of any kind as a float."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         refuse_type(name, repr(value), "a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        refuse(name, value, f"at most {sys.float_info.max:g}")
+    except (TypeError, ValueError):  # an array, for one
+        refuse_type(name, repr(value), "a number")
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
@@ -24,6 +30,15 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     if not low <= number <= high:
         refuse(name, number, f"from {low} to {high}")
     return number
+
+
+def check_list(name: str, value: Any, of: str) -> tuple[Any, ...]:
+    """Return what is listed, or refuse what is no list."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        refuse_type(name, repr(value), of)
+    if not (listed := tuple(value)):
+        refuse(name, (), of)
+    return listed
 
 
 def check_bool(name: str, value: Any) -> bool:

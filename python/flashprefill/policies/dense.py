@@ -21,3 +21,6 @@ class Dense(Policy):
     share_heads: bool = DEFAULT
 
     kind = "dense"
+
+    def _row_unit(self) -> int | None:
+        return 1

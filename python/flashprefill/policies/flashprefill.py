@@ -45,3 +45,6 @@ class FlashPrefill(Policy):
 
     def _rules(self, values: dict[str, Any]) -> None:
         self._doubt_alpha(values)
+
+    def _row_unit(self) -> int | None:
+        return 1

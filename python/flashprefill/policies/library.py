@@ -96,7 +96,7 @@ def parsed(text: str) -> Any:
 
 
 def _default(field: _abi.PolicyField, struct: Any, choices: tuple[str, ...]) -> Any:
-    if field.flags & _abi.ALTERNATIVE or field.type in (_abi.INT_TABLE, _abi.FLOAT_TABLE):
+    if field.flags & (_abi.ALTERNATIVE | _abi.OPTIONAL) or field.type in (_abi.INT_TABLE, _abi.FLOAT_TABLE):
         return None
     if field.type == _abi.FLOAT:
         return field.initial

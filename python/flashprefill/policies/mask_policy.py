@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type
 from .base import Policy
 from .streaming import Streaming
 
@@ -106,6 +106,19 @@ class MaskPolicy(Policy):
         """The function's name."""
         return str(getattr(self.function, "__qualname__", None) or type(self.function).__qualname__)
 
+    def _row_unit(self) -> int | None:
+        return (
+            1  # the function is called with chunks, and it is the function's business what it makes of them
+        )
+
+    def _at_heads(self, first: int, past: int, heads: int) -> MaskPolicy:
+        if (first, past) != (0, heads):
+            raise UnsupportedError(
+                f"{self.name} is called with all heads: heads {first} to {past - 1} of {heads} can't be "
+                "taken alone"
+            )
+        return self
+
     def at_layer(self, layer: int) -> MaskPolicy:
         """Return the policy for one layer of a model."""
         return dataclasses.replace(self, layer=layer)
@@ -130,6 +143,8 @@ def function_named(text: str) -> Any:
     module, _, path = text.partition(":")
     found: Any
     try:
+        if module.startswith("."):
+            raise ImportError("a module's whole name is needed")
         found = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)

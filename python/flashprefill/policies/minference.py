@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import refuse, refuse_type
 from .base import Policy
-from .checks import MAX_TOKENS, check_integer
+from .checks import MAX_TOKENS, check_integer, check_list, check_number
 from .library import DEFAULT, vertical_slash_room
+from .tables import MAX_HEADS, read_table
 
 _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minference_pattern
 
@@ -30,6 +29,14 @@ def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
         check_integer(f"{name}'s a", a, 0, MAX_TOKENS),
         check_integer(f"{name}'s b", b, 0, MAX_TOKENS),
     )
+
+
+def _head(layer: int, name: Any, heads: int) -> int:
+    """Return a head's index, which JSON has as text."""
+    text = str(name)
+    if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < heads):
+        refuse(f"config[{layer}]'s head", str(name)[:40], f"from 0 to {heads - 1}")
+    return int(text)
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,11 +79,13 @@ class MInference(Policy):
     def _rules(self, values: dict[str, Any]) -> None:
         heads = values["heads"]
         if heads is not None:
+            heads = check_list("heads", heads, "a pattern for each query head, or None")
             values["heads"] = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
-            if not values["heads"]:
-                refuse("heads", (), "a pattern for each query head, or None")
         if values["rounding"] == "tokens" and values["mean_correction"]:
             refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
+
+    def _at_heads(self, first: int, past: int, heads: int) -> MInference:
+        return self if self.heads is None else dataclasses.replace(self, heads=self.heads[first:past])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,23 +111,25 @@ class MInference(Policy):
         Returns:
             A mapping from layer to policy, for ``flashprefill.patch_model(model, mapping)``. Its "default" is
             for layers that are not in the table.
+
+        Raises:
+            OSError: the file cannot be opened.
+            InvalidArgumentError, ArgumentTypeError: it is no such table; the message says where.
         """
-        if isinstance(config, (str, os.PathLike)):
-            config = json.loads(Path(config).read_text())
-        if not isinstance(config, list) or not all(isinstance(layer, Mapping) for layer in config):
-            refuse_type("config", repr(config)[:60], "a list with one object a layer, or a path to it")
-        if not ratio > 0.0:
+        config = read_table(config, Mapping, "a list with one object per layer")
+        ratio = check_number("ratio", ratio)
+        if not 0.0 < ratio < float("inf"):
             refuse("ratio", ratio, "above 0")
+        most = MAX_HEADS if q_heads is None else check_integer("q_heads", q_heads, 1, MAX_HEADS)
+        table = [{_head(n, head, most): e for head, e in layer.items()} for n, layer in enumerate(config)]
         if q_heads is None:
-            q_heads = 1 + max((int(head) for layer in config for head in layer), default=-1)
+            q_heads = 1 + max((head for layer in table for head in layer), default=-1)
         scaled: dict[Any, MInference] = {}
-        for number, layer in enumerate(config):
+        for number, layer in enumerate(table):
             heads = [(_PATTERNS[0], 1000, 6096)] * q_heads
             for head, entry in layer.items():
-                if not 0 <= int(head) < q_heads:
-                    refuse(f"config[{number}]'s head", head, f"from 0 to {q_heads - 1}")
-                pattern, a, b = _pattern(f"config[{number}][{head}]", tuple(entry)[:3])
-                heads[int(head)] = pattern, a, b
+                entry = entry[:3] if isinstance(entry, (list, tuple)) else entry
+                heads[head] = _pattern(f"config[{number}][{head}]", entry)
             if ratio != 1.0:
                 heads = [
                     (p, int(a * ratio), int(b * ratio)) if p == _PATTERNS[0] else (p, a, b)

@@ -54,7 +54,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
 }
 
-_VISION = "-vl"  # a model that sees is another family than its language model
+# Parts of names that make another family: models that see, and GLM-4's second generation.
+_MARKS = ("-vl", "-0414")
 
 
 def _plain(name: str) -> str:
@@ -68,7 +69,8 @@ def _by_name(name: str, families: Iterable[str]) -> str | None:
     text, found = _plain(name), []
     for family in families:
         plain = _plain(family)
-        if re.search(rf"(^|[-.]){re.escape(plain)}($|-)", text) and (_VISION in text) == (_VISION in plain):
+        same = all((mark in text) == (mark in plain) for mark in _MARKS)
+        if same and re.search(rf"(^|[-.]){re.escape(plain)}($|-)", text):
             found.append(family)
     return max(found, key=len, default=None)
 

@@ -49,3 +49,6 @@ class Prism(Policy):
     def _rules(self, values: dict[str, Any]) -> None:
         if values["rotary_dim"] % 2:
             refuse("rotary_dim", values["rotary_dim"], "even")
+
+    def _row_unit(self) -> int | None:
+        return self.block_size  # a block's mean is scored by tiles that end inside of it, too

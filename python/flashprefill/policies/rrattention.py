@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UnsupportedError
 from .base import Policy
 from .checks import check_stride
 from .library import DEFAULT
@@ -40,3 +41,14 @@ class RRAttention(Policy):
 
     def _rules(self, values: dict[str, Any]) -> None:
         check_stride(values["stride"], values["block_size"])
+
+    def _row_unit(self) -> int | None:
+        return self.stride
+
+    def _at_heads(self, first: int, past: int, heads: int) -> RRAttention:
+        if first % self.stride:  # head h takes another row of each cell than head h + 1
+            raise UnsupportedError(
+                f"{self.kind} goes by heads' numbers: heads {first} to {past - 1} can't be taken alone where "
+                f"{first} is no multiple of its stride ({self.stride})"
+            )
+        return self

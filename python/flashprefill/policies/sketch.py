@@ -53,3 +53,6 @@ class Sketch(Policy):
 
     def _rules(self, values: dict[str, Any]) -> None:
         self._doubt_alpha(values)
+
+    def _row_unit(self) -> int | None:
+        return None if self.query_metric else 1  # the metric is made of rows of the whole prompt

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .base import Policy
 from .library import DEFAULT
-
-_WITH_TOPK = -0.1  # similarity, as the authors use it
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,8 +21,8 @@ class SpargeAttn(Policy):
             unless ``topk`` is given.
         topk: keep the top floor(topk * all key blocks of the sequence), in [0, 1]. One of cdf and topk
             decides.
-        similarity: mean cosine, in [-1, 1]. The default is what the authors use: 0.6 with cdf, -0.1 with
-            topk.
+        similarity: mean cosine, in [-1, 1]. None, the default, is what the authors use: 0.6 with cdf, -0.1
+            with topk.
         block_size: keys per block; 64 is the paper's.
         sink_blocks: blocks at the beginning that are always kept.
         window_blocks: blocks before and at the diagonal that are always kept.
@@ -35,7 +32,7 @@ class SpargeAttn(Policy):
 
     cdf: float | None = DEFAULT
     topk: float | None = DEFAULT
-    similarity: float | None = None
+    similarity: float | None = DEFAULT
     block_size: int = DEFAULT
     sink_blocks: int = DEFAULT
     window_blocks: int = DEFAULT
@@ -43,11 +40,3 @@ class SpargeAttn(Policy):
     mean_correction: bool = DEFAULT
 
     kind = "spargeattn"
-
-    _always_in_text = ("similarity",)  # its default depends on topk here, not in the library
-
-    def _alternatives(self) -> dict[str, Any]:
-        values = super()._alternatives()
-        if self.similarity is None:
-            values["similarity"] = self._field("similarity").default if self.topk is None else _WITH_TOPK
-        return values

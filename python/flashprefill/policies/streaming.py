@@ -34,6 +34,9 @@ class Streaming(Policy):
 
     kind = "streaming"
 
+    def _row_unit(self) -> int | None:
+        return 1
+
     @classmethod
     def a_shape(
         cls, n_init: int = 128, n_local: int = 3968, *, block_size: int = 128, **fields: Any

@@ -95,7 +95,7 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
         return function.strip(), _read("function" + bracket + rest)[1]
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two: brackets in brackets
         tree = None
     name, keywords = (tree.func, tree.keywords) if isinstance(tree, ast.Call) else (tree, [])
     if not isinstance(name, ast.Name):
@@ -108,7 +108,7 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
             raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
         try:
             fields[keyword.arg] = _value(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError, MemoryError, RecursionError):
             raise InvalidArgumentError(f"{keyword.arg} must be a plain value") from None
     return name.id, fields
 

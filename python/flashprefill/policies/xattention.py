@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse
 from .base import Policy
-from .checks import check_stride
+from .checks import check_list, check_stride
 from .library import DEFAULT
+from .tables import read_table
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,12 +51,18 @@ class XAttention(Policy):
         check_stride(values["stride"], values["block_size"])
         heads = values["head_thresholds"]
         if heads is not None:
+            heads = check_list("head_thresholds", heads, "a threshold for each query head, or None")
             threshold = self._field("threshold")
             values["head_thresholds"] = tuple(
                 threshold._replace(name=f"head_thresholds[{h}]").check(each) for h, each in enumerate(heads)
             )
-            if not values["head_thresholds"]:
-                refuse("head_thresholds", (), "a threshold for each query head, or None")
+
+    def _row_unit(self) -> int | None:
+        return self.stride
+
+    def _at_heads(self, first: int, past: int, heads: int) -> XAttention:
+        table = self.head_thresholds
+        return self if table is None else dataclasses.replace(self, head_thresholds=table[first:past])
 
     @classmethod
     def from_config(cls, config: Any, **fields: Any) -> dict[Any, XAttention]:
@@ -70,11 +75,12 @@ class XAttention(Policy):
         Returns:
             A mapping from layer to policy, with a default for other layers, for
             ``flashprefill.patch_model(model, mapping)``.
+
+        Raises:
+            OSError: the file cannot be opened.
+            InvalidArgumentError, ArgumentTypeError: it is no such table.
         """
-        if isinstance(config, (str, os.PathLike)):
-            config = json.loads(Path(config).read_text())
-        if not isinstance(config, list) or not all(isinstance(layer, (list, tuple)) for layer in config):
-            refuse_type("config", repr(config)[:60], "a list of thresholds for each layer, or a path to it")
+        config = read_table(config, (list, tuple), "a list of thresholds for each layer")
         heads = {len(layer) for layer in config}
         if len(heads) > 1:
             refuse("config", f"of {min(heads)} to {max(heads)} heads a layer", "of as many in each layer")

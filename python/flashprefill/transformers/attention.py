@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from . import packed, stats
 from .configs import is_patched
 from .dense import dense_attention, supports_sdpa
 from .fallback import DETAILED, note_once, warn_once
-from .masks import Plan, Span, is_jit_tracing, is_roles, plan_of
+from .masks import Plan, Span, is_general_export, is_jit_tracing, is_roles, plan_of
 from .reasons import as_sdpa_casts, describe, why_dense
 
 ATTRIBUTE = "_flashprefill"  # of a patched model's attention layers: a Layer
@@ -49,6 +50,11 @@ _UNPATCHED = FlashPrefill()
 
 # Length of the prompt that generate() is reading, all its chunks; None if unknown. Set by register.py.
 prompt_length: contextvars.ContextVar[int | None] = contextvars.ContextVar("prompt_length", default=None)
+
+# What computes the layers of a forward whose rows are spread over ranks. Set by flashprefill.distributed.
+over_ranks: contextvars.ContextVar[Callable[..., torch.Tensor] | None] = contextvars.ContextVar(
+    "over_ranks", default=None
+)
 
 
 def flashprefill_attention(
@@ -79,9 +85,12 @@ def flashprefill_attention(
         **kwargs: what else the model's layers hand on.
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
+    ranks = over_ranks.get()
+    if ranks is not None:
+        return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)
     compiling = torch.compiler.is_compiling()
-    if not compiling and is_jit_tracing():  # lengths are tensors, and the trace must be right for others
+    if (not compiling and is_jit_tracing()) or is_general_export(query.shape[2]):  # to be right at any length
         warn_once("tracing", module)
         return dense_attention(
             module, query, key, value, attention_mask, None, eager, dropout, scaling, is_causal, kwargs

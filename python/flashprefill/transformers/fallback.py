@@ -36,7 +36,8 @@ LOUD = {
     "device": "a device that is neither a CPU nor a CUDA device",
     "fake tensors": "tensors that are no plain ones, or a mode that watches every operator (FakeTensorMode, "
     "FlopCounterMode, make_fx, torch.func)",
-    "tracing": "torch.jit.trace and ONNX export record it, because it is right at other lengths too",
+    "tracing": "torch.jit.trace, ONNX export and torch.export with dynamic lengths record it, because it is "
+    "right at other lengths too",
     "bidirectional": "attention that is not causal",
     "custom mask": "a mask that is not causal with padding at the ends",
     "backend": "no backend of this build runs on the model's device",

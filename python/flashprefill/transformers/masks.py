@@ -154,6 +154,16 @@ def is_jit_tracing() -> bool:
     return bool(torch._C._get_tracing_state())
 
 
+def is_general_export(rows: Any) -> bool:
+    """Return whether torch.export records lengths as symbols, or for ONNX, which has no operator like ours.
+
+    What is sparse from a tile of rows on would not hold for all lengths.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return False
+    return isinstance(rows, torch.SymInt) or torch.onnx.is_in_onnx_export()
+
+
 def is_watched() -> bool:
     """Return whether a mode is on that sees every operator of PyTorch's, and would not see ours."""
     return torch._C._len_torch_dispatch_stack() > 0

@@ -55,7 +55,8 @@ def attention(
     """Return (out [1, rows, heads, head_dim], what was measured or why no request's rows were sparse)."""
     own = {name: value for name, value in kwargs.items() if name not in _OWN}
     never = "policy" if policy is None else why_never(module, tensors, dropout, kwargs)
-    window = kwargs.get("sliding_window")
+    # Transformers' own paged attention reads the layer's attribute; Qwen2-MoE's layers hand on nothing.
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None) or None
     query, key, value = as_sdpa_casts(tensors)
     shape = (1, query.shape[2], query.shape[1], value.shape[3])
     out = torch.zeros(shape, dtype=query.dtype, device=query.device)  # padding, if there is any, stays zero

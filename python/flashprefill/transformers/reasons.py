@@ -74,7 +74,7 @@ def why_dense(
         if plan.holes:
             return "custom mask"
     elif mask is not None:
-        if window is not None:
+        if window is not None or getattr(module, "sliding_window", None):  # some layers don't hand it on
             return "sliding window"
         return "compiled mask" if torch.compiler.is_compiling() else "custom mask"
     elif not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):

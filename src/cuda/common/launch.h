@@ -8,8 +8,6 @@
 
 namespace flashprefill::cuda {
 
-constexpr int kMaxSharedBytes = 227 * 1024; // of a CTA on sm_90
-
 // Multiprocessors of the current device.
 inline cudaError_t CountProcessors(int* processors) {
   int device = 0;
@@ -33,21 +31,26 @@ cudaError_t AllowSharedOnly(void (*kernel)(Params...), int bytes) {
                               cudaSharedmemCarveoutMaxShared);
 }
 
-// A launch that, if it `overlaps`, may start while the kernel before it on the stream ends. A kernel launched so waits
-// for that one itself (cudaGridDependencySynchronize), in all of its CTAs: else it could be done before it.
+// Whether launches may overlap on the current device: whether it runs code of this library that was made for sm_90 or
+// later (grid_control.cuh), which is not so below Hopper, nor where a driver has compiled sm_80's PTX.
+bool GridsOverlap();
+
+// A launch that, if it `overlaps` and the device can, may start while the kernel before it on the stream ends. A kernel
+// launched so waits for that one itself (cudaGridDependencySynchronize), in all of its CTAs: else it could be done
+// before it.
 template <typename... Params>
 cudaError_t LaunchOverlapped(void (*kernel)(Params...), bool overlaps, int64_t grid, int threads, int bytes,
                              cudaStream_t stream, const Params&... params) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = overlaps;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = overlaps && GridsOverlap() ? 1 : 0; // below Hopper there is no such attribute
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
 }

@@ -93,6 +93,11 @@ __device__ __forceinline__ void AsyncCopy16(uint32_t to, const void* from, bool 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+// `bytes` of the 16, from 0 on, and zeros for the others.
+__device__ __forceinline__ void AsyncCopyPart16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void AsyncCopyWaitAll() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Orders this thread's ordinary shared-memory accesses before later ones of the matrix units and the copy engine.

@@ -1,20 +1,26 @@
-// Rows of 16-bit values in shared memory as wgmma reads them, copied 16 bytes per thread from wherever they lie, and
-// the product of two such sets. For kernels whose rows come one by one (pages of any size, the last rows of a sequence)
-// and whose products are small: no producer warp, no tensor maps; several CTAs per multiprocessor hide each other's
-// waits.
+// Rows of 16-bit values in panels of swizzled rows in shared memory, copied 16 bytes per thread from wherever they lie.
+// For kernels whose rows come one by one (pages of any size, the last rows of a sequence) and whose products are small:
+// no producer warp, no tensor maps; several CTAs per multiprocessor hide each other's waits. The product of two such
+// sets is PanelProduct, sm90/panel_product.cuh or sm80/panel_product.cuh.
 #ifndef FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_
 #define FLASHPREFILL_CUDA_COMMON_SWIZZLED_ROWS_CUH_
 
-#include "cuda/common/wgmma.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace flashprefill::cuda {
 
+constexpr int kPanelAlign = 1024;
 constexpr int kPanelThreads = 128; // one warpgroup
 constexpr int kPanelRowBytes = 128;
 constexpr int kProductRows = 64; // of A; a warp has 16
 
 template <int PANELS, int ROWS>
 constexpr int kPanelBytes = PANELS* ROWS* kPanelRowBytes;
+
+// Dynamic shared memory from the next multiple of kPanelAlign on: ask for as much more.
+__device__ __forceinline__ char* AlignedPanels(char* raw) {
+  return raw + (kPanelAlign - SharedAddress(raw) % kPanelAlign) % kPanelAlign;
+}
 
 // Starts the copies of ROWS rows; address(i) is row i's first element, or null for zeros. Columns past head_dim, a
 // multiple of 8, are zeros.
@@ -30,24 +36,6 @@ __device__ __forceinline__ void CopyRows(char* to, int head_dim, const void* any
     AsyncCopy16(panel + row * kPanelRowBytes + (chunk % 8 ^ row % 8) * 16,
                 valid ? static_cast<const void*>(from + chunk * 8) : anywhere, valid);
   }
-}
-
-// d = A B^T: 64 rows of A, COLUMNS rows of B. All threads of the CTA; the copies are complete and fenced. meanwhile()
-// is called while the matrix units work.
-template <typename T, int PANELS, int COLUMNS, typename Meanwhile>
-__device__ __forceinline__ void MultiplyPanels(float (&d)[COLUMNS / 2], const char* a, const char* b,
-                                               Meanwhile&& meanwhile) {
-  const uint64_t left = DescribeKMajor(SharedAddress(a)), right = DescribeKMajor(SharedAddress(b));
-  WgmmaFence();
-#pragma unroll
-  for (int slice = 0; slice < 4 * PANELS; ++slice) { // 16 columns: 32 bytes; addresses count in units of 16
-    Wgmma<T>::SS(d, left + slice / 4 * (kProductRows * kPanelRowBytes / 16) + slice % 4 * 2,
-                 right + slice / 4 * (COLUMNS * kPanelRowBytes / 16) + slice % 4 * 2, slice > 0);
-  }
-  WgmmaCommit();
-  meanwhile();
-  WgmmaWait<0>();
-  KeepInPlace(d);
 }
 
 } // namespace flashprefill::cuda

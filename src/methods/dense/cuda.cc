@@ -1,5 +1,5 @@
 // Dense on CUDA: every block, without scores.
-#include "cuda/sm90/energies/forced.h"
+#include "cuda/common/energies/forced.h"
 
 namespace flashprefill::methods::dense {
 

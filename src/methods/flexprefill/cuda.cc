@@ -1,17 +1,17 @@
 // FlexPrefill on CUDA: verticals and slashes of blocks up to a budget by gamma, and for query-aware heads the largest
 // entries of the pooled map.
-#include "cuda/sm90/vertical_slash/plan.h"
+#include "cuda/common/vertical_slash/plan.h"
 
 namespace flashprefill::methods::flexprefill {
 namespace {
 
 class Plan {
  public:
-  static Plan Of(const Problem& p, const Policy& policy) {
+  static Plan Of(const Problem& p, const Policy& policy, const cuda::Gpu& gpu) {
     const auto& f = reinterpret_cast<const fp_flexprefill&>(policy);
     const int64_t size = policy.block_size;
     const int64_t dense_up_to_keys = std::max(2 * size, DivUp<int64_t>(f.min_budget, size) * size);
-    return {f, cuda::VerticalSlashPlan::Of(p, policy, policy.block_size, dense_up_to_keys)};
+    return {f, cuda::VerticalSlashPlan::Of(p, policy, gpu, policy.block_size, dense_up_to_keys)};
   }
 
   const char* Unsupported() const { return family_.Unsupported(); }
@@ -37,9 +37,10 @@ class Plan {
   cudaError_t Launch(const cuda::SelectTarget& target) const {
     if (cudaError_t error = family_.LaunchPooling(target.stream)) return error;
     if (!family_.keeps_everything) {
-      if (cudaError_t error = cuda::LaunchSums(family_.Sums(), target.stream)) return error;
+      if (cudaError_t error = cuda::LaunchSums(family_.Sums(), family_.gpu, target.stream)) return error;
       if (cudaError_t error = cuda::LaunchBlockChoice(Choice(), target.stream)) return error;
-      if (cudaError_t error = HasMap() ? cuda::LaunchMap(Map(target.mask), target.stream) : cudaSuccess) return error;
+      if (cudaError_t error = HasMap() ? cuda::LaunchMap(Map(target.mask), family_.gpu, target.stream) : cudaSuccess)
+        return error;
     }
     cuda::VerticalSlashMaskArgs mask = family_.Mask(target);
     mask.phase_step = 1;

@@ -3,7 +3,7 @@
 #include <limits>
 #include <numeric>
 
-#include "cuda/sm90/vertical_slash/plan.h"
+#include "cuda/common/vertical_slash/plan.h"
 #include "methods/minference/patterns.h"
 
 namespace flashprefill::methods::minference {
@@ -22,9 +22,9 @@ int64_t DenseUpToKeys(const Problem& p, const fp_minference& m) {
 
 class Plan {
  public:
-  static Plan Of(const Problem& p, const Policy& policy) {
+  static Plan Of(const Problem& p, const Policy& policy, const cuda::Gpu& gpu) {
     const auto& m = reinterpret_cast<const fp_minference&>(policy);
-    return {m, cuda::VerticalSlashPlan::Of(p, policy, static_cast<int>(kRows), DenseUpToKeys(p, m))};
+    return {m, cuda::VerticalSlashPlan::Of(p, policy, gpu, static_cast<int>(kRows), DenseUpToKeys(p, m))};
   }
 
   const char* Unsupported() const {
@@ -66,7 +66,7 @@ class Plan {
       if (!needs_sums && HasTable()) sums.skipped[h / 64] |= uint64_t{1} << (h % 64);
     }
     if (!family_.keeps_everything && any_sums) {
-      if (cudaError_t error = cuda::LaunchSums(sums, target.stream)) return error;
+      if (cudaError_t error = cuda::LaunchSums(sums, family_.gpu, target.stream)) return error;
       if (cudaError_t error = cuda::LaunchTokenChoice(Choice(sums), target.stream)) return error;
     }
     return cuda::LaunchVerticalSlashMask(mask, target.stream);

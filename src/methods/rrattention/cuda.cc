@@ -1,10 +1,10 @@
 // RRAttention on CUDA: one query per cell, another one for each head, against the means of cells of keys.
-#include "cuda/sm90/strided/plan.h"
+#include "cuda/common/strided/plan.h"
 
 namespace flashprefill::methods::rrattention {
 namespace {
 
-cuda::StridedPlan PlanOf(const Problem& p, const Policy& policy) {
+cuda::StridedPlan PlanOf(const Problem& p, const Policy& policy, const cuda::Gpu& gpu) {
   const auto& r = reinterpret_cast<const fp_rrattention&>(policy);
   cuda::StridedScores scores{};
   scores.stride = r.stride;
@@ -12,7 +12,7 @@ cuda::StridedPlan PlanOf(const Problem& p, const Policy& policy) {
   scores.forced_first = false;
   scores.factor = p.softmax_scale;
   scores.threshold = r.threshold;
-  return cuda::StridedPlan::Of(p, policy, scores);
+  return cuda::StridedPlan::Of(p, policy, scores, gpu);
 }
 
 } // namespace

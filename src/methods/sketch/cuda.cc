@@ -1,12 +1,12 @@
 // Sketch on CUDA: energies of blocks by mean, variance and outliers, and one of three ways to decide.
 #include <cmath>
 
-#include "cuda/sm90/energies/plan.h"
+#include "cuda/common/energies/plan.h"
 
 namespace flashprefill::methods::sketch {
 namespace {
 
-cuda::EnergiesPlan PlanOf(const Problem& p, const Policy& policy) {
+cuda::EnergiesPlan PlanOf(const Problem& p, const Policy& policy, const cuda::Gpu& gpu) {
   const auto& f = reinterpret_cast<const fp_sketch&>(policy);
   cuda::EnergyScores scores;
   scores.keep.by_mass = !std::isnan(f.mass);
@@ -18,12 +18,12 @@ cuda::EnergiesPlan PlanOf(const Problem& p, const Policy& policy) {
   scores.sketch = true;
   scores.outliers = f.outliers;
   scores.query_metric = f.query_metric != 0;
-  return cuda::EnergiesPlan::Of(p, policy, scores);
+  return cuda::EnergiesPlan::Of(p, policy, scores, gpu);
 }
 
 } // namespace
 
 extern const cuda::Selector kCuda;
-const cuda::Selector kCuda = cuda::SelectorOverScores<PlanOf>(cuda::kEnergiesDenseUpToKeys);
+const cuda::Selector kCuda = cuda::SelectorOverScores<PlanOf>(cuda::EnergiesDenseUpToKeys);
 
 } // namespace flashprefill::methods::sketch

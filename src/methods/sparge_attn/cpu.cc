@@ -7,7 +7,7 @@
 #include "cpu/energies/similarity_kernels.h"
 #include "cpu/strided/kernels.h"
 #include "cpu/top_p.h"
-#include "methods/sparge_attn/top_blocks.h"
+#include "methods/sparge_attn/rules.h"
 
 namespace flashprefill::methods::sparge_attn {
 namespace {
@@ -51,7 +51,7 @@ class Selection : public cpu::PooledSelection {
 
  private:
   bool AreSimilar(int64_t n, const Scratch& scratch) const {
-    return kernels_.similarity(scratch.rows, n, call_.p.head_dim, scratch.center, scratch.sum) > policy_.similarity;
+    return kernels_.similarity(scratch.rows, n, call_.p.head_dim, scratch.center, scratch.sum) > SimilarityOf(policy_);
   }
 
   int64_t LoadBlock(const cpu::BlockRun& run, int64_t block, float* rows) const {

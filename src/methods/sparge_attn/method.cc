@@ -12,8 +12,9 @@ namespace {
 constexpr int32_t kAlternative = FP_FIELD_ALTERNATIVE | FP_FIELD_DECIDES;
 
 constexpr Field kFields[] = {
-    FloatField("similarity", offsetof(fp_sparge_attn, similarity), 0.6, -1, 1, 0,
-               "mean cosine of a block's tokens above which the block is self-similar"),
+    FloatField(
+        "similarity", offsetof(fp_sparge_attn, similarity), kNotGiven, -1, 1, FP_FIELD_OPTIONAL,
+        "mean cosine of a block's tokens above which the block is self-similar; none: 0.6 with cdf, -0.1 with topk"),
     ShareField("cdf", offsetof(fp_sparge_attn, cdf), 0.98, kAlternative,
                "keep the top blocks whose probabilities sum up to at most this"),
     ShareField("topk", offsetof(fp_sparge_attn, topk), kNotGiven, kAlternative,

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "methods/sparge_attn/top_blocks.h"
+#include "methods/sparge_attn/rules.h"
 #include "reference/selector.h"
 #include "reference/top_p.h"
 
@@ -54,8 +54,8 @@ class SpargeAttn : public HeadSelector {
 
     bool doubtful = false; // whether a block is self-similar: then every score of the tile is in doubt
     const auto similar = [&](double similarity) {
-      doubtful |= std::abs(similarity - policy_.similarity) <= 1e-4; // no mean that is rounded to 16 bits is in it
-      return similarity > policy_.similarity;
+      doubtful |= std::abs(similarity - SimilarityOf(policy_)) <= 1e-4; // no mean that is rounded to 16 bits is in it
+      return similarity > SimilarityOf(policy_);
     };
     const bool dense = !similar(
         SelfSimilarity(queries, tile.begin, tile.end, std::vector<double>(static_cast<size_t>(queries.columns))));

@@ -29,6 +29,8 @@ std::vector<AnyPolicy> Policies(int block_size, int) {
       WithForced(SpargeByCdf(block_size, 0.9f, 0.1f), 1, 2, 1),
       SpargeByTopk(block_size, 0.3f, -0.1f),
       SpargeByTopk(block_size, 0.5f, 0.2f),
+      SpargeByCdf(block_size, 0.8f, NAN),
+      SpargeByTopk(block_size, 0.4f, NAN),
   };
 }
 
@@ -73,6 +75,10 @@ TEST(SpargeAttnByHand, BlocksWithoutSimilarityAreKept) {
   // the threshold, and then the others share what is left: 1/7, 4/7, 2/7.
   for (int64_t t = 0; t < 64; ++t) data.SetKey(data.problem().k, s, 192 + t, 0, 0, t < 48 ? 30.0f : -90.0f);
   ExpectKept(data, SpargeByCdf(64, 0.6f, 0.3f), 0, {1, 3, 4});
+  // Where no threshold is given it is 0.6 with cdf and -0.1 with topk.
+  ExpectKept(data, SpargeByCdf(64, 0.6f, NAN), 0, {1, 3, 4});
+  ExpectKept(data, SpargeByTopk(64, 0.2f, NAN), 0, {1, 4});
+  ExpectKept(data, SpargeByTopk(64, 0.2f, 0.6f), 0, {1, 3, 4});
   ExpectKept(data, SpargeByCdf(64, 0.55f, 0.3f), 0, {1, 3, 4}); // at least one
   ExpectKept(data, SpargeByCdf(64, 0.87f, 0.3f), 0, {1, 2, 3, 4});
   // Its mean is 0, a weight of 1, so where it is self-similar it is the block 3 of before.

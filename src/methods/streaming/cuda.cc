@@ -1,5 +1,5 @@
 // Streaming on CUDA: the forced blocks, without scores.
-#include "cuda/sm90/energies/forced.h"
+#include "cuda/common/energies/forced.h"
 
 namespace flashprefill::methods::streaming {
 

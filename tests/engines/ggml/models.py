@@ -13,22 +13,36 @@ from pathlib import Path
 import numpy as np
 
 EMBEDDING, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDE, VOCABULARY = 128, 2, 4, 2, 64, 192, 512
-UINT32, FLOAT32, STRING = 4, 6, 8  # gguf's types of values
+UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # gguf's types of values
 ALIGNMENT = 32
 
 
 def _text(text: str) -> bytes:
-    return struct.pack("<Q", len(text)) + text.encode()
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
 
 
-def _value(name: str, value: int | float | str) -> bytes:
+Value = int | float | str | list[int] | list[float] | list[str]
+
+
+def _array(values: list[int] | list[float] | list[str]) -> bytes:
+    kind = {str: STRING, int: INT32, float: FLOAT32}[type(values[0])]
+    head = struct.pack("<IIQ", ARRAY, kind, len(values))
+    if kind == STRING:
+        return head + b"".join(_text(value) for value in values)
+    return head + np.array(values, "<i4" if kind == INT32 else "<f4").tobytes()
+
+
+def _value(name: str, value: Value) -> bytes:
+    if isinstance(value, list):
+        return _text(name) + _array(value)
     if isinstance(value, str):
         return _text(name) + struct.pack("<I", STRING) + _text(value)
     kind, form = (UINT32, "<II") if isinstance(value, int) else (FLOAT32, "<If")
     return _text(name) + struct.pack(form, kind, value)
 
 
-def _gguf(path: Path, values: dict[str, int | float | str], tensors: dict[str, np.ndarray]) -> None:
+def _gguf(path: Path, values: dict[str, Value], tensors: dict[str, np.ndarray]) -> None:
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
     head += b"".join(_value(*item) for item in values.items())
     data = b""
@@ -41,7 +55,12 @@ def _gguf(path: Path, values: dict[str, int | float | str], tensors: dict[str, n
 
 
 def _model(
-    path: Path, architecture: str, layers: int, norms: tuple[str, ...], more: dict[str, int | float]
+    path: Path,
+    architecture: str,
+    layers: int,
+    norms: tuple[str, ...],
+    more: dict[str, int | float],
+    tokenizer: dict[str, Value] | None = None,
 ) -> Path:
     random = np.random.default_rng(0)
 
@@ -63,10 +82,8 @@ def _model(
             tensors[f"blk.{layer}.{name}.weight"] = weights(*shape)
         for name in norms:
             tensors[f"blk.{layer}.{name}.weight"] = np.ones(EMBEDDING)
-    values: dict[str, int | float | str] = {
-        "general.architecture": architecture,
-        "tokenizer.ggml.model": "no_vocab",
-    }
+    values: dict[str, Value] = {"general.architecture": architecture}
+    values |= {f"tokenizer.ggml.{name}": v for name, v in (tokenizer or {"model": "no_vocab"}).items()}
     of_architecture = {
         "context_length": 8192,
         "embedding_length": EMBEDDING,
@@ -85,8 +102,23 @@ def _model(
     return path
 
 
-def llama(path: Path) -> Path:
-    return _model(path, "llama", 4, ("attn_norm", "ffn_norm"), {"rope.dimension_count": HEAD_DIM})
+def llama(path: Path, tokenizer: dict[str, Value] | None = None) -> Path:
+    more: dict[str, int | float] = {"rope.dimension_count": HEAD_DIM}
+    return _model(path, "llama", 4, ("attn_norm", "ffn_norm"), more, tokenizer)
+
+
+def llama_that_writes(path: Path) -> Path:
+    """Llama with a vocabulary of words, which llama-server wants. It is for prompts that are tokens."""
+    normal, unknown, control = 1, 2, 3  # llama_token_type
+    tokenizer: dict[str, Value] = {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "</s>", *(f"\u2581w{i}" for i in range(3, VOCABULARY))],
+        "scores": [0.0] * VOCABULARY,
+        "token_type": [unknown, control, control] + [normal] * (VOCABULARY - 3),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return llama(path, tokenizer)
 
 
 def gemma2(path: Path) -> Path:

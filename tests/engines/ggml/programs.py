@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -34,20 +35,36 @@ def dense_config(folder: Path) -> Path:
     return config
 
 
+def config_of(folder: Path, options: str) -> Path:
+    config = folder / "options.conf"
+    config.write_text(options)
+    return config
+
+
 class Server:
-    def __init__(self, plugin: Path | None, config: Path | None) -> None:
+    """llama-server with three slots, on SmolLM2 or another model. `more`: options that may replace these."""
+
+    def __init__(
+        self,
+        plugin: Path | None,
+        config: Path | None,
+        *more: str,
+        model: str = MODELS["f32"],
+        slots: int = 3,
+    ) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
-        command = [LIBRARIES / "llama-server", "-m", MODELS["f32"], "-c", "4096", "-np", "3", "-ub", "200"]
+        command = [LIBRARIES / "llama-server", "-m", model, "-c", "4096", "-np", str(slots), "-ub", "200"]
         command += ["--port", str(self.port), "--host", "127.0.0.1", "-lv", "4", "--no-warmup"]
-        command += LOOK_FOR_PLUGINS
+        command += [*LOOK_FOR_PLUGINS, *more]
         self.process = subprocess.Popen(
             command,
             env=environment(plugin, config),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         )
         self.log = ""
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -65,15 +82,21 @@ class Server:
         for line in self.process.stdout:
             self.log += line
 
-    def complete(self, prompt: str | list[int], timeout: float = 600) -> dict:
-        body = {"prompt": prompt, "n_predict": 12, "temperature": 0, "cache_prompt": True}
+    def open(self, path: str, body: dict, timeout: float = 600) -> http.client.HTTPResponse:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/completion",
+            f"http://127.0.0.1:{self.port}/{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        return urllib.request.urlopen(request, timeout=timeout)
+
+    def ask(self, path: str, body: dict, timeout: float = 600) -> dict:
+        with self.open(path, body, timeout) as response:
             return json.loads(response.read())
+
+    def complete(self, prompt: str | list[int], timeout: float = 600) -> dict:
+        body = {"prompt": prompt, "n_predict": 12, "temperature": 0, "cache_prompt": True}
+        return self.ask("completion", body, timeout)
 
     def close(self) -> str:
         self.process.terminate()

@@ -27,6 +27,12 @@ flock 9
 
 # What is done, and at what time: set-up takes long and is otherwise silent.
 step() { echo "$(date +%T) $*" >&2; }
+# Every half minute, how many of a build's steps are done, by ninja's log.
+report() {
+  while sleep 30 > /dev/null 2>&1 9>&- && kill -0 $$ 2> /dev/null; do # the lock is not the sleeper's
+    step "  $(grep -oE '^\[[0-9]+/[0-9]+\]' "$1" | tail -n 1)"
+  done
+}
 pip() { $python -m pip "$@" --quiet --disable-pip-version-check || exit 75; }
 if [ ! -e "$folder/venv/complete" ]; then
   step "Python packages and the model, to $folder"
@@ -66,13 +72,20 @@ make_engine() { # folder, CMake's options, --, targets
   shift
   stamp="$to/complete-$*"
   [ ! -e "${stamp// /-}" ] || return 0
-  step "compile $*: minutes; progress is in $folder/build.log"
+  step "compile $*: minutes, once; the log is $folder/build.log"
   cmake -G Ninja -S "$source/vendor/llama.cpp" -B "$to" -DCMAKE_BUILD_TYPE=Release -DGGML_CCACHE=OFF -DLLAMA_CURL=OFF \
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
     -DLLAMA_USE_PREBUILT_UI=OFF "${options[@]}" "${launchers[@]}" > "$folder/build.log"
-  cmake --build "$to" -j "$jobs" --target "$@" > "$folder/build.log" || (tail -n 40 "$folder/build.log"; exit 1)
+  report "$folder/build.log" &
+  local reporter=$! status=0
+  cmake --build "$to" -j "$jobs" --target "$@" > "$folder/build.log" || status=$?
+  kill "$reporter" && wait "$reporter" 2> /dev/null || true
+  [ $status = 0 ] || { tail -n 40 "$folder/build.log"; exit 1; }
   touch "${stamp// /-}"
 }
+if [ -z "$short" ] && [ ! -e "$build/complete-llama" ]; then
+  step "llama.cpp is compiled in full: a quarter of an hour on two cores. --short takes half of that"
+fi
 make_engine "$build" -- ggml
 [ -n "$nodes" ] || make_engine "$build" -- llama
 if [ -z "$short" ]; then
@@ -113,5 +126,5 @@ fi
 ctest --test-dir "$ours/plugin" --output-on-failure -R '^(mask_runs|nodes)$'
 [ -z "$nodes" ] || exit 0
 cd "$here"
-[ -z "$short" ] || set -- -m "not slow" --prompts 4 --ignore test_tools.py --ignore test_server.py "$@"
+[ -z "$short" ] || set -- -m "not slow" --prompts 4 --ignore test_tools.py --ignore test_server.py --ignore test_server_cache.py "$@"
 exec $python -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"

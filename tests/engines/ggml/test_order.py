@@ -83,6 +83,22 @@ def reads_on(r: Reader, among: bool) -> None:
     r.micro_batches(4)
 
 
+def others_end(r: Reader, among: bool) -> None:
+    """Three other slots begin and end in several orders, between the micro-batches of this one."""
+    steps: list[Callable[[], object]] = [
+        lambda: (r.another(1, 300), r.another(2, 200)),
+        lambda: r.another(3, 150),
+        lambda: r.e.remove(2),
+        lambda: (r.e.remove(1), r.another(2, 250)),
+        lambda: (r.e.remove(3), r.another(1, 100)),
+        lambda: (r.e.remove(2), r.e.remove(1)),
+    ]
+    for number, step in enumerate(steps):
+        if among:
+            step()
+        r.micro_batches(1, keep=number >= 2)
+
+
 def decodes_between(r: Reader, among: bool) -> None:
     """The same, with decode steps in cells 0-79, which the plugin does not see."""
     if among:
@@ -128,7 +144,7 @@ def is_reused(r: Reader, among: bool) -> None:
     r.micro_batches(1)
 
 
-STORIES = (reads_on, decodes_between, shifts, is_restored, is_reused)
+STORIES = (reads_on, others_end, decodes_between, shifts, is_restored, is_reused)
 
 
 def told(
@@ -162,7 +178,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("policy", "kv"), POLICIES, ids=["streaming", "flashprefill"])
 def test_order(small: str, story: Callable[[Reader, bool], None], policy: str, kv: str) -> None:
     text = np.random.default_rng(1).integers(0, models.VOCABULARY, N_CTX).tolist()
-    setup = Setup(model=small, kv=kv, n_ctx=N_CTX, n_ubatch=BATCH, n_seq=3)
+    setup = Setup(model=small, kv=kv, n_ctx=N_CTX, n_ubatch=BATCH, n_seq=4)
     alone, _ = told(story, setup, text, policy, False)
     among, _ = told(story, setup, text, policy, True)
     difference = np.abs(alone - among).max()
@@ -175,7 +191,7 @@ def test_order(small: str, story: Callable[[Reader, bool], None], policy: str, k
 def test_text_is_as_well_read(policy: str) -> None:
     """Where another slot ends, a real model's loss is what it is alone."""
     text = prompt(N_CTX, 3)
-    setup = Setup(model="q4_1", kv="f16", n_ctx=N_CTX, n_ubatch=BATCH, n_seq=3)
+    setup = Setup(model="q4_1", kv="f16", n_ctx=N_CTX, n_ubatch=BATCH, n_seq=4)
     _, alone = told(reads_on, setup, text, policy, False)
     _, among = told(reads_on, setup, text, policy, True)
     print(f"loss of a token with {policy}: alone {alone:.3f}, among others {among:.3f}")

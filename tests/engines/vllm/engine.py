@@ -1,10 +1,8 @@
-"""vLLM's engine, stock and ours, driven step by step in this process; and how their answers are compared."""
+"""vLLM's engine, stock and ours, driven step by step in this process."""
 
 import gc
-import math
-import random
-from dataclasses import dataclass, field
 
+from answers import Answer, delta
 from vllm import LLM, SamplingParams
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
@@ -12,24 +10,6 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from flashprefill import vllm as plugin
-
-NEAR = 1e-3  # the stock engine's two best log-probabilities may be swapped if they are so close
-
-
-@dataclass
-class Request:
-    ids: list
-    new: int = 8
-    at: int = 0  # the engine's step at which it comes
-    abort_at: int = -1  # and the one at which its client leaves
-
-
-@dataclass
-class Answer:
-    tokens: list = field(default_factory=list)
-    logprobs: list = field(default_factory=list)  # of each token: {token: log-probability} of the best five
-    cached: int = 0
-    finished: bool = False
 
 
 class Engine:
@@ -106,46 +86,3 @@ class Engine:
     def close(self):
         del self.llm, self.core
         gc.collect()
-
-
-def delta(before, after):
-    """What was counted between two snapshots."""
-    change = {}
-    for name, value in after.items():
-        if isinstance(value, dict):
-            change[name] = {
-                k: n - before[name].get(k, 0) for k, n in value.items() if n != before[name].get(k, 0)
-            }
-        elif name != "density":
-            change[name] = value - before[name]
-    possible = change["causal_blocks"]
-    change["density"] = change["kept_blocks"] / possible if possible else None
-    return change
-
-
-def distance(stock, ours, near=NEAR):
-    """Largest difference of log-probabilities up to the first token that differs, and whether that one may.
-
-    Returns (difference, tokens that agree). A token that differs where the stock engine was not in doubt
-    makes the difference infinite. After it the two answer different questions.
-    """
-    worst, agreed = 0.0, 0
-    for a, b, x, y in zip(stock.tokens, ours.tokens, stock.logprobs, ours.logprobs, strict=True):
-        if a != b:
-            best = sorted(x.values(), reverse=True)
-            return (worst if best[0] - best[1] < near else math.inf), agreed
-        worst = max([worst, *(abs(x[token] - y[token]) for token in x.keys() & y.keys())])
-        agreed += 1
-    return worst, agreed
-
-
-def assert_same(stock, ours, limit, near=NEAR):
-    for i, (a, b) in enumerate(zip(stock, ours, strict=True)):
-        assert a.finished and b.finished
-        worst, agreed = distance(a, b, near)
-        assert worst < limit, f"request {i}: {worst} after {agreed} tokens, {a.tokens} and {b.tokens}"
-
-
-def tokens(count, seed):
-    generator = random.Random(seed)
-    return [generator.randrange(3, 500) for _ in range(count)]

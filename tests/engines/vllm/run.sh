@@ -41,7 +41,7 @@ rm -rf "$ours/wheel" "$ours/site"
 "$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps --config-settings=build-dir="$root/build/wheel" \
   --wheel-dir "$ours/wheel" "$root"
 $python -m pip install --quiet --disable-pip-version-check --no-deps --target "$ours/site" "$ours"/wheel/*.whl
-export VLLM_CACHE_ROOT=$folder/cache VLLM_NO_USAGE_STATS=1 FLASHPREFILL_MODELS=$folder/models PYTHONPATH=$here:$ours/site
+export VLLM_CACHE_ROOT=$folder/cache VLLM_NO_USAGE_STATS=1 FLASHPREFILL_MODELS=$folder/models PYTHONPATH=$here:$root/tests/engines/common:$ours/site
 if [ "${1:-}" = --python ]; then
   shift
   exec "$python" "$@"

@@ -6,8 +6,8 @@ vLLM's OpenAI server runs on loopback with the real model, sparse, in chunks of 
 of mixed lengths over and over, some leave before the answer. Before that each prompt was asked alone: beside
 two requests that only generate, since vLLM 0.32 does not cut the prompt of one that it has alone. An answer
 may part from that one only at a token where the two best were near each other, and the distances
-between the two best before it may have moved by rounding alone: see `verdict`. The server's memory is read
-while it runs and may not grow after a warm-up of a quarter of the time.
+between the two best before it may have moved by rounding alone: see common/judge.py. The server's memory is
+read while it runs and may not grow after a warm-up of a quarter of the time.
 """
 
 import argparse
@@ -23,12 +23,9 @@ import time
 from pathlib import Path
 
 import aiohttp
+from judge import FLIPPED, RARELY, ROUNDING, compare, memory_mib, verdict
 
 PORT = 18437
-# Of log-probabilities. Batches of other sizes round elsewhere: bf16 logits from 16 on by steps of 0.125.
-ROUNDING = {"bfloat16": 0.25, "float32": 1e-3}
-FLIPPED = {"bfloat16": 0.5, "float32": 0.05}
-RARELY = 0.05
 CHUNK = 512
 PACE = 2000  # tokens
 LENGTHS = (40, 200, 500, 900, 1500, 2600, 4000)
@@ -48,21 +45,6 @@ def serve(model, dtype, stock, log):
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def memory_mib(pid):
-    """Resident memory of a process and of all that it started."""
-    total, todo = 0, [pid]
-    while todo:
-        one = todo.pop()
-        try:
-            for task in Path(f"/proc/{one}/task").iterdir():
-                todo += [int(child) for child in (task / "children").read_text().split()]
-            lines = Path(f"/proc/{one}/status").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-    return total / 1024
-
-
 async def ask(session, ids, new):
     body = {
         "model": "m",
@@ -77,35 +59,6 @@ async def ask(session, ids, new):
             raise RuntimeError(await response.text())
         found = (await response.json())["choices"][0]["logprobs"]
     return found["tokens"], [sorted(best.values(), reverse=True) for best in found["top_logprobs"]]
-
-
-def compare(alone, answer):
-    """Where an answer parts from the one given alone, and how rounding moved it before that.
-
-    Returns (token, gap there between the two best of the one alone), None where they agree; and the most that
-    the gap between the two best changed at tokens where they agree.
-    """
-    moved = 0.0
-    for at, (a, b, x, y) in enumerate(zip(alone[0], answer[0], alone[1], answer[1], strict=True)):
-        if a != b:
-            return (at, x[0] - x[1]), moved
-        moved = max(moved, abs((x[0] - x[1]) - (y[0] - y[1])))
-    return None, moved
-
-
-def verdict(dtype, off):
-    """What is wrong with answers that are off by so much; None if nothing is.
-
-    An answer is off by what the gaps of its two best tokens moved, or by the gap that it parted at, if that
-    is more. Rounding makes that ROUNDING at most. Where it moves an energy over its threshold, a block more
-    or less is read, and it is what that block matters: FLIPPED at most, and seldom. The limits stand here and
-    are not taken from the run, so an answer that read wrong keys can't excuse itself.
-    """
-    for limit, allowed in ((FLIPPED[dtype], 0), (ROUNDING[dtype], RARELY * len(off))):
-        beyond = sum(by > limit for by in off)
-        if beyond > allowed:
-            return f"{beyond} of {len(off)} answers are off by more than {limit}, the worst by {max(off):.4f}"
-    return None
 
 
 async def pace(session, ids, delay):

@@ -4,7 +4,7 @@ import logging
 
 import models
 import pytest
-from engine import NEAR, Request, assert_same, tokens
+from answers import NEAR, Request, assert_same, tokens
 from vllm import SamplingParams
 
 import flashprefill as fp

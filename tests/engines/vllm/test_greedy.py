@@ -6,7 +6,8 @@ where that one's two best were within NEAR. --prompts 4 takes every fifth.
 """
 
 import pytest
-from engine import Answer, Engine, Request, assert_same
+from answers import Answer, Request, assert_same
+from engine import Engine
 
 import flashprefill as fp
 from flashprefill import vllm as plugin

@@ -1,7 +1,7 @@
 """With FlashPrefill a request's answer depends on its own chunks, whatever else the scheduler does."""
 
 import pytest
-from engine import Request, assert_same, distance, tokens
+from answers import Request, assert_same, distance, tokens
 
 import flashprefill as fp
 from flashprefill import vllm as plugin

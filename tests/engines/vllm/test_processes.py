@@ -42,7 +42,7 @@ def run(folder, model, options, ids, **environment):
 
 
 def prompts():
-    from engine import tokens
+    from answers import tokens
 
     return [tokens(1500, 1), tokens(300, 2)]
 

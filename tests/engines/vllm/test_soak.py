@@ -1,7 +1,7 @@
-"""The soak's judgement: what it lets pass, and that it can fail."""
+"""A soak's judgement: what it lets pass, and that it can fail."""
 
+import judge
 import pytest
-import soak
 
 SURE = [[-0.1, -4.0], [-0.2, -3.0], [-0.3, -0.3005]]  # two best of each token; the third is a near tie
 
@@ -11,16 +11,16 @@ def answer(tokens="abc", **changed):
 
 
 def test_equal_answers_are_off_by_nothing():
-    assert soak.compare(answer(), answer()) == (None, 0.0)
+    assert judge.compare(answer(), answer()) == (None, 0.0)
 
 
 def test_a_near_tie_that_falls_the_other_way():
-    swap, moved = soak.compare(answer(), answer("abx", b=[-0.2, -3.0004]))
+    swap, moved = judge.compare(answer(), answer("abx", b=[-0.2, -3.0004]))
     assert swap == (2, pytest.approx(0.0005)) and moved == pytest.approx(0.0004)
 
 
 def test_a_sure_token_that_changes():
-    swap, _ = soak.compare(answer(), answer("xbc"))
+    swap, _ = judge.compare(answer(), answer("xbc"))
     assert swap == (0, pytest.approx(3.9))
 
 
@@ -35,5 +35,5 @@ def test_a_sure_token_that_changes():
     ],
 )
 def test_verdict(off, message):
-    found = soak.verdict("float32", off)
+    found = judge.verdict("float32", off)
     assert found is None if message is None else message in found

@@ -91,6 +91,17 @@ def save(folder: Path, name: str, captured: dict[int, measure.Captured]) -> None
         torch.save(content, folder / f"{name}-layer{layer}.pt")
 
 
+DUMPED = ("q", "k", "v", "scale")
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """Return what a dump has under a name as a tensor: an empty one if it is no array of numbers."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.empty(0)
+
+
 def load(folder: Path, device: Device = CPU, dtype: str = "auto") -> dict[str, dict[int, measure.Captured]]:
     """All dumps of a folder, NAME-layerN.pt (or .npz, .safetensors), by text and layer.
 
@@ -101,10 +112,10 @@ def load(folder: Path, device: Device = CPU, dtype: str = "auto") -> dict[str, d
         name, _, layer = file.stem.rpartition("-layer")
         if not layer.isdigit():
             raise UsageError(f"{file}: must be named like text-layer7{file.suffix}")
-        content = {key: torch.as_tensor(value) for key, value in dump.load(file).items()}
+        content = {key: _tensor(value) for key, value in dump.load(file).items() if key in DUMPED}
         for key in ("q", "k", "v"):
-            if key not in content or content[key].ndim != 3:
-                raise UsageError(f"{file}: must hold q, k and v, each [tokens, heads, head_dim]")
+            if key not in content or content[key].ndim != 3 or not content[key].is_floating_point():
+                raise UsageError(f"{file}: must hold q, k and v, each [tokens, heads, head_dim] of floats")
         asked = (
             content["q"].dtype if dtype == "auto" else models.torch_dtype(models.resolve_dtype(dtype, device))
         )
@@ -113,8 +124,10 @@ def load(folder: Path, device: Device = CPU, dtype: str = "auto") -> dict[str, d
         q, k, v = (content[key].to(device.kind, asked) for key in "qkv")
         if q.shape[0] != k.shape[0] or k.shape != v.shape:
             raise UsageError(f"{file}: q, k and v must be of one prompt from its first token on")
-        scale = float(content["scale"]) if "scale" in content else float(q.shape[-1]) ** -0.5
-        texts.setdefault(name, {})[int(layer)] = measure.Captured(q, k, v, scale)
+        scale = content.get("scale", torch.tensor(max(q.shape[-1], 1) ** -0.5))
+        if scale.numel() != 1 or scale.is_complex() or not scale > 0:
+            raise UsageError(f"{file}: scale must be a number above 0")
+        texts.setdefault(name, {})[int(layer)] = measure.Captured(q, k, v, float(scale))
     if not texts:
         raise UsageError(f"--from {folder}: holds no dumps named like text-layer7.pt")
     return {name: dict(sorted(layers.items())) for name, layers in texts.items()}

@@ -13,8 +13,8 @@
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
 
-#include <type_traits>
-
+#include "cuda/common/attend/row_math.cuh"
+#include "cuda/common/grid_control.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/sm90/attend/producer.cuh"
 
@@ -61,13 +61,13 @@ class AttendMath {
         PassTurn();
         WgmmaWait<1>();
         TakeValues();
-        PackOutput();
+        PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
         StoreTile(tile);
       } else { // the next Q can only come while O is written
         IssueValues<false>(several);
         WgmmaWait<0>();
         TakeValues();
-        PackOutput();
+        PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
         StoreTile(tile);
         next = NextTile();
         if (next.key_tiles == 0) return;
@@ -80,7 +80,7 @@ class AttendMath {
     IssueValues<false>(tile.key_tiles > 1);
     WgmmaWait<0>();
     TakeValues();
-    PackOutput();
+    PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
     StoreTile(tile);
   }
 
@@ -89,9 +89,6 @@ class AttendMath {
   static constexpr int kHeadDim = SHAPE::kHeadDim;
   static constexpr int kMathWarp0 = (kAttendThreads - kMathThreads) / 32;
   using Memory = SharedMemory<SHAPE>;
-  // The limit of a lane's sum of 32 or 16 weights. fp16 weights end at 65504; fp32 sums, and bf16 weights, bear
-  // much more without loss.
-  static constexpr float kLargestSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p40f;
 
   // ---------------------------------------------------------------- tiles and turns
 
@@ -187,9 +184,9 @@ class AttendMath {
     if (key_tile.mode != KeyMode::kPlain) Mask(key_tile, key_tile.mode);
     const bool means = key_tile.mode == KeyMode::kMeans;
     float grow[2], reference[2], part[2] = {0, 0};
-    FollowMaxima(3, grow, means);
-    References(reference, means);
-    Weigh<0, kKeys / 8>(weights_, reference, part);
+    Follow(3, grow, means);
+    ReferencesOf(reference, means);
+    Weights<0, kKeys / 8>(weights_, reference, part);
     sum_[0] = part[0];
     sum_[1] = part[1];
   }
@@ -209,26 +206,26 @@ class AttendMath {
     }
     float part[2] = {0, 0};
     uint32_t early[2 * kHalf]; // P V still reads weights_
-    Weigh<0, kHalf>(early, reference, part);
+    Weights<0, kHalf>(early, reference, part);
     HoldBack(part[0], part[1], p_.minus_one, &sm_.never_written);
     WgmmaWait<0>();
     TakeValues();
 #pragma unroll
     for (int i = 0; i < 2 * kHalf; ++i) weights_[i] = OpaqueCopy(early[i], p_.zero);
-    Weigh<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
+    Weights<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
-    int large = (part[0] < kLargestSum ? 0 : 1) | (part[1] < kLargestSum ? 0 : 2);
+    int large = (part[0] < kLargestSum<T> ? 0 : 1) | (part[1] < kLargestSum<T> ? 0 : 2);
     if (__any_sync(~0u, large) && __any_sync(~0u, large & RowsExist(rows))) {
       large |= __shfl_xor_sync(~0u, large, 1);
       large |= __shfl_xor_sync(~0u, large, 2);
       float grow[2];
       const bool means = KeyTileBefore(1).mode == KeyMode::kMeans; // asked again: no register holds it till here
-      FollowMaxima(large, grow, means);
+      Follow(large, grow, means);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
-      References(reference, means);
+      ReferencesOf(reference, means);
       part[0] = part[1] = 0;
-      Weigh<0, 2 * kHalf>(weights_, reference, part);
+      Weights<0, 2 * kHalf>(weights_, reference, part);
       sum_[0] *= grow[0];
       sum_[1] *= grow[1];
     }
@@ -236,49 +233,19 @@ class AttendMath {
     sum_[1] += part[1];
   }
 
-  // The reference of a row's scores, scaled; a row may have seen nothing yet. A mean counts for a block of keys.
-  __device__ __forceinline__ void References(float (&reference)[2], bool means) const {
-    const float bias = means ? p_.mean_bias_log2 : 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) reference[r] = max_[r] == -INFINITY ? 0 : fmaf(max_[r], p_.exponent_scale, -bias);
+  // A mean counts for a block of keys.
+  __device__ __forceinline__ void ReferencesOf(float (&reference)[2], bool means) const {
+    References(max_, p_.exponent_scale, means ? p_.mean_bias_log2 : 0, reference);
   }
 
-  // Moves the reference of each row that `moves` names to its maximum. Whether a row moves depends on that row alone,
-  // so its results are the same bits whatever else is in the tile.
-  __device__ __forceinline__ void FollowMaxima(int moves, float (&grow)[2], bool means) {
-    const float bias = means ? p_.mean_bias : 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) { // four chains, not one: a step of a chain takes 4 cycles or more
-      float t[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) t[c] = fmaxf(s_[4 * c + 2 * r], s_[4 * c + 2 * r + 1]);
-#pragma unroll
-      for (int i = 4; i < kKeys / 8; ++i) {
-        t[i % 4] = fmaxf(t[i % 4], fmaxf(s_[4 * i + 2 * r], s_[4 * i + 2 * r + 1]));
-      }
-      float top = fmaxf(fmaxf(t[0], t[1]), fmaxf(t[2], t[3]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) + bias;
-      const bool grows = moves >> r & 1 && top > max_[r];
-      grow[r] = grows ? Exp2((max_[r] - top) * p_.exponent_scale) : 1.0f;
-      max_[r] = grows ? top : max_[r];
-    }
+  __device__ __forceinline__ void Follow(int moves, float (&grow)[2], bool means) {
+    FollowMaxima<kKeys / 8>(s_, moves, p_.exponent_scale, means ? p_.mean_bias : 0, max_, grow);
   }
 
   // Of columns 8 BEGIN to 8 END: the weights, packed, and their sum.
   template <int BEGIN, int END>
-  __device__ __forceinline__ void Weigh(uint32_t* to, const float (&reference)[2], float (&part)[2]) const {
-#pragma unroll
-    for (int i = BEGIN; i < END; ++i) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float low = Exp2(fmaf(s_[4 * i + 2 * r], p_.exponent_scale, -reference[r]));
-        const float high = Exp2(fmaf(s_[4 * i + 2 * r + 1], p_.exponent_scale, -reference[r]));
-        part[r] += low;
-        part[r] += high;
-        to[2 * (i - BEGIN) + r] = Pack<T>(low, high);
-      }
-    }
+  __device__ __forceinline__ void Weights(uint32_t* to, const float (&reference)[2], float (&part)[2]) const {
+    Weigh<T, END - BEGIN>(s_ + 4 * BEGIN, p_.exponent_scale, reference, to, part);
   }
 
   // The description of the step that k_ stands at, or of one that came before it.
@@ -325,22 +292,6 @@ class AttendMath {
 
   // ---------------------------------------------------------------- out
 
-  // Normalises O and packs it, straight: ptxas lets nothing branch while it reads O during an unfinished product.
-  __device__ __forceinline__ void PackOutput() {
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum_[r] += __shfl_xor_sync(~0u, sum_[r], 1);
-      sum_[r] += __shfl_xor_sync(~0u, sum_[r], 2);
-      inverse[r] = __fdividef(1, sum_[r]);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) {
-      const uint32_t packed = Pack<T>(o_[2 * i] * inverse[i % 2], o_[2 * i + 1] * inverse[i % 2]);
-      out_[i] = sum_[i % 2] == 0 ? 0 : packed; // a row that saw nothing
-    }
-  }
-
   // O leaves by bulk copies, 16 rows per warp. A tile that is not full would write over what follows it, so its rows go
   // one by one, as do those of groups that 16 rows don't hold whole.
   __device__ __forceinline__ void StoreTile(const TileInfo& tile) {
@@ -385,9 +336,8 @@ class AttendMath {
       const int token = TokenOf(tile_row);
       const int head = tile.head + tile_row - token * p_.heads_per_tile;
       const float sum = r == 0 ? sum_[0] : sum_[1], reference = r == 0 ? max_[0] : max_[1];
-      constexpr float kLn2 = 0.693147180559945f;
       p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] =
-          sum == 0 ? -INFINITY : fmaf(reference, p_.exponent_scale, __log2f(sum)) * kLn2;
+          LogSum(reference, sum, p_.exponent_scale);
     }
   }
 
@@ -449,7 +399,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     FenceBarrierInit();
   }
   __syncthreads();
-  cudaGridDependencySynchronize(); // select's results, if this launch was let in before its end
+  GridWait(); // select's results, if this launch was let in before its end
   // Split up: one warpgroup loads, two compute.
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();

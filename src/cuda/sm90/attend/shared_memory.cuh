@@ -3,24 +3,12 @@
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 
+#include "cuda/common/attend/tiles.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/ring.cuh"
 #include "cuda/sm90/attend/params.h"
 
 namespace flashprefill::cuda {
-
-constexpr int kAbsent = 0x7fffff00; // position of a key that isn't there: past every row's last key
-
-// A query tile, as the producer sees it.
-struct Work {
-  int sequence, kv_head, head; // head: query head of the tile's row 0
-  int q_begin, k_begin;        // packed rows before the sequence; 0 for rectangular layouts
-  int begin, tokens;           // the tile's, of the sequence
-  int k_len;
-  int first_position; // of token `begin`; without causal the last key's, so that every row sees everything
-  int visible, full;  // blocks, as Tile has them
-  int64_t mask_row;
-};
 
 // A query tile, as the producer announces it together with its Q.
 struct TileInfo {

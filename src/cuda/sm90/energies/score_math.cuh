@@ -1,97 +1,45 @@
-// A math warpgroup of the score kernel: products, energies, and bits from them. score.cu says how and why.
+// A math warpgroup of the score kernel: products; energies and bits from them are common/energies/energy_math.cuh.
+// score.cu says how and why.
 #ifndef FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_MATH_CUH_
 #define FLASHPREFILL_CUDA_SM90_ENERGIES_SCORE_MATH_CUH_
 
+#include "cuda/common/energies/energy_math.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/sm90/energies/score_plan.cuh"
 
 namespace flashprefill::cuda {
 
-// A math warpgroup. COLUMNS query rows, ROWS of them a unit.
+// A math warpgroup. COLUMNS query rows, ROWS of them per unit.
 template <typename T, int PANELS, int COLUMNS, int ROWS, bool SKETCH>
-struct Scorer {
-  static constexpr int kUnits = COLUMNS / ROWS;
-  static constexpr int kSlices = ROWS / 8; // of 8 columns per unit: 2 scores of each of two rows per thread
-  static constexpr bool kHalfEnergies = ScoreShape<COLUMNS, SKETCH>::kHalfEnergies;
-  using Scores = float[COLUMNS / 2];
+struct Scorer : EnergyMath<COLUMNS, ROWS, SKETCH, ScoreShape<COLUMNS, SKETCH>::kHalfEnergies> {
+  using Base = EnergyMath<COLUMNS, ROWS, SKETCH, ScoreShape<COLUMNS, SKETCH>::kHalfEnergies>;
+  using Base::a, Base::lane, Base::set, Base::member, Base::Finish, Base::Store, Base::Weight;
+  using typename Base::Scores;
 
-  const ScoreArgs& a;
   const ScorePlan& plan;
   const ScoreLayout& layout;
   char* shared;
-  ScoreControl& c;
-  int group, warp, lane;           // warpgroup, warp in it, lane
-  int set, member;                 // of units, and which of its team this warpgroup is
+  ScoreControl& control;
   RingPosition k_next, k_released; // stages: to be multiplied, to be given back
-  char* energies;                  // of the set: floats, or (kHalfEnergies) 16 bits each, relative to c.base
-
   uint32_t q_address, k_address;
-  unsigned live; // bit u: unit u is scored
-  int all_full;  // blocks that every column of every live unit sees
-  int most;      // blocks that some live unit scores
-  float reference[kUnits];
-  float sum[2][kUnits]; // of the block in row lane / 4, and of the one 8 rows on
 
-  __device__ void Sync() const { NamedBarrierSync(2 + group, 128); }
-  __device__ void SyncTeam() const { NamedBarrierSync(2 + kScoreGroups + set, 128 << plan.log2_team); }
-
-  // Units and column limits of the item, into shared memory; a barrier on both sides keeps them from their readers.
-  __device__ void SetUp(const ScoreItem& item) {
-    const TileRules& r = a.rules;
-    const int thread = 32 * warp + lane;
-    const int first = item.first + set * plan.units;
-    const int first_dense = item.steps > 0 ? FirstDenseTile(r, item.sequence) : 0; // else nothing is left to choose
-    auto limit_of = [&](const DeviceTile& tile, int j) {
-      const int begin = tile.begin + j * a.query_pool;
-      if (begin >= tile.end) return 0;
-      const int position = item.sequence.prefix + min(begin + a.query_pool, tile.end) - 1;
-      return r.shared ? min(r.by_block(position) + 1, tile.scored) : r.by_block(position + 1);
-    };
-    if (thread < COLUMNS) {
-      const int u = thread / ROWS, row = thread % ROWS;
-      const int tile_index = r.by_units(first + u);
-      int limit = 0;
-      if (u < plan.units && first + u < item.units && tile_index < first_dense &&
-          row < a.rows_per_head * r.heads_per_tile) {
-        limit = limit_of(TileAt(a.d.p, r, item.sequence, tile_index), plan.by_heads(row));
-      }
-      c.limit[group][thread] = limit;
-    }
-    if (thread < kUnits) {
-      ScoreUnit unit{0, -1, {}};
-      const int index = first + thread, tile_index = r.by_units(index);
-      const int tile_row = item.sequence.TileBase(r) + tile_index;
-      if (thread < plan.units && index < item.units && tile_row < r.tile_rows) {
-        const DeviceTile tile = TileAt(a.d.p, r, item.sequence, tile_index);
-        const bool dense = tile_index >= first_dense;
-        const bool whole = tile.end - tile.begin == r.tile_tokens && a.rows_per_head * r.heads_per_tile == ROWS;
-        unit.full = whole && !dense ? limit_of(tile, 0) : 0;
-        unit.row = (item.kv * r.units_per_kv + index - tile_index * r.units_per_kv) * r.tile_rows + tile_row;
-        unit.bits = {dense ? 0 : tile.scored, tile.visible, dense ? tile.visible : r.sink_blocks, WindowBegin(r, tile)};
-      }
-      c.unit[group][thread] = unit;
-    }
-    Sync();
-    live = 0;
-    all_full = 1 << 30;
-    most = 0;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const ScoreUnit& unit = c.unit[group][u];
-      if (unit.bits.scored > 0) {
-        live |= 1u << u;
-        all_full = min(all_full, unit.full);
-        most = max(most, unit.bits.scored);
-      }
-      reference[u] = -INFINITY;
-      sum[0][u] = sum[1][u] = 0;
-    }
+  __device__ __forceinline__ Scorer(const ScoreArgs& args, const ScorePlan& score_plan, const ScoreLayout& its_layout,
+                                    char* memory, ScoreControl& c, int warp)
+      : Base{args, score_plan, c.units, warp / 4, warp % 4, static_cast<int>(threadIdx.x % 32)},
+        plan(score_plan),
+        layout(its_layout),
+        shared(memory),
+        control(c) {
+    set = Base::group & (plan.sets - 1);
+    member = Base::group / plan.sets;
+    Base::energies = shared + layout.energies + set * layout.energies_set;
+    Base::bins = SKETCH ? reinterpret_cast<uint32_t*>(shared + layout.bins) + warp * kThresholdBins : nullptr;
   }
 
   // Starts the product of the next plane of key data with plane `rows` of the queries, added to scores if that is not
   // the first (queries with means, then squares with variances).
   __device__ __forceinline__ void Multiply(Scores& scores, int rows) {
-    BarrierWait(&c.k_full[k_next.stage], k_next.parity);
+    BarrierWait(&control.k_full[k_next.stage], k_next.parity);
     constexpr int kStage = PANELS * kStepBlocks * kScorePanelBytes;
     const uint64_t k = DescribeKMajor(k_address + k_next.stage * kStage);
     // Made again for each product: eight slices' descriptors, kept, would push others out to local memory.
@@ -111,158 +59,9 @@ struct Scorer {
   // Gives stages back, the first that this warpgroup still holds.
   __device__ __forceinline__ void Release(int stages) {
     for (int i = 0; i < stages; ++i) {
-      if (lane == 0) BarrierArrive(&c.k_empty[k_released.stage]);
+      if (lane == 0) BarrierArrive(&control.k_empty[k_released.stage]);
       k_released.Advance(plan.k_stages);
     }
-  }
-
-  // A score of unit u in base 2, of its slice of 8 columns, the two rows and the two columns in it that a thread has;
-  // -inf if the column does not see the block.
-  __device__ __forceinline__ float MaskedScore(const Scores& scores, int u, int slice, int half, int column,
-                                               int block) {
-    const int index = u * kSlices + slice;
-    return block + 8 * half < c.limit[group][8 * index + 2 * (lane % 4) + column]
-               ? scores[4 * index + 2 * half + column] * a.exponent_scale
-               : -INFINITY;
-  }
-
-  // Adds the step's exponentials to the sums, `weight` times. MASK: some column does not see some block of the warp.
-  // False, and nothing done, if that needs care.
-  template <bool MASK>
-  __device__ __forceinline__ bool AddUp(const Scores& scores, int block, float weight) {
-    float x[2][kUnits];
-    bool careful = false;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const float offset = -reference[u];
-      x[0][u] = x[1][u] = 0;
-#pragma unroll
-      for (int i = 0; i < 2 * kSlices; ++i) {
-        const int index = u * kSlices + i / 2;
-        const int limit = MASK ? c.limit[group][8 * index + 2 * (lane % 4) + i % 2] : 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float z = fmaf(scores[4 * index + 2 * half + i % 2], a.exponent_scale, offset);
-          x[half][u] += Exp2(!MASK || block + 8 * half < limit ? z : -INFINITY);
-        }
-      }
-      careful |= (live >> u & 1) && !(x[0][u] < kLargeSum && x[1][u] < kLargeSum);
-    }
-    if (__any_sync(~0u, careful)) return false;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      sum[0][u] = SKETCH ? fmaf(weight, x[0][u], sum[0][u]) : x[0][u];
-      sum[1][u] = SKETCH ? fmaf(weight, x[1][u], sum[1][u]) : x[1][u];
-    }
-    return true;
-  }
-
-  // A first reference for each unit: the largest score that counts of its first eight columns. Where there is none it
-  // is -inf, and AddUp asks for care.
-  __device__ __forceinline__ void StartReferences(const Scores& scores, int block) {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float z = MaskedScore(scores, u, 0, i / 2, i % 2, block);
-        if (IsFinite(z)) largest = fmaxf(largest, z);
-      }
-      reference[u] = WarpMax(largest);
-    }
-  }
-
-  // The same with a mask, a new reference, the largest score so far, and without scores that are not finite.
-  __device__ __forceinline__ void AddUpCarefully(const Scores& scores, int block, float weight) {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int i = 0; i < 4 * kSlices; ++i) {
-        const float z = MaskedScore(scores, u, i / 4, i / 2 % 2, i % 2, block);
-        if (IsFinite(z)) largest = fmaxf(largest, z);
-      }
-      largest = fmaxf(WarpMax(largest), reference[u]);
-      // Nothing finite yet: nothing is added, and the reference stays -inf, which leads here again.
-      const float base = largest == -INFINITY ? 0.f : largest;
-      const float rescale = Exp2(reference[u] - base);
-      reference[u] = largest;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * kSlices; ++i) {
-          const float z = MaskedScore(scores, u, i / 2, half, i % 2, block);
-          if (IsFinite(z)) x += Exp2(z - base);
-        }
-        sum[half][u] = sum[half][u] * rescale + weight * x;
-      }
-    }
-  }
-
-  // Sets the base of energies of 16 bits: the references with which the warpgroup's first warp began, weighted by the
-  // keys of the first product, so that energies are small and their eleven bits good for a thousandth.
-  __device__ void ShareBase() {
-    if (plan.energy_bytes == sizeof(float)) return;
-    if (warp == 0 && lane == 0) {
-      const float keys = __log2f(Weight(true));
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) c.base[group][u] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
-    }
-    Sync();
-  }
-
-  __device__ __forceinline__ void StoreEnergy(int unit, int block, float energy) {
-    const int at = unit * plan.energy_stride + block;
-    if (!kHalfEnergies || plan.energy_bytes == sizeof(float)) {
-      reinterpret_cast<float*>(energies)[at] = energy;
-    } else {
-      reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[group][unit]);
-    }
-  }
-
-  // The sums are complete but for the four lanes of a row: these exchange halves, so that each ends with a quarter of
-  // the (row, unit) pairs, and stores those. Three shuffles for four pairs instead of eight.
-  __device__ void Store(int step) {
-    const bool second_row = lane & 1, second_half = lane & 2;
-    float row[kUnits];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const float other = __shfl_xor_sync(~0u, second_row ? sum[0][u] : sum[1][u], 1);
-      row[u] = (second_row ? sum[1][u] : sum[0][u]) + other;
-      sum[0][u] = sum[1][u] = 0;
-    }
-    const int block = step * kStepBlocks + 16 * warp + lane / 4 + (second_row ? 8 : 0);
-    if constexpr (kUnits == 1) {
-      const float total = row[0] + __shfl_xor_sync(~0u, row[0], 2);
-      if (!second_half && (live & 1)) StoreEnergy(0, block, __log2f(total) + reference[0]);
-    } else {
-      constexpr int kHalf = kUnits / 2;
-#pragma unroll
-      for (int u = 0; u < kHalf; ++u) {
-        const float other = __shfl_xor_sync(~0u, second_half ? row[u] : row[u + kHalf], 2);
-        const float total = (second_half ? row[u + kHalf] : row[u]) + other;
-        const int unit = second_half ? u + kHalf : u;
-        const float base = second_half ? reference[u + kHalf] : reference[u];
-        if (live >> unit & 1) StoreEnergy(unit, block, __log2f(total) + base);
-      }
-    }
-  }
-
-  // Exponentials of a product's scores are added up in the name of `weight` keys. The first ones of an item set the
-  // references.
-  __device__ __forceinline__ void Finish(const Scores& scores, int step, bool first, float weight) {
-    const int warp_block = step * kStepBlocks + 16 * warp, block = warp_block + lane / 4;
-    if (warp_block >= most) return;
-    if (first) StartReferences(scores, block);
-    const bool done =
-        warp_block + 16 <= all_full ? AddUp<false>(scores, block, weight) : AddUp<true>(scores, block, weight);
-    if (!done) AddUpCarefully(scores, block, weight);
-  }
-
-  // Of Sketch, means and variances make one score, in the name of all keys but the outliers; scored blocks are whole.
-  __device__ __forceinline__ float Weight(bool spread) const {
-    return spread ? static_cast<float>(a.rules.block_size - a.outliers) : 1.f;
   }
 
   // Product i of a step of Sketch is done: its stages go back, and its exponentials are added up.
@@ -309,7 +108,7 @@ struct Scorer {
       Scores scores;
       for (int plane = 0; plane < planes; ++plane) {
         if (!mine) {
-          BarrierWait(&c.k_full[k_next.stage], k_next.parity);
+          BarrierWait(&control.k_full[k_next.stage], k_next.parity);
           k_next.Advance(plan.k_stages);
           Release(1);
           continue;
@@ -331,42 +130,9 @@ struct Scorer {
     } else {
       for (int step = 0; step < steps; ++step) {
         Products(1 + a.outliers, step);
-        if (step == 0) ShareBase();
+        if (step == 0) Base::ShareBase();
         Store(step);
       }
-    }
-  }
-
-  // Bits from complete energies: the warps take units in turn; one or two units are shared by four warps.
-  __device__ void WriteUnits() {
-    const bool share = plan.log2_units < 2;
-    const int log2_parts = share ? 2 - plan.log2_units : 0;
-    const int first = share ? warp & (plan.units - 1) : 4 * member + warp, part = share ? warp >> plan.log2_units : 0;
-    auto* const bins =
-        SKETCH ? reinterpret_cast<uint32_t*>(shared + layout.bins) + (4 * group + warp) * kThresholdBins : nullptr;
-    int kept = 0, row = -1;
-    for (int u = share && member > 0 ? plan.units : first; u < plan.units; u += 4 << plan.log2_team) {
-      const ScoreUnit& unit = c.unit[group][u];
-      row = unit.row;
-      if (row < 0) break;
-      auto* const bits = reinterpret_cast<uint32_t*>(a.bits + row * a.words);
-      char* const from = energies + u * plan.energy_stride * plan.energy_bytes;
-      auto write = [&](auto* of_unit) {
-        return WriteMaskRow<SKETCH>(a.keep, unit.bits, of_unit, bits, static_cast<int>(2 * a.words), part, log2_parts,
-                                    bins);
-      };
-      if (!kHalfEnergies || plan.energy_bytes == sizeof(float)) {
-        kept = write(reinterpret_cast<float*>(from));
-      } else {
-        kept = write(reinterpret_cast<__half*>(from));
-      }
-      if (!share && a.counts && lane == 0) a.counts[row] = kept;
-    }
-    if (share && lane == 0) c.kept[group][warp] = kept;
-    SyncTeam(); // energies and units are free for the next item
-    if (share && part == 0 && row >= 0 && a.counts && lane == 0) {
-      for (int w = first + plan.units; w < 4; w += plan.units) kept += c.kept[group][w];
-      a.counts[row] = kept;
     }
   }
 
@@ -375,16 +141,16 @@ struct Scorer {
     RingPosition q_ring{set, 0};
     for (;;) {
       const int buffer = q_ring.stage;
-      BarrierWait(&c.q_full[buffer], q_ring.parity);
+      BarrierWait(&control.q_full[buffer], q_ring.parity);
       q_ring.AdvanceBy(plan.sets, plan.q_buffers);
-      const ScoreItem& item = c.item[buffer];
+      const ScoreItem& item = control.item[buffer];
       if (item.end) return;
       q_address = SharedAddress(shared + buffer * layout.q_buffer);
-      SetUp(item);
-      Steps(__shfl_sync(~0u, item.steps, 0)); // the compiler sees that the warp agrees
-      BarrierArrive(&c.q_empty[buffer]);      // queries and item are no longer needed
-      SyncTeam();
-      WriteUnits();
+      Base::SetUp(item);
+      Steps(__shfl_sync(~0u, item.steps, 0));  // the compiler sees that the warp agrees
+      BarrierArrive(&control.q_empty[buffer]); // queries and item are no longer needed
+      Base::SyncTeam();
+      Base::WriteUnits();
     }
   }
 };

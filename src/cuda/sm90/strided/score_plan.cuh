@@ -2,32 +2,18 @@
 #ifndef FLASHPREFILL_CUDA_SM90_STRIDED_SCORE_PLAN_CUH_
 #define FLASHPREFILL_CUDA_SM90_STRIDED_SCORE_PLAN_CUH_
 
+#include <cuda.h>
+
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/ring.cuh"
-#include "cuda/sm90/strided/cells.cuh"
+#include "cuda/common/strided/strips.cuh"
 
 namespace flashprefill::cuda {
 
 constexpr int kStridedGroups = 2; // math warpgroups, of 64 rows each
 constexpr int kStridedThreads = 128 * kStridedGroups + 128;
-constexpr int kStridedRowBytes = 128;
-constexpr int kStridedRowsStage = kStripRows * kStridedRowBytes;
-constexpr int kStridedStage = kStridedRowsStage + kKeyTileCells * kStridedRowBytes;
 constexpr int kStridedMostStages = 4;
 constexpr int kStridedItems = 2; // work that the producer is ahead
-constexpr int kStridedWarpRows = 16;
-constexpr int kStridedGroupStrips = 32; // a lane of the producer warp each
-
-// One strip. key_tiles is 0 where nothing is to be scored.
-struct StridedStrip {
-  DeviceSequence sequence;
-  int kv;
-  int first_tile; // of the sequence, in the chunk
-  int local_tile; // that tile in the chunk
-  int unit;       // the strip's first, counted from that tile
-  int units;
-  int key_tiles;
-};
 
 struct StridedItem {
   StridedStrip strip;
@@ -41,48 +27,22 @@ struct StridedControl {
   StridedStrip strips[kStridedGroupStrips];
 };
 
-struct StridedScorePlan {
-  int steps, stages;
-  int slots;          // strips of a KV head, at most
-  int staging_row;    // bytes per row
-  bool whole_groups;  // a block is a multiple of 8 cells
-  Divider by_groups;  // groups of strips per KV head
+// Arguments, with tensor maps.
+struct StridedScoreParams : StridedScoreArgs {
+  CUtensorMap k_map; // of k_cells, boxes of 64 columns and kKeyTileCells rows
+  CUtensorMap q_map; // of q_rows, boxes of 64 columns and box_units units
+  // Of q and k themselves: column, cell, head, token of the first cell. Boxes are one tile's cells of box_units heads,
+  // and a key tile's cells.
+  CUtensorMap q_direct_map, k_direct_map;
+};
+
+struct StridedScorePlan : StripPlan {
+  int stages;
   Divider by_columns; // head_dim
 };
 
-__host__ __device__ inline int StridedStagingBytes(const StridedScorePlan& plan) {
-  return 4 * kStridedGroups * kStridedWarpRows * plan.staging_row;
-}
-
-// Strips of a sequence begin at (its first unit in the chunk) / units a strip + b, which leaves room for all of them
-// without prefix sums.
-__device__ inline StridedStrip StridedStripAt(const StridedArgs& a, int kv, int slot) {
-  const TileRules& r = a.rules;
-  const StridedShape& g = a.shape;
-  auto base = [&](int b) {
-    const int tile = min(max(TileBaseOf(a.d, r, b) - a.first_tile, 0), a.tiles);
-    return ((tile * r.units_per_kv) >> g.log2_stride) + b;
-  };
-  const int b = SequenceOfSlot(a.d.p.batch, slot, base);
-  StridedStrip strip;
-  strip.sequence = SequenceAt(a.d, b);
-  const StridedRange range = RangeOf(a, strip.sequence);
-  strip.kv = kv;
-  strip.first_tile = range.first_tile;
-  strip.local_tile = range.local_tile;
-  strip.unit = (slot - base(b)) << g.log2_stride;
-  strip.units = min(g.stride, range.units - strip.unit);
-  strip.key_tiles = 0;
-  if (strip.unit < 0 || strip.units <= 0 || KeepsEverything(a.d.p, r, strip.sequence)) return strip;
-  const int last =
-      min(range.first_tile + r.by_units(strip.unit + strip.units - 1), FirstDenseTile(r, strip.sequence) - 1);
-  if (last < range.first_tile + r.by_units(strip.unit)) return strip;
-  strip.key_tiles = KeyTilesSeen(g, strip.sequence, TileAt(a.d.p, r, strip.sequence, last));
-  return strip;
-}
-
 // Starts the bulk copies of all steps of one piece of work: lanes share the boxes of rows, lane 31 brings the cells.
-__device__ __forceinline__ void LoadPiece(const StridedScoreArgs& args, const StridedScorePlan& plan, char* shared,
+__device__ __forceinline__ void LoadPiece(const StridedScoreParams& args, const StridedScorePlan& plan, char* shared,
                                           StridedControl& c, const StridedStrip& strip, int key_tile,
                                           RingPosition& ring) {
   const StridedArgs& a = args.common;
@@ -150,12 +110,9 @@ __device__ __forceinline__ void LoadPiece(const StridedScoreArgs& args, const St
   __syncwarp();
 }
 
-// The producer warp. It numbers the pieces of work as every other producer does, takes its own, and announces and loads
-// them.
-__device__ inline void ProduceStrided(const StridedScoreArgs& args, const StridedScorePlan& plan, char* shared,
+// The producer warp. It takes its pieces of work, and announces and loads them.
+__device__ inline void ProduceStrided(const StridedScoreParams& args, const StridedScorePlan& plan, char* shared,
                                       StridedControl& c) {
-  const StridedArgs& a = args.common;
-  const Problem& p = a.d.p;
   const int lane = threadIdx.x % 32;
   RingPosition ring, items;
 
@@ -169,29 +126,12 @@ __device__ inline void ProduceStrided(const StridedScoreArgs& args, const Stride
     __syncwarp();
   };
 
-  const int groups = (plan.slots + kStridedGroupStrips - 1) / kStridedGroupStrips;
-  int mine = blockIdx.x; // the next piece of this CTA
-  int count = 0;         // pieces of the groups and key tiles so far
-  for (int group = 0; group < groups * p.kv_heads; ++group) {
-    const int kv = plan.by_groups(group);
-    const int slot = (group - kv * groups) * kStridedGroupStrips + lane;
-    StridedStrip strip{};
-    if (slot < plan.slots) strip = StridedStripAt(a, kv, slot);
-    __syncwarp();
-    c.strips[lane] = strip;
-    __syncwarp();
-    const int most = __reduce_max_sync(~0u, strip.key_tiles);
-    for (int key_tile = 0; key_tile < most; ++key_tile) {
-      const uint32_t who = __ballot_sync(~0u, strip.key_tiles > key_tile);
-      const int pieces = __popc(who);
-      for (; mine < count + pieces; mine += gridDim.x) {
-        const StridedStrip& one = c.strips[__fns(who, 0, mine - count + 1)];
-        hand_over(one, key_tile, false);
-        LoadPiece(args, plan, shared, c, one, key_tile, ring);
-      }
-      count += pieces;
-    }
-  }
+  ForPieces(
+      args.common, plan, c.strips, true, [] { __syncwarp(); },
+      [&](const StridedStrip& strip, int key_tile) {
+        hand_over(strip, key_tile, false);
+        LoadPiece(args, plan, shared, c, strip, key_tile, ring);
+      });
   hand_over(StridedStrip{}, 0, true);
 }
 

@@ -1,0 +1,152 @@
+// Host side of attend: limits, kernel arguments, launch. See plan.h.
+#include "cuda/common/attend/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cuda/common/attend/order.h"
+#include "cuda/common/heuristics.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/tensor_access.h"
+
+namespace flashprefill::cuda {
+namespace {
+
+// KV heads that are worked on together: as many as leave their K and V in L2. Together, the end of the work is evened
+// out better.
+int SectionHeads(const Problem& p, const Gpu& gpu) {
+  const int64_t head_bytes = std::max<int64_t>(1, p.max_seqlen_k) * p.head_dim * 4;
+  int heads = p.kv_heads;
+  while (heads > 1 && (p.kv_heads % heads != 0 || heads * head_bytes > SectionBytes(gpu))) --heads;
+  return heads;
+}
+
+// Sequences' keys that 32-bit numbers of 16 bytes reach, from the sequence's first on (or from the first page).
+bool IsNear(const Problem& p, const Tensor& t) {
+  const int64_t most = int64_t{1} << 35; // elements
+  if (p.block_table) return p.page_count == 0 || t.stride[0] <= most / p.page_count;
+  return t.stride[1] <= most / std::max<int64_t>(1, p.max_seqlen_k);
+}
+
+AttendArgs ArgsOf(const AttendCall& call, int* counter) {
+  const Problem& p = call.p;
+  const BlockMask& mask = call.mask;
+  const Output& output = call.output;
+  AttendArgs a{};
+  a.group = p.q_heads / p.kv_heads;
+  a.heads_per_tile = mask.share_heads ? a.group : 1;
+  a.token_of_row = (65536 + a.heads_per_tile - 1) / a.heads_per_tile;
+  a.tile_tokens = mask.tile_tokens;
+  if (mask.mean_correction) {
+    a.mean_rows = MeanRows(p, mask.block_size);
+    a.mean_rows_each = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, mask.block_size));
+    a.mean_stride[1] = p.head_dim;
+    a.mean_stride[2] = a.mean_rows * p.head_dim;
+  }
+  a.k_data = p.k.data;
+  a.v_data = p.v.data;
+  a.k_mean_data = call.means.k;
+  a.v_mean_data = call.means.v;
+  for (int i = 0; i < 3; ++i) {
+    const bool unused_batch = i == 0 && p.cu_seqlens_k && !p.block_table;
+    a.k_stride[i] = unused_batch ? 0 : p.k.stride[i];
+    a.v_stride[i] = unused_batch ? 0 : p.v.stride[i];
+    if (i < 2) a.k_units[i] = static_cast<uint32_t>(a.k_stride[i] / 8);
+    if (i < 2) a.v_units[i] = static_cast<uint32_t>(a.v_stride[i] / 8);
+    a.out_stride[i] = i == 0 && p.cu_seqlens_q ? 0 : output.out.stride[i];
+    a.lse_stride[i] = i == 0 && p.cu_seqlens_q ? 0 : output.lse_stride[i];
+  }
+  a.out = output.out.data;
+  a.lse = output.lse;
+  a.cu_seqlens_q = p.cu_seqlens_q;
+  a.cu_seqlens_k = p.cu_seqlens_k;
+  a.seqused_k = p.seqused_k;
+  a.block_table = p.block_table;
+  a.block_table_stride = p.block_table_stride;
+  a.bits = mask.bits;
+  a.tile_rows = mask.tile_rows;
+  a.words = static_cast<int>(DivUp<int64_t>(DivUp<int64_t>(p.max_seqlen_k, mask.block_size), 64));
+  if (mask.bits) a.words = static_cast<int>(mask.words);
+  a.counter = counter;
+  a.batch = p.batch;
+  a.kv_heads = p.kv_heads;
+  a.section_heads = SectionHeads(p, call.gpu);
+  a.head_dim = p.head_dim;
+  a.block_size = mask.block_size;
+  a.page_size = p.block_table ? p.page_size : 0;
+  a.page_count = static_cast<int>(std::min<int64_t>(p.page_count, std::numeric_limits<int32_t>::max()));
+  a.pages_per_seq = p.pages_per_seq;
+  a.mask_heads = a.group / a.heads_per_tile;
+  a.by_tile = Divider::Of(a.tile_tokens);
+  a.by_tiles = Divider::Of(std::max<int64_t>(1, DivUp<int64_t>(p.max_seqlen_q, a.tile_tokens)));
+  a.by_block = Divider::Of(a.block_size);
+  a.by_in_tile = Divider::Of(a.mask_heads * a.section_heads);
+  a.by_mask_heads = Divider::Of(a.mask_heads);
+  a.by_page = Divider::Of(std::max(1, a.page_size));
+  a.causal = p.causal;
+  a.mean_correction = mask.mean_correction;
+  a.total_q = static_cast<int>(p.total_q);
+  a.total_k = static_cast<int>(p.total_k);
+  a.max_q = static_cast<int>(p.max_seqlen_q);
+  a.max_k = static_cast<int>(p.max_seqlen_k);
+  a.exponent_scale = ExponentScale(p);
+  a.mean_bias_log2 = std::log2(static_cast<float>(mask.block_size));
+  a.mean_bias = a.mean_bias_log2 / a.exponent_scale;
+  return a;
+}
+
+} // namespace
+
+AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gpu) {
+  AttendPlan plan;
+  plan.p_ = &p;
+  plan.mask_ = &mask;
+  plan.gpu_ = gpu;
+  const int64_t items = plan.MaxItems(), most = gpu.portable ? kMaxOrderedItemsPortable : kMaxOrderedItems;
+  if (items <= most && items * p.max_seqlen_k >= kMinOrderedWork) plan.ordered_items_ = items;
+  return plan;
+}
+
+int64_t AttendPlan::MaxItems() const {
+  return mask_->tile_tokens < 1 ? 0 : (p_->total_q / mask_->tile_tokens + p_->batch) * mask_->heads;
+}
+
+const char* AttendPlan::Unsupported(const Output* output) const {
+  const Problem& p = *p_;
+  if (p.q.dtype != FP_BF16 && p.q.dtype != FP_F16) return "q must be bf16 or fp16 on CUDA";
+  if (p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype) return "q, k and v must have one dtype on CUDA";
+  if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
+  if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
+  if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
+  if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
+  if ((p.block_table || gpu_.portable) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
+    return p.block_table ? "a paged cache of at most 2^35 elements on CUDA"
+                         : "a sequence whose keys span at most 2^35 elements on this GPU";
+  }
+  if (!IsAligned(p.q)) return kUnalignedQ;
+  if (!IsAligned(p.k)) return kUnalignedK;
+  if (!IsAligned(p.v)) return kUnalignedV;
+  if (output && !IsAligned(output->out)) return kUnalignedOut;
+  return nullptr;
+}
+
+cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
+                               cudaStream_t stream) const {
+  const Problem& p = *p_;
+  if (p.batch == 0 || p.total_q == 0) return cudaSuccess;
+  const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
+  AttendArgs args = ArgsOf(call, counter_);
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
+  if (order_ && uneven && mask_->counts && call.items > processors) {
+    args.order = order_;
+    args.ordered_items = static_cast<int>(call.items);
+    if (cudaError_t e = LaunchOrder(args, mask_->counts, order_, follows_select, stream)) return e;
+  } else if (!follows_select) {
+    if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
+  }
+  return gpu_.portable ? LaunchAttendPortable(args, call, stream) : LaunchAttendSm90(args, call, stream);
+}
+
+} // namespace flashprefill::cuda

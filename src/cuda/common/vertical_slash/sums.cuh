@@ -1,0 +1,394 @@
+// The softmax of a head's last rows over all keys, added up by key and by distance: two launches, each of which makes
+// the product of those rows with every key, because writing 128 x Lk scores per head would cost more than making them
+// twice. A CTA is one warpgroup with one product's rows and one chunk of keys.
+//
+//     D[64 keys, 64 or 128 rows] = K[64, d] . Q[rows, d]^T
+//
+// First launch: the rows' denominators. A thread adds up its own two keys per step for each of its columns and meets
+// the others once a chunk. Exponentials need a common reference, and any will do that keeps the sum in range: a warp's
+// own, the largest score of its first keys; where a sum gets too large or is no number the step is done again with a
+// new one, and without non-finite scores. Results are logarithms, so references need not agree.
+//
+// Second launch: shares. Columns are sums over a row of D: inside a thread, then over four lanes. Distances run across
+// D, so shares go through shared memory, sheared: row t of it has at y = t + r the share of row r of Q at key t, and a
+// distance is one y. A thread's two keys lie 8 apart, and so do its columns: the upper key's share in one column
+// and the lower key's in the next have the same distance, so that half of the sums are made before. A lane adds up
+// three distances, 64 apart, over half of the rows; a distance that the next step's keys find too is carried there.
+// Every sum has one order, whatever else runs: no atomics.
+#ifndef FLASHPREFILL_CUDA_COMMON_VERTICAL_SLASH_SUMS_CUH_
+#define FLASHPREFILL_CUDA_COMMON_VERTICAL_SLASH_SUMS_CUH_
+
+#include <limits>
+
+#include "cuda/common/launch.h"
+#include "cuda/common/numbers.cuh"
+#include "cuda/common/swizzled_rows.cuh"
+#include "cuda/common/vertical_slash/args.h"
+
+namespace flashprefill::cuda {
+namespace {
+
+constexpr int kWarps = kPanelThreads / 32;
+constexpr int kShareRows = 32; // 8 warp + lane / 4: a thread's lower key, whose upper one has joined it
+
+// Floats per row of shares: as far as its keys reach, and 8 modulo 32 but for one, so that what 16 lanes store, 8 bytes
+// each, falls on all banks.
+constexpr int SharePitch(int columns) { return columns + 71; }
+
+// The work of a CTA.
+struct SumsUnit {
+  DeviceSequence sequence;
+  int kv, head, first_row; // the first of its rows
+  int slot, first_slot;    // of the sequence
+  int begin, steps;        // first key; times 64 keys
+  int64_t index;           // (head, part)
+};
+
+__device__ inline bool PlaceUnit(const SumsArgs& args, SumsUnit& unit) {
+  const VerticalSlashShape& a = args.shape;
+  const Problem& p = a.d.p;
+  const int units_per_kv = p.q_heads / p.kv_heads * a.parts;
+  const int pair = a.by_units(blockIdx.x), of_kv = blockIdx.x - pair * units_per_kv;
+  unit.slot = a.by_kv(pair);
+  unit.kv = pair - unit.slot * p.kv_heads;
+  unit.index = int64_t{unit.kv} * units_per_kv + of_kv;
+  unit.head = static_cast<int>(unit.index / a.parts);
+  unit.first_row = static_cast<int>(unit.index % a.parts) * a.columns;
+  if (TestBit(args.skipped, unit.head % kMaxTableHeads)) return false;
+  const bool packed = PackedKeys(p);
+  const int b =
+      packed ? SequenceOfSlot(p.batch, unit.slot, [&](int i) { return SlotBase(a, i); }) : a.by_slots(unit.slot);
+  unit.sequence = SequenceAt(a.d, b);
+  unit.first_slot = SlotBase(a, b);
+  const int index = unit.slot - unit.first_slot;
+  unit.begin = index * a.chunk;
+  const int keys = min(a.chunk, unit.sequence.k_len - unit.begin);
+  if (index < 0 || keys <= 0 || KeepsEverything(a, unit.sequence)) return false;
+  unit.steps = (keys + kProductRows - 1) / kProductRows;
+  return true;
+}
+
+// The ring of keys and the rows, in shared memory. A thread copies the same 16 bytes of keys a fixed number apart, so
+// that where keys lie evenly it finds the next one by an addition.
+template <class PRODUCT, typename T, int PANELS, int COLUMNS>
+struct SumsProduct {
+  static constexpr int kRingStages = PRODUCT::template kStages<PANELS>;
+  static constexpr int kRowBytes = kPanelBytes<PANELS, COLUMNS>, kStageBytes = kPanelBytes<PANELS, kProductRows>;
+  static constexpr int kBytes = kRowBytes + kRingStages * kStageBytes;
+  static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
+
+  const VerticalSlashShape& a;
+  const SumsUnit& unit;
+  char* shared;
+  int chunk, key;       // of 16 bytes; the next key to be copied
+  bool wanted;          // whether rows have that chunk
+  const T* next;        // where keys lie evenly, the next source; else the chunk of the first page's first key
+  int64_t apart;        // elements
+  uint32_t ring, place; // of shared memory; of the first key's chunk in a stage, but for the swizzle
+  int swizzle;
+
+  __device__ SumsProduct(const VerticalSlashShape& shape, const SumsUnit& u, char* memory)
+      : a(shape), unit(u), shared(memory) {
+    const Problem& p = a.d.p;
+    const int first = threadIdx.x / kChunks;
+    chunk = threadIdx.x % kChunks;
+    key = unit.begin + first;
+    wanted = chunk * 8 < p.head_dim;
+    apart = kKeysAtOnce * p.k.stride[1];
+    next = static_cast<const T*>(p.k.data) + (wanted ? chunk * 8 : 0);
+    next += p.block_table ? unit.kv * p.k.stride[2] : KeyOffsetAt(p, p.k.stride, unit.sequence, key, unit.kv);
+    ring = SharedAddress(shared) + kRowBytes;
+    place = chunk / 8 * (kProductRows * kPanelRowBytes) + first * kPanelRowBytes;
+    swizzle = chunk % 8 ^ first % 8;
+
+    const T* const queries = static_cast<const T*>(p.q.data);
+    const int last = unit.sequence.q_len - 1 - unit.first_row, rows = min(a.rows, unit.sequence.q_len);
+    CopyRows<PANELS, COLUMNS>(shared, p.head_dim, p.q.data, [&](int r) -> const T* {
+      if (unit.first_row + r >= rows) return nullptr;
+      return queries + RowOffsetAt(p, p.q.stride, unit.sequence, last - r, unit.head);
+    });
+    CopyKeys(0);
+  }
+
+  // Of each step once, in order.
+  __device__ __forceinline__ void CopyKeys(int step) {
+    const Problem& p = a.d.p;
+    const uint32_t to = ring + step % kRingStages * kStageBytes + place;
+    auto copy = [&](int i, const T* from) {
+      const int row = i * kKeysAtOnce;
+      AsyncCopy16(to + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted && key < unit.sequence.k_len);
+    };
+    if (p.block_table == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce, next += apart) copy(i, next);
+      return;
+    }
+#pragma unroll 8
+    for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce) {
+      const int index = a.by_page(min(key, unit.sequence.k_len - 1));
+      copy(i,
+           next + PageAt(p, unit.sequence.index, index) * p.k.stride[0] + (key - index * p.page_size) * p.k.stride[1]);
+    }
+  }
+
+  // The product of a step, while the next one's keys come. One barrier, which all other shared memory may count on.
+  __device__ __forceinline__ void Step(int step, float (&d)[COLUMNS / 2]) {
+    AsyncCopyWaitAll();
+    PRODUCT::Fence();
+    __syncthreads();
+    const char* const keys = shared + kRowBytes + step % kRingStages * kStageBytes;
+    const auto next = [&] {
+      if (step + 1 < unit.steps) CopyKeys(step + 1);
+    };
+    if constexpr (kRingStages > 1) {
+      PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, keys, shared, next);
+    } else {
+      PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, keys, shared, [] {});
+      __syncthreads();
+      next();
+    }
+  }
+
+  // Whether every row sees every key of a step.
+  __device__ __forceinline__ bool Whole(int step) const {
+    return unit.begin + step * kProductRows + kProductRows + unit.first_row + COLUMNS - 1 <= unit.sequence.k_len;
+  }
+};
+
+// Value 4 c + 2 half + e of a thread is row 16 warp + lane / 4 + 8 half of D, column 8 c + 2 (lane % 4) + e.
+template <class PRODUCT, typename T, int PANELS, int COLUMNS>
+__global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
+                                                 : COLUMNS == 64 ? 4
+                                                                 : 3)
+    RowSumsKernel(const __grid_constant__ SumsArgs args) {
+  extern __shared__ char raw[];
+  __shared__ float reference[kWarps][COLUMNS], partial[kWarps][COLUMNS];
+  const VerticalSlashShape& a = args.shape;
+  SumsUnit unit;
+  if (!PlaceUnit(args, unit)) return;
+  SumsProduct<PRODUCT, T, PANELS, COLUMNS> product(a, unit, AlignedPanels(raw));
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
+  float* const mine = reference[warp];
+  for (int j = lane; j < COLUMNS; j += 32) mine[j] = -INFINITY;
+  __syncwarp();
+
+  float sum[COLUMNS / 4] = {};
+#pragma unroll 1
+  for (int step = 0; step < unit.steps; ++step) {
+    float d[COLUMNS / 2];
+    product.Step(step, d);
+    // Add up against the references, as far as that goes.
+    float x[COLUMNS / 4], check = 0;
+#pragma unroll
+    for (int c = 0; c < COLUMNS / 8; ++c) {
+      const float2 base = *reinterpret_cast<const float2*>(&mine[8 * c + pair]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float offset = e ? -base.y : -base.x;
+        x[2 * c + e] =
+            Exp2(fmaf(d[4 * c + e], a.exponent_scale, offset)) + Exp2(fmaf(d[4 * c + 2 + e], a.exponent_scale, offset));
+        check += x[2 * c + e];
+      }
+    }
+    if (__all_sync(~0u, product.Whole(step) && check < kLargeSum)) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 4; ++i) sum[i] += x[i];
+      continue;
+    }
+    // Else again, with a mask and new references.
+    const int seen = unit.sequence.k_len - unit.first_row - (unit.begin + step * kProductRows + 16 * warp + lane / 4);
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 4; ++i) {
+      const int j = i / 2 * 8 + pair + i % 2;
+      float z[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.exponent_scale;
+        z[half] = j + 8 * half < seen && IsFinite(score) ? score : -INFINITY;
+      }
+      const float old = mine[j];
+      float largest = fmaxf(z[0], z[1]);
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+      largest = fmaxf(largest, old);
+      const float base = largest == -INFINITY ? 0.f : largest; // nothing finite yet: this leads here again
+      sum[i] = sum[i] * Exp2(old - base) + (Exp2(z[0] - base) + Exp2(z[1] - base));
+      __syncwarp();
+      if (lane < 4) mine[j] = largest;
+    }
+    __syncwarp();
+  }
+
+  // Join lanes, then warps.
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 4; ++i) {
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
+    if (lane < 4) partial[warp][i / 2 * 8 + pair + i % 2] = sum[i];
+  }
+  __syncthreads();
+  const int j = threadIdx.x;
+  if (j >= COLUMNS) return;
+  float largest = -INFINITY, total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, reference[w][j]);
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (reference[w][j] > -INFINITY) total += partial[w][j] * Exp2(reference[w][j] - largest);
+  }
+  args.lse[(unit.index * a.slot_count + unit.slot) * COLUMNS + j] =
+      largest == -INFINITY ? -INFINITY : largest + log2f(total);
+}
+
+// Where the softmax of row j is measured from, so that its shares sum to 1 / rows: of all chunks together. A row that
+// is not there, or has no finite score, gets +inf: its shares are 0.
+__device__ inline float Denominator(const SumsArgs& args, const SumsUnit& unit, int j) {
+  const VerticalSlashShape& a = args.shape;
+  const int rows = min(a.rows, unit.sequence.q_len);
+  if (unit.first_row + j >= rows) return INFINITY;
+  const int chunks = a.by_chunk(unit.sequence.k_len + a.chunk - 1);
+  const float* const lse = args.lse + (unit.index * a.slot_count + unit.first_slot) * a.columns + j;
+  float largest = -INFINITY, total = 0;
+#pragma unroll 8
+  for (int i = 0; i < chunks; ++i) largest = fmaxf(largest, lse[i * a.columns]);
+  if (largest == -INFINITY) return INFINITY;
+#pragma unroll 8
+  for (int i = 0; i < chunks; ++i) total += Exp2(lse[i * a.columns] - largest);
+  return largest + log2f(total) + log2f(static_cast<float>(rows));
+}
+
+template <class PRODUCT, typename T, int PANELS, int COLUMNS>
+__global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
+                                                 : COLUMNS == 64 ? 3
+                                                                 : 2)
+    ShareSumsKernel(const __grid_constant__ SumsArgs args) {
+  extern __shared__ char raw[];
+  __shared__ float denominator[COLUMNS];
+  const VerticalSlashShape& a = args.shape;
+  SumsUnit unit;
+  if (!PlaceUnit(args, unit)) return;
+  char* const memory = AlignedPanels(raw);
+  SumsProduct<PRODUCT, T, PANELS, COLUMNS> product(a, unit, memory);
+  float* const shares = reinterpret_cast<float*>(memory + product.kBytes);
+  if (threadIdx.x < COLUMNS) denominator[threadIdx.x] = Denominator(args, unit, threadIdx.x);
+
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
+  const int key = 16 * warp + lane / 4; // of the step, and the one 8 on
+  constexpr int kPitch = SharePitch(COLUMNS);
+  for (int i = threadIdx.x; i < kShareRows * kPitch; i += kPanelThreads)
+    shares[i] = 0; // places that no key reaches stay so
+  float2* const place = reinterpret_cast<float2*>(shares + (8 * warp + lane / 4) * kPitch + key + pair);
+  // This thread adds up distances `from`, and 64 and 128 on, in half of the rows of shares.
+  const int from = 16 * warp + lane % 16;
+  const float* const column_of = shares + lane / 16 * (kShareRows / 2 * kPitch) + from;
+  constexpr int kTurns = COLUMNS == 64 ? 2 : 3;
+  float carry[3] = {}; // of the distances `from` of the steps to come
+  const int64_t slot = unit.index * a.slot_count + unit.slot;
+  float* const column = args.vertical_sums + slot * a.chunk;
+  float* const diagonal = args.slash_sums + slot * (a.chunk + COLUMNS);
+
+  // Shares into shared memory, and their sums by key.
+  float d[COLUMNS / 2], by_key[2];
+  auto share = [&](int seen, bool careful) {
+    by_key[0] = by_key[1] = 0;
+    float upper[2] = {}; // of the columns before
+#pragma unroll
+    for (int c = 0; c < COLUMNS / 8; ++c) {
+      const float2 base = *reinterpret_cast<const float2*>(&denominator[8 * c + pair]);
+      float x[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float score = d[4 * c + 2 * half + e];
+          x[half][e] = Exp2(fmaf(score, a.exponent_scale, e ? -base.y : -base.x));
+          if (careful && !(8 * c + pair + e + 8 * half < seen && IsFinite(score * a.exponent_scale))) x[half][e] = 0;
+          by_key[half] += x[half][e];
+        }
+      }
+      place[4 * c] = {x[0][0] + upper[0], x[0][1] + upper[1]};
+      upper[0] = x[1][0];
+      upper[1] = x[1][1];
+    }
+    place[COLUMNS / 2] = {upper[0], upper[1]};
+  };
+  auto store = [&](float mine, int at) { // the two halves of the rows meet
+    mine += __shfl_xor_sync(~0u, mine, 16);
+    if (lane < 16) diagonal[at + from] = mine;
+  };
+
+#pragma unroll 1
+  for (int step = 0; step < unit.steps; ++step) {
+    product.Step(step, d);
+    // Put shares into shared memory.
+    const int begin = step * kProductRows;
+    const bool whole = product.Whole(step);
+    if (whole) share(0, false);
+    if (!__all_sync(~0u, whole && by_key[0] + by_key[1] < kLargeSum)) {
+      share(unit.sequence.k_len - unit.first_row - (unit.begin + begin + key), true);
+    }
+    // Store sums by key.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      by_key[half] += __shfl_xor_sync(~0u, by_key[half], 1);
+      by_key[half] += __shfl_xor_sync(~0u, by_key[half], 2);
+      if (lane % 4 == 0) column[begin + key + 8 * half] = by_key[half];
+    }
+    __syncthreads();
+    // Add up by slash.
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+      for (int i = 0; i < kShareRows / 2; ++i) carry[turn] += column_of[i * kPitch + 64 * turn];
+    }
+    store(carry[0], begin);
+    carry[0] = carry[1];
+    carry[1] = carry[2];
+    carry[2] = 0;
+  }
+  store(carry[0], unit.steps * kProductRows); // the part past the chunk's end
+  if (COLUMNS > 64) store(carry[1], (unit.steps + 1) * kProductRows);
+}
+
+using Kernel = void (*)(SumsArgs);
+
+template <class PRODUCT, typename T, int PANELS, int COLUMNS>
+cudaError_t LaunchBoth(const SumsArgs& args, int64_t grid, cudaStream_t stream) {
+  constexpr int kRows = SumsProduct<PRODUCT, T, PANELS, COLUMNS>::kBytes + kPanelAlign;
+  constexpr int kVerticalSlash = kRows + kShareRows * SharePitch(COLUMNS) * 4;
+  const auto launch = [&](Kernel kernel, int bytes) {
+    if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;
+    kernel<<<static_cast<unsigned>(grid), kPanelThreads, static_cast<size_t>(bytes), stream>>>(args);
+    return cudaGetLastError();
+  };
+  if (cudaError_t e = launch(RowSumsKernel<PRODUCT, T, PANELS, COLUMNS>, kRows)) return e;
+  return launch(ShareSumsKernel<PRODUCT, T, PANELS, COLUMNS>, kVerticalSlash);
+}
+
+template <class PRODUCT, typename T, int PANELS>
+cudaError_t LaunchColumns(const SumsArgs& args, int64_t grid, cudaStream_t stream) {
+  return args.shape.columns == 64 ? LaunchBoth<PRODUCT, T, PANELS, 64>(args, grid, stream)
+                                  : LaunchBoth<PRODUCT, T, PANELS, 128>(args, grid, stream);
+}
+
+template <class PRODUCT, typename T>
+cudaError_t LaunchPanels(const SumsArgs& args, int64_t grid, cudaStream_t stream) {
+  const int head_dim = args.shape.d.p.head_dim;
+  return head_dim <= 64    ? LaunchColumns<PRODUCT, T, 1>(args, grid, stream)
+         : head_dim <= 128 ? LaunchColumns<PRODUCT, T, 2>(args, grid, stream)
+                           : LaunchColumns<PRODUCT, T, 4>(args, grid, stream);
+}
+
+template <class PRODUCT>
+cudaError_t LaunchSumsWith(const SumsArgs& args, cudaStream_t stream) {
+  const Problem& p = args.shape.d.p;
+  const int64_t grid = int64_t{args.shape.slot_count} * p.q_heads * args.shape.parts;
+  if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  return p.q.dtype == FP_BF16 ? LaunchPanels<PRODUCT, __nv_bfloat16>(args, grid, stream)
+                              : LaunchPanels<PRODUCT, __half>(args, grid, stream);
+}
+
+} // namespace
+} // namespace flashprefill::cuda
+
+#endif // FLASHPREFILL_CUDA_COMMON_VERTICAL_SLASH_SUMS_CUH_

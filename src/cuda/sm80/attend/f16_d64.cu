@@ -1,0 +1,8 @@
+// The portable attend kernel for fp16, head_dim up to 64.
+#include "cuda/sm80/attend/attend.cuh"
+
+namespace flashprefill::cuda {
+
+FLASHPREFILL_INSTANTIATE_PORTABLE_ATTEND(__half, 64, false)
+
+} // namespace flashprefill::cuda

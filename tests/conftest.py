@@ -1,0 +1,26 @@
+"""All tests on a GPU can be run for one target: FLASHPREFILL_TEST_TARGET=portable python -m pytest ...
+
+Calls on a GPU's memory that name no target get this one. An environment variable and not an option, since
+programs that tests start get it too.
+"""
+
+import os
+
+from flashprefill import _engine
+from flashprefill._arrays import is_numpy
+
+TARGET = os.environ.get("FLASHPREFILL_TEST_TARGET")
+_exec_of = _engine._exec
+
+
+def _exec(q, threads, backend, target):
+    on_gpu = not is_numpy(q) and q.device.type == "cuda"
+    return _exec_of(q, threads, backend, TARGET if on_gpu and target is None else target)
+
+
+if TARGET:
+    _engine._exec = _exec
+
+
+def pytest_report_header():
+    return f"FLASHPREFILL_TEST_TARGET: {TARGET}" if TARGET else None

@@ -1,0 +1,194 @@
+"""Variants of what users report: threads, forks, transforms, masks of any dtype, gradients of one input."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+
+import pytest
+
+import transformers_models
+from transformers_models import (
+    CACHE,
+    KEEP,
+    LENGTH,
+    STREAMING,
+    attention,
+    fp,
+    logits,
+    make,
+    padding,
+    positions,
+    tokens,
+    torch,
+    transformers,
+)
+
+models, patched, quiet = transformers_models.models, transformers_models.patched, transformers_models.quiet
+
+
+def in_threads(count, work):
+    """Run work(number) in threads at once, and return what they raised."""
+    errors = []
+
+    def run(number):
+        try:
+            work(number)
+        except Exception as error:  # handed to the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def is_sparse(model):
+    with fp.collect_stats(model) as stats:
+        logits(model, tokens())
+    return stats.sparse_calls > 0
+
+
+def test_threads_that_patch_and_unpatch_models_of_their_own():
+    several = [make("llama") for _ in range(4)]
+
+    def work(number):
+        for _ in range(3):
+            fp.patch_model(several[number], STREAMING)
+            assert is_sparse(several[number])
+            fp.unpatch_model(several[number])
+            assert not is_sparse(several[number])
+
+    assert not in_threads(4, work)
+
+
+def test_400_short_lived_threads(models, patched):
+    model, ids = patched(models("llama"), STREAMING), tokens(1, 200)
+    for _ in range(40):
+        assert not in_threads(10, lambda _: logits(model, ids))
+
+
+def test_a_fork_inside_a_thread(models, patched):
+    model, ids = patched(models("llama"), STREAMING), tokens()
+    wanted = logits(model, ids)
+    codes = []
+
+    def work(_):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if torch.equal(logits(model, ids), wanted) else 3)
+            finally:
+                os._exit(4)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    assert not in_threads(1, work) and codes == [0]
+
+
+def test_copies_of_copies_in_mixed_order():
+    model = make("llama")
+    before = copy.deepcopy(model)
+    fp.patch_model(model, STREAMING)
+    unpatched, kept = copy.deepcopy(model), copy.deepcopy(model)
+    fp.unpatch_model(unpatched)
+    again = fp.patch_model(copy.deepcopy(unpatched), KEEP)
+    of_kept = copy.deepcopy(kept)
+    fp.unpatch_model(kept)
+    found = [is_sparse(each) for each in (model, before, unpatched, kept, again, of_kept)]
+    assert found == [True, False, False, False, True, True]
+
+
+def test_vmap_is_dense(patched):
+    model, embeds = patched(make("llama"), STREAMING), torch.randn(2, 200, 48)
+
+    def one(x):
+        return model(inputs_embeds=x[None], use_cache=False).logits
+
+    with torch.no_grad():
+        got = torch.vmap(one)(embeds)
+        fp.unpatch_model(model)
+        torch.testing.assert_close(got, torch.stack([one(x) for x in embeds]), atol=1e-5, rtol=1e-5)
+
+
+class Layer(torch.nn.Module):
+    """What an attention layer is to the attention function."""
+
+    is_causal = True
+    num_key_value_groups = 2
+    layer_idx = 0
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_one_of_q_k_v_wants_a_gradient(which):
+    module = Layer()
+    setattr(module, attention.ATTRIBUTE, attention.Layer(KEEP, eager=False))
+    tensors = [torch.randn(1, heads, LENGTH, 16) for heads in (4, 2, 2)]
+    tensors[which].requires_grad_()
+    with fp.collect_stats(module) as stats:
+        out = attention.flashprefill_attention(module, *tensors, None)[0]
+        out.sum().backward()
+        with torch.no_grad():
+            attention.flashprefill_attention(module, *tensors, None)
+    assert [call.reason for call in stats.calls] == ["gradients", ""]
+    assert tensors[which].grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_causal_masks_of_pairs(dtype, models, patched):
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    if dtype != torch.bool:
+        seen = torch.where(seen, 0.0, torch.finfo(dtype).min)
+    model, ids = models("llama"), tokens(2)
+    wanted = logits(model, ids, attention_mask=seen)
+    got = logits(patched(model, STREAMING), ids, attention_mask=seen)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_over_a_cached_prefix(side, dtype, models, patched):
+    model, length, cached = models("llama"), LENGTH + 130, 130
+    ids, mask = tokens(2, length), padding([length, length - 60], side, length)
+    places, rows = positions(mask), mask.bool()
+    mask = mask.to(dtype)
+
+    def run():
+        cache = transformers.DynamicCache(config=model.config)
+        parts = []
+        with torch.no_grad():
+            for here in (slice(cached), slice(cached, length)):
+                inputs = dict(attention_mask=mask[:, : here.stop], position_ids=places[:, here])
+                parts.append(model(ids[:, here], **inputs, **{CACHE: cache}).logits)
+        return torch.cat(parts, 1)
+
+    wanted = run()
+    patched(model, KEEP)
+    with fp.collect_stats(model) as stats:
+        got = run()
+    assert stats.sparse_calls == 4 and not stats.fallbacks
+    torch.testing.assert_close(got[rows], wanted[rows], atol=1e-4, rtol=1e-4)
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Logits as a DataLoader's workers compute them."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, seed):
+        return logits(self.model, tokens(1, 200, seed))[0, -1]
+
+
+@pytest.mark.parametrize("method", ["fork"])
+def test_workers_of_a_data_loader(method):
+    model = fp.patch_model(make("llama"), STREAMING)
+    wanted = [logits(model, tokens(1, 200, seed))[:, -1] for seed in range(2)]
+    loader = torch.utils.data.DataLoader(Prompts(model), num_workers=1, multiprocessing_context=method)
+    for got, expected in zip(loader, wanted, strict=True):
+        torch.testing.assert_close(got, expected)

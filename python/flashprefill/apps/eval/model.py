@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,10 @@ class FlashPrefillLM(HFLM):
     # ------------------------------------------------------------ what lm-eval calls
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer prompts one by one. Requests that ask for sampling are answered as the stock class does."""
+        """Answer prompts one by one.
+
+        Requests for sampling, and models whose thoughts end with a token's number, are the stock class's.
+        """
         from tqdm import tqdm
 
         answers = []
@@ -203,7 +207,7 @@ class FlashPrefillLM(HFLM):
             requests, desc="flashprefill: answers", disable=disable_tqdm or len(requests) == 1
         ):
             context, options = request.args
-            if options.get("do_sample"):
+            if options.get("do_sample") or isinstance(self.think_end_token, int):
                 answer = super().generate_until([request], disable_tqdm=True)[0]
             else:
                 answer = self._answer(context, normalize_gen_kwargs(options, self.max_gen_toks))
@@ -230,8 +234,9 @@ class FlashPrefillLM(HFLM):
                 **options,
             )
         texts = [self.tok_decode(row) for row in written[:, ids.shape[1] :].tolist()]
+        think = self.think_end_token if isinstance(self.think_end_token, str) else None
         return [
-            postprocess_generated_text(generation=text, stop=stop, think_end_token=None) for text in texts
+            postprocess_generated_text(generation=text, stop=stop, think_end_token=think) for text in texts
         ]
 
     def _answer(self, context: str, options: dict[str, Any]) -> str:
@@ -277,7 +282,7 @@ class FlashPrefillLM(HFLM):
             zip(self._write(ids.repeat(len(policies), 1), most, options, merged), readings, strict=True)
         )
 
-    @property
+    @functools.cached_property
     def can_batch(self) -> bool:
         """Whether answer_together may be called: one kind of cache layer can be put side by side."""
         if self.last_token != "dense":

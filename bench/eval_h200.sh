@@ -3,16 +3,18 @@
 # the table of docs/quality.md. A 135M model leaves a GPU idle while Python thinks, so a process per task shares it; their
 # answers are joined, and a last run, which finds them all on disk, makes the tables.
 #
-#     bench/eval_h200.sh OUT          then: python tools/quality.py OUT/results.json h200
+#     bench/eval_h200.sh OUT [more arguments of eval, like --model PATH]
+#     python tools/quality.py OUT/results.json h200
 #
-# SAMPLES, LENGTHS, POLICIES, MAX_TOKENS and TASKS change what is run. A run that was stopped goes on when it is called again.
+# SAMPLES, LENGTHS, POLICIES, MAX_TOKENS, TASKS and DEVICE change what is run. A run that was stopped goes on when it is called again.
 set -euo pipefail
-out=${1:?usage: bench/eval_h200.sh OUT}
+out=${1:?usage: bench/eval_h200.sh OUT [arguments of flashprefill eval]}
+shift
 python=${PYTHON:-python3}
 tasks=${TASKS:-niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue
   niah_multiquery vt cwe fwe}
 arguments=(--pattern all --lengths "${LENGTHS:-2K,4K,8K}" --samples "${SAMPLES:-25}" --max-tokens "${MAX_TOKENS:-64}"
-  --device "${DEVICE:-cuda}" --threads 1)
+  --device "${DEVICE:-cuda}" --threads 1 "$@")
 IFS=';' read -ra policies <<< "${POLICIES:-sketch(gain=0.0025, query_metric=True, outliers=6, query_pool=64);flashprefill(query_pool=16)}"
 for policy in "${policies[@]}"; do arguments+=(--policy "$policy"); done
 

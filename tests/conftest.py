@@ -10,7 +10,7 @@ from flashprefill import _engine
 from flashprefill._arrays import is_numpy
 
 TARGET = os.environ.get("FLASHPREFILL_TEST_TARGET")
-_exec_of = _engine._exec
+_exec_of = _engine.exec_of
 
 
 def _exec(q, threads, backend, target):
@@ -19,7 +19,7 @@ def _exec(q, threads, backend, target):
 
 
 if TARGET:
-    _engine._exec = _exec
+    _engine.exec_of = _exec
 
 
 def pytest_report_header():

@@ -247,9 +247,17 @@ FP_API fp_status fp_select(const fp_problem* problem, const fp_policy* policy, c
 FP_API fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec,
                            const fp_output* output, void* workspace, size_t workspace_bytes);
 
-/* Both. mask may be NULL (its memory is then part of the workspace), or a described mask with memory, to be kept. */
+/* Both. mask may be NULL (its memory is then part of the workspace), or a described mask with memory, to be kept. Of
+ * such a mask bits and vertical_slash may be NULL too, and are then part of the workspace: whoever counts what is kept
+ * needs counts alone. */
 FP_API fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
                             fp_block_mask* mask, const fp_output* output, void* workspace, size_t workspace_bytes);
+
+/* *keys becomes the number of keys up to which fp_prefill keeps all of a sequence's blocks, whatever it holds, since a
+ * selection would take more time than it saves (FP_FALLBACK_SHORT): by this policy, on exec's backend or the best one
+ * for the device (fp_device), on CUDA for the current GPU. An engine with a dense kernel of its own may use that for
+ * them. 0: there is no such number. Sink and window, which a policy's fields tell, are not counted. */
+FP_API fp_status fp_prefill_dense_keys(const fp_policy* policy, int32_t device, const fp_exec* exec, int64_t* keys);
 
 /* Zero a struct and set its size; fp_problem also gets causal = final_chunk = 1. */
 FP_API void fp_problem_init(fp_problem* problem);

@@ -55,7 +55,7 @@ def tensor_of(x: Any) -> _abi.Tensor:
     return _abi.Tensor(address_of(x), dtype_of(x.dtype), 0, _FourStrides(*strides))
 
 
-def _range(x: Any) -> tuple[int, int]:
+def range_of(x: Any) -> tuple[int, int]:
     """Return the first and the past-the-end address of what a torch tensor touches. No stride is negative."""
     begin = x.data_ptr()
     if x.is_contiguous():
@@ -68,12 +68,12 @@ def _range(x: Any) -> tuple[int, int]:
 
 def refuse_overlap(out: Any, **inputs: Any) -> None:
     """Refuse an output in the memory of an input."""
-    begin, end = (0, 0) if is_numpy(out) else _range(out)
+    begin, end = (0, 0) if is_numpy(out) else range_of(out)
     for name, x in inputs.items():
         if is_numpy(x):
             overlap = np.may_share_memory(out, x)
         else:
-            first, last = _range(x)
+            first, last = range_of(x)
             overlap = begin < last and first < end
         if overlap:
             refuse("out", f"in the same memory as {name}", "memory of its own")

@@ -22,7 +22,7 @@ from .policies.library import struct_of
 # -------------------------------------------------------------- descriptors
 
 
-def _problem(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
+def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p = _abi.sized(_abi.Problem)
     if not is_numpy(q) and q.device.type == "cuda":
         p.device, p.device_index = _abi.CUDA, q.device.index or 0
@@ -46,7 +46,7 @@ def _problem(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     return p
 
 
-def _set_final_chunk(p: _abi.Problem, final_chunk: list[bool]) -> None:
+def set_final_chunk(p: _abi.Problem, final_chunk: list[bool]) -> None:
     """Say which sequences end their prompts: one bool for all, or one each."""
     if len(final_chunk) == 1:
         p.final_chunk = final_chunk[0]
@@ -55,7 +55,7 @@ def _set_final_chunk(p: _abi.Problem, final_chunk: list[bool]) -> None:
         p.final_chunks = ctypes.addressof(p.keep)
 
 
-def _exec(q: Any, threads: int, backend: str | None, target: str | None) -> _abi.Exec:
+def exec_of(q: Any, threads: int, backend: str | None, target: str | None) -> _abi.Exec:
     e = _abi.sized(_abi.Exec)
     if is_numpy(q):
         e.threads = max(threads, 0)
@@ -71,7 +71,7 @@ def _exec(q: Any, threads: int, backend: str | None, target: str | None) -> _abi
     return e
 
 
-def _add_timings(e: _abi.Exec) -> None:
+def add_timings(e: _abi.Exec) -> None:
     timings = _timings.active()
     if timings is not None and e.timings:
         timings.select_seconds += e.timings.contents.select_seconds
@@ -79,7 +79,7 @@ def _add_timings(e: _abi.Exec) -> None:
         timings.calls += 1
 
 
-def _output(call: Any) -> _abi.Output:
+def output_of(call: Any) -> _abi.Output:
     o = _abi.sized(_abi.Output)
     o.out = tensor_of(call.out)
     if call.lse is not None:
@@ -124,15 +124,15 @@ def select(*arguments: Any) -> None:
     """fp_select, with the arguments of _calls.SELECT."""
     call = SELECT.unpack(arguments)
     q, k = all_cuda_reads(call.q, call.k, cached=call.block_table is not None)
-    p = _problem(call, q, k, k)
-    _set_final_chunk(p, call.final_chunk)
-    e, size = _exec(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    p = problem_of(call, q, k, k)
+    set_final_chunk(p, call.final_chunk)
+    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     policy = struct_of(call.policy)
     m = _mask_written(p, policy, call)
     _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(policy), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
     _abi.check(_abi.lib.fp_select(byref(p), byref(policy), byref(e), byref(m), address, size.value))
-    _add_timings(e)
+    add_timings(e)
 
 
 def attend(*arguments: Any) -> None:
@@ -140,12 +140,12 @@ def attend(*arguments: Any) -> None:
     call = ATTEND.unpack(arguments)
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
-    p, m, o = _problem(call, q, k, v), _mask_given(call), _output(call)
-    e, size = _exec(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    p, m, o = problem_of(call, q, k, v), _mask_given(call), output_of(call)
+    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
     _abi.check(_abi.lib.fp_attend(byref(p), byref(m), byref(e), byref(o), address, size.value))
-    _add_timings(e)
+    add_timings(e)
 
 
 def prefill(*arguments: Any) -> None:
@@ -153,11 +153,11 @@ def prefill(*arguments: Any) -> None:
     call = PREFILL.unpack(arguments)
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
-    p, o, policy = _problem(call, q, k, v), _output(call), struct_of(call.policy)
-    _set_final_chunk(p, call.final_chunk)
-    e, size = _exec(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    p, o, policy = problem_of(call, q, k, v), output_of(call), struct_of(call.policy)
+    set_final_chunk(p, call.final_chunk)
+    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
     _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
     _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))
-    _add_timings(e)
+    add_timings(e)

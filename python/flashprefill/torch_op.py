@@ -27,36 +27,13 @@ NAME = "a torch tensor"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
-
-def _untraced(function: Any) -> Any:
-    """Keep torch.compile out of a function, which may call into C: a graph that meets it breaks there.
-
-    This is what torch.compiler.disable does, without the 1.9 s of processor time that it takes to import what
-    compiles, and 10 us less per call. Where PyTorch has no such functions it is torch.compiler.disable.
-    """
-    try:
-        from torch._C._dynamo.eval_frame import set_eval_frame, skip_code
-    except ImportError:
-        return torch.compiler.disable(function)
-
-    def call(*arguments: Any) -> Any:
-        before = set_eval_frame(None)
-        try:
-            return function(*arguments)
-        finally:
-            set_eval_frame(before)
-
-    skip_code(call.__code__)
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
-
-
 _make: Any = torch.library.Library
+_disable: Any = torch.compiler.disable
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
 for _verb in (SELECT, ATTEND, PREFILL):
     _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CPU", "CUDA"):  # untraced: outside of graphs torch.compile would trace the call into C
-        _library.impl(_verb.name, _untraced(getattr(_engine, _verb.name)), _key)
+    for _key in ("CPU", "CUDA"):  # disabled: outside of graphs torch.compile would trace the call into C
+        _library.impl(_verb.name, _disable(getattr(_engine, _verb.name)), _key)
     torch.library.register_fake(f"flashprefill::{_verb.name}", lambda *_, **__: None, lib=_library)
 
 select = torch.ops.flashprefill.select
@@ -68,7 +45,7 @@ def _in_python(function: Any, *arguments: Any) -> Any:
     return function(*arguments)
 
 
-in_python = _untraced(_in_python)  # calls a function that no graph can hold
+in_python = _disable(_in_python)  # calls a function that no graph can hold
 
 
 def tracing() -> bool:

@@ -299,15 +299,20 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
     ValidateProblem(problem);
     ValidatePolicy(policy, *problem);
     if (mask) {
-      ValidateMask(mask, *problem);
+      ValidateMask(mask, *problem, false);
       ValidateMaskOf(*mask, *policy, *problem);
     }
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);
     Workspace parts(workspace);
-    BlockMask own = MaskIn(parts, *problem, *policy);
-    BlockMask& kept = mask ? *mask : own;
+    BlockMask kept = MaskIn(parts, *problem, *policy);
+    if (mask) {
+      if (mask->bits) kept.bits = mask->bits;
+      if (mask->vertical_slash) kept.vertical_slash = mask->vertical_slash;
+      kept.counts = mask->counts;
+      kept.fallback = mask->fallback;
+    }
     backend.check(*problem, policy, &kept, e);
     ValidateWorkspace(workspace, workspace_bytes, parts.used() + PrefillScratch(backend, *problem, *policy, kept, e));
     void* scratch = static_cast<std::byte*>(workspace) + parts.used();
@@ -320,6 +325,19 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
     const double select_seconds = watch.Lap();
     backend.attend(*problem, kept, e, *output, scratch);
     if (e.timings) *e.timings = {select_seconds, watch.Lap()};
+  });
+}
+
+fp_status fp_prefill_dense_keys(const fp_policy* policy, int32_t device, const fp_exec* exec, int64_t* keys) {
+  return Guard([&] {
+    ValidatePolicyAlone(policy);
+    CheckPointer("keys", keys);
+    if (device != FP_CPU && device != FP_CUDA) Refuse("device", device, "FP_CPU (0) or FP_CUDA (1)");
+    Problem p{};
+    p.device = device;
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(p, e);
+    *keys = backend.dense_keys ? backend.dense_keys(*policy, e) : 0;
   });
 }
 

@@ -30,6 +30,8 @@ struct Backend {
   // Both in one call, if they can share work; null: select, then attend, over the same scratch memory.
   size_t (*prefill_workspace)(const Problem&, const Policy&, const BlockMask&, const Exec&);
   void (*prefill)(const Problem&, const Policy&, const Exec&, BlockMask&, const Output&, void* workspace);
+  // Keys up to which prefill keeps everything, because a selection would not pay; null: it always selects.
+  int64_t (*dense_keys)(const Policy&, const Exec&);
 };
 
 // All of this build, in no order.

@@ -173,12 +173,17 @@ void ValidateProblem(const Problem* problem) {
   if (p.device == FP_CPU) CheckIndexArrays(p);
 }
 
-void ValidatePolicy(const Policy* policy, const Problem& p) {
+const Method* ValidatePolicyAlone(const Policy* policy) {
   if (!policy) Refuse("policy", "NULL", "a policy");
   const Method* method = FindMethod(policy->kind);
   if (!method) Refuse("policy.kind", policy->kind, "one of fp_policy_kind");
   CheckSize("policy", policy->struct_size, method->size);
   CheckFields(*method, *policy);
+  return method;
+}
+
+void ValidatePolicy(const Policy* policy, const Problem& p) {
+  const Method* method = ValidatePolicyAlone(policy);
   if (policy->share_heads && p.q_heads / p.kv_heads > kTileRows) {
     Refuse("share_heads", 1, "0 where more than " + std::to_string(kTileRows) + " query heads share a KV head");
   }

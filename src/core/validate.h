@@ -7,7 +7,10 @@
 
 namespace flashprefill {
 
+struct Method;
+
 void ValidateProblem(const Problem* problem);
+const Method* ValidatePolicyAlone(const Policy* policy); // its fields; returns its method
 void ValidatePolicy(const Policy* policy, const Problem& problem);
 void ValidateMask(const BlockMask* mask, const Problem& problem, bool needs_bits = true);
 void ValidateVerticalSlash(const BlockMask& mask,

@@ -40,6 +40,6 @@ void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask&
 
 extern const Backend kCpuBackend = {
     "cpu",  FP_CPU,      1,       Available, Describe, Targets, Check, SelectWorkspace, cpu::AttendWorkspace,
-    Select, cpu::Attend, nullptr, nullptr};
+    Select, cpu::Attend, nullptr, nullptr,   nullptr};
 
 } // namespace flashprefill

@@ -70,16 +70,19 @@ const Selector& SelectorFor(const Policy& policy) {
 const Device& DeviceOf(const Problem& p) { return AllDevices().all[static_cast<size_t>(p.device_index)]; }
 Gpu GpuOf(const Problem& p, const Exec& exec) { return Gpu::Of(DeviceOf(p), exec.target); }
 
+void DemandSupported(const Device& device, int index) {
+  if (device.supported()) return;
+  throw Error(FP_UNSUPPORTED,
+              "GPU " + std::to_string(index) + " is " + device.name + ", " + device.arch() + ": " + KernelsOf(device));
+}
+
 void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const Exec& exec) {
   const std::vector<Device>& devices = AllDevices().all;
   if (p.device_index < 0 || p.device_index >= static_cast<int>(devices.size())) {
     Refuse("device_index", p.device_index, "from 0 to " + std::to_string(static_cast<int>(devices.size()) - 1));
   }
   const Device& device = DeviceOf(p);
-  if (!device.supported()) {
-    throw Error(FP_UNSUPPORTED, "GPU " + std::to_string(p.device_index) + " is " + device.name + ", " + device.arch() +
-                                    ": " + KernelsOf(device));
-  }
+  DemandSupported(device, p.device_index);
   if (exec.target) {
     const std::vector<std::string> targets = TargetsOf(device);
     if (std::find(targets.begin(), targets.end(), exec.target) == targets.end()) {
@@ -176,6 +179,16 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
             "attend");
 }
 
+// Of the current device, since no problem names one.
+int64_t DenseKeys(const Policy& policy, const Exec& exec) {
+  int current = 0;
+  CheckCuda(cudaGetDevice(&current), "the current device");
+  const Device& device = AllDevices().all.at(static_cast<size_t>(current));
+  DemandSupported(device, current);
+  const Selector& selector = SelectorFor(policy);
+  return selector.dense_up_to_keys ? selector.dense_up_to_keys(Gpu::Of(device, exec.target)) : 0;
+}
+
 } // namespace
 } // namespace cuda
 
@@ -191,6 +204,7 @@ extern const Backend kCudaBackend = {"cuda",
                                      cuda::Select,
                                      cuda::Attend,
                                      cuda::PrefillWorkspace,
-                                     cuda::Prefill};
+                                     cuda::Prefill,
+                                     cuda::DenseKeys};
 
 } // namespace flashprefill

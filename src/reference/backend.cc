@@ -23,7 +23,8 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec&, const Output& 
 
 } // namespace
 
-extern const Backend kReferenceBackend = {"reference",     FP_CPU,          0,      Available, Describe, Targets, Check,
-                                          SelectWorkspace, AttendWorkspace, Select, Attend,    nullptr,  nullptr};
+extern const Backend kReferenceBackend = {
+    "reference",     FP_CPU,          0,      Available, Describe, Targets, Check,
+    SelectWorkspace, AttendWorkspace, Select, Attend,    nullptr,  nullptr, nullptr};
 
 } // namespace flashprefill

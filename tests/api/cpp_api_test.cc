@@ -66,6 +66,14 @@ TEST(CppApi, AThresholdForEachHead) {
   EXPECT_THROW(fp::select(data.problem, policy.SetHeadThresholds(more)), fp::Error);
 }
 
+TEST(CppApi, OnACpuPrefillSelectsForEveryLength) {
+  const fp::FlashPrefill policy;
+  int64_t keys = -1;
+  EXPECT_EQ(fp_prefill_dense_keys(&policy.common, FP_CPU, nullptr, &keys), FP_OK);
+  EXPECT_EQ(keys, 0);
+  EXPECT_EQ(fp_prefill_dense_keys(&policy.common, 7, nullptr, &keys), FP_INVALID_ARGUMENT);
+}
+
 TEST(CppApi, SelectThenAttendEqualsPrefill) {
   Data data;
   fp::FlashPrefill policy(0.95f);

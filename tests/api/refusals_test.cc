@@ -103,9 +103,6 @@ const std::vector<Refusal>& Refusals() {
          c.use_mask = true, c.mask.max_verticals = 5, c.mask.vertical_slash = lists;
        },
        {"mask.max_verticals is 5", "policy's (0)"}},
-      {"mask_vertical_slash_null",
-       [](Call& c) { c.use_mask = true, c.mask.max_slashes = 5; },
-       {"mask.vertical_slash is NULL"}},
       {"exec_size", [](Call& c) { c.exec.struct_size = 1; }, {"exec.struct_size is 1"}},
       {"threads", [](Call& c) { c.exec.threads = -1; }, {"exec.threads is -1"}},
       {"backend", [](Call& c) { c.exec.backend = "quantum"; }, {"exec.backend is quantum", "reference"}},
@@ -129,7 +126,6 @@ const std::vector<Refusal>& Refusals() {
       {"mask_words", [](Call& c) { c.use_mask = true, c.mask.words = 9; }, {"mask.words is 9"}},
       {"mask_tile", [](Call& c) { c.use_mask = true, c.mask.tile_tokens = 64; }, {"mask.tile_tokens is 64"}},
       {"mask_block", [](Call& c) { c.use_mask = true, c.mask.block_size = 64; }, {"mask.block_size is 64", "policy's"}},
-      {"mask_bits", [](Call& c) { c.use_mask = true, c.mask.bits = nullptr; }, {"mask.bits is NULL"}},
   };
   return all;
 }
@@ -179,9 +175,29 @@ TEST(Refusals, NullPointers) {
   EXPECT_EQ(fp_select_workspace(&c.problem, &c.policy.common, nullptr, nullptr), FP_INVALID_ARGUMENT);
   EXPECT_EQ(fp_mask_describe(&c.problem, &c.policy.common, nullptr), FP_INVALID_ARGUMENT);
   EXPECT_EQ(fp_mask_stats(&c.problem, &c.mask, nullptr), FP_INVALID_ARGUMENT);
+  EXPECT_EQ(fp_prefill_dense_keys(nullptr, FP_CPU, nullptr, nullptr), FP_INVALID_ARGUMENT);
+  EXPECT_STREQ(fp_last_error(), "policy is NULL; it must be a policy");
+  EXPECT_EQ(fp_prefill_dense_keys(&c.policy.common, FP_CPU, nullptr, nullptr), FP_INVALID_ARGUMENT);
   EXPECT_EQ(fp_backend_name(-1), nullptr);
   EXPECT_EQ(fp_backend_available("quantum"), 0);
   EXPECT_EQ(fp_backend_describe(nullptr, nullptr, 0), 0u);
+}
+
+// Only fp_prefill has a workspace that bits may lie in.
+TEST(Refusals, AMaskWithoutBits) {
+  Call c;
+  c.mask.bits = nullptr;
+  EXPECT_EQ(fp_select(&c.problem, &c.policy.common, &c.exec, &c.mask, c.workspace, c.workspace_bytes),
+            FP_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(fp_last_error()).find("mask.bits is NULL"), std::string::npos);
+  EXPECT_EQ(fp_attend(&c.problem, &c.mask, &c.exec, &c.output, c.workspace, c.workspace_bytes), FP_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(fp_last_error()).find("mask.bits is NULL"), std::string::npos);
+  c.use_mask = true;
+  EXPECT_EQ(c.Prefill(), FP_OK) << fp_last_error();
+  c.mask.bits = c.bits.data();
+  c.mask.max_slashes = 5;
+  EXPECT_EQ(fp_attend(&c.problem, &c.mask, &c.exec, &c.output, c.workspace, c.workspace_bytes), FP_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(fp_last_error()).find("mask.vertical_slash is NULL"), std::string::npos);
 }
 
 } // namespace

@@ -210,6 +210,21 @@ Attended PrefillWithoutMask(const Engine& engine, const fp_problem& problem, con
   return memory.Gather();
 }
 
+Prefilled PrefillWithCounts(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy) {
+  Execution run(engine, 2);
+  Prefilled result{Mask(problem, policy.get()), {}};
+  fp_block_mask counts = result.mask.view;
+  counts.bits = nullptr;
+  counts.vertical_slash = nullptr;
+  size_t bytes = 0;
+  ExpectOk(fp_prefill_workspace(&problem, policy.get(), &run.exec, &bytes), "fp_prefill_workspace");
+  Scratch scratch(bytes);
+  OutputMemory memory(problem, Strides::kContiguous);
+  ExpectOk(fp_prefill(&problem, policy.get(), &run.exec, &counts, &memory.output, scratch.data(), bytes), "fp_prefill");
+  result.attended = memory.Gather();
+  return result;
+}
+
 int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h) {
   return (s.q_begin + i) * problem.q_heads + h;
 }

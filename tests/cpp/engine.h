@@ -59,6 +59,8 @@ Attended Attend(const Engine& engine, const fp_problem& problem, const Mask& mas
 Prefilled Prefill(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy, int threads = 2,
                   Strides out = Strides::kContiguous);
 Attended PrefillWithoutMask(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy);
+// With a mask that has room for counts and fallback only.
+Prefilled PrefillWithCounts(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy);
 
 // Index in Attended::lse of (token i of sequence s, head h); times head_dim: in Attended::out.
 int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h);

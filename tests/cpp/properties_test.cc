@@ -164,6 +164,10 @@ TEST(Properties, SelectThenAttendIsPrefill) {
         EXPECT_TRUE(SameMask(p, mask, both.mask)) << Name(policy);
         EXPECT_TRUE(SameBits(p, attended, both.attended)) << Name(policy);
         EXPECT_TRUE(SameBits(p, attended, PrefillWithoutMask(engine, p, policy))) << Name(policy);
+        const Prefilled counted = PrefillWithCounts(engine, p, policy);
+        EXPECT_TRUE(SameBits(p, attended, counted.attended)) << Name(policy);
+        EXPECT_EQ(mask.counts, counted.mask.counts) << Name(policy);
+        EXPECT_EQ(mask.fallback, counted.mask.fallback) << Name(policy);
       }
     });
   }

@@ -27,6 +27,33 @@ def test_split():
     assert parts.spans[0].final == [True]
 
 
+def test_prompts_that_a_kernel_would_keep_whole_are_the_engines():
+    asked = options.parse({"parameters": TINY})
+    batch = [0, 3072, 6145], [3072, 3073], [True, True], None, asked
+    assert split(*batch).dense == []
+    parts = split(*batch, short_keys=3072)
+    assert parts.dense == [0] and parts.dense_rows == {"short": 3072} and parts.spans[0].keys == [3073]
+
+
+def test_what_a_cache_leaves_of_a_prompt_is_sparse_on_request():
+    asked = options.parse({"parameters": TINY, "min_chunk": 1})
+    parts = split([0, 1, 10, 11], [500, 900, 700], [False, True, True], None, asked)
+    assert parts.dense == [0] and parts.spans[0].rows == [9, 1]
+
+
+def test_batches_that_warm_an_engine_up_are_not_counted():
+    counters = metrics.Metrics(logging.getLogger("some.engine"))
+    before = counters.snapshot()
+    with counters.paused():
+        counters.count_batch(split([0, 1, 301], [9, 300], [False, True], None, options.parse("dense")))
+        counters.count_dense("decode", 7)
+        counters.count_later(torch.ones(3, dtype=torch.int32))
+        counters.count_call(3)
+    assert counters.snapshot() == before
+    counters.count_dense("decode", 7)
+    assert counters.snapshot()["dense_rows"] == {"decode": 7}
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -36,7 +63,7 @@ def test_split():
         ({"policy": "sketch", "parameters": {"alhpa": 0.1}}, "alhpa"),
         ({"parameters": {"alpha": -1}}, "alpha"),
         ({"parameters": 3}, "parameters"),
-        ({"min_chunk": 64}, "min_chunk"),
+        ({"min_chunk": 0}, "min_chunk"),
         ({"first_dense_layers": True}, "first_dense_layers"),
         ({"first_dense_layers": -1}, "first_dense_layers"),
         ({"log_seconds": "x"}, "log_seconds"),
@@ -62,7 +89,8 @@ def test_metrics(caplog, monkeypatch):
         counters.tick(asked)
         assert not caplog.records, "no news"
         counters.count_batch(split([0, 1, 301], [9, 300], [False, True], None, asked))
-        counters.count_call(torch.tensor([[3, 4], [2, 0]], dtype=torch.int32), 18)
+        counters.count_later(torch.tensor([[3, 4], [2, 0]], dtype=torch.int32))
+        counters.count_call(18)
         counters.tick(asked)
         counters.tick(asked)
     (record,) = caplog.records
@@ -72,7 +100,7 @@ def test_metrics(caplog, monkeypatch):
 
     monkeypatch.setattr(f"{__name__}.hook", lambda numbers: 1 / 0)
     counters._hooks.clear()
-    counters.count_call(torch.tensor([1]), 1)
+    counters.count_call(1)
     with caplog.at_level(logging.ERROR, "some.engine"):
         counters.tick(asked)
     assert "not called again" in caplog.text

@@ -416,7 +416,7 @@ def test_a_kernel_that_refuses_leaves_a_dense_engine(monkeypatch, caplog):
     def refuses(*arguments, **keywords):
         raise fp.UnsupportedError("no such thing here")
 
-    monkeypatch.setattr(shared, "prefill_attention", refuses)
+    monkeypatch.setattr(shared, "PreparedPrefill", refuses)
     runner, batch, q, k, v = world(BATCHES["scattered"])
     one, _ = backends_of(runner, fp.Dense())
     with caplog.at_level(logging.WARNING, "sglang.flashprefill"):
@@ -523,7 +523,7 @@ def test_options_survive_the_way(monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [('{"alpha": 1}', "option"), ("{", "JSON"), ("flush", "one of"), ('{"min_chunk": 1}', "128")],
+    [('{"alpha": 1}', "option"), ("{", "JSON"), ("flush", "one of"), ('{"min_chunk": 0}', "at least 1")],
 )
 def test_mistakes_are_named(text, words, monkeypatch):
     monkeypatch.setenv(options.VARIABLE, text)

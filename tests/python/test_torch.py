@@ -157,13 +157,13 @@ def test_threads_follow_torch(monkeypatch):
     from flashprefill import _engine
 
     seen = []
-    original = _engine._exec
+    original = _engine.exec_of
 
     def spy(*arguments):
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(_engine, "_exec", spy)
+    monkeypatch.setattr(_engine, "exec_of", spy)
     q, k, v = tensors(6, (32, 2, 16), (32, 2, 16))
     before = torch.get_num_threads()
     try:

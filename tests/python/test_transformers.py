@@ -272,8 +272,8 @@ def test_threads_are_torchs(models, patched, monkeypatch):
     from flashprefill import _engine
 
     model, threads = patched(models("llama"), KEEP), []
-    real = _engine._exec
-    monkeypatch.setattr(_engine, "_exec", lambda *args: threads.append(real(*args).threads) or real(*args))
+    real = _engine.exec_of
+    monkeypatch.setattr(_engine, "exec_of", lambda *args: threads.append(real(*args).threads) or real(*args))
     before = torch.get_num_threads()
     try:
         for n in (1, 2):

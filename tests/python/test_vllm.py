@@ -300,6 +300,31 @@ def test_on_a_gpu(batch, cache, dtype):
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("cache", [pytest.param("cuda", marks=needs_gpu)])
+def test_nothing_waits_for_a_gpu(cache):
+    """Dividing a mixed batch, its layers, and a line of statistics, with everything that waits an error."""
+    common = common_of(BATCHES["scattered"], "cuda")
+    query, k, v = (x.to("cuda") for x in inputs(common, torch.bfloat16))
+    write, pages_of = CACHES[cache]
+    pages, output = pages_of(write(k, v), D), torch.empty_like(query)
+    counters = host.metrics
+
+    def step():
+        plan = sparse.plan_of(common, None, wanted(fp.FlashPrefill(alpha=0.5, **TINY)), lambda batch: batch)
+        for _ in range(3):
+            assert sparse.run(plan, query, *pages, output, SCALE, lambda q, batch, out: out.zero_())
+        counters._next_line = 0.0
+        counters.tick(replace(wanted(fp.Dense()), log_seconds=0.0))
+
+    step()  # what is loaded at the first call may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ----------------------------------------------------------------- mix-ins
 
 
@@ -377,6 +402,23 @@ def test_turned_off_nothing_is_ours():
     assert batches == [common]
 
 
+def test_a_backend_knows_from_how_many_rows_on(installed, monkeypatch):
+    assert builder_of(fp.Dense()).options.min_chunk == 128
+    monkeypatch.setattr(Builder, "min_chunk", 1024)
+    assert builder_of(fp.Dense()).options.min_chunk == 1024
+    assert builder_of(fp.Dense(), min_chunk=1).options.min_chunk == 1
+
+
+def test_a_library_without_the_device_leaves_a_dense_engine(installed, monkeypatch, caplog):
+    def refuses(policy, device):
+        raise fp.UnsupportedError("no backend here can work on that memory")
+
+    monkeypatch.setattr(backend, "dense_keys", refuses)
+    with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
+        assert builder_of(fp.Dense()).options is None
+    assert "stay dense: no backend here" in caplog.text
+
+
 def test_backend(installed):
     builder = builder_of(fp.Dense(), first_dense_layers=1)
     common = common_of(BATCHES["scattered"])
@@ -419,7 +461,7 @@ def test_a_kernel_that_refuses_leaves_a_dense_engine(installed, monkeypatch, cap
     def refuses(*arguments, **keywords):
         raise fp.UnsupportedError("no such thing here")
 
-    monkeypatch.setattr(shared, "prefill_attention", refuses)
+    monkeypatch.setattr(shared, "PreparedPrefill", refuses)
     with caplog.at_level(logging.WARNING, "vllm.flashprefill"):
         output, batches = forward(impl_of(), "model.layers.0.attn", common, metadata, k, v, query)
     assert batches == [common] and not output.isnan().any()

@@ -7,14 +7,16 @@ whenever a line is due.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .options import Options
+from .reading import Reading
 from .rows import Split
 
 
@@ -36,9 +38,12 @@ class Metrics:
         self._step: Any = None
         self._possible = 0
         self._kept = 0
-        self._device_kept: Any = None  # counted on a GPU and not read yet
+        self._pending: list[Any] = []  # tensors of counts that are not summed up yet
+        self._device_kept: Any = None  # summed up on a GPU
+        self._paused = 0
         self._next_line = 0.0
         self._shown: dict[str, Any] | None = None
+        self._reading: Reading | None = None  # what the next line says, on its way from a GPU
         self._hooks: dict[str, Callable[[dict[str, Any]], None] | None] = {}
 
     def begins(self, step: Any) -> bool:
@@ -51,24 +56,67 @@ class Metrics:
         self._step = step
         return new
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no rows and blocks inside the block: batches that an engine makes up to warm itself up."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
     def count_batch(self, split: Split) -> None:
         """Count a batch, once per step."""
+        self._settle()
+        if self._paused:
+            return
         self.steps += 1
         self.sparse_rows += split.sparse_rows
         self.sparse_chunks += sum(len(span.rows) for span in split.spans)
         self.dense_rows += split.dense_rows
 
-    def count_call(self, counts: Any, possible: int) -> None:
-        """Count what a layer kept: `counts` is the mask's. A GPU is not synchronised with."""
-        self.calls += 1
-        self._possible += possible
-        kept = counts.sum()
-        if kept.device.type == "cpu":
-            self._kept += int(kept)
-        elif self._device_kept is None:
-            self._device_kept = kept
-        else:
-            self._device_kept += kept
+    def count_dense(self, reason: str, rows: int) -> None:
+        """Count rows of a batch that has no others."""
+        if not self._paused:
+            self.dense_rows[reason] += rows
+
+    def count_call(self, causal_blocks: int) -> None:
+        """Count a layer's call of the kernel, which could keep so many blocks."""
+        if not self._paused:
+            self.calls += 1
+            self._possible += causal_blocks
+
+    def count_later(self, counts: Any) -> None:
+        """Sum a tensor of numbers of kept blocks up when the next step begins, or somebody asks."""
+        if not self._paused:
+            self._pending.append(counts)
+
+    def _settle(self) -> None:
+        """Sum up what layers counted. A GPU is not synchronised with."""
+        for counts in self._pending:
+            kept = counts.sum()
+            if kept.device.type == "cpu":
+                self._kept += int(kept)
+            elif self._device_kept is None:
+                self._device_kept = kept
+            else:  # not in place: a tensor of inference mode may not be written to outside of it
+                self._device_kept = self._device_kept + kept
+        self._pending.clear()
+
+    def _read(self) -> Reading:
+        """Begin to read the counters."""
+        self._settle()
+        numbers = {
+            "steps": self.steps,
+            "sparse_rows": self.sparse_rows,
+            "sparse_chunks": self.sparse_chunks,
+            "dense_rows": dict(self.dense_rows),
+            "calls": self.calls,
+            "kept_blocks": self._kept,
+            "causal_blocks": self._possible,
+            "fallbacks": dict(self.fallbacks),
+        }
+        return Reading(numbers, self._device_kept)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the counters. Waits for the GPU where one has counted.
@@ -79,28 +127,19 @@ class Metrics:
             together; kept_blocks, causal_blocks, density: over all layers and heads; fallbacks: calls that
             failed and ran dense, by message.
         """
-        if self._device_kept is not None:
-            self._kept += int(self._device_kept)
-            self._device_kept = None
-        return {
-            "steps": self.steps,
-            "sparse_rows": self.sparse_rows,
-            "sparse_chunks": self.sparse_chunks,
-            "dense_rows": dict(self.dense_rows),
-            "calls": self.calls,
-            "kept_blocks": self._kept,
-            "causal_blocks": self._possible,
-            "density": self._kept / self._possible if self._possible else None,
-            "fallbacks": dict(self.fallbacks),
-        }
+        return self._read().numbers()
 
     def tick(self, options: Options) -> None:
-        """Write a line if one is due and there is news. Called between steps."""
-        now = time.monotonic()
-        if self.calls == (self._shown or {}).get("calls", 0) or now < self._next_line:
+        """Write a line if one is due and there is news. Called between steps; waits for nothing."""
+        if self._reading is None:
+            now = time.monotonic()
+            if self.calls == (self._shown or {}).get("calls", 0) or now < self._next_line:
+                return
+            self._next_line = now + options.log_seconds
+            self._reading = self._read()
+        if not self._reading.is_there():
             return
-        self._next_line = now + options.log_seconds
-        after = self.snapshot()
+        after, self._reading = self._reading.numbers(), None
         self.logger.info("%s", line(self._shown, after))
         self._shown = after
         hook = self.hook(options.metrics_hook)

@@ -21,16 +21,22 @@ class Options:
     Attributes:
         policy: which blocks are kept.
         first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense.
+        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache
+            leaves of a prompt. None: the plugin knows a good number for its engine and device.
         log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
         metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
     """
 
     policy: Policy
     first_dense_layers: int = 0
-    min_chunk: int = MIN_CHUNK
+    min_chunk: int | None = None
     log_seconds: float = 10.0
     metrics_hook: str | None = None
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of the shortest pieces that are not dense."""
+        return MIN_CHUNK if self.min_chunk is None else self.min_chunk
 
     @property
     def forced_keys(self) -> int:
@@ -44,7 +50,7 @@ def value_of(
     parameters: Mapping[str, Any],
     *,
     first_dense_layers: int,
-    min_chunk: int,
+    min_chunk: int | None,
     log_seconds: float,
     metrics_hook: str | None,
 ) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def parse(value: Any) -> Options:
     return Options(
         policy,
         _integer("first_dense_layers", value.get("first_dense_layers", 0), 0),
-        _integer("min_chunk", value.get("min_chunk", MIN_CHUNK), MIN_CHUNK),
+        None if value.get("min_chunk") is None else _integer("min_chunk", value["min_chunk"], 1),
         float(seconds),
         hook,
     )

@@ -76,6 +76,7 @@ def split(
     prefilling: Sequence[bool],
     final: Sequence[bool] | None,
     options: Options,
+    short_keys: int = 0,
 ) -> Split:
     """Divide a batch into sparse and dense requests.
 
@@ -86,13 +87,15 @@ def split(
         final: whether each request's rows end what there is to read; None if unknown: then each counts
             as ending, which costs a dense tail more and no quality.
         options: what the user asked for.
+        short_keys: keys up to which our kernel would keep everything, so that the engine's own does as well.
     """
     result = Split([], [], Counter())
+    short_keys = max(short_keys, options.forced_keys)
     for request in range(len(keys)):
         rows = starts[request + 1] - starts[request]
         if not prefilling[request]:
             reason = "decode" if rows <= 1 else "speculative"
-        elif rows < options.min_chunk or keys[request] <= options.forced_keys:
+        elif rows < options.least_rows or keys[request] <= short_keys:
             reason = "short"
         else:
             spans = result.spans

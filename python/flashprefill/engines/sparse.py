@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .._prepared import PreparedPrefill, signature
 from ..api import prefill_attention
 from ..errors import FlashPrefillError
-from ..policies import Policy
+from ..policies import MaskPolicy, Policy
 from .host import Host
+from .metrics import Metrics
 from .options import Options
 from .rows import Span, Split
+
+LAYERS = 32  # whose counts of kept blocks lie in one buffer, cleared and summed at once
 
 
 @dataclass
@@ -31,7 +35,24 @@ class Call:
     cu_seqlens_q: torch.Tensor  # int32 [requests + 1], from 0
     seqused_k: torch.Tensor  # int32 [requests]
     block_table: torch.Tensor  # int32 [requests, pages]
-    possible: int = -1  # blocks that one mask head could keep; -1: not yet known
+    prepared: dict[Any, PreparedPrefill] = field(default_factory=dict, init=False)  # by what layers differ in
+
+
+@dataclass
+class Counts:
+    """Where layers count the blocks that they keep: rows of zeroed buffers."""
+
+    buffer: torch.Tensor | None = None
+    used: int = LAYERS
+
+    def row(self, shape: tuple[int, int], like: torch.Tensor, metrics: Metrics) -> torch.Tensor:
+        """Return zeros of this shape that nothing else counts in; `metrics` sums them up later."""
+        if self.buffer is None or self.used == LAYERS:
+            self.buffer = torch.zeros((LAYERS, *shape), dtype=torch.int32, device=like.device)
+            self.used = 0
+            metrics.count_later(self.buffer)
+        self.used += 1
+        return self.buffer[self.used - 1]
 
 
 @dataclass
@@ -46,6 +67,7 @@ class Plan:
         engine: the engine's metadata for the dense requests; None if there are none.
         engine_rows: rows of the batch that these are: a slice where they lie together, else their numbers.
         requests: numbers of the dense requests on the device; None if there are none.
+        counts: of kept blocks, by the shape that a layer has.
     """
 
     host: Host
@@ -55,6 +77,7 @@ class Plan:
     engine: Any = None
     engine_rows: slice | torch.Tensor | None = None
     requests: torch.Tensor | None = None
+    counts: dict[tuple[int, int], Counts] = field(default_factory=dict)
 
 
 def to_device(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -151,10 +174,49 @@ def _attend(
     output: torch.Tensor,
     scale: float,
 ) -> None:
+    span, metrics = call.span, plan.host.metrics
+    if span.begin > 0 or span.end < len(query):
+        query, output = query[span.begin : span.end], output[span.begin : span.end]
+    if isinstance(policy, MaskPolicy):
+        _attend_by_mask(metrics, policy, call, query, k_pages, v_pages, output, scale)
+        return
+    key = (policy.text, scale, *signature(query, k_pages, v_pages, output))
+    prepared = call.prepared.get(key)
+    if prepared is None:
+        prepared = call.prepared[key] = PreparedPrefill(
+            query,
+            k_pages,
+            v_pages,
+            output,
+            policy,
+            softmax_scale=scale,
+            cu_seqlens_q=call.cu_seqlens_q,
+            seqused_k=call.seqused_k,
+            block_table=call.block_table,
+            rows_and_keys=list(zip(span.rows, span.keys, strict=True)),
+            final_chunk=span.final,
+        )
+    counts = plan.counts.get(prepared.counts_shape)
+    if counts is None:
+        counts = plan.counts[prepared.counts_shape] = Counts()
+    prepared.run(query, k_pages, v_pages, output, counts.row(prepared.counts_shape, query, metrics))
+    metrics.count_call(prepared.causal_blocks)
+
+
+def _attend_by_mask(
+    metrics: Metrics,
+    policy: MaskPolicy,
+    call: Call,
+    query: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
+) -> None:
+    """Attend by a selection that is written in Python, and has to see this layer's queries and keys."""
     span = call.span
-    here = slice(span.begin, span.end)
     _, stats = prefill_attention(
-        query[here],
+        query,
         k_pages,
         v_pages,
         policy,
@@ -165,13 +227,12 @@ def _attend(
         max_seqlen_k=max(span.keys),
         block_table=call.block_table,
         final_chunk=span.final,
-        out=output[here],
+        out=output,
         return_stats=True,
     )
-    counts = stats._counts
-    if call.possible < 0:
-        call.possible = sum(
-            sum(stats._layout.visible(rows, keys, stats._tile_tokens, stats._block_size))
-            for rows, keys in zip(span.rows, span.keys, strict=True)
-        )
-    plan.host.metrics.count_call(counts, call.possible * counts.shape[0])
+    metrics.count_later(stats._counts)
+    visible = (
+        stats._layout.visible(rows, keys, stats._tile_tokens, stats._block_size)
+        for rows, keys in zip(span.rows, span.keys, strict=True)
+    )
+    metrics.count_call(sum(map(sum, visible)) * stats._counts.shape[0])

@@ -35,7 +35,7 @@ def config(
         policy: a policy, or a text of one: "sketch(mass=0.9)", or "module:function" for a selection of your
             own (:class:`flashprefill.MaskPolicy`), which each of the engine's processes imports.
         first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense. At least 128.
+        min_chunk: rows; shorter pieces of prompts stay dense.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
         **parameters: fields of the policy, where it is given as text.

@@ -16,7 +16,7 @@ import functools
 from typing import Any
 
 from .host import host
-from .metrics import WorkerExtension, snapshot
+from .metrics import WorkerExtension, metrics, snapshot
 from .options import config
 
 __all__ = ["WorkerExtension", "config", "register", "snapshot"]
@@ -49,7 +49,10 @@ def register() -> None:
 
 
 def _watch_models() -> None:
-    """Have each worker, once its model is loaded, say so if the plugin is on and has nothing to do."""
+    """Have each worker, once its model is loaded, say so if the plugin is on and has nothing to do.
+
+    And have it count no batch that it makes up: to warm itself up, to capture graphs, to keep others company.
+    """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     initialize = WorkerWrapperBase.initialize_from_config
@@ -65,3 +68,16 @@ def _watch_models() -> None:
 
     initialize_and_look._flashprefill = True  # type: ignore[attr-defined]
     WorkerWrapperBase.initialize_from_config = initialize_and_look
+    for name in ("compile_or_warm_up_model", "execute_dummy_batch"):
+        setattr(WorkerWrapperBase, name, _uncounted(name))
+
+
+def _uncounted(name: str) -> Any:
+    """Return a method of a worker's wrapper that calls the worker's and counts none of its batches."""
+
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        with metrics.paused():
+            return getattr(self.worker, name)(*arguments, **keywords)
+
+    call.__name__ = name
+    return call

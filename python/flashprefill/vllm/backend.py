@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..engines.options import Options
+from .._prepared import dense_keys
+from ..engines.options import MIN_CHUNK, Options
+from ..errors import FlashPrefillError
 from . import layers, options, runner, sparse
 from .host import host
 from .metrics import metrics
@@ -26,6 +29,8 @@ class BuilderMixin:
     """
 
     options: Options | None
+    short_keys = 0  # keys up to which our kernel would keep everything
+    min_chunk = MIN_CHUNK  # where the options leave it open
     build_options: dict[str, Any] = {}
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
@@ -33,7 +38,14 @@ class BuilderMixin:
         self.options = options.of_config(vllm_config.additional_config)
         if self.options is None:
             return
+        if self.options.min_chunk is None:
+            self.options = replace(self.options, min_chunk=self.min_chunk)
         reason = self.why_dense()
+        if not reason:
+            try:
+                self.short_keys = dense_keys(self.options.policy, getattr(device, "type", "cpu"))
+            except FlashPrefillError as error:
+                reason = str(error)
         if reason:
             host.announce_dense(len(layer_names), reason)
             self.options = None
@@ -62,7 +74,8 @@ class BuilderMixin:
         if self.options is not None:
             metrics.tick(self.options)
             build = functools.partial(engine, 0, **self.build_options)
-            plan = sparse.plan_of(common_attn_metadata, runner.final_chunks(), self.options, build)
+            final = runner.final_chunks()
+            plan = sparse.plan_of(common_attn_metadata, final, self.options, build, self.short_keys)
             setattr(metadata, sparse.ATTRIBUTE, plan)
         return metadata
 

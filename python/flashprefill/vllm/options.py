@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..engines.options import KEY, MIN_CHUNK, Options, of_value, value_of
+from ..engines.options import KEY, Options, of_value, value_of
 from ..policies import Policy
 
 
@@ -13,7 +13,7 @@ def config(
     policy: Policy | str = "flashprefill",
     *,
     first_dense_layers: int = 0,
-    min_chunk: int = MIN_CHUNK,
+    min_chunk: int | None = None,
     log_seconds: float = 10.0,
     metrics_hook: str | None = None,
     **parameters: Any,
@@ -24,7 +24,8 @@ def config(
         policy: a policy, or a text of one: "sketch(mass=0.9)", or "module:function" for a selection of your
             own (:class:`flashprefill.MaskPolicy`), which each of the engine's processes imports.
         first_dense_layers: layers at the model's beginning that stay dense.
-        min_chunk: rows; shorter pieces of prompts stay dense. At least 128.
+        min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache
+            leaves of a prompt. The default is 128 on CPUs and 1024 on GPUs.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
         **parameters: fields of the policy, where it is given as text.

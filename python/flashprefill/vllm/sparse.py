@@ -14,7 +14,7 @@ import torch
 
 from ..engines.options import Options
 from ..engines.rows import split
-from ..engines.sparse import Plan, call_of, mark_dense, run, starts_of
+from ..engines.sparse import Plan, call_of, mark_dense, run, starts_of, to_device
 from .host import host
 from .metrics import metrics
 
@@ -24,7 +24,11 @@ ATTRIBUTE = "flashprefill"  # of the engine's metadata: a Plan, where some rows 
 
 
 def plan_of(
-    common: Any, final: Sequence[bool] | None, options: Options, build: Callable[[Any], Any]
+    common: Any,
+    final: Sequence[bool] | None,
+    options: Options,
+    build: Callable[[Any], Any],
+    short_keys: int = 0,
 ) -> Plan | None:
     """Divide a batch into sparse and dense requests.
 
@@ -34,6 +38,7 @@ def plan_of(
             groups of layers of a step.
         options: what the user asked for.
         build: makes the engine's metadata of a CommonAttentionMetadata.
+        short_keys: keys up to which prompts are left to the engine whatever the options say.
 
     Returns:
         None if no row is sparse: the engine's own metadata says all.
@@ -44,9 +49,10 @@ def plan_of(
         return None  # spans of images that see both ways; windows that spare a prompt
     if common.logits_indices_padded is not None or common.dcp_local_seq_lens is not None:
         return None  # the fast prefill of layers that share a cache; contexts that are split over GPUs
-    if common.max_query_len == 1:  # a step that only decodes should cost nothing
+    # A step that only decodes should cost nothing.
+    if common.max_query_len == 1 and (options.least_rows > 1 or not bool(common.is_prefilling.any())):
         if metrics.begins(final):
-            metrics.dense_rows["decode"] += common.num_actual_tokens
+            metrics.count_dense("decode", common.num_actual_tokens)
         return None
     # Host copies: exact for all rows that prefill, at most too large for drafts of requests that generate.
     lengths = common.seq_lens_cpu_upper_bound
@@ -59,7 +65,8 @@ def plan_of(
     keys = lengths[: common.num_reqs].tolist()
     if final is not None and len(final) != len(keys):
         final = None  # half of a batch, or one that is padded
-    parts = split(starts, keys, common.is_prefilling[: len(keys)].tolist(), final, options)
+    prefilling = common.is_prefilling[: len(keys)].tolist()
+    parts = split(starts, keys, prefilling, final, options, short_keys)
     if new:
         metrics.count_batch(parts)
     if not parts.spans:
@@ -83,7 +90,7 @@ def _leave_to_engine(
     plan.engine = build(
         replace(
             common,
-            query_start_loc=begins_on_host.to(device),
+            query_start_loc=to_device(device, begins, torch.int32),
             query_start_loc_cpu=begins_on_host,
             seq_lens=common.seq_lens[plan.requests],
             seq_lens_cpu_upper_bound=lengths[on_host],
@@ -112,4 +119,4 @@ def with_block_table(plan: Plan, block_table: torch.Tensor, update: Callable[[An
     """
     calls = [replace(call, block_table=block_table[call.span.first : call.span.past]) for call in plan.calls]
     engine = None if plan.engine is None else update(plan.engine, block_table[plan.requests])
-    return replace(plan, calls=calls, engine=engine)
+    return replace(plan, calls=calls, engine=engine, counts={})

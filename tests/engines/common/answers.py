@@ -14,6 +14,7 @@ class Request:
     new: int = 8
     at: int = 0  # the engine's step at which it comes
     abort_at: int = -1  # and the one at which its client leaves
+    lora: object = None  # vLLM's LoRARequest
 
 
 @dataclass
@@ -60,7 +61,11 @@ def assert_same(stock, ours, limit, near=NEAR):
     for i, (a, b) in enumerate(zip(stock, ours, strict=True)):
         assert a.finished and b.finished
         worst, agreed = distance(a, b, near)
-        assert worst < limit, f"request {i}: {worst} after {agreed} tokens, {a.tokens} and {b.tokens}"
+        best = [
+            sorted(x[agreed].values())[:-3:-1] if agreed < len(x) else [] for x in (a.logprobs, b.logprobs)
+        ]
+        where = f"request {i}: {worst} after {agreed} tokens, {best}"
+        assert worst < limit, f"{where}, {a.tokens} and {b.tokens}"
 
 
 def tokens(count, seed):

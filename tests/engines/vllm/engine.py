@@ -2,14 +2,26 @@
 
 import gc
 
+import torch
 from answers import Answer, delta
 from vllm import LLM, SamplingParams
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from flashprefill import vllm as plugin
+
+CUDA = torch.cuda.is_available()
+if CUDA:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl as StockImpl
+
+    # The share of memory: several such processes may use one GPU.
+    BACKEND = AttentionBackendEnum.FLASH_ATTN
+    KIND = {"attention_backend": "FLASH_ATTN", "gpu_memory_utilization": 0.1}
+else:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as StockImpl
+
+    BACKEND, KIND = AttentionBackendEnum.CPU_ATTN, {}
 
 
 class Engine:
@@ -20,28 +32,24 @@ class Engine:
         load_general_plugins()  # once a process: now, so that nobody registers us in between
         selector._cached_get_attn_backend.cache_clear()
         if stock:
-            AttentionBackendEnum.CPU_ATTN.clear_override()
+            BACKEND.clear_override()
         else:
             plugin.register()
-        options.setdefault("skip_tokenizer_init", True)
+        options = {"skip_tokenizer_init": True, "enforce_eager": True, **KIND, **options}
         self.llm = LLM(
-            str(model), dtype=dtype, max_model_len=max_len, kv_cache_memory_bytes=memory, enforce_eager=True,
+            str(model), dtype=dtype, max_model_len=max_len, kv_cache_memory_bytes=memory,
             additional_config=asked, seed=0, disable_log_stats=False, **options,
         )  # fmt: skip
         plugin.register()
         self.core = self.llm.llm_engine
         self._number = 0
         for impl in self.impls():
-            assert (type(impl) is CPUAttentionBackendImpl) == stock
+            assert (type(impl) is StockImpl) == stock
 
     def impls(self):
         runner = self.core.model_executor.driver_worker.worker.model_runner
         layers = runner.vllm_config.compilation_config.static_forward_context.values()
-        return [
-            layer.impl
-            for layer in layers
-            if isinstance(getattr(layer, "impl", None), CPUAttentionBackendImpl)
-        ]
+        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), StockImpl)]
 
     @property
     def scheduler(self):
@@ -63,7 +71,9 @@ class Engine:
                     params = SamplingParams(
                         max_tokens=request.new, temperature=0, logprobs=5, ignore_eos=True
                     )
-                    names[self.core.add_request(name, {"prompt_token_ids": request.ids}, params) or name] = i
+                    more = {} if request.lora is None else {"lora_request": request.lora}
+                    sent = self.core.add_request(name, {"prompt_token_ids": request.ids}, params, **more)
+                    names[sent or name] = i
                 if request.abort_at == step:
                     self.core.abort_request([name for name, j in names.items() if j == i])
             for output in self.core.step():
@@ -83,6 +93,12 @@ class Engine:
             assert step < 5000
         return answers, delta(before, plugin.snapshot())
 
+    def chunk(self, tokens):
+        """From the next step on a batch has so many tokens at most."""
+        self.scheduler.max_num_scheduled_tokens = tokens
+
     def close(self):
         del self.llm, self.core
         gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()

@@ -385,7 +385,7 @@ __device__ void PoolQueries(const PoolArgs& a, const Jobs& jobs, uint32_t job) {
 
 __device__ void WriteFallbacks(const PoolArgs& a) {
   if (a.attend_counter && threadIdx.x == 0) *a.attend_counter = 0;
-  for (int b = threadIdx.x; b < a.d.p.batch; b += kThreads) {
+  for (int b = threadIdx.x; a.fallback && b < a.d.p.batch; b += kThreads) {
     a.fallback[b] = FallbackOf(a.d, a.rules, SequenceAt(a.d, b));
   }
 }
@@ -440,7 +440,8 @@ cudaError_t LaunchPool(const PoolArgs& args, cudaStream_t stream) {
   const bool keys = args.k_means || args.sketch;
   const int64_t blocks = args.mean_rows * p.kv_heads;
   const int64_t tiles = args.q_rows ? int64_t{args.rules.tile_rows} * jobs.q_parts : 0;
-  const int64_t grid = (keys ? blocks : 0) + (args.v_means ? blocks : 0) + tiles + (args.fallback ? 1 : 0);
+  const int64_t grid =
+      (keys ? blocks : 0) + (args.v_means ? blocks : 0) + tiles + (args.fallback || args.attend_counter ? 1 : 0);
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   jobs.k_end = static_cast<uint32_t>(keys ? blocks : 0);

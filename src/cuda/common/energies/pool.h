@@ -46,7 +46,7 @@ struct PoolArgs {
   float square_scale;
   bool skip_forced;    // sequences in which everything is forced need no means
   int32_t* fallback;   // [batch]
-  int* attend_counter; // set to zero for an attend that follows, or null; only with fallback
+  int* attend_counter; // set to zero for an attend that follows, or null
 };
 
 // Null if the pass does this head dimension, else the requirement that is not met, in words.

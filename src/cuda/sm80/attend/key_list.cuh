@@ -146,8 +146,7 @@ class KeyList {
     return r;
   }
 
-  // Writes what Ask has got. Positions fall, so a step's highest says whether some row doesn't see all of it: of keys
-  // the first thread's chunk, or, where that is absent, one with it.
+  // Writes what Ask has got, and whether the step needs a mask.
   __device__ __forceinline__ void Tell(int step, Row r) const {
     const int row = threadIdx.x % kKeys, slot = step % kStepRing;
     const bool is_v = !kOneForBoth && threadIdx.x >= kKeys, means = c_.state.means != 0;

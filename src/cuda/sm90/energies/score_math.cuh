@@ -56,8 +56,10 @@ struct Scorer : EnergyMath<COLUMNS, ROWS, SKETCH, ScoreShape<COLUMNS, SKETCH>::k
     WgmmaCommit();
   }
 
-  // Gives stages back, the first that this warpgroup still holds.
+  // Gives stages back, the first that this warpgroup still holds. One lane does for its warp, so all lanes have to be
+  // through their own wait for the stage: one that is not may find the barrier two phases on, and wait for ever.
   __device__ __forceinline__ void Release(int stages) {
+    __syncwarp();
     for (int i = 0; i < stages; ++i) {
       if (lane == 0) BarrierArrive(&control.k_empty[k_released.stage]);
       k_released.Advance(plan.k_stages);

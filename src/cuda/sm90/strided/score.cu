@@ -31,6 +31,7 @@ struct Scorer {
   RingPosition ring;
 
   __device__ __forceinline__ void Release(int stage) const {
+    __syncwarp(); // all lanes are through their own wait for the stage
     if (lane == 0) BarrierArrive(&c.empty[stage]);
   }
 

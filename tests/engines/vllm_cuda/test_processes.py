@@ -1,0 +1,182 @@
+"""What needs processes of its own: a separate engine, a server, several GPUs, an engine of another version.
+
+Each starts `SCRIPT` or vLLM's server with a model's folder and compares its tokens with those of an engine
+whose process has no plugin (VLLM_PLUGINS).
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from answers import tokens
+from engine import CUDA, KIND
+from test_layers import DTYPE, length
+
+from flashprefill import vllm as plugin
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    model, options, ids = json.loads(sys.argv[1])
+    llm = LLM(model, skip_tokenizer_init=True, max_num_seqs=4, **options)
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=2)
+    outputs = llm.generate([{"prompt_token_ids": one} for one in ids], sampling, use_tqdm=False)
+    answers = [
+        [list(o.outputs[0].token_ids), [sorted((v.logprob for v in d.values()), reverse=True)[:2]
+                                        for d in o.outputs[0].logprobs]]
+        for o in outputs
+    ]
+    stats = llm.collective_rpc("flashprefill_stats") if "worker_extension_cls" in options else None
+    print("RESULT", json.dumps([answers, stats]))
+
+if __name__ == "__main__":
+    main()
+"""
+NEAR = 0.25 if CUDA else 1e-3  # as in test_layers.py
+IDS = [tokens(length(7000), 1), tokens(length(5000), 2)]
+OPTIONS = {
+    "dtype": DTYPE, "max_model_len": length(16000), "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True,
+    "max_num_batched_tokens": 4096 if CUDA else 2048, **KIND,
+}  # fmt: skip
+OURS = {
+    "worker_extension_cls": "flashprefill.vllm.WorkerExtension",
+    "additional_config": plugin.config("dense"),
+}
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+if not CUDA:
+    ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def run(folder, model, options, **environment):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, json.dumps([str(model), {**OPTIONS, **options}, IDS])],
+        env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    answers, stats = json.loads(line.removeprefix("RESULT"))
+    return answers, stats, log
+
+
+def assert_alike(stock, ours):
+    """Tokens are equal up to one where the stock engine's two best were near each other."""
+    for (a, gaps), (b, _) in zip(stock, ours, strict=True):
+        first = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        assert first is None or gaps[first][0] - gaps[first][1] < NEAR, (first, gaps, a, b)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, llama):
+    answers, _, _ = run(tmp_path_factory.mktemp("stock"), llama, {}, VLLM_PLUGINS="none")
+    return answers
+
+
+def test_a_separate_engine(tmp_path, llama, stock):
+    ours, (stats,), log = run(tmp_path, llama, OURS)
+    assert_alike(stock, ours)
+    assert stats["density"] == 1.0 and not stats["fallbacks"]
+    assert stats["sparse_rows"] + stats["dense_rows"].get("short", 0) == sum(map(len, IDS))
+    assert "read prompts with dense" in log
+
+
+def test_two_workers(tmp_path, llama, stock):
+    import torch
+
+    if CUDA and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ours, stats, _ = run(tmp_path, llama, {**OURS, "tensor_parallel_size": 2})
+    assert_alike(stock, ours)
+    assert len(stats) == 2 and stats[0] == stats[1]
+    assert stats[0]["density"] == 1.0 and stats[0]["sparse_rows"] > 0
+
+
+def test_an_engine_of_another_version(tmp_path, llama, stock):
+    """One line, and a working dense engine."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import flashprefill.vllm.host as ours\nours.host.supported = ('0.31',)\n"
+    )
+    paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    config = {"additional_config": {"flashprefill": True}}
+    ours, _, log = run(tmp_path, llama, config, PYTHONPATH=paths)
+    assert_alike(stock, ours)
+    assert "the plugin knows 0.31 only" in log
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(model, folder, *options):
+    """vllm serve; gives a function that posts JSON to a path."""
+    port, log = free_port(), folder / "server.log"
+    # vllm-cpu comes without the metadata that `vllm serve` asks for; the older door needs none.
+    door = ["cli.main", "serve", str(model)] if CUDA else ["openai.api_server", "--model", str(model)]
+    settings = {
+        "host": "127.0.0.1", "port": port, "served_model_name": "m", "dtype": DTYPE,
+        "max_model_len": length(16000), "kv_cache_memory_bytes": 1 << 28, **KIND,
+    }  # fmt: skip
+    command = [sys.executable, "-m", f"vllm.entrypoints.{door[0]}", *door[1:], "--skip-tokenizer-init"]
+    command += ["--enforce-eager"]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+
+    def post(path, body):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *options],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()[-6000:]
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),
+                ):
+                    break
+                time.sleep(0.5)
+            yield post, log
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def test_a_server(tmp_path, llama, stock):
+    """Completions of token ids over loopback HTTP, and the line of statistics in the server's log."""
+    options = json.dumps({"flashprefill": {"policy": "dense", "log_seconds": 0}})
+    with server(llama, tmp_path, "--additional-config", options) as (post, log):
+        answers = []
+        for ids in [*IDS, IDS[0]]:
+            body = {"model": "m", "prompt": ids, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            body["return_token_ids"] = True
+            answers.append([post("/v1/completions", body)["choices"][0]["token_ids"], []])
+        assert_alike(stock, answers[:2])
+        text = log.read_text()
+    assert "read prompts with dense" in text
+    assert "chunks sparse at density 1.000" in text

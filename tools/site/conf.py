@@ -41,6 +41,7 @@ docs/several-gpus
 :caption: Figures
 docs/performance
 docs/quality
+docs/evaluation
 ```
 ```{toctree}
 :hidden:

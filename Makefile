@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-arm bench check check-cuda format docs wheel wheels clean
+.PHONY: help setup build install demo test test-cpp test-python test-sanitize fuzz test-engines test-eval test-arm bench check check-cuda format docs wheel wheels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -37,8 +37,11 @@ test-sanitize: setup ## the C++ tests under ASan + UBSan, and under TSan
 fuzz: setup ## libFuzzer on every fuzz target, a minute each (ARGS="600": that many seconds each)
 	@tools/fuzz.sh $(ARGS)
 
-test-engines: install ## the plugins inside vLLM and llama.cpp, which are downloaded (ARGS="vllm": only that one)
+test-engines: install ## the plugins inside vLLM, SGLang and llama.cpp, which are downloaded (ARGS="vllm": only that one)
 	@tools/test_engines.sh $(ARGS)
+
+test-eval: install ## flashprefill eval with lm-eval, which is downloaded (ARGS: for pytest)
+	@tools/test_eval.sh $(ARGS)
 
 test-arm: setup ## NEON: cross-compiled, a small matrix under qemu
 	@tools/test_arm.sh

@@ -2,6 +2,7 @@
 
     .venv/bin/python tools/quality.py                                  write the page
     .venv/bin/python tools/quality.py out/lab/results.json short       take a run into bench/results first
+    .venv/bin/python tools/quality.py out/eval/results.json h200       so with one of `flashprefill eval`
 
 Nothing is typed by hand there: to change a figure, measure again.
 """
@@ -13,6 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+import quality_eval
 
 from flashprefill.apps import table
 
@@ -130,6 +133,10 @@ def summary() -> str:
 def take(path: Path, name: str) -> None:
     """Keep what the page needs of a run: not the density of every head."""
     results = json.loads(path.read_text(encoding="utf-8"))
+    if results["schema"] == quality_eval.run.SCHEMA:
+        kept = json.dumps(quality_eval.slim(results), separators=(",", ":"))
+        (RESULTS / f"{quality_eval.PREFIX}{name}.json").write_text(kept + "\n", encoding="utf-8")
+        return
     for text in results["texts"]:
         for curve in text["methods"] + [c for study in text["studies"].values() for c in study["curves"]]:
             del curve["density_by_layer_and_head"]
@@ -427,6 +434,11 @@ def main() -> None:
     files = [RESULTS / f"demo-{name}h200.json" for name in ("", "long-")]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
     lines += demos(found) if found else []
+    evaluated = sorted(RESULTS.glob(f"{quality_eval.PREFIX}*.json"))
+    if evaluated:
+        lines += quality_eval.section(
+            [json.loads(path.read_text(encoding="utf-8")) for path in evaluated], ran
+        )
     path = RESULTS / "lab-prototypes.json"
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ start here:
   flashprefill demo                  a real model reads 7,600 tokens, dense against FlashPrefill;
                                      then open out/demo/report.html
   flashprefill try                   prompts of 4K and 8K tokens: does each policy find what dense finds?
+  flashprefill eval                  RULER's tasks at 4K and 8K: scores, policy against dense
   flashprefill lab --quick           how good the selections are, against the true attention
   flashprefill bench                 attention alone, against PyTorch's
   flashprefill inspect layer7.npz    what a policy keeps of your own queries and keys
@@ -99,6 +100,33 @@ examples:
 
 Beyond the context that a model was trained on, its rotary base is scaled by the next power of two. The
 bundled SmolLM2 knows 8K tokens; for needles far beyond, bring a long-context model.
+
+"""
+
+EVAL = """\
+The suites that long-context papers report: RULER, InfiniteBench, LongBench v2, through lm-eval's tasks and
+scores. Dense attention and every policy answer the same prompts, so the table can say not only the mean score
+but how many of the prompts that dense attention answers a policy keeps. RULER's needles, variables and words
+need no network: they are hidden in text on this machine. Its two tasks with questions, InfiniteBench and
+LongBench v2 read files that you download once and name with --data.
+
+A prompt is read by the policy up to its last token; that and the answer are dense. Answers are kept in --out:
+a run that was stopped goes on, and a run with one more policy asks only that one.
+"""
+
+EVAL_EXAMPLES = """\
+examples:
+  flashprefill eval                                 RULER, eleven tasks at 4K and 8K: hours on a CPU
+  flashprefill eval niah_single_1,niah_single_2 --lengths 1K --samples 2   minutes: does it all work?
+  flashprefill eval ruler --pattern all --lengths 2K,4K,8K --device cuda
+  flashprefill eval ruler --pattern flashprefill --policy "sketch(gain=0.0025)" --samples 100
+  flashprefill eval ruler --model ~/models/Llama-3.1-8B-Instruct --lengths 4K,8K,16K,32K,64K,128K
+  flashprefill eval ruler --data ~/data             with dev-v2.0.json and hotpot_dev_distractor_v1.json
+  flashprefill eval infinitebench --data ~/InfiniteBench --model PATH --lengths 128K
+  flashprefill eval longbench2 --data ~/LongBench-v2 --model PATH --samples 503 --lengths 128K
+
+Needs pip install 'flashprefill[eval]'. lm-eval's own command, with flashprefill as a model in it:
+python -m flashprefill.lm_eval --model flashprefill --help. docs/evaluation.md has all of it.
 
 """
 

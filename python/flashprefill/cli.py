@@ -1,4 +1,4 @@
-"""The command line tool: `flashprefill info | demo | try | lab | bench | inspect`.
+"""The command line tool: `flashprefill info | demo | try | eval | lab | bench | inspect`.
 
 Only arguments live here; each verb is a module of flashprefill.apps, imported when it is called, so that
 `--help` is instant and `info` works without PyTorch. What a user can put right ends in one line and exit
@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print JSON")
     _add_demo(verbs)
     _add_try(verbs)
+    _add_eval(verbs)
     _add_lab(verbs)
     _add_bench(verbs)
     _add_inspect(verbs)
@@ -162,6 +163,33 @@ def _add_try(verbs: Any) -> None:
     _add_figures(add)
 
 
+def _add_eval(verbs: Any) -> None:
+    epilog = texts.EVAL_EXAMPLES + _policies()
+    add = _verb(verbs, "eval", "RULER, InfiniteBench, LongBench v2", texts.EVAL, epilog)
+    what = "ruler, infinitebench, longbench2, or tasks of them, separated by commas (default: ruler)"
+    add("suites", nargs="?", default="ruler", metavar="SUITES", help=what)
+    _add_model(add)
+    what = "names of policies, separated by commas, or all (default: dense,flashprefill,sketch)"
+    add("--pattern", type=_list_of(str), default=[], metavar="NAME,NAME", help=what)
+    _add_policy(add, "a policy with its fields, besides those of --pattern")
+    what = "tokens of prompt and answer (default: 4K,8K as far as the model reads)"
+    add("--lengths", type=_list_of(_length), default=[], metavar="N,N", help=what)
+    add("--samples", type=int, default=25, metavar="N", help="prompts per task and length (default: 25)")
+    add("--seed", type=int, default=42, metavar="N", help="of the prompts (default: 42)")
+    what = "hide needles in this file or folder of text (default: licences on this machine)"
+    add("--text", type=Path, metavar="PATH", help=what)
+    what = "folder with files of QA tasks, InfiniteBench, LongBench v2"
+    add("--data", type=Path, metavar="DIR", help=what)
+    what = "who reads the prompt's last token (default: dense)"
+    add("--last-token", choices=("dense", "policy"), default="dense", help=what)
+    add("--max-tokens", type=int, metavar="N", help="cut answers here (default: as each task says)")
+    add("--chat", action="store_true", help="ask in the model's chat template")
+    what = "beyond the model's context, scale its rotary base by a power of two"
+    add("--stretch", action="store_true", help=what)
+    add("--fresh", action="store_true", help="forget the answers of earlier runs in --out")
+    _add_folder(add, "out/eval")
+
+
 def _add_lab(verbs: Any) -> None:
     add = _verb(verbs, "lab", "every method against the true attention", texts.LAB, texts.LAB_EXAMPLES)
     _add_model(add)
@@ -242,6 +270,20 @@ def _run(arguments: argparse.Namespace) -> int:
         chosen = {name: given[name] for name in same}
         results = needles.run(needles.Options(**chosen, policies=arguments.policy, depths=arguments.depth))
         return 0 if results["passed"] else 1
+    elif arguments.verb == "eval":
+        from .apps.eval import run as evaluation
+
+        same = ("model", "device", "dtype", "threads", "lengths", "samples", "seed", "text", "data")
+        same += ("last_token", "max_tokens", "chat", "stretch", "fresh", "out")
+        chosen = {name: given[name] for name in same}
+        evaluation.run(
+            evaluation.Options(
+                **chosen,
+                suites=arguments.suites.split(","),
+                patterns=arguments.pattern,
+                policies=arguments.policy,
+            )
+        )
     elif arguments.verb == "lab":
         modules: tuple[str, ...] = ("torch", "matplotlib", "tqdm")
         if arguments.source is None:

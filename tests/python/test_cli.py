@@ -48,7 +48,7 @@ def test_no_verb_prints_help(capsys):
     assert "start here" in out and "flashprefill demo" in out
 
 
-@pytest.mark.parametrize("verb", ["demo", "bench", "inspect"])
+@pytest.mark.parametrize("verb", ["demo", "eval", "bench", "inspect"])
 def test_help_of_each_verb_has_examples(capsys, verb):
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0
@@ -59,6 +59,7 @@ def test_help_of_each_verb_has_examples(capsys, verb):
 def test_examples_in_the_help_are_accepted(capsys):
     parser = cli.make_parser()
     texts = [_cli_texts.DEMO_EXAMPLES, _cli_texts.BENCH_EXAMPLES, _cli_texts.INSPECT_EXAMPLES]
+    texts.append(_cli_texts.EVAL_EXAMPLES)
     lines = [line.strip().split("  ")[0] for text in texts for line in text.splitlines()]
     import shlex
 

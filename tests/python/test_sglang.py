@@ -373,12 +373,13 @@ def test_graphs_that_hold_attention_are_the_engines():
         ({"layer_id": 5}, {"sinks": torch.ones(H)}),
     ],
 )
-def test_layers_that_are_not_plain_are_the_engines(layer, keywords):
+def test_layers_that_are_not_plain_are_the_engines(layer, keywords, caplog):
     runner, batch, q, k, v = world(BATCHES["scattered"])
     runner.model.attention.append(layer_of(layer_id=5))
     one, made = backends_of(runner, fp.Dense(), first_dense_layers=2)
     compute(one, batch, q, k, v, layer_of(**layer), **keywords)
     assert one.computed == [(batch, True)] and not made[1].computed
+    assert ("computed with sinks stay dense" in caplog.text) == bool(keywords)
     compute(one, batch, q, k, v, layer_of(layer_id=7), return_lse=False)
     assert len(one.computed) == 1 and made[1].computed
 

@@ -32,6 +32,7 @@ docs/python
 docs/policies
 docs/transformers
 docs/vllm
+docs/sglang
 docs/llama.cpp
 docs/several-gpus
 ```
@@ -40,6 +41,7 @@ docs/several-gpus
 :caption: Figures
 docs/performance
 docs/quality
+docs/evaluation
 ```
 ```{toctree}
 :hidden:

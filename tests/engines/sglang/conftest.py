@@ -1,6 +1,7 @@
 """SGLang is imported once, before anything else computes: engines are forked from this process
 (engine.py)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,19 +17,26 @@ FOLDER = Path(os.environ.get("FLASHPREFILL_MODELS", HERE.parents[2] / "build/eng
 
 
 def pytest_addoption(parser):
-    parser.addoption("--prompts", type=int, default=8, help="prompts of the real model: 8, or fewer")
+    parser.addoption("--prompts", type=int, default=4, help="prompts of the real model: 4, or fewer")
     parser.addoption("--soak", type=float, default=60, help="seconds of the soak")
 
 
 @pytest.fixture(scope="session")
 def models():
-    """Make a model by a function of models.py, in another process, and return its folder."""
+    """Make a model by a function of models.py, in another process, and return its folder.
 
-    def make(name, of=None, **changes):
+    Keywords are for its config.json: what SGLang reads there and Transformers does not write.
+    """
+
+    def make(name, **more):
         folder = FOLDER / name
         if not (folder / "config.json").exists():
-            call = f"models.{of or name}(pathlib.Path({str(folder)!r}), **{changes!r})"
+            call = f"models.{name}(pathlib.Path({str(folder)!r}))"
             subprocess.run([sys.executable, "-c", f"import models, pathlib; {call}"], check=True)
+        file = folder / "config.json"
+        written = json.loads(file.read_text())
+        if any(written.get(name) != value for name, value in more.items()):
+            file.write_text(json.dumps({**written, **more}))
         return folder
 
     FOLDER.mkdir(parents=True, exist_ok=True)

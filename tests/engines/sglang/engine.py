@@ -6,6 +6,7 @@ ours: requests come at a given step where it would receive them, and what it sen
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -41,7 +42,8 @@ def serve(model, requests, log, policy=None, **arguments):
         requests: of `answers.Request`.
         log: a path for what the engine prints.
         policy: the environment that `flashprefill.sglang.config` returns; None: the stock engine. It may also
-            name a folder to import from, TEST_PATH, and what SGLang is to say of itself, TEST_SGLANG_VERSION.
+            name a folder to import from, TEST_PATH, what SGLang is to say of itself, TEST_SGLANG_VERSION, and
+            with TEST_FA3 let the FlashAttention 3 backend run.
         **arguments: of SGLang's ServerArgs.
     """
     context = multiprocessing.get_context("fork")
@@ -67,6 +69,10 @@ def _process(pipe, model, requests, log, policy, arguments):
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # pytest has put files of its own in these places.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
     os.environ.pop(VARIABLE, None)
     os.environ.update(policy or {})
     sys.path.insert(0, os.environ.get("TEST_PATH", ""))
@@ -74,6 +80,10 @@ def _process(pipe, model, requests, log, policy, arguments):
         import sglang
 
         sglang.__version__ = os.environ["TEST_SGLANG_VERSION"]
+    if "TEST_FA3" in os.environ:
+        import fa3_on_cpu
+
+        fa3_on_cpu.install()
     served = Served()
     try:
         _Loop(_start(model, arguments), requests, served).run()
@@ -155,7 +165,7 @@ class _Loop:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         request = self.requests[number]
-        sampling = SamplingParams(max_new_tokens=request.new, temperature=0, ignore_eos=True)
+        sampling = SamplingParams(max_new_tokens=request.new, temperature=0, ignore_eos=not request.ends)
         sampling.normalize(None)
         return TokenizedGenerateReqInput(
             rid=str(number), input_text=None, input_ids=array("q", request.ids), input_embeds=None,

@@ -2,15 +2,21 @@
 # Sets SGLang up on a CPU in a folder of its own and runs the plugin's tests in it. The engine is kept there: the first
 # run downloads and installs 3 GB. This tree's package lies beside it, in build/, so trees may share an engine.
 #   FLASHPREFILL_ENGINES  the folder of all engines; default: build/engines
+#   --short               one prompt of the real model, soaks of 20 seconds. May come before the others.
 #   --setup               the engine only, no test
 #   --python              the Python of that folder with the other arguments (for bench/sglang/ttft.py, soak.py)
-#   others                go to pytest: --prompts 1 for fewer of the real model's, --soak 600 for seconds of the soak
+#   others                go to pytest: --soak 600 for seconds of a soak
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 here=$root/tests/engines/sglang
 folder=${FLASHPREFILL_ENGINES:-$root/build/engines}/sglang
 ours=$root/build/engine-tests/sglang
 python=$folder/venv/bin/python
+few=()
+if [ "${1:-}" = --short ]; then
+  few=(--prompts 1 --soak 20)
+  shift
+fi
 mkdir -p "$folder" "$ours"
 
 # The stamp holds what the environment was made from. One set-up at a time.
@@ -41,4 +47,4 @@ if [ "${1:-}" = --python ]; then
   exec "$python" "$@"
 fi
 cd "$here"
-exec "$python" -m pytest -p no:cacheprovider --rootdir "$here" -ra "$@"
+exec "$python" -m pytest -p no:cacheprovider --rootdir "$here" -ra "${few[@]}" "$@"

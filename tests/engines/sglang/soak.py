@@ -8,7 +8,8 @@ says. Two ways to serve:
 
 --way whole (default): prompts in one piece, sparse. A batch may hold several; each selects as it does alone.
 --way chunks: chunks of 512 rows mixed with tokens that are generated, over a radix cache, with all blocks
-kept, since a chunk's size depends on who else is there, and with it what a policy selects.
+kept, since a chunk's size depends on who else is there, and with it what a policy selects. The cache is too
+small for all prompts, so they are read again and again.
 
 The server's memory is read while it runs and may not grow after a warm-up of a quarter of the time.
 """
@@ -35,16 +36,24 @@ PORT = 18439
 LENGTHS = (40, 200, 500, 900, 1500, 2600, 4000)
 PLAIN = [
     "--device", "cpu", "--attention-backend", "torch_native", "--skip-tokenizer-init", "--dtype", "float32",
-    "--host", "127.0.0.1", "--port", str(PORT), "--max-total-tokens", "24576", "--mem-fraction-static", "0.3",
+    "--host", "127.0.0.1", "--port", str(PORT), "--mem-fraction-static", "0.3",
     "--max-running-requests", "8", "--random-seed", "1", "--log-level", "info", "--skip-server-warmup",
 ]  # fmt: skip
 WAYS = {
     "whole": (
-        ["--chunked-prefill-size", "-1", "--disable-radix-cache"],
+        ["--chunked-prefill-size", "-1", "--disable-radix-cache", "--max-total-tokens", "24576"],
         {"policy": "flashprefill", "alpha": 0.5, "sink_blocks": 1, "window_blocks": 2},
     ),
     "chunks": (
-        ["--chunked-prefill-size", "512", "--enable-mixed-chunk", "--page-size", "16"],
+        [
+            "--chunked-prefill-size",
+            "512",
+            "--enable-mixed-chunk",
+            "--page-size",
+            "16",
+            "--max-total-tokens",
+            "6144",
+        ],
         {"policy": "dense"},
     ),
 }

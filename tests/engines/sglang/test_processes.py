@@ -21,7 +21,7 @@ def main():
     engine = sglang.Engine(
         model_path=model, device="cpu", attention_backend="torch_native", skip_tokenizer_init=True,
         dtype="float32", max_total_tokens=8192, mem_fraction_static=0.3, max_running_requests=4,
-        chunked_prefill_size=600, random_seed=1, **arguments,
+        chunked_prefill_size=600, random_seed=1, log_level="info", **arguments,
     )
     sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
     outputs = engine.generate(input_ids=ids, sampling_params=sampling)
@@ -54,7 +54,7 @@ def prompts():
 
 
 def test_tensor_parallel(tmp_path, llama):
-    """Two processes with half of the heads each, and what the server's information says of the first."""
+    """Two processes with half of the heads each, over gloo; the server's information is the first one's."""
     cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     stock, nothing, _ = run(tmp_path, llama, {"tp_size": 2}, prompts(), **cores)
     ours, numbers, log = run(tmp_path, llama, {"tp_size": 2}, prompts(), plugin.config("dense"), **cores)

@@ -1,0 +1,477 @@
+"""The order of work: all prompts first, then each prompt through every method, then tables, pictures, files.
+
+A prompt is answered by all methods before the next one comes. So a run that is stopped has pairs to compare,
+and a slow minute of a shared machine hits all methods alike. It also lets the methods share the longest part
+of the work: each reads the prompt by itself, and then all write their answers as one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...policies import Dense, Policy
+from ...policies.text import named
+from .. import checks, device, machine, models, needles, table
+from ..errors import UsageError
+from ..spec import parse_policy
+from . import answers, figures, harness, ruler, suites, text
+
+if TYPE_CHECKING:
+    from .model import FlashPrefillLM, Reading
+
+SCHEMA = "flashprefill-eval/1"
+LENGTHS = (4096, 8192)
+PATTERNS = ("dense", "flashprefill", "sketch")
+SLACK = 256  # tokens over RULER's length, for what the answer begins with and a chat template
+COUNTED = 5  # on a GPU: prompts of a task and length of which is counted what a policy keeps
+WARM_UP = 1024  # tokens
+MOST_TOGETHER = 16  # answers that are written as one batch
+MEMORY_SHARE = 0.3  # of the free memory, for their caches
+LIST_PACKAGES = ("lm_eval", "datasets", "wonderwords")
+
+
+@dataclass
+class Options:
+    """The command line's options."""
+
+    suites: Sequence[str] = ("ruler",)
+    model: Path | None = None
+    patterns: Sequence[str] = ()
+    policies: Sequence[str] = ()
+    lengths: Sequence[int] = ()
+    samples: int = ruler.SAMPLES
+    seed: int = ruler.SEED
+    text: Path | None = None
+    data: Path | None = None
+    last_token: str = "dense"
+    max_tokens: int | None = None
+    chat: bool = False
+    stretch: bool = False
+    fresh: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    out: Path = Path("out/eval")
+
+
+def methods_of(options: Options) -> dict[str, Policy | None]:
+    """Dense attention, which all are compared with, then the policies: by their text."""
+    wanted = list(options.patterns or (() if options.policies else PATTERNS))
+    if "all" in wanted:
+        wanted = ["dense", *(name for name in named() if name != Dense.kind)]
+    policies = [parse_policy(name) for name in [*wanted, *options.policies] if name != figures.DENSE]
+    return {figures.DENSE: None, **{policy.text: policy for policy in policies}}
+
+
+def refused(methods: dict[str, Policy | None], where: device.Device) -> dict[str, str]:
+    """The policies that don't select on this device yet, with the reason; tried on a few tokens."""
+    import torch
+
+    from ... import select
+    from ...errors import UnsupportedError
+
+    dtype = torch.float32 if not where.cuda else torch.bfloat16
+    draw = torch.Generator(where.kind).manual_seed(0)
+    query, key = (
+        torch.randn(256, heads, 64, generator=draw, device=where.kind, dtype=dtype) for heads in (2, 1)
+    )
+    reasons = {}
+    for label, policy in methods.items():
+        try:
+            if policy is not None:
+                select(query, key, policy.at_layer(0))
+        except UnsupportedError as error:
+            reasons[label] = str(error)
+    return reasons
+
+
+def check(options: Options) -> tuple[list[str], dict[str, str]]:
+    """Refuse what argparse cannot know; return the tasks, and those that are left out with the reason."""
+    for name, value in (
+        ("samples", options.samples),
+        ("threads", options.threads),
+        ("max-tokens", options.max_tokens),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    checks.need(
+        "eval",
+        "torch",
+        "transformers",
+        "matplotlib",
+        "tqdm",
+        *harness.PACKAGES,
+        *checks.modules_of(options.model),
+    )
+    tasks, left_out = suites.chosen(options.suites, options.data)
+    for length in options.lengths:
+        if length < ruler.LEAST_TOKENS:
+            raise UsageError(f"--lengths {length}: must be at least {ruler.LEAST_TOKENS}")
+    if options.text is not None:
+        text.files_of(options.text)
+    checks.can_make(options.out)
+    checks.can_run(options.model, options.device, options.dtype)
+    return tasks, left_out
+
+
+def lengths_for(task: str, options: Options, context: int | None) -> list[int]:
+    """The lengths of a task: those that are asked for, or RULER's two as far as the model reads them."""
+    asked = list(dict.fromkeys(options.lengths))
+    if asked:
+        too_long = [length for length in asked if context is not None and length > context]
+        if too_long and not options.stretch:
+            raise UsageError(
+                f"--lengths {too_long[0]}: the model reads {context} tokens; --stretch scales its rotary base"
+            )
+        return sorted(asked)
+    if context is None:
+        return list(LENGTHS)
+    within = [length for length in LENGTHS if length <= context]
+    return within if task in ruler.TASKS and within else [context]
+
+
+class Asker:
+    """Asks the model, unless the answer is on disk."""
+
+    def __init__(self, options: Options, loaded: models.Loaded, known: answers.Answers, model: str) -> None:
+        self.options, self.loaded, self.known, self.model_hash = options, loaded, known, model
+        self.library = answers.of_library()
+        self.lms: dict[int, FlashPrefillLM] = {}
+        self.warm: set[tuple[int, str]] = set()
+        self.asked = 0
+
+    def _lm(self, prompt: suites.Prompt) -> FlashPrefillLM:
+        """The model for prompts of a length; one is kept, since a stretched model has weights of its own."""
+        from .model import FlashPrefillLM
+
+        most = prompt.length + (SLACK if prompt.task in ruler.TASKS else 0)
+        if most not in self.lms:
+            for lm in self.lms.values():
+                lm.use(None)  # the model itself goes on
+            self.lms.clear()
+            factor = needles.stretch_for(prompt.length, self.loaded.context) if self.options.stretch else 1.0
+            self.loaded = models.stretched(self.loaded, factor)
+            with harness.quiet():
+                self.lms[most] = FlashPrefillLM(
+                    pretrained=self.loaded.model,
+                    tokenizer=self.loaded.tokenizer,
+                    last_token=self.options.last_token,
+                    cut="middle",
+                    max_gen_toks_limit=self.options.max_tokens,
+                    max_length=most,
+                    device=self.loaded.device.kind,
+                )
+        return self.lms[most]
+
+    def key(self, prompt: suites.Prompt, policy: Policy | None) -> str:
+        """What an answer depends on."""
+        return answers.digest(
+            {
+                "model": [self.model_hash, self.loaded.dtype, self.loaded.device.kind],
+                "stretch": self.options.stretch,
+                "policy": None if policy is None else [policy.text, self.options.last_token, self.library],
+                "most": [prompt.length, self.options.max_tokens],
+                "prompt": prompt.hash,
+            }
+        )
+
+    def ask(
+        self, prompt: suites.Prompt, methods: dict[str, Policy | None]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield every method's answer to one prompt, as it is kept on disk: first what is there."""
+        keys = {label: self.key(prompt, policy) for label, policy in methods.items()}
+        for label, key in keys.items():
+            record = self.known.get(key)
+            if record is not None:
+                yield label, record
+        rest = [label for label, key in keys.items() if self.known.get(key) is None]
+        if not rest:
+            return
+        lm = self._lm(prompt)
+        for label in rest:
+            if (id(lm), label) not in self.warm:
+                lm.use(methods[label])
+                lm.read_some(WARM_UP)
+                self.warm.add((id(lm), label))
+        lm.count = not self.loaded.device.cuda or prompt.index < COUNTED
+        step = self._together(lm, prompt)
+        for start in range(0, len(rest), step):
+            some = rest[start : start + step]
+            for label, (said, reading) in zip(some, self._answers(lm, prompt, some, methods), strict=True):
+                self.asked += 1
+                yield label, self.known.put(keys[label], self._record(prompt, label, said, reading))
+
+    def _together(self, lm: FlashPrefillLM, prompt: suites.Prompt) -> int:
+        """How many methods write as one batch: as many as their caches have room for."""
+        if prompt.requests[0].request_type != "generate_until" or not lm.can_batch:
+            return 1
+        room = MEMORY_SHARE * self.loaded.device.free_bytes()
+        return int(min(MOST_TOGETHER, max(1, room // lm.cache_bytes(lm.max_length))))
+
+    def _answers(
+        self,
+        lm: FlashPrefillLM,
+        prompt: suites.Prompt,
+        labels: Sequence[str],
+        methods: dict[str, Policy | None],
+    ) -> list[tuple[list[Any], Reading]]:
+        """What some methods say to a prompt, and what was measured."""
+        if len(labels) > 1:
+            together = lm.answer_together(prompt.requests[0], [methods[label] for label in labels])
+            return [([answer], reading) for answer, reading in together]
+        lm.use(methods[labels[0]])
+        generating = prompt.requests[0].request_type == "generate_until"
+        said = (lm.generate_until if generating else lm.loglikelihood)(prompt.requests, disable_tqdm=True)
+        return [(said, lm.reading)]
+
+    def _record(self, prompt: suites.Prompt, label: str, said: list[Any], reading: Reading) -> dict[str, Any]:
+        choices = not isinstance(said[0], str)
+        best = str(max(range(len(said)), key=lambda choice: said[choice][0])) if choices else said[0]
+        return {
+            "task": prompt.task,
+            "length": prompt.length,
+            "index": prompt.index,
+            "seed": self.options.seed,
+            "policy": label,
+            "said": said,
+            "text": best,
+            "tokens": reading.tokens,
+            "cut": reading.cut,
+            "ttft_seconds": round(reading.ttft, 5),
+            "density": None if reading.density is None else round(reading.density, 5),
+            "fallbacks": reading.fallbacks or {},
+        }
+
+
+def case_of(prompt: suites.Prompt) -> dict[str, Any]:
+    """A prompt's entry in results.json, before anyone answers it."""
+    expected = prompt.doc.get("outputs", prompt.doc.get("answer"))
+    return {
+        "task": prompt.task,
+        "length": prompt.length,
+        "index": prompt.index,
+        "depth": None if prompt.depth is None else round(prompt.depth, 4),
+        "prompt": prompt.hash[:16],
+        "expected": expected,
+        "answers": {},
+    }
+
+
+def add_answer(case: dict[str, Any], prompt: suites.Prompt, label: str, record: dict[str, Any]) -> None:
+    """Score an answer and put it into the prompt's entry."""
+    said = [answer if isinstance(answer, str) else tuple(answer) for answer in record["said"]]
+    case["tokens"], case["cut"] = record["tokens"], record["cut"]
+    case["answers"][label] = {
+        "score": round(prompt.score(said), 6),
+        "text": record["text"],
+        "ttft_seconds": record["ttft_seconds"],
+        "density": record["density"],
+        "fallbacks": record["fallbacks"],
+    }
+
+
+def make_prompts(
+    tasks: Sequence[str], options: Options, loaded: models.Loaded, chat: Any
+) -> list[suites.Prompt]:
+    """All prompts, shortest length first."""
+    from tqdm import tqdm
+
+    name = str(models.resolve_path(options.model))
+    source = suites.Source(loaded.tokenizer, name, options.samples, options.seed, options.text, options.data)
+    plan = [(length, task) for task in tasks for length in lengths_for(task, options, loaded.context)]
+    prompts: list[suites.Prompt] = []
+    with tqdm(sorted(plan, key=lambda one: one[0]), unit="task", desc="making prompts", disable=None) as bar:
+        for length, task in bar:
+            bar.set_description(f"making prompts: {task}, {length} tokens")
+            prompts += suites.prompts_of(task, length, source, chat)
+    return prompts
+
+
+def answer_all(
+    prompts: Sequence[suites.Prompt], methods: dict[str, Policy | None], asker: Asker
+) -> list[dict[str, Any]]:
+    """Every prompt through every method."""
+    from tqdm import tqdm
+
+    cases = []
+    with tqdm(
+        total=len(prompts) * len(methods),
+        unit="answer",
+        disable=None,
+        bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    ) as bar:
+        for prompt in prompts:
+            case = case_of(prompt)
+            bar.set_description(f"{prompt.task}, {prompt.length} tokens, prompt {prompt.index + 1}")
+            for label, record in asker.ask(prompt, methods):
+                add_answer(case, prompt, label, record)
+                bar.update()
+            case["answers"] = {label: case["answers"][label] for label in methods}
+            cases.append(case)
+        bar.set_description("done")
+    return cases
+
+
+HEADER = (
+    "",
+    "score",
+    "kept of\ndense",
+    "worse",
+    "better",
+    "p",
+    "same\nanswer",
+    "density",
+    "first\ntoken, s",
+    "speed-\nup",
+)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A method's figures, as the tables show them."""
+    dense = row["method"] == figures.DENSE
+    return [
+        _percent(row["score"]),
+        "-" if dense else _percent(row["kept_of_dense"]),
+        "-" if dense else str(row["worse"]),
+        "-" if dense else str(row["better"]),
+        "-" if dense else f"{row['mcnemar_p']:.2f}",
+        "-" if dense else _percent(row["same_answer"]),
+        "-" if row["density"] is None else f"{row['density']:.3f}",
+        "-" if row["ttft_seconds"] is None else table.seconds(row["ttft_seconds"]),
+        "-" if dense or row["ttft_speedup"] is None else f"{row['ttft_speedup']:.2f}x",
+    ]
+
+
+def render(results: dict[str, Any]) -> str:
+    """The tables that are printed: a length each, all tasks together; then the tasks' scores."""
+    rows, parts = results["rows"], []
+    lengths = [length for length in results["settings"]["lengths"]]
+    labels = list(results["methods"])
+    for length in lengths:
+        body = [[label, *cells_of(figures.one(rows, label, length, None))] for label in labels]
+        prompts = figures.one(rows, figures.DENSE, length, None)["prompts"]
+        parts.append(f"{length} tokens, {prompts} prompts\n" + table.render(HEADER, body))
+        tasks = [
+            row["task"]
+            for row in rows
+            if row["method"] == labels[0] and row["length"] == length and row["task"]
+        ]
+        scores = [
+            [task, *(_percent(figures.one(rows, label, length, task)["score"]) for label in labels)]
+            for task in tasks
+        ]
+        heads = [label.replace("(", "\n(") for label in labels]
+        parts.append(f"scores at {length} tokens\n" + table.render(("", *heads), scores))
+    return "\n\n".join(parts)
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """One sentence per policy: how far from dense attention it is over everything."""
+    said = []
+    for label in results["methods"]:
+        row = figures.one(results["rows"], label, None, None)
+        if label == figures.DENSE or row["score"] is None:
+            continue
+        points = 100 * (row["score"] - row["dense_score"])
+        said.append(
+            f"{label}: {points:+.1f} points against dense attention's {100 * row['dense_score']:.1f}; of the "
+            f"{row['dense_right']} prompts that dense attention answers fully it keeps "
+            f"{_percent(row['kept_of_dense'])} %"
+        )
+    return "\n".join(said)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The whole evaluation; returns what results.json holds."""
+    tasks, left_out = check(options)
+    methods = methods_of(options)
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    busy = machine.busy()
+    for task, reason in left_out.items():
+        print(f"note: {task} is left out: {reason}", file=sys.stderr)
+    where = device.resolve(options.device, options.dtype)
+    for label, reason in refused(methods, where).items():
+        if "all" not in options.patterns:
+            raise UsageError(f"{label}: {reason}")
+        print(f"note: {label} is left out: {reason}", file=sys.stderr)
+        left_out[label] = f"{label}: {reason}"
+        del methods[label]
+    print("loading the model ...", file=sys.stderr, flush=True)
+    loaded = models.load(options.model, options.dtype, where)
+    chat = None
+    if options.chat:
+        if not getattr(loaded.tokenizer, "chat_template", None):
+            raise UsageError("--chat: the model's tokenizer has no chat template")
+        chat = _template(loaded.tokenizer)
+    prompts = make_prompts(tasks, options, loaded, chat)
+    known = answers.Answers(options.out / "answers.jsonl", options.fresh)
+    asker = Asker(options, loaded, known, answers.of_model(models.resolve_path(options.model)))
+    try:
+        cases = answer_all(prompts, methods, asker)
+    finally:
+        known.close()
+    described = machine.describe(where.facts())
+    described["versions"] |= {name: machine.version_of(name) for name in LIST_PACKAGES}
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        **described,
+        "model": {"name": loaded.name, "dtype": loaded.dtype, "context": loaded.context},
+        "settings": {
+            "threads": torch.get_num_threads(),
+            "busy": busy,
+            "suites": list(options.suites),
+            "tasks": tasks,
+            "left_out": left_out,
+            "lengths": sorted({prompt.length for prompt in prompts}),
+            "samples": options.samples,
+            "seed": options.seed,
+            "text": text.LOCAL if options.text is None else options.text.name,
+            "last_token": options.last_token,
+            "max_tokens": options.max_tokens,
+            "chat": options.chat,
+            "stretch": options.stretch,
+            "from_disk": len(prompts) * len(methods) - asker.asked,
+        },
+        "prompts_hash": answers.digest([prompt.hash for prompt in prompts]),
+        "methods": {label: None if policy is None else policy.text for label, policy in methods.items()},
+        "rows": figures.summaries(cases, list(methods)),
+        "cases": cases,
+    }
+    results["table"], results["verdict"] = render(results), verdict(results)
+    write(options.out, results)
+    return results
+
+
+def _template(tokenizer: Any) -> Any:
+    def apply(history: Any, add_generation_prompt: bool = True) -> Any:
+        return tokenizer.apply_chat_template(
+            history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    return apply
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """Print the tables; write all files."""
+    from . import draw, page
+
+    print(f"{results['table']}\n\n{results['verdict']}", flush=True)
+    results["files"] = ["results.json", "answers.jsonl", "report.html", *draw.all_of(out, results)]
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page.page(results, out), encoding="utf-8")
+    print(f"\n{out}/: {', '.join(results['files'])}", flush=True)

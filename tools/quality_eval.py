@@ -1,0 +1,76 @@
+"""The tables of `flashprefill eval` in docs/quality.md; tools/quality.py calls this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashprefill.apps.eval import figures, run
+
+PREFIX = "eval-"  # of the files in bench/results
+INTRO = """
+## RULER, every policy on the same prompts
+
+Scores of `flashprefill eval` ([evaluation.md](evaluation.md)), in per cent. *Kept of dense* is the
+score over the prompts that dense attention answers fully; *worse* and *better* count prompts whose
+score is below and above dense attention's; *p* is McNemar's exact test on the two. *First token*
+is the median of the time to it. SmolLM2-135M is a small model: what dense attention scores near
+zero says nothing about a policy.
+"""
+LABELS = (
+    "",
+    "score",
+    "kept of dense",
+    "worse",
+    "better",
+    "p",
+    "same answer",
+    "density",
+    "first token, s",
+    "speed-up",
+)
+
+
+def slim(results: dict[str, Any]) -> dict[str, Any]:
+    """What the repository keeps of a run: every figure and every score, but not what was said."""
+    labels = list(results["methods"])
+    cases = [
+        [case["task"], case["length"], case["index"], [case["answers"][label]["score"] for label in labels]]
+        for case in results["cases"]
+    ]
+    dropped = ("cases", "table", "files")
+    return {key: value for key, value in results.items() if key not in dropped} | {"cases": cases}
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _header(cells: list[str]) -> list[str]:
+    return [_row(cells), "|" + "---|" * len(cells)]
+
+
+def section(found: list[dict[str, Any]], ran: Any) -> list[str]:
+    """The section: per run and length a table of all methods, then the scores by task."""
+    lines = [INTRO]
+    for results in found:
+        labels, rows, settings = list(results["methods"]), results["rows"], results["settings"]
+        cut = f", answers of at most {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
+        model, prompts = results["model"], f"{settings['samples']} prompts per task and length"
+        hashed = f"seed {settings['seed']}, prompts {results['prompts_hash'][:16]}"
+        lines.append(f"{model['name']}, {model['dtype']}; {prompts}{cut}, {hashed}; " + ran(results))
+        for length in settings["lengths"]:
+            prompts = figures.one(rows, figures.DENSE, length, None)["prompts"]
+            lines += _header([f"{length:,} tokens, {prompts} prompts", *LABELS[1:]])
+            for label in labels:
+                lines.append(_row([f"`{label}`", *run.cells_of(figures.one(rows, label, length, None))]))
+            lines.append("")
+        tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"]))
+        lines += _header(["score by task", "tokens", *(f"`{label}`" for label in labels)])
+        for task in tasks:
+            for row in rows:
+                if row["task"] == task and row["method"] == figures.DENSE and row["length"]:
+                    scores = [figures.one(rows, label, row["length"], task)["score"] for label in labels]
+                    shown = ["-" if score is None else f"{100 * score:.0f}" for score in scores]
+                    lines.append(_row([task, f"{row['length']:,}", *shown]))
+        lines += ["", *(f"{line}." for line in results["verdict"].splitlines()), ""]
+    return lines

@@ -85,11 +85,11 @@ def flashprefill_attention(
         **kwargs: what else the model's layers hand on.
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
-    ranks = over_ranks.get()
+    compiling = torch.compiler.is_compiling()
+    ranks = None if compiling else over_ranks.get()  # a model over ranks refuses results that were not made by it
     if ranks is not None:
         return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)
-    compiling = torch.compiler.is_compiling()
     if (not compiling and is_jit_tracing()) or is_general_export(query.shape[2]):  # to be right at any length
         warn_once("tracing", module)
         return dense_attention(

@@ -86,7 +86,7 @@ def flashprefill_attention(
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
     compiling = torch.compiler.is_compiling()
-    ranks = None if compiling else over_ranks.get()  # a model over ranks refuses results that were not made by it
+    ranks = None if compiling else over_ranks.get()  # a model over ranks then refuses its results
     if ranks is not None:
         return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)

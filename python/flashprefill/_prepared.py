@@ -19,6 +19,7 @@ from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, worksp
 from ._calls import PREFILL
 from ._layout import layout_of
 from ._ops import ops_of
+from .mask import _LISTS
 from .policies import MaskPolicy, Policy
 from .policies.library import struct_of
 
@@ -85,7 +86,7 @@ class PreparedPrefill:
         layout = layout_of(ops, (q, k, v), True, *places)
         results_of(ops, q, out, False)
         refuse_overlap(out, q=q, k=k, v=v)
-        lists = dict.fromkeys(("bits", "counts", "fallback", "vertical_slash"))
+        lists = dict.fromkeys(_LISTS)
         shared = shared_of(q, layout, softmax_scale, None, None, None)
         chunks = final_chunk_of(final_chunk, layout.batch)
         values = {

@@ -135,7 +135,7 @@ def test_the_tile_counts_policies_not_needles(results):
     for run in changed["runs"]:
         run["needles"] = [{**run["needles"][0], "found": True}]
     page = report.page(changed, out)
-    assert "<b>4 of 4</b><span>policies found the needle (dense: 1 of 1)" in page
+    assert "<b>5 of 5</b><span>policies found the needle (dense: 1 of 1)" in page
     assert "were kept whatever their scores" in page
 
 

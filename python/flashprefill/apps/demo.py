@@ -279,14 +279,14 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    busy = machine.busy()
-    if busy:
-        print(f"note: {busy}", file=sys.stderr)
     where, stretch = (
         device.resolve(options.device, options.dtype),
         models.ROPE_STRETCH if options.long else 1.0,
     )
     methods = methods_for(options.policies, where.cuda)
+    busy = machine.busy()
+    if busy:
+        print(f"note: {busy}", file=sys.stderr)
     print("loading the model ...", file=sys.stderr, flush=True)
     loaded = models.load(options.model, options.dtype, where, stretch)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else LONG_TOKENS if options.long else TOKENS)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # src/cuda/common/heuristics.h). A piece of a longer prompt may be that short, and must be selected for, as it
 # would be on one GPU.
 HOPPER_DENSE_KEYS = 3072
-PORTABLE_DENSE_KEYS = 2048
+PORTABLE_DENSE_KEYS = 2560
 
 
 def _dense_keys(device: torch.device, target: str | None) -> int:

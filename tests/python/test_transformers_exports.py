@@ -68,8 +68,8 @@ def test_torch_export_with_one_length_is_dense(patched):
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dynamo", [False, True])
+# The older exporter knows no aten::diff, by which Transformers looks for packed sequences without a mask.
+@pytest.mark.parametrize(("dynamo", "masked"), [(False, True), (True, False), (True, True)])
 def test_onnx_files_are_dense_and_right_at_other_lengths(dynamo, masked, patched, tmp_path):
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")

@@ -6,8 +6,8 @@
 // short. Inside a class the natural order stays, in which neighbours share keys in L2. A tile is computed by one CTA
 // whatever its place is, so results keep their bits.
 //
-// One CTA sorts by counting. All items' counts are fetched at once, since what takes time here is the way to memory and
-// back: some 3 of the 5 us that this adds.
+// One CTA sorts by counting, and fetches all items' counts at once. On an H200 it adds 4 us to an operator of 256 items
+// and up to 13 us to one of 2,048.
 #include "cuda/common/attend/order.h"
 #include "cuda/common/attend/tiles.cuh"
 #include "cuda/common/grid_control.cuh"

@@ -12,8 +12,8 @@ namespace flashprefill::cuda {
 // and L2 is not what they wait for.
 constexpr int kMaxOrderedItems = 8192, kMaxOrderedItemsPortable = 32768;
 
-// Items times keys below which none is made: its own 5 us are then worth more than a level end. 4,096 tokens of 32
-// heads have 4.2 million.
+// Items times keys below which none is made: its own 4 us or more are then worth more than a level end. 4,096 tokens of
+// 32 heads have 4.2 million.
 constexpr int64_t kMinOrderedWork = 8 << 20;
 
 // Writes the permutation of items that AttendArgs::order describes, and sets the counter to 0. `counts` as in

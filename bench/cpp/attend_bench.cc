@@ -37,7 +37,7 @@ struct Setup {
   Buffer rows, packed_memory, tile_memory;
   std::vector<int64_t> offset;
   cpu::Packed packed{};
-  cpu::TileScratch tile{};
+  cpu::TileState tile{};
 
   static Problem OfDtype(int32_t dtype) {
     Problem p{};
@@ -52,7 +52,7 @@ struct Setup {
         kernels(cpu::AttendKernelsFor(isa, OfDtype(dtype))),
         rows(static_cast<size_t>(keys * head_dim) * DtypeSize(dtype)),
         packed_memory(Bytes([&](Workspace& memory) { cpu::Packed::Take(memory, kernels, head_dim, keys); })),
-        tile_memory(Bytes([&](Workspace& memory) { cpu::TileScratch::Take(memory, kernels, head_dim, false); })) {
+        tile_memory(Bytes([&](Workspace& memory) { cpu::TakeTileState(memory, head_dim); })) {
     std::minstd_rand random(1);
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < keys * head_dim; ++i) StoreElement(rows.get(), dtype, i, normal(random));
@@ -60,14 +60,14 @@ struct Setup {
 
     Workspace packed_parts(packed_memory.get()), tile_parts(tile_memory.get());
     packed = cpu::Packed::Take(packed_parts, kernels, head_dim, keys);
-    tile = cpu::TileScratch::Take(tile_parts, kernels, head_dim, false);
-    tile.state.rows = kTileRows;
-    tile.state.head_dim = head_dim;
-    tile.state.scale = 1.44f / std::sqrt(static_cast<float>(head_dim));
-    kernels.load_queries(RowsFrom(0), head_dim, tile.state.q);
-    std::fill_n(tile.state.o, kTileRows * cpu::ValueWidth(head_dim), 0.0f);
-    std::fill_n(tile.state.sum, kTileRows * cpu::kLeast, 0.0f);
-    std::fill_n(tile.state.largest, kTileRows, -std::numeric_limits<float>::infinity());
+    tile = cpu::TakeTileState(tile_parts, head_dim);
+    tile.rows = kTileRows;
+    tile.head_dim = head_dim;
+    tile.scale = 1.44f / std::sqrt(static_cast<float>(head_dim));
+    kernels.load_queries(RowsFrom(0), head_dim, tile.q);
+    std::fill_n(tile.o, kTileRows * cpu::ValueWidth(head_dim), 0.0f);
+    std::fill_n(tile.sum, kTileRows * cpu::kLeast, 0.0f);
+    std::fill_n(tile.largest, kTileRows, -std::numeric_limits<float>::infinity());
     Pack();
   }
 
@@ -92,7 +92,7 @@ struct Setup {
     for (int64_t key = 0; key < keys; key += cpu::kChunk) {
       chunk.run[0] = {key, 0, cpu::kChunk};
       chunk.next = (key + cpu::kChunk) % keys;
-      kernels.attend(tile.state, chunk);
+      kernels.attend(tile, chunk);
     }
   }
 };

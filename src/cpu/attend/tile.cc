@@ -146,15 +146,21 @@ void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows
 
 } // namespace
 
+TileState TakeTileState(Workspace& memory, int32_t head_dim) {
+  TileState state{};
+  state.q = memory.Take<float>(kTileRows * QueryStride(head_dim));
+  state.o = memory.Take<float>(kTileRows * ValueWidth(head_dim));
+  state.scores = memory.Take<float>(kMaxStrip * kScoreStride);
+  state.sum = memory.Take<float>(kTileRows * kLeast);
+  state.largest = memory.Take<float>(kTileRows);
+  return state;
+}
+
 TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
   const AttendKernels& kernels = call.kernels;
   const int32_t head_dim = call.p.head_dim;
   TileScratch t{};
-  t.state.q = memory.Take<float>(kTileRows * QueryStride(head_dim));
-  t.state.o = memory.Take<float>(kTileRows * ValueWidth(head_dim));
-  t.state.scores = memory.Take<float>(kMaxStrip * kScoreStride);
-  t.state.sum = memory.Take<float>(kTileRows * kLeast);
-  t.state.largest = memory.Take<float>(kTileRows);
+  t.state = TakeTileState(memory, head_dim);
   t.offset = memory.Take<int64_t>(kTileRows);
   t.limit = memory.Take<int32_t>(2 * kTileRows);
   t.bias = memory.Take<float>(kChunk);

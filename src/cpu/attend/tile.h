@@ -61,6 +61,9 @@ struct TileScratch {
   static TileScratch Take(Workspace& memory, const AttendCall& call);
 };
 
+// What the micro-kernels of a tile write.
+TileState TakeTileState(Workspace& memory, int32_t head_dim);
+
 // Tile m of mask head `mask_head`; keys and means are those of its KV head, or with key lists scratch's. `next_key`:
 // the first one that the tile after it keeps of the same packed keys, to be fetched ahead; or -1.
 void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,

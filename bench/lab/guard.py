@@ -23,7 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashprefill import BlockMask, Guard, Policy, audit, collect_timings, prefill_attention
+from flashprefill import (
+    BlockMask,
+    Guard,
+    Policy,
+    audit,
+    collect_timings,
+    example_inputs,
+    prefill_attention,
+)
 from flashprefill.apps import machine
 from flashprefill.apps.lab import texts
 from flashprefill.apps.lab.figures import Layer
@@ -47,6 +55,7 @@ SWEPT |= {"sampleattention": "coverage"}
 # What is repaired below: budgets that are too low, and one that is right.
 REPAIRED = {"sketch, gain": (0.01, 0.03, 0.1), "flashprefill": (0.15, 0.4), "gather": (0.005, 0.02)}
 GAPS = (0.0, 0.001, 0.005)
+COSTS = ((8192, 0.02), (8192, 0.3), (16384, 0.02), (32768, 0.02), (32768, 0.3))
 
 
 def policies(sweeps: dict[str, tuple[float, ...]]) -> Iterator[tuple[str, float, Policy]]:
@@ -123,9 +132,9 @@ def repairs_of(layers: list[Layer], policy: Policy) -> dict[str, Any]:
         for layer in layers:
             guard = None if mode == "off" else Guard(mode, layer=layer.number, seed=1)
             with collect_timings() as timings:
-                out, stats = prefill_attention(
+                out, lse, stats = prefill_attention(
                     layer.query, layer.key, layer.value, policy, softmax_scale=layer.scale, guard=guard,
-                    return_stats=True,
+                    return_lse=True, return_stats=True,
                 )  # fmt: skip
             seconds += (timings.select_seconds, timings.guard_seconds, timings.attend_seconds)
             densities.append(stats.mean_density)
@@ -133,7 +142,6 @@ def repairs_of(layers: list[Layer], policy: Policy) -> dict[str, Any]:
             errors.append(float(error.mean()))
             if stats.guard is not None:
                 repaired += sum(stats.guard.summary().outcomes[name] for name in ("repaired", "dense"))
-            lse = prefill_lse(layer, policy, guard)
             recalls.append((lse - layer.lse).clamp(max=0).exp().double().mean(dim=1).numpy())
         heads = np.concatenate(recalls)
         modes[mode] = {
@@ -149,12 +157,23 @@ def repairs_of(layers: list[Layer], policy: Policy) -> dict[str, Any]:
     return modes
 
 
-def prefill_lse(layer: Layer, policy: Policy, guard: Guard | None) -> torch.Tensor:
-    """The logarithm of each row's kept mass under the mask that a guard leaves."""
-    _, lse = prefill_attention(
-        layer.query, layer.key, layer.value, policy, softmax_scale=layer.scale, guard=guard, return_lse=True
-    )
-    return lse
+def cost_of(tokens: int, gain: float, turns: int = 7) -> dict[str, Any]:
+    """Seconds of a call's parts, the best of some turns: 8 heads, 2 KV heads, head_dim 64, made-up inputs."""
+    q, k, v = map(torch.from_numpy, example_inputs(tokens))
+    policy = make("sketch", {**EIGHTH, **FORCED, "gain": gain})
+    best, stats = np.full(3, np.inf), None
+    for _ in range(turns):
+        with collect_timings() as timings:
+            _, stats = prefill_attention(q, k, v, policy, guard="observe", return_stats=True)
+        best = np.minimum(best, (timings.select_seconds, timings.attend_seconds, timings.guard_seconds))
+    assert stats is not None and stats.guard is not None
+    return {
+        "tokens": tokens,
+        "density": round(stats.mean_density, 4),
+        "rows": int(stats.guard.rows_audited[0, 0]),
+        **dict(zip(("select_s", "attend_s", "guard_s"), best.round(5).tolist(), strict=True)),
+        "share_of_operator": round(float(best[2] / (best[0] + best[1])), 5),
+    }
 
 
 def main() -> None:
@@ -195,6 +214,7 @@ def main() -> None:
         "threads": 1,
         "coverage": coverage(everyone),
         "coverage_by_policy": {name: coverage(some) for name, some in cases.items()},
+        "cost": [cost_of(*each) for each in COSTS],
         "repairs": repairs,
         "seconds": round(time.monotonic() - begin, 1),
     }

@@ -1,4 +1,4 @@
-"""The guard from Python: its arguments, what it finds and repairs, states, and the doors through which it goes."""
+"""The guard from Python: its arguments, what it finds and repairs, and states."""
 
 import dataclasses
 import json

@@ -120,7 +120,61 @@ typedef struct fp_problem {
 typedef struct fp_timings {
   double select_seconds;
   double attend_seconds;
+  double guard_seconds; /* audits, and what they made the guard repair */
 } fp_timings;
+
+typedef enum fp_guard_mode {
+  FP_GUARD_OBSERVE = 0, /* measure, and change nothing */
+  FP_GUARD_REPAIR = 1,  /* heads that keep too little get a larger budget, once, before anything is attended to */
+  FP_GUARD_STRICT = 2   /* heads that keep too little keep everything */
+} fp_guard_mode;
+
+/* What became of a head. */
+typedef enum fp_guard_outcome {
+  FP_GUARD_WHOLE = 0,    /* nothing is left out, so nothing was audited: its recall is 1 */
+  FP_GUARD_HELD = 1,     /* it keeps enough */
+  FP_GUARD_REPAIRED = 2, /* it kept too little, and now keeps more */
+  FP_GUARD_DENSE = 3,    /* it kept too little, and now keeps everything */
+  FP_GUARD_LOW = 4       /* it keeps too little, and was left as it is (observe) */
+} fp_guard_outcome;
+
+/* The guard: it measures how much of the attention a mask keeps, and may act on it. CPU problems only.
+ *
+ * The *recall* of a query row is the share of its softmax that lies on keys which the mask keeps, without its mean
+ * correction. An *audit* computes it exactly, for a sample of rows: those of a head whose tile leaves something out, in
+ * the order of the prompt, are cut into as many equal strata as rows are audited, and one row of each is drawn. What is
+ * drawn depends on seed, layer, sequence, head and prefix alone, and differs from head to head. docs/guard.md says what
+ * follows from such a sample, and with which probability.
+ *
+ * A head keeps too little if recall_low is below target, or if more than 1 in 20 of its audited rows have a recall
+ * below 0.5. After a repair all heads are audited once more, with rows drawn afresh, and these are reported.
+ *
+ * The arrays are the caller's, in host memory; any of them may be NULL. Heads are query heads. With share_heads a KV
+ * head's query heads are repaired together, as they have one list. */
+typedef struct fp_guard {
+  uint32_t struct_size;
+  int32_t mode;  /* fp_guard_mode */
+  int32_t rows;  /* audited rows per sequence and head; 0: one in 1024, at least 32 per prompt and 8 per chunk */
+  int32_t layer; /* of the model: part of the seed */
+  uint64_t seed;
+  float target; /* in (0, 1] */
+  float risk;   /* in (0, 1): the probability with which a certificate may be wrong */
+  /* What is learned from call to call, [q_heads], from 0 on; NULL: nothing. Of repair and strict. A head whose level is
+   * x is selected for with 4^x times the budget (gain / 4^x, 1 - (1 - mass) / 4^x, ...). A head that keeps too little
+   * rises by 1, up to 4; a head that keeps enough sinks by a tenth. */
+  float* levels;
+  float* recall;         /* [batch, q_heads]: mean over the rows whose tile leaves something out */
+  float* recall_low;     /* [batch, q_heads]: one-sided lower bound at 95 %, approximate */
+  float* recall_p05;     /* [batch, q_heads]: 5th percentile of the audited rows */
+  int32_t* rows_audited; /* [batch, q_heads] */
+  int32_t* missed_block; /* [batch, q_heads]: of the blocks left out that weigh most in some audited row, the one that
+                            weighs most over all of them; -1: none */
+  int32_t* outcome;      /* [batch, q_heads]: fp_guard_outcome */
+  float* certificate;    /* [batch]: lower bound of the mean over all heads' audited strata; holds with probability
+                            1 - risk */
+  double* moments;       /* [batch, 3]: number, sum and sum of squares of the recalls of all audited rows, from which a
+                            certificate for several calls together follows */
+} fp_guard;
 
 /* Who does the work, and with what. NULL wherever this is asked for means all defaults. */
 typedef struct fp_exec {
@@ -130,6 +184,7 @@ typedef struct fp_exec {
   const char* target;  /* from fp_backend_targets: an instruction set, or a GPU's kernels; NULL: the best one here */
   void* stream;        /* CUDA: a cudaStream_t; NULL: the default stream */
   fp_timings* timings; /* written by CPU backends; may be NULL */
+  fp_guard* guard;     /* of fp_prefill and fp_audit; NULL: no guard, and no cost */
 } fp_exec;
 
 /* ---------------------------------------------------------------- policies */
@@ -269,15 +324,25 @@ FP_API fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask,
 FP_API fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
                             fp_block_mask* mask, const fp_output* output, void* workspace, size_t workspace_bytes);
 
+/* Measure what a mask keeps, by exec's guard, which must be given. Reads q and k. Modes other than FP_GUARD_OBSERVE
+ * write to the mask: a head that keeps too little then keeps everything, since a mask tells no budget to enlarge. */
+FP_API fp_status fp_audit_workspace(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec,
+                                    size_t* bytes);
+FP_API fp_status fp_audit(const fp_problem* problem, fp_block_mask* mask, const fp_exec* exec, void* workspace,
+                          size_t workspace_bytes);
+
 /* *keys becomes the number of keys up to which fp_prefill keeps all of a sequence's blocks, whatever it holds, since a
  * selection would take more time than it saves (FP_FALLBACK_SHORT): by this policy, on exec's backend or the best one
  * for the device (fp_device), on CUDA for the current GPU. An engine with a dense kernel of its own may use that for
  * them. 0: there is no such number. Sink and window, which a policy's fields tell, are not counted. */
 FP_API fp_status fp_prefill_dense_keys(const fp_policy* policy, int32_t device, const fp_exec* exec, int64_t* keys);
 
-/* Zero a struct and set its size; fp_problem also gets causal = final_chunk = 1. */
+/* Zero a struct and set its size; fp_problem also gets causal = final_chunk = 1, fp_guard target = 0.9 and risk =
+ * 0.001.
+ */
 FP_API void fp_problem_init(fp_problem* problem);
 FP_API void fp_exec_init(fp_exec* exec);
+FP_API void fp_guard_init(fp_guard* guard);
 FP_API void fp_block_mask_init(fp_block_mask* mask);
 FP_API void fp_output_init(fp_output* output);
 FP_API void fp_stats_init(fp_stats* stats);

@@ -330,6 +330,38 @@ class Workspace {
   std::unique_ptr<void, decltype(&std::free)> data_;
 };
 
+// A guard with memory for its results: exec.guard = &guard of prefill, or the argument of audit. Arrays are
+// [batch, q_heads]; `levels`, [q_heads], are kept from call to call.
+class Guard {
+ public:
+  explicit Guard(const Problem& p, fp_guard_mode mode = FP_GUARD_OBSERVE) {
+    const size_t heads = static_cast<size_t>(p.batch) * static_cast<size_t>(p.q_heads);
+    for (std::vector<float>* values : {&recall, &recall_low, &recall_p05}) values->resize(heads);
+    for (std::vector<int32_t>* values : {&rows_audited, &missed_block, &outcome}) values->resize(heads);
+    certificate.resize(static_cast<size_t>(p.batch));
+    levels.resize(static_cast<size_t>(p.q_heads));
+    fp_guard_init(&settings);
+    settings.mode = mode;
+  }
+
+  // The C view; valid while the guard lives and stays where it is.
+  fp_guard* view() {
+    settings.levels = levels.data();
+    settings.recall = recall.data();
+    settings.recall_low = recall_low.data();
+    settings.recall_p05 = recall_p05.data();
+    settings.rows_audited = rows_audited.data();
+    settings.missed_block = missed_block.data();
+    settings.outcome = outcome.data();
+    settings.certificate = certificate.data();
+    return &settings;
+  }
+
+  fp_guard settings; // mode, target, rows, layer, seed, risk: change any of them
+  std::vector<float> recall, recall_low, recall_p05, certificate, levels;
+  std::vector<int32_t> rows_audited, missed_block, outcome;
+};
+
 // ---------------------------------------------------------------- the three verbs
 
 // Find the blocks that matter.
@@ -351,7 +383,7 @@ inline void attend(const Problem& problem, const BlockMask& mask, const Output& 
   Check(fp_attend(&problem, mask.view(), &exec, &output, workspace.data(), workspace.size()));
 }
 
-// Both. Pass a mask (made by BlockMask::For) to keep what was selected.
+// Both. Pass a mask (made by BlockMask::For) to keep what was selected, and exec.guard = guard.view() to guard it.
 template <typename P>
 void prefill(const Problem& problem, const P& policy, const Output& output, const Exec& exec = {},
              BlockMask* mask = nullptr) {
@@ -360,6 +392,15 @@ void prefill(const Problem& problem, const P& policy, const Output& output, cons
   const Workspace workspace(bytes);
   Check(fp_prefill(&problem, &policy.common, &exec, mask ? mask->view() : nullptr, &output, workspace.data(),
                    workspace.size()));
+}
+
+// Measure what a mask keeps. Modes other than FP_GUARD_OBSERVE write to it.
+inline void audit(const Problem& problem, BlockMask& mask, Guard& guard, Exec exec = {}) {
+  exec.guard = guard.view();
+  size_t bytes = 0;
+  Check(fp_audit_workspace(&problem, mask.view(), &exec, &bytes));
+  const Workspace workspace(bytes);
+  Check(fp_audit(&problem, mask.view(), &exec, workspace.data(), workspace.size()));
 }
 
 } // namespace flashprefill

@@ -212,7 +212,11 @@ typedef enum fp_field_flags {
   FP_FIELD_ZERO_IS_NONE = 4, /* 0 is no value: text may say none */
   FP_FIELD_ABOVE_LEAST = 8,  /* the value must be above `least`, not at it */
   FP_FIELD_BELOW_MOST = 16,  /* the value must be below `most`, not at it */
-  FP_FIELD_OPTIONAL = 32     /* NaN: not given, and the value follows from other fields; text may say none */
+  FP_FIELD_OPTIONAL = 32,    /* NaN: not given, and the value follows from other fields; text may say none */
+  /* How much is kept follows from it. Of these a guard makes f times the budget: */
+  FP_FIELD_KEEPS_FROM = 64,  /* what is worth at least so much is kept: the value / f */
+  FP_FIELD_KEEPS_MASS = 128, /* this share of an estimated mass is kept: 1 - (1 - the value) / f */
+  FP_FIELD_KEEPS_SHARE = 256 /* this share of keys or blocks is kept: the value * sqrt(f), at most 1 */
 } fp_field_flags;
 
 /* What a field of a policy is. The strings are the library's. */

@@ -25,6 +25,7 @@ from ctypes import (
     c_int64,
     c_size_t,
     c_uint32,
+    c_uint64,
     c_void_p,
 )
 from pathlib import Path
@@ -84,7 +85,30 @@ class Problem(Structure):
 class Timings(Structure):
     """fp_timings."""
 
-    _fields_ = [("select_seconds", c_double), ("attend_seconds", c_double)]
+    _fields_ = [("select_seconds", c_double), ("attend_seconds", c_double), ("guard_seconds", c_double)]
+
+
+class Guard(Structure):
+    """fp_guard."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("mode", c_int32),
+        ("rows", c_int32),
+        ("layer", c_int32),
+        ("seed", c_uint64),
+        ("target", c_float),
+        ("risk", c_float),
+        ("levels", c_void_p),
+        ("recall", c_void_p),
+        ("recall_low", c_void_p),
+        ("recall_p05", c_void_p),
+        ("rows_audited", c_void_p),
+        ("missed_block", c_void_p),
+        ("outcome", c_void_p),
+        ("certificate", c_void_p),
+        ("moments", c_void_p),
+    ]
 
 
 class Exec(Structure):
@@ -97,6 +121,7 @@ class Exec(Structure):
         ("target", c_char_p),
         ("stream", c_void_p),
         ("timings", POINTER(Timings)),
+        ("guard", POINTER(Guard)),
     ]
 
 
@@ -243,6 +268,8 @@ _declare("fp_prefill_workspace", c_int32, _PROBLEM, _POLICY, _EXEC, _SIZE)
 _declare("fp_select", c_int32, _PROBLEM, _POLICY, _EXEC, _MASK, c_void_p, c_size_t)
 _declare("fp_attend", c_int32, _PROBLEM, _MASK, _EXEC, _OUTPUT, c_void_p, c_size_t)
 _declare("fp_prefill", c_int32, _PROBLEM, _POLICY, _EXEC, _MASK, _OUTPUT, c_void_p, c_size_t)
+_declare("fp_audit_workspace", c_int32, _PROBLEM, _MASK, _EXEC, _SIZE)
+_declare("fp_audit", c_int32, _PROBLEM, _MASK, _EXEC, c_void_p, c_size_t)
 _declare("fp_prefill_dense_keys", c_int32, _POLICY, c_int32, _EXEC, POINTER(c_int64))
 _declare("fp_backend_name", c_char_p, c_int32)
 _declare("fp_backend_available", c_int32, c_char_p)

@@ -1,4 +1,4 @@
-"""The arguments of the library's three verbs: select, attend and prefill.
+"""The arguments of the library's verbs: select, attend, prefill and audit.
 
 Each verb is described once, as a list of names and types. From this list come the schema of the torch
 operator (torch_op.py), the tuple in which api.py hands arguments over, and the names under which _engine.py
@@ -56,7 +56,29 @@ class Verb:
         return self._call._make(arguments)
 
 
+# Of no guard, or its settings (a JSON text) and where its results go, in host memory: see guard.py.
+_GUARD = {
+    "guard": "str?",
+    "guard_shares": "Tensor!?",
+    "guard_numbers": "Tensor!?",
+    "guard_moments": "Tensor!?",
+    "guard_levels": "Tensor!?",
+}
+NO_GUARD = dict.fromkeys(_GUARD)
+
 _LISTS = {"vertical_slash": "Tensor!?", "key_lists": "Tensor!?"}
+
+# Of a mask that is given, besides its bits.
+_MASK = {
+    "tile_tokens": "SymInt",
+    "block_size": "SymInt",
+    "share_heads": "bool",
+    "mean_correction": "bool",
+    "vertical_slash": "Tensor?",
+    "max_verticals": "SymInt",
+    "key_lists": "Tensor?",
+    "segment_tiles": "SymInt",
+}
 
 SELECT = Verb(
     "select",
@@ -70,17 +92,7 @@ ATTEND = Verb(
     "attend",
     _INPUTS,
     _RESULTS,
-    {
-        "bits": "Tensor",
-        "tile_tokens": "SymInt",
-        "block_size": "SymInt",
-        "share_heads": "bool",
-        "mean_correction": "bool",
-        "vertical_slash": "Tensor?",
-        "max_verticals": "SymInt",
-        "key_lists": "Tensor?",
-        "segment_tiles": "SymInt",
-    },
+    {"bits": "Tensor", **_MASK},
     _LAYOUT,
     _EXECUTION,
 )
@@ -92,4 +104,13 @@ PREFILL = Verb(
     _LAYOUT,
     _SELECTION,
     _EXECUTION,
+    _GUARD,
+)
+AUDIT = Verb(
+    "audit",
+    _INPUTS,
+    {"bits": "Tensor!", "counts": "Tensor!?", **_MASK},
+    _LAYOUT,
+    _EXECUTION,
+    _GUARD,
 )

@@ -9,13 +9,14 @@ shapes, is checked by the library itself before it writes anything.
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from ctypes import byref
 from typing import Any
 
 from . import _abi, _timings
 from ._arrays import address_of, all_cuda_reads, is_numpy, refuse_overlap, strides_of, tensor_of, workspace_of
-from ._calls import ATTEND, PREFILL, SELECT
+from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from .errors import refuse
 from .policies.library import struct_of
 
@@ -71,11 +72,28 @@ def exec_of(q: Any, threads: int, backend: str | None, target: str | None) -> _a
     return e
 
 
+def set_guard(e: _abi.Exec, call: Any) -> None:
+    """Hand over the guard of a call, if it has one."""
+    if call.guard is None:
+        return
+    g = _abi.sized(_abi.Guard)
+    for name, value in json.loads(call.guard).items():
+        setattr(g, name, value)
+    heads, size = call.q.shape[-2], ctypes.sizeof(ctypes.c_float)
+    shares, numbers = address_of(call.guard_shares), address_of(call.guard_numbers)
+    row = call.guard_shares.shape[1] * heads * size
+    g.recall, g.recall_low, g.recall_p05 = (shares + i * row if shares else None for i in range(3))
+    g.rows_audited, g.missed_block, g.outcome = (numbers + i * row if numbers else None for i in range(3))
+    g.moments, g.levels = address_of(call.guard_moments), address_of(call.guard_levels)
+    e.guard = ctypes.pointer(g)
+
+
 def add_timings(e: _abi.Exec) -> None:
     timings = _timings.active()
     if timings is not None and e.timings:
         timings.select_seconds += e.timings.contents.select_seconds
         timings.attend_seconds += e.timings.contents.attend_seconds
+        timings.guard_seconds += e.timings.contents.guard_seconds
         timings.calls += 1
 
 
@@ -164,8 +182,23 @@ def prefill(*arguments: Any) -> None:
     p, o, policy = problem_of(call, q, k, v), output_of(call), struct_of(call.policy)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    set_guard(e, call)
     m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
     _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
     _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))
+    add_timings(e)
+
+
+def audit(*arguments: Any) -> None:
+    """fp_audit, with the arguments of _calls.AUDIT."""
+    call = AUDIT.unpack(arguments)
+    q, k = all_cuda_reads(call.q, call.k, cached=call.block_table is not None)
+    p, m = problem_of(call, q, k, k), _mask_given(call)
+    m.counts = address_of(call.counts)
+    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    set_guard(e, call)
+    _abi.check(_abi.lib.fp_audit_workspace(byref(p), byref(m), byref(e), byref(size)))
+    _memory, address = workspace_of(q, size.value)
+    _abi.check(_abi.lib.fp_audit(byref(p), byref(m), byref(e), address, size.value))
     add_timings(e)

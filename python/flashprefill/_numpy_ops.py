@@ -19,6 +19,7 @@ _DTYPES = ("float32", "float16", "bfloat16")  # bfloat16 is that of ml_dtypes
 select = _engine.select
 attend = _engine.attend
 prefill = _engine.prefill
+audit = _engine.audit
 
 
 def in_python(function: Any, *arguments: Any) -> Any:
@@ -97,6 +98,11 @@ def zero_words(like: Any, shape: tuple[int, ...]) -> Any:
 def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
     """Return 32-bit counts."""
     return np.zeros(shape, np.int32)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return zeros in host memory."""
+    return np.zeros(shape, dtype)
 
 
 def same_device(x: Any, like: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 import numpy.typing as npt
 import torch
 
+from .guard import Guard
+
 Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
 Lengths: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
 Table: TypeAlias = Sequence[Sequence[int]] | npt.NDArray[Any] | torch.Tensor
@@ -35,6 +37,7 @@ class PrefillOptions(Options, total=False):
 
     causal: bool
     final_chunk: bool | Sequence[bool]
+    guard: Guard | str | None
 
 
 class AttendOptions(Options, total=False):

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._axes import as_given, heads_first, swapped
-from ._calls import ATTEND, PREFILL, SELECT
+from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
+from ._given_mask import fitting, places_of_mask
 from ._key_lists import rows_of as key_list_rows
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
 from ._prototype import join_function
-from .errors import refuse, refuse_type
+from .guard import Guard, GuardReport, guard_of
 from .mask import BlockMask
 from .policies import FlashPrefill, MaskPolicy, Policy
 from .policies.text import policy_of
@@ -160,6 +161,7 @@ def prefill_attention(
     block_table: Table | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
+    guard: Guard | str | None = None,
     out: Any = None,
     return_lse: bool = False,
     return_stats: bool = False,
@@ -199,6 +201,9 @@ def prefill_attention(
             than tokens.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
+        guard: measure how much of the attention is kept, in the stats' ``guard``, and perhaps act on it: a
+            :class:`Guard` or a text of one ("observe", "repair(target=0.95)", "strict"). CPU only; with a
+            :class:`MaskPolicy` heads that keep too little become dense in the mode "repair" too.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
             tokens], or [heads, tokens] where q has 3 axes.
@@ -239,10 +244,15 @@ def prefill_attention(
     final_chunk = final_chunk_of(final_chunk, places.batch)
     shared = shared_of(q, places, softmax_scale, threads, backend, target)
     check_bool("return_stats", return_stats)
+    guard = guard_of(guard)
+    report = None if guard is None else GuardReport(ops, guard, places.batch, q.shape[-2])
+    guarded = NO_GUARD if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
     if isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, places, policy, final_chunk, shared)
+        if report is not None:
+            ops.audit(*AUDIT.pack(q=q, k=k, counts=mask.counts, **mask._given, **shared, **guarded))
         ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
     else:
         lists = BlockMask._no_lists
@@ -260,13 +270,14 @@ def prefill_attention(
                 final_chunk=final_chunk,
                 policy=policy.text,
                 **shared,
+                **guarded,
             )
         )
     results = [as_given(out, own_out, flip)]
     if lse is not None:
         results.append(lse)
     if return_stats and mask is not None:
-        results.append(mask.stats)
+        results.append(mask.stats._with(report))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -434,54 +445,11 @@ def attend(
     if flip:
         q, k, v = swapped(q), swapped(k), swapped(v)
     own_out, out = out, swapped(out) if flip else out
-    if not isinstance(mask, BlockMask):
-        refuse_type(
-            "mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools"
-        )
-    made_for = mask._layout
-    if causal is None:
-        causal = made_for.causal
-    if cu_seqlens_q is not None and max_seqlen_q is None:
-        max_seqlen_q = made_for.max_seqlen_q
-    if (cu_seqlens_k is not None or block_table is not None) and max_seqlen_k is None:
-        max_seqlen_k = made_for.max_seqlen_k
-    places = layout_of(
-        ops,
-        (q, k, v),
-        causal,
-        (cu_seqlens_q, cu_seqlens_k),
-        (max_seqlen_q, max_seqlen_k),
-        seqused_k,
-        block_table,
-        layout is None,
-    )
-    if places.causal != made_for.causal:
-        refuse("causal", causal, f"what the mask was made for ({made_for.causal})")
-    for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
-        if getattr(places, name) != getattr(made_for, name):
-            refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(places, name)})")
-    given = _fitting(ops, mask, q, k)
+    lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), seqused_k, block_table
+    places = places_of_mask(ops, mask, (q, k, v), causal, lengths, layout is None)
+    given = fitting(ops, mask, q, k)
     shared = shared_of(q, places, softmax_scale, threads, backend, target)
     out, lse = results_of(ops, q, out, return_lse)
     ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
     out = as_given(out, own_out, flip)
     return out if lse is None else (out, lse)
-
-
-def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
-    """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
-    bits, lists = mask.bits, {"vertical_slash": mask.vertical_slash, "key_lists": mask.key_lists}
-    if mask._ops is not ops:  # made with the other array library: its words, in host memory
-        bits = ops.words_of(mask._ops.to_host(bits))
-        lists = {n: None if x is None else ops.from_host(mask._ops.to_host(x)) for n, x in lists.items()}
-    if not ops.same_device(bits, q):
-        refuse("mask's device", bits.device, f"q's ({q.device})")
-    heads = k.shape[-2] if mask.share_heads else q.shape[-2]
-    if bits.shape[0] == 1 and heads > 1:
-        bits = ops.expand_heads(bits, heads)
-        if lists["key_lists"] is not None:
-            lists["key_lists"] = ops.expand_heads(lists["key_lists"], heads)
-    if bits.shape[0] != heads:
-        what = "kv_heads" if mask.share_heads else "q_heads"
-        refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
-    return {**mask._given, "bits": bits, **lists}

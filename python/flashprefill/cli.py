@@ -116,6 +116,11 @@ def _add_policy(add: Callable[..., Any], what: str) -> None:
     add("--policy", action="append", default=[], help=f"{what}; may be repeated")
 
 
+def _add_guard(add: Callable[..., Any], when: str) -> None:
+    what = f"observe, repair, strict (fields in brackets), or off (default: observe{when}); off on a GPU"
+    add("--guard", default="observe", metavar="MODE", help=what)
+
+
 def _add_folder(add: Callable[..., Any], folder: str) -> None:
     add(
         "--out",
@@ -146,6 +151,7 @@ def _add_demo(verbs: Any) -> None:
     add("--long", action="store_true", help="24,000 tokens, with the rotary base scaled four times; one turn")
     what = "turns that are timed (default: 3; with --long or --quick 1)"
     add("--repeats", type=int, metavar="N", help=what)
+    _add_guard(add, ", in the first turn alone")
     _add_folder(add, "out/demo")
     add("--quick", action="store_true", help="1,536 tokens and one turn: a try, not a measurement")
 
@@ -160,6 +166,7 @@ def _add_try(verbs: Any) -> None:
     add("--tokens", type=_list_of(_length), default=[4096, 8000], metavar="N,N", help=what)
     what = "where the needle is (0.1,0.5,0.9)"
     add("--depth", type=_list_of(float), default=[0.1, 0.5, 0.9], metavar="X,X", help=what)
+    _add_guard(add, "")
     _add_figures(add)
 
 
@@ -257,6 +264,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from .apps import demo
 
         same = ("model", "prompt", "device", "dtype", "tokens", "long", "quick", "repeats", "threads", "out")
+        same += ("guard",)
         options = demo.Options(
             **{name: given[name] for name in same}, policies=arguments.policy, needle=not arguments.no_needle
         )
@@ -266,7 +274,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "try":
         from .apps import needles
 
-        same = ("model", "device", "dtype", "threads", "prompt", "tokens", "out")
+        same = ("model", "device", "dtype", "threads", "prompt", "tokens", "guard", "out")
         chosen = {name: given[name] for name in same}
         results = needles.run(needles.Options(**chosen, policies=arguments.policy, depths=arguments.depth))
         return 0 if results["passed"] else 1

@@ -10,6 +10,7 @@ from ._abi import FALLBACK_NAMES
 from ._key_lists import place_of
 from ._layout import Layout
 from ._ops import ops_of
+from .guard import GuardReport
 
 __all__ = ["Stats"]
 
@@ -40,6 +41,17 @@ class Stats:
         self._segment_tokens = segment_tokens
         self._key_lists = key_lists
         self._read: dict[str, np.ndarray] | None = None
+        self._guard: GuardReport | None = None
+
+    def _with(self, guard: GuardReport | None) -> Stats:
+        """Return the same, with what a guard found."""
+        self._guard = guard
+        return self
+
+    @property
+    def guard(self) -> GuardReport | None:
+        """What the call's guard found: recall by head, its bounds, what was repaired. None without one."""
+        return self._guard
 
     @property
     def _ops(self) -> Any:
@@ -129,5 +141,6 @@ class Stats:
             f"{batch} sequence{'s' * (batch != 1)}, {heads} mask head{'s' * (heads != 1)}"
             + (f"; {full} key list{'s' * (full != 1)} too short for what was wanted" if full else "")
             + (f"; not selected for: {', '.join(words)}" if words else "")
+            + ("" if self._guard is None else f"; {self._guard}")
             + ")"
         )

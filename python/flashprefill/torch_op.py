@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from . import _engine
-from ._calls import ATTEND, PREFILL, SELECT
+from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from ._memory import in_large_pages
 from .errors import refuse, refuse_type
 
@@ -30,7 +30,7 @@ _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 _make: Any = torch.library.Library
 _disable: Any = torch.compiler.disable
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
-for _verb in (SELECT, ATTEND, PREFILL):
+for _verb in (SELECT, ATTEND, PREFILL, AUDIT):
     _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):  # disabled: outside of graphs torch.compile would trace the call into C
         _library.impl(_verb.name, _disable(getattr(_engine, _verb.name)), _key)
@@ -39,6 +39,7 @@ for _verb in (SELECT, ATTEND, PREFILL):
 select = torch.ops.flashprefill.select
 attend = torch.ops.flashprefill.attend
 prefill = torch.ops.flashprefill.prefill
+audit = torch.ops.flashprefill.audit
 
 
 def _in_python(function: Any, *arguments: Any) -> Any:
@@ -135,6 +136,11 @@ def zero_words(like: Any, shape: tuple[int, ...]) -> Any:
 def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
     """Return 32-bit counts."""
     return torch.zeros(shape, dtype=torch.int32, device=_device(like))
+
+
+def host_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return zeros in host memory."""
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 
 def same_device(x: Any, like: Any) -> bool:

@@ -341,6 +341,19 @@ void ValidateExec(const Exec* exec) {
   CheckRange("exec.threads", exec->threads, 0, 4096);
 }
 
+void ValidateGuard(const fp_guard* guard, const Problem& p) {
+  if (!guard) return;
+  CheckSize("guard", guard->struct_size, sizeof(fp_guard));
+  CheckRange("guard.mode", guard->mode, FP_GUARD_OBSERVE, FP_GUARD_STRICT);
+  CheckRange("guard.rows", guard->rows, 0, kMaxTokens);
+  if (!(guard->target > 0 && guard->target <= 1)) Refuse("guard.target", guard->target, "above 0 and at most 1");
+  if (!(guard->risk > 0 && guard->risk < 1)) Refuse("guard.risk", guard->risk, "above 0 and below 1");
+  for (int32_t h = 0; guard->levels && p.device == FP_CPU && h < p.q_heads; ++h) {
+    if (guard->levels[h] >= 0 && guard->levels[h] <= 16) continue;
+    Refuse("guard.levels[" + std::to_string(h) + "]", guard->levels[h], "from 0 to 16");
+  }
+}
+
 void ValidateWorkspace(const void* workspace, size_t bytes, size_t needed) {
   if (bytes < needed) {
     Refuse("workspace_bytes", bytes, "at least " + std::to_string(needed) + ", as fp_*_workspace says for this call");

@@ -208,6 +208,8 @@ extern const Backend kCudaBackend = {"cuda",
                                      cuda::Attend,
                                      cuda::PrefillWorkspace,
                                      cuda::Prefill,
-                                     cuda::DenseKeys};
+                                     cuda::DenseKeys,
+                                     nullptr, // no guard here yet
+                                     nullptr};
 
 } // namespace flashprefill

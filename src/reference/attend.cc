@@ -46,22 +46,6 @@ Means MeansOf(const Problem& p, const Geometry& g, const Sequence& s, const KeyV
   return means;
 }
 
-// The keys that the mask's verticals and slashes, or its key lists, add to a tile, as flags.
-std::vector<uint8_t> ExtraKeys(const Sequence& s, const Tile& tile, const VerticalSlash& extra, const KeyList& list) {
-  std::vector<uint8_t> on_extra(static_cast<size_t>(s.k_len));
-  for (int64_t i = 0; i < list.count; ++i) on_extra[list.keys[i]] = 1;
-  for (int64_t i = 0; i < extra.vertical_count; ++i) {
-    if (extra.verticals[i] < s.k_len) on_extra[extra.verticals[i]] = 1;
-  }
-  for (int64_t i = 0; i < extra.slash_count; ++i) {
-    for (int64_t row = tile.begin; row < tile.end; ++row) {
-      const int64_t key = s.prefix + row - extra.slashes[i];
-      if (key >= 0) on_extra[key] = 1;
-    }
-  }
-  return on_extra;
-}
-
 // What row `q` at `position` attends to.
 void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, const Sequence& s, const Tile& tile,
                  const uint64_t* bits, const std::vector<uint8_t>& on_extra, const KeyValues& kv, const Means& means,
@@ -107,6 +91,21 @@ double Softmax(const std::vector<Entry>& entries, std::vector<double>& out) {
 }
 
 } // namespace
+
+std::vector<uint8_t> ExtraKeys(const Sequence& s, const Tile& tile, const VerticalSlash& extra, const KeyList& list) {
+  std::vector<uint8_t> on_extra(static_cast<size_t>(s.k_len));
+  for (int64_t i = 0; i < list.count; ++i) on_extra[list.keys[i]] = 1;
+  for (int64_t i = 0; i < extra.vertical_count; ++i) {
+    if (extra.verticals[i] < s.k_len) on_extra[extra.verticals[i]] = 1;
+  }
+  for (int64_t i = 0; i < extra.slash_count; ++i) {
+    for (int64_t row = tile.begin; row < tile.end; ++row) {
+      const int64_t key = s.prefix + row - extra.slashes[i];
+      if (key >= 0) on_extra[key] = 1;
+    }
+  }
+  return on_extra;
+}
 
 void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
   const Geometry g = Geometry::Of(p, mask);

@@ -10,11 +10,14 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/half.h"
 #include "core/key_list.h"
 #include "core/types.h"
+#include "core/vertical_slash.h"
 
 namespace flashprefill::reference {
 
@@ -105,6 +108,12 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Obser
             const KeyObserver& key_observer = nullptr);
 
 void Attend(const Problem& p, const BlockMask& mask, const Output& output);
+
+// Fills in what the mask keeps of rows, which are in order by sequence and head.
+void Audit(const Problem& p, const BlockMask& mask, std::span<AuditRow> rows);
+
+// The keys that the mask's verticals and slashes, or its key lists, add to a tile, as flags.
+std::vector<uint8_t> ExtraKeys(const Sequence& s, const Tile& tile, const VerticalSlash& extra, const KeyList& list);
 
 } // namespace flashprefill::reference
 

@@ -260,6 +260,66 @@ Prefilled PrefillWithCounts(const Engine& engine, const fp_problem& problem, con
   return result;
 }
 
+GuardResults::GuardResults(const fp_problem& problem, const fp_guard& s, std::vector<float> l)
+    : settings(s), levels(std::move(l)) {
+  const size_t heads = static_cast<size_t>(problem.batch) * static_cast<size_t>(problem.q_heads);
+  for (std::vector<float>* values : {&recall, &low, &p05}) values->assign(heads, -99);
+  for (std::vector<int32_t>* values : {&rows, &missed_block, &outcome}) values->assign(heads, -99);
+  certificate.assign(static_cast<size_t>(problem.batch), -99);
+}
+
+fp_guard GuardResults::View() {
+  fp_guard g = settings;
+  g.recall = recall.data();
+  g.recall_low = low.data();
+  g.recall_p05 = p05.data();
+  g.rows_audited = rows.data();
+  g.missed_block = missed_block.data();
+  g.outcome = outcome.data();
+  g.certificate = certificate.data();
+  g.levels = levels.empty() ? nullptr : levels.data();
+  return g;
+}
+
+fp_guard GuardOf(int32_t mode, int32_t rows, float target, uint64_t seed) {
+  fp_guard guard;
+  fp_guard_init(&guard);
+  guard.mode = mode;
+  guard.rows = rows;
+  guard.target = target;
+  guard.seed = seed;
+  return guard;
+}
+
+GuardResults Audit(const Engine& engine, const fp_problem& problem, Mask& mask, const fp_guard& settings, int threads) {
+  Execution run(engine, threads);
+  GuardResults results(problem, settings);
+  fp_guard guard = results.View();
+  run.exec.guard = &guard;
+  size_t bytes = 0;
+  ExpectOk(fp_audit_workspace(&problem, &mask.view, &run.exec, &bytes), "fp_audit_workspace");
+  Scratch scratch(bytes);
+  ExpectOk(fp_audit(&problem, &mask.view, &run.exec, scratch.data(), bytes), "fp_audit");
+  return results;
+}
+
+Guarded PrefillGuarded(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy,
+                       const fp_guard& settings, std::vector<float> levels, int threads) {
+  Execution run(engine, threads);
+  Guarded result{{Mask(problem, policy.get()), {}}, GuardResults(problem, settings, std::move(levels))};
+  fp_guard guard = result.guard.View();
+  run.exec.guard = &guard;
+  size_t bytes = 0;
+  ExpectOk(fp_prefill_workspace(&problem, policy.get(), &run.exec, &bytes), "fp_prefill_workspace");
+  Scratch scratch(bytes);
+  OutputMemory memory(problem, Strides::kContiguous);
+  ExpectOk(
+      fp_prefill(&problem, policy.get(), &run.exec, &result.prefilled.mask.view, &memory.output, scratch.data(), bytes),
+      "fp_prefill");
+  result.prefilled.attended = memory.Gather();
+  return result;
+}
+
 int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h) {
   return (s.q_begin + i) * problem.q_heads + h;
 }

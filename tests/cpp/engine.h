@@ -67,6 +67,30 @@ Attended PrefillWithoutMask(const Engine& engine, const fp_problem& problem, con
 // With a mask that has room for counts and fallback only.
 Prefilled PrefillWithCounts(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy);
 
+// What a guard wrote, and its settings with pointers to it.
+struct GuardResults {
+  fp_guard settings;
+  std::vector<float> recall, low, p05, certificate, levels; // levels are empty if there are none
+  std::vector<int32_t> rows, missed_block, outcome;
+
+  GuardResults(const fp_problem& problem, const fp_guard& settings, std::vector<float> levels = {});
+  fp_guard View(); // lives as long as this
+};
+
+// Any settings with these changed.
+fp_guard GuardOf(int32_t mode, int32_t rows, float target = 0.9f, uint64_t seed = 0);
+
+// The mask may be repaired.
+GuardResults Audit(const Engine& engine, const fp_problem& problem, Mask& mask, const fp_guard& settings,
+                   int threads = 2);
+
+struct Guarded {
+  Prefilled prefilled;
+  GuardResults guard;
+};
+Guarded PrefillGuarded(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy,
+                       const fp_guard& settings, std::vector<float> levels = {}, int threads = 2);
+
 // Index in Attended::lse of (token i of sequence s, head h); times head_dim: in Attended::out.
 int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h);
 

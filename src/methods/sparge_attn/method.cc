@@ -15,9 +15,9 @@ constexpr Field kFields[] = {
     FloatField(
         "similarity", offsetof(fp_sparge_attn, similarity), kNotGiven, -1, 1, FP_FIELD_OPTIONAL,
         "mean cosine of a block's tokens above which the block is self-similar; none: 0.6 with cdf, -0.1 with topk"),
-    ShareField("cdf", offsetof(fp_sparge_attn, cdf), 0.98, kAlternative,
+    ShareField("cdf", offsetof(fp_sparge_attn, cdf), 0.98, kAlternative | FP_FIELD_KEEPS_MASS,
                "keep the top blocks whose probabilities sum up to at most this"),
-    ShareField("topk", offsetof(fp_sparge_attn, topk), kNotGiven, kAlternative,
+    ShareField("topk", offsetof(fp_sparge_attn, topk), kNotGiven, kAlternative | FP_FIELD_KEEPS_SHARE,
                "keep this share of all key blocks, the top ones"),
 };
 

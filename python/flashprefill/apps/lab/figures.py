@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import attend, select
+from ... import attend, audit, select
 from ...errors import UnsupportedError
+from ...guard import Guard, GuardReport
 from ...mask import BlockMask
 from ...policies import Dense, Policy
 from .. import measure
@@ -117,6 +118,7 @@ class Sums:
     corrected: list[torch.Tensor] = field(default_factory=list)
     select_seconds: float = 0.0
     attend_seconds: float = 0.0
+    guards: list[GuardReport] = field(default_factory=list)  # one per layer; none on a GPU
 
     def add(self, layer: Layer, mask: BlockMask) -> None:
         """Attend under the mask, without the mean correction and with it."""
@@ -124,6 +126,9 @@ class Sums:
         group = layer.query.shape[1] // len(density)
         self.density.append(np.repeat(density, group).round(4).tolist())
         tokens = by_tile(torch.ones(layer.query.shape[0], 1, device=layer.query.device))
+        if not layer.device.cuda:
+            guard = Guard(layer=layer.number)
+            self.guards.append(audit(layer.query, layer.key, mask, guard, softmax_scale=layer.scale))
         mask.mean_correction = False
         (out, lse), seconds = layer.device.timed(lambda: layer.attend(mask))
         self.attend_seconds += seconds

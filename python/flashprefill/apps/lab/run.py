@@ -21,6 +21,7 @@ import torch
 
 from ... import select
 from ...errors import UnsupportedError
+from ...guard import GuardSummary
 from ...mask import BlockMask
 from .. import checks, device, machine, measure, models, table
 from ..errors import UsageError
@@ -117,6 +118,14 @@ def look_at(layer: Layer, curves: Sequence[Curve], step: Any) -> None:
             step()
 
 
+def guard_of(sums: Sums) -> dict[str, Any] | None:
+    """What a guard would say of the masks, next to the true recall; None where there is no guard."""
+    if not sums.guards:
+        return None
+    found = GuardSummary.of(sums.guards)
+    return {"words": str(found), "true_recall": sums.figures()["recall"], **found.figures()}
+
+
 def figures_of(curve: Curve, density: float) -> dict[str, Any]:
     """One curve, as results.json holds it."""
     line = curve.line
@@ -130,6 +139,7 @@ def figures_of(curve: Curve, density: float) -> dict[str, Any]:
         "policy_at_reference": policy,
         "value_at_reference": near.value,
         "selected_on": near.selected_on,
+        "guard_at_reference": guard_of(near.sums),
         "density_by_layer_and_head": near.sums.density,
         "points": points,
         "at": {f"{d:g}": at_density(points, d) for d in sorted({*DENSITIES, density})},
@@ -390,7 +400,12 @@ def render(text: dict[str, Any]) -> str:
         cells = (f"{density:.3f}", f"{at['recall']:.3f}", f"{at['recall_p5']:.2f}", f"{at['error']:.3f}")
         rows.append([curve["label"], *cells, f"{at['error_corrected']:.3f}"])
     title = f"{text['name']}: {text['tokens']} tokens, at density {text['reference_density']:g}"
-    return f"{title}, or the nearest that a method reaches\n{table.render(HEADER, rows)}"
+    whole = f"{title}, or the nearest that a method reaches\n{table.render(HEADER, rows)}"
+    found = [(c["label"], c["guard_at_reference"]) for c in text["methods"] if c.get("guard_at_reference")]
+    lines = [f"{label}: {guard['words']}" for label, guard in found]
+    if lines:
+        whole += "\n\nwhat a guard says, at the value nearest to it:\n" + "\n".join(lines)
+    return whole
 
 
 def render_times(text: dict[str, Any]) -> str:

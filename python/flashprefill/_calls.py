@@ -61,6 +61,7 @@ _LISTS = {"vertical_slash": "Tensor!?", "key_lists": "Tensor!?"}
 SELECT = Verb(
     "select",
     _INPUTS,
+    {"v": "Tensor?"},
     {"bits": "Tensor!", "counts": "Tensor!", "fallback": "Tensor!", **_LISTS},
     _LAYOUT,
     _SELECTION,

@@ -131,6 +131,11 @@ struct SampleAttention : fp_sample_attention {
   SampleAttention() { Check(fp_policy_init(FP_SAMPLE_ATTENTION, this, sizeof(fp_sample_attention))); }
 };
 
+// VSPrefill, arXiv 2603.04460. Its weights are the caller's: fill in their shape and addresses.
+struct VSPrefill : fp_vsprefill {
+  VSPrefill() { Check(fp_policy_init(FP_VSPREFILL, this, sizeof(fp_vsprefill))); }
+};
+
 // Gather: single keys in place of blocks. Decided by gain (the default) or, after Budget, by a share of the keys.
 struct Gather : fp_gather {
   Gather() { Check(fp_policy_init(FP_GATHER, this, sizeof(fp_gather))); }

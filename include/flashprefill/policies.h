@@ -20,7 +20,8 @@ typedef enum fp_policy_kind {
   FP_SPARGE_ATTN = 10,
   FP_PRISM = 11,
   FP_SAMPLE_ATTENTION = 12,
-  FP_GATHER = 13
+  FP_GATHER = 13,
+  FP_VSPREFILL = 16
 } fp_policy_kind;
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
@@ -194,6 +195,41 @@ typedef struct fp_gather {
   int32_t segment;  /* query tokens per list, rounded down to whole tiles, one at least: 1 .. 65536 */
   int32_t max_keys; /* keys that a list has room for; where more are wanted it holds the best: 128 .. 2^20 */
 } fp_gather;
+
+/* VSPrefill, arXiv 2603.04460: for each KV head a small trained network, its *indexer*, reads every key and its value
+ * and predicts how much attention the key gets (a vertical) and the distance that is its number (a slash):
+ *
+ *     z = SiLU(up [k | v] + bias),   logits vertical . z and slash . z,   a softmax of each over the sequence's keys
+ *
+ * The fewest verticals with `vertical_mass` of the one softmax are kept, and the fewest slashes with `slash_mass` of
+ * the other. Without an indexer (hidden = 0) the forced blocks alone are kept. It is the one policy that reads v in
+ * select.
+ *
+ * Logits are of single tokens, so prompts may be read in chunks, and the caller may keep them: `logits` holds those of
+ * keys that an earlier call has seen. An entry says which key and value it is of (a hash of their numbers), so that no
+ * call can be wrong about it: where it is of others, the logits are computed, and written. */
+typedef struct fp_vsprefill_logits {
+  uint64_t of; /* 0: of nothing */
+  float vertical, slash;
+} fp_vsprefill_logits;
+
+typedef struct fp_vsprefill {
+  fp_policy common;
+  float vertical_mass; /* in (0, 1] */
+  float slash_mass;    /* in (0, 1] */
+  int32_t rounding;    /* fp_rounding; with FP_ROUND_TOKENS share_heads and mean_correction must be 0 */
+  int32_t indexer;     /* a number by which a binding knows the weights; the library does not read it */
+  int32_t kv_heads;    /* of the weights: the problem's */
+  int32_t head_dim;    /* the same */
+  int32_t hidden;      /* units of each network: 0 .. 65536 */
+  int32_t reserved;
+  const float* up;       /* [kv_heads][hidden][2 head_dim]: of keys, then of values. Host memory that lives until the */
+  const float* bias;     /* [kv_heads][hidden]                                                           call returns */
+  const float* vertical; /* [kv_heads][hidden] */
+  const float* slash;    /* [kv_heads][hidden] */
+  fp_vsprefill_logits* logits; /* [batch][kv_heads][logit_tokens], zeros at first; or NULL. Written by select */
+  int64_t logit_tokens;        /* keys of a sequence that `logits` has room for */
+} fp_vsprefill;
 
 /* ---------------------------------------------------------------- fields */
 

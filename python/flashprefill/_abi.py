@@ -35,6 +35,7 @@ from . import errors
 
 F32, BF16, F16 = 0, 1, 2
 CPU, CUDA = 0, 1
+VSPREFILL = 16  # fp_policy_kind
 INT, FLOAT, BOOL, CHOICE, INT_TABLE, FLOAT_TABLE = range(6)  # fp_field_type
 ALTERNATIVE, DECIDES, ZERO_IS_NONE, ABOVE_LEAST, BELOW_MOST, OPTIONAL = 1, 2, 4, 8, 16, 32  # fp_field_flags
 FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", -1: "impossible lengths"}  # fp_fallback
@@ -137,6 +138,34 @@ class Policy(Structure):
         ("dense_tail_blocks", c_int32),
         ("share_heads", c_int32),
         ("mean_correction", c_int32),
+    ]
+
+
+class VSPrefillLogits(Structure):
+    """fp_vsprefill_logits."""
+
+    _fields_ = [("of", c_uint64), ("vertical", c_float), ("slash", c_float)]
+
+
+class VSPrefill(Structure):
+    """fp_vsprefill."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("vertical_mass", c_float),
+        ("slash_mass", c_float),
+        ("rounding", c_int32),
+        ("indexer", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("hidden", c_int32),
+        ("reserved", c_int32),
+        ("up", c_void_p),
+        ("bias", c_void_p),
+        ("vertical", c_void_p),
+        ("slash", c_void_p),
+        ("logits", c_void_p),
+        ("logit_tokens", c_int64),
     ]
 
 

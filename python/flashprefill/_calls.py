@@ -83,6 +83,7 @@ _MASK = {
 SELECT = Verb(
     "select",
     _INPUTS,
+    {"v": "Tensor?"},
     {"bits": "Tensor!", "counts": "Tensor!", "fallback": "Tensor!", **_LISTS},
     _LAYOUT,
     _SELECTION,

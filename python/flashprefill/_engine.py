@@ -19,6 +19,7 @@ from ._arrays import address_of, all_cuda_reads, is_numpy, refuse_overlap, strid
 from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from .errors import refuse
 from .policies.library import struct_of
+from .policies.weights import bound
 
 # -------------------------------------------------------------- descriptors
 
@@ -149,15 +150,16 @@ def _mask_written(problem: _abi.Problem, policy: Any, call: Any) -> _abi.BlockMa
 def select(*arguments: Any) -> None:
     """fp_select, with the arguments of _calls.SELECT."""
     call = SELECT.unpack(arguments)
-    q, k = all_cuda_reads(call.q, call.k, cached=call.block_table is not None)
-    p = problem_of(call, q, k, k)
+    values = call.k if call.v is None else call.v
+    q, k, v = all_cuda_reads(call.q, call.k, values, cached=call.block_table is not None)
+    p = problem_of(call, q, k, v)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
-    policy = struct_of(call.policy)
-    m = _mask_written(p, policy, call)
-    _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(policy), byref(e), byref(size)))
-    _memory, address = workspace_of(q, size.value)
-    _abi.check(_abi.lib.fp_select(byref(p), byref(policy), byref(e), byref(m), address, size.value))
+    with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:
+        m = _mask_written(p, policy, call)
+        _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(policy), byref(e), byref(size)))
+        _memory, address = workspace_of(q, size.value)
+        _abi.check(_abi.lib.fp_select(byref(p), byref(policy), byref(e), byref(m), address, size.value))
     add_timings(e)
 
 
@@ -179,14 +181,15 @@ def prefill(*arguments: Any) -> None:
     call = PREFILL.unpack(arguments)
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
-    p, o, policy = problem_of(call, q, k, v), output_of(call), struct_of(call.policy)
+    p, o = problem_of(call, q, k, v), output_of(call)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     set_guard(e, call)
-    m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
-    _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
-    _memory, address = workspace_of(q, size.value)
-    _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))
+    with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:
+        m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
+        _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
+        _memory, address = workspace_of(q, size.value)
+        _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))
     add_timings(e)
 
 

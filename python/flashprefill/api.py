@@ -18,9 +18,11 @@ from ._key_lists import rows_of as key_list_rows
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
 from ._prototype import join_function
+from ._reused import mask_of
+from .errors import refuse
 from .guard import Guard, GuardReport, guard_of
 from .mask import BlockMask
-from .policies import FlashPrefill, MaskPolicy, Policy
+from .policies import FlashPrefill, MaskPolicy, Policy, Reuse
 from .policies.text import policy_of
 
 if TYPE_CHECKING:
@@ -64,14 +66,24 @@ def _select(
     policy: Policy,
     final_chunk: list[bool],
     shared: dict[str, Any],
+    v: Any = None,
 ) -> BlockMask:
-    """Return the policy's mask; all arguments are checked."""
+    """Return the policy's mask; all arguments are checked. v: of policies that read it."""
+    if isinstance(policy, Reuse):
+        inner, heads = policy.policy, (k if policy.share_heads else q).shape[-2]
+        if ops.tracing():  # a graph can't hold what one layer leaves for another
+            return _select(ops, q, k, layout, inner, final_chunk, shared, v)
+        return mask_of(
+            policy, layout, heads, lambda: _select(ops, q, k, layout, inner, final_chunk, shared, v)
+        )
     if isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask
     mask = _new_mask(ops, q, k, layout, policy)
-    ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared))
+    ops.select(
+        *SELECT.pack(q=q, k=k, v=v, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared)
+    )
     return mask
 
 
@@ -249,8 +261,9 @@ def prefill_attention(
     guarded = NO_GUARD if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
-    if isinstance(policy, MaskPolicy):
-        mask = _select(ops, q, k, places, policy, final_chunk, shared)
+    if isinstance(policy, (MaskPolicy, Reuse)):
+        values = v if policy.reads_values else None
+        mask = _select(ops, q, k, places, policy, final_chunk, shared, values)
         if report is not None:
             ops.audit(*AUDIT.pack(q=q, k=k, counts=mask.counts, **mask._given, **shared, **guarded))
         ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
@@ -286,6 +299,7 @@ def select(
     k: Array,
     policy: Policy | str | None = None,
     *,
+    v: Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     cu_seqlens_q: Lengths | None = None,
@@ -307,6 +321,7 @@ def select(
         k: keys, as in :func:`prefill_attention`.
         policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
             ``FlashPrefill()``.
+        v: values, of k's shape. Only a policy with ``reads_values`` (:class:`VSPrefill`) needs them.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
             :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
@@ -334,10 +349,10 @@ def select(
     ops = ops_of("q", q)
     flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
     if flip:
-        q, k = swapped(q), swapped(k)
+        q, k, v = swapped(q), swapped(k), None if v is None else swapped(v)
     places = layout_of(
         ops,
-        (q, k, k),
+        (q, k, k if v is None else v),
         causal,
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
@@ -347,8 +362,10 @@ def select(
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
     final_chunk = final_chunk_of(final_chunk, places.batch)
+    if policy.reads_values and v is None:
+        refuse("v", None, f"given: {type(policy).__name__} reads values")
     shared = shared_of(q, places, softmax_scale, threads, backend, target)
-    return _select(ops, q, k, places, policy, final_chunk, shared)
+    return _select(ops, q, k, places, policy, final_chunk, shared, v if policy.reads_values else None)
 
 
 @overload

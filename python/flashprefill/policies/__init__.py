@@ -28,14 +28,17 @@ from .gather import Gather
 from .mask_policy import MaskPolicy
 from .minference import MInference
 from .prism import Prism
+from .reuse import Borrowed, Reuse, ReusePlan
 from .rrattention import RRAttention
 from .sample_attention import SampleAttention
 from .sketch import Sketch
 from .sparge_attn import SpargeAttn
 from .streaming import Streaming
+from .vsprefill import VSPrefill
 from .xattention import XAttention
 
 __all__ = [
+    "Borrowed",
     "Dense",
     "FlashPrefill",
     "FlexPrefill",
@@ -45,9 +48,12 @@ __all__ = [
     "Policy",
     "Prism",
     "RRAttention",
+    "Reuse",
+    "ReusePlan",
     "SampleAttention",
     "Sketch",
     "SpargeAttn",
     "Streaming",
+    "VSPrefill",
     "XAttention",
 ]

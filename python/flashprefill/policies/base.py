@@ -40,15 +40,18 @@ class Policy(metaclass=_Named):
         text: the policy as text, "sketch(mass=0.9)": what decides, and what is not a default. It is read
             wherever a policy is taken, and is how policies reach the library.
         source: where the values come from, if :meth:`for_model` made it.
+        reads_values: whether it selects by values too, which :func:`flashprefill.select` then needs.
     """
 
     kind: ClassVar[str] = ""
+    reads_values: ClassVar[bool] = False  # select needs v
     block_size: int
     share_heads: bool
     text: str
     source: str
     _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
     _fields: ClassVar[tuple[Field, ...]] = ()
+    _extra_names: ClassVar[tuple[str, ...]] = ()  # fields that the library does not have
 
     def __init_subclass__(cls) -> None:
         own = cls.__dict__.get("__annotations__", {}) or cls.__annotations__
@@ -156,6 +159,9 @@ class Policy(metaclass=_Named):
     def at_layer(self, layer: int) -> Policy:
         """Return the policy for one layer of a model: itself, unless it depends on the layer."""
         return self
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model, by its configuration, that the policy is not for."""
 
     def _row_unit(self) -> int | None:
         """Return where a prompt may be cut so that the selection of no tile changes: at multiples of this.

@@ -25,7 +25,7 @@ from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
 from ..guard import Guard
-from ..policies import FlashPrefill, Policy
+from ..policies import FlashPrefill, Policy, Reuse
 from ..stats import Stats
 from ..torch_op import empty_like
 from . import packed, stats
@@ -87,6 +87,27 @@ def flashprefill_attention(
         **kwargs: what else the model's layers hand on.
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
+    arguments = (query, key, value), attention_mask, dropout, scaling, is_causal, final_chunk, kwargs
+    policy = layer.policy if layer is not None else None
+    if isinstance(policy, Reuse) and policy.layer is not None and not torch.compiler.is_compiling():
+        with policy.held.call(policy.layer):  # dense calls too: that is how a new forward is known
+            return _attention(module, layer, *arguments)
+    return _attention(module, layer, *arguments)
+
+
+def _attention(
+    module: Any,
+    layer: Layer | None,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    final_chunk: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Decide how a layer's call runs, and run it."""
+    query, key, value = tensors
     compiling = torch.compiler.is_compiling()
     ranks = None if compiling else over_ranks.get()  # a model over ranks then refuses its results
     guard = layer.guard if layer is not None else None
@@ -103,7 +124,6 @@ def flashprefill_attention(
         )  # fmt: skip
     unpatched = layer is None and is_patched(getattr(module, "config", None))
     policy = layer.policy if layer is not None else None if unpatched else _UNPATCHED
-    tensors = (query, key, value)
     rows = query.shape[2]
     recorders = [] if compiling else stats.recorders_of(module)
     begin = time.perf_counter() if recorders else 0.0

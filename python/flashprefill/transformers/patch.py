@@ -94,6 +94,9 @@ def patch_model(
     inner = _model(model)
     layers = attention_layers(inner)
     policies = _by_layer(policy, options, max((layer.layer_idx for layer in layers), default=-1) + 1)
+    for own in policies:
+        if own is not None:
+            own.check_model(inner.config)
     if not type(inner)._can_set_attn_implementation() or not layers:
         refuse("model", f"a {type(inner).__name__}", "one that uses Transformers' AttentionInterface")
     register_transformers()

@@ -34,6 +34,12 @@ void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, i
   }
 }
 
+void LoadValues(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows) {
+  for (int64_t t = begin; t < end; ++t, rows += p.head_dim) {
+    LoadRow(p.v.data, p.v.dtype, KeyOffset(p, p.v.stride, s, t, kv_head), p.v.stride[3], p.head_dim, p.head_dim, rows);
+  }
+}
+
 void AddRows(const float* HWY_RESTRICT rows, int64_t n, int64_t depth, float* HWY_RESTRICT sum) {
   for (int64_t r = 0; r < n; ++r, rows += depth) {
     int64_t i = 0;
@@ -120,10 +126,34 @@ void AddVerticalSlash(const ScoreChunk& c, float* HWY_RESTRICT column, float* HW
   }
 }
 
+// SiLU(z) = z / (1 + 2^-y) with y = z log2(e). Of a power whose exponent is never above 0 both signs are made.
+HWY_INLINE VF Silu(VF z) {
+  const VF one = hn::Set(f, 1.f);
+  const VF power = Exp2(hn::Neg(hn::Abs(hn::Mul(z, hn::Set(f, static_cast<float>(kLog2E))))));
+  const VF positive = hn::Div(z, hn::Add(one, power));
+  return hn::IfThenElse(hn::Lt(z, hn::Zero(f)), hn::Mul(positive, power), positive);
+}
+
+void Activate(const Activation& a) {
+  for (int64_t t = 0; t < a.count; ++t) {
+    const float* HWY_RESTRICT keys = a.of_keys + t * a.lanes;
+    const float* HWY_RESTRICT values = a.of_values + t * a.lanes;
+    VF vertical = hn::Zero(f), slash = hn::Zero(f);
+    for (int64_t lane = 0; lane < a.lanes; lane += kLanes) {
+      const VF z = hn::Add(hn::Add(hn::Load(f, keys + lane), hn::Load(f, values + lane)), hn::Load(f, a.bias + lane));
+      const VF unit = Silu(z);
+      vertical = hn::MulAdd(unit, hn::Load(f, a.weights + lane), vertical);
+      slash = hn::MulAdd(unit, hn::Load(f, a.weights + a.lanes + lane), slash);
+    }
+    a.sums[2 * t] = hn::GetLane(hn::SumOfLanes(f, vertical));
+    a.sums[2 * t + 1] = hn::GetLane(hn::SumOfLanes(f, slash));
+  }
+}
+
 } // namespace
 
-constexpr VerticalSlashKernels kVerticalSlashKernels = {LoadQueries, LoadKeys, AddRows,         Score,
-                                                        AddToSums,   Share,    AddVerticalSlash};
+constexpr VerticalSlashKernels kVerticalSlashKernels = {LoadQueries, LoadKeys, LoadValues,       AddRows, Score,
+                                                        AddToSums,   Share,    AddVerticalSlash, Activate};
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -24,10 +24,21 @@ struct ScoreChunk {
   float* scores; // [count][lanes]; -inf where the lane does not see the key or the product is not finite
 };
 
+// The second layer of an indexer (VSPrefill) for a chunk of keys.
+struct Activation {
+  const float* of_keys;   // [count][lanes]
+  const float* of_values; // [count][lanes]
+  const float* bias;      // [lanes]
+  const float* weights;   // [2][lanes], 0 for lanes that are no unit
+  int64_t count, lanes;
+  float* sums; // [count][2]; not finite where a unit is not
+};
+
 struct VerticalSlashKernels {
   // Query rows or keys [begin, end) of one head as fp32 rows.
   void (*load_queries)(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t head, float* rows);
   void (*load_keys)(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows);
+  void (*load_values)(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows);
   // sum[0, depth) += the sum of n rows.
   void (*add_rows)(const float* rows, int64_t n, int64_t depth, float* sum);
   void (*score)(const ScoreChunk& chunk);
@@ -37,6 +48,8 @@ struct VerticalSlashKernels {
   void (*share)(const ScoreChunk& chunk, const float* reference);
   // column[key] = the sum of the key's shares, diagonal[key + lane] += each share.
   void (*add_vertical_slash)(const ScoreChunk& chunk, float* column, float* diagonal);
+  // Of hidden units, which are lanes: two sums of SiLU(keys' part + values' part + bias) per key.
+  void (*activate)(const Activation& activation);
 };
 
 const VerticalSlashKernels& VerticalSlashKernelsFor(const Exec& exec);

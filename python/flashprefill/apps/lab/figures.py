@@ -64,19 +64,21 @@ class Layer:
         return self.device.sdpa_backend(heads, self.key.shape[1], dim, tokens, self.query.dtype)
 
     @cached_property
-    def in_host_memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys, for what selects on the CPU only."""
-        return self.query.cpu(), self.key.cpu()
+    def in_host_memory(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, for what selects on the CPU only."""
+        return self.query.cpu(), self.key.cpu(), self.value.cpu()
 
     def select(self, policy: Policy) -> tuple[BlockMask, str]:
         """Return a policy's mask, and the kind of device that selected: the CPU where no other can."""
         policy = policy.at_layer(self.number)
         try:
-            return select(self.query, self.key, policy, softmax_scale=self.scale), self.device.kind
+            value = self.value if policy.reads_values else None
+            return select(self.query, self.key, policy, v=value, softmax_scale=self.scale), self.device.kind
         except UnsupportedError:
             if not self.device.cuda:
                 raise
-        mask = select(*self.in_host_memory, policy, softmax_scale=self.scale)
+        query, key, value = self.in_host_memory
+        mask = select(query, key, policy, v=value if policy.reads_values else None, softmax_scale=self.scale)
         return mask.to(self.query.device), "cpu"
 
     def attend(self, mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +137,7 @@ class Sums:
         kept = (lse - layer.lse).T.clamp(max=0).exp()
         self.recall.append((by_tile(kept) / tokens).flatten().cpu())
         self.error.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())
-        mask.mean_correction = True
+        mask.mean_correction = mask.vertical_slash is None  # parts of blocks have no mean
         out, _ = layer.attend(mask)
         self.corrected.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())
 

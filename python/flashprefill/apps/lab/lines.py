@@ -59,6 +59,8 @@ class Line:
         return make(self.method, arguments)
 
 
+INDEXED_MASSES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+
 METHODS = (
     Line("Oracle, alpha", "oracle", "alpha", ORACLE_ALPHAS),
     Line("Oracle, share", "oracle", "share", (0.002, 0.006, 0.016, 0.04)),
@@ -82,6 +84,24 @@ METHODS = (
     Line("SampleAttention", "sampleattention", "coverage", (0.05, 0.15, 0.35, 0.7)),
     Line("Bounds (Quest-like)", "bounds", "alpha", (0.003, 0.01, 0.03, 0.08, 0.2, 0.5)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
+)
+
+# With --indexer: its weights come in as another field.
+INDEXED = (
+    Line(
+        "VSPrefill, tokens",
+        "vsprefill",
+        "vertical_mass",
+        INDEXED_MASSES,
+        {"slash_mass": 0.01, "rounding": "tokens", "block_size": 128},
+    ),
+    Line(
+        "VSPrefill, blocks",
+        "vsprefill",
+        "vertical_mass",
+        (0.02, 0.05, 0.1, 0.2),
+        {"slash_mass": 0.003, "block_size": 128},
+    ),
 )
 
 # Studies: curves that answer one question, drawn and tabled apart.
@@ -122,14 +142,17 @@ def _known(line: Line) -> bool:
     return line.scorer or line.method in named()
 
 
-def methods(asked: Sequence[str] = ()) -> list[Line]:
+def methods(asked: Sequence[str] = (), indexer: Any = None) -> list[Line]:
     """Return the lines of the table, and one point for each policy that has none.
 
     Args:
         asked: only these methods, which may be functions, "module:function".
+        indexer: VSPrefill's weights; without them it has no line.
     """
     lines = [line for line in METHODS if _known(line)]
-    swept, policies = {line.method for line in lines}, named()
+    if indexer is not None:
+        lines += [dataclasses.replace(line, fixed={**line.fixed, "weights": indexer}) for line in INDEXED]
+    swept, policies = {line.method for line in (*lines, *INDEXED)}, named()
     lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
     lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
     lines = [line for line in lines if line.method != "dense"]
@@ -148,7 +171,7 @@ def studies(asked: Sequence[str] = ()) -> dict[str, tuple[str, list[Line]]]:
 
 def names() -> list[str]:
     """What `--method` may name."""
-    return list(dict.fromkeys(line.method for line in methods()))
+    return list(dict.fromkeys(line.method for line in (*methods(), *INDEXED)))
 
 
 def thinned(line: Line, points: int) -> Line:

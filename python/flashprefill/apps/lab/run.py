@@ -23,6 +23,7 @@ from ... import select
 from ...errors import UnsupportedError
 from ...guard import GuardSummary
 from ...mask import BlockMask
+from ...policies import VSPrefill
 from .. import checks, device, machine, measure, models, table
 from ..errors import UsageError
 from ..spec import parse_policy
@@ -52,6 +53,7 @@ class Options:
     dtype: str = "auto"
     layers: Sequence[int] = ()
     method: Sequence[str] = ()
+    indexer: Path | None = None
     studies: bool = True
     quick: bool = False
     threads: int | None = None
@@ -219,6 +221,9 @@ def check(options: Options) -> None:
             parse_policy(name)
         elif name not in lines.names():
             raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
+        elif name == VSPrefill.kind and options.indexer is None:
+            raise UsageError(f"--method {name}: needs its weights, --indexer FILE")
+    checks.can_read("--indexer", options.indexer)
     checks.can_make(options.out)
     if options.source is not None and not options.source.is_dir():
         raise UsageError(f"--from {options.source}: must be a directory of dumps")
@@ -287,11 +292,13 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
     """Return methods that no backend here selects for, with the reason; tried on a layer's first tokens."""
     reasons = {}
     query, key = captured.query[:PROBE_TOKENS], captured.key[:PROBE_TOKENS]
-    for line in lines.methods(options.method):
+    for line in lines.methods(options.method, options.indexer):
         if line.scorer:
             continue
         try:
             policy = line.policy(line.values[0] if line.values else None, FORCED)
+            if policy.reads_values:
+                continue  # its weights are those of a layer
             mask = select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
             if mask.key_lists is not None and query.is_cuda:
                 reasons[line.method] = "masks with key lists are for the CPU"
@@ -308,7 +315,9 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
     left_out = refused(options, next(iter(source.layers.values())))
     for method, reason in left_out.items():
         print(f"{method} is left out: {reason}", file=sys.stderr, flush=True)
-    curves = sweeps.curves([line for line in lines.methods(options.method) if line.method not in left_out])
+    curves = sweeps.curves(
+        [line for line in lines.methods(options.method, options.indexer) if line.method not in left_out]
+    )
     by_study = {}
     for name, (title, some) in (lines.studies(options.method) if options.studies else {}).items():
         here = [line for line in some if line.method not in left_out]
@@ -371,7 +380,7 @@ def again(options: Options) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert options.source is not None
     dumps = texts.load(options.source, device.resolve(options.device, options.dtype), options.dtype)
-    here = {line.label: line for line in lines.methods()}
+    here = {line.label: line for line in lines.methods((), options.indexer)}
     for text in results["texts"]:
         if text["name"] not in dumps or (options.text and text["name"] not in options.text):
             continue

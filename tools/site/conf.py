@@ -35,6 +35,7 @@ docs/vllm
 docs/sglang
 docs/llama.cpp
 docs/several-gpus
+docs/guard
 ```
 ```{toctree}
 :hidden:

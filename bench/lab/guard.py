@@ -3,8 +3,8 @@
     flashprefill lab --text gpl --text code --dump out/qkv
     python bench/lab/guard.py out/qkv --out bench/results/guard.json
 
-A *case* is one head of one layer of one text under one policy: its recall as the guard reports it, from the rows
-that it audits by default, beside its true recall, which comes from the library's attention over all rows
+A *case* is one head of one layer of one text under one policy: its recall as the guard reports it, from the
+rows that it audits by default, beside its true recall, which comes from the library's attention over all rows
 (exp(lse under the mask - lse of dense attention)) and shares no code with the guard. Every policy is one mask
 per layer and every head one case, each with a seed of its own.
 """

@@ -234,3 +234,22 @@ def test_half_precision(inputs, dtype):
     report = fp.audit(q, k, mask, fp.Guard(rows=300))
     wide = fp.audit(q.float(), k.float(), mask, fp.Guard(rows=300))
     np.testing.assert_allclose(report.recall, wide.recall, atol=1e-5)
+
+
+def test_a_needle_that_means_hide_is_found_by_a_repair():
+    """One key that some rows look for, in a block of a small mean, and decoys whose mean is larger."""
+    rng = np.random.default_rng(0)
+    u = np.eye(32, dtype=np.float32)[0]
+    k = 0.05 * rng.standard_normal((1024, 1, 32)).astype(np.float32)
+    v = rng.standard_normal((1024, 1, 32)).astype(np.float32)
+    q = 0.05 * rng.standard_normal((1024, 1, 32)).astype(np.float32)
+    k[70, 0], k[256:320, 0] = 10 * u, k[256:320, 0] + 0.5 * u
+    q[640:768, 0] += 6.8 * u
+    policy = fp.FlashPrefill(alpha=0.95, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, block_size=64)
+    dense = fp.prefill_attention(q, k, v, fp.Dense())[640:768]
+    missed, seen = fp.prefill_attention(q, k, v, policy, guard=fp.Guard(rows=5000), return_stats=True)
+    assert seen.guard.missed_block[0, 0] == 1 and seen.guard.recall_p05[0, 0] < 0.01
+    found, stats = fp.prefill_attention(q, k, v, policy, guard="repair", return_stats=True)
+    assert stats.guard.outcome[0, 0] == 2
+    assert np.abs(missed[640:768] - dense).max() > 1
+    assert np.abs(found[640:768] - dense).max() < 0.05

@@ -148,7 +148,7 @@ def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
             split = factors.product(seconds[DENSE] / seconds[best], seconds[DENSE] / seconds[factors.OURS])
             said.append(f"{tokens} tokens: attention {split}, with {best}")
         for name in sparse:
-            read = [case for case in here if case["method"] == name and case["guard"]]
+            read = [case for case in here if case["method"] == name and case.get("guard")]
             said += [f"{tokens} tokens, depth {c['depth']:g}, {name}: {c['guard']['words']}" for c in read]
         whole = [n for n in sparse if all(c["density"] == 1.0 for c in here if c["method"] == n)]
         if whole:
@@ -170,7 +170,7 @@ def row_of(case: dict[str, Any]) -> list[str]:
         table.seconds(case["ttft_seconds"]),
         table.seconds(case["attention_seconds"]),
         f"{case['density']:.3f}",
-        "-" if case["guard"] is None else f"{case['guard']['recall']:.3f}",
+        "-" if case.get("guard") is None else f"{case['guard']['recall']:.3f}",
         "yes" if case["found"] else "no",
         f"{case['least_sure_token']:.2f}",
         words if len(words) <= 48 else words[:45] + "...",

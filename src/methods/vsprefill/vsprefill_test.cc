@@ -161,7 +161,7 @@ TEST(VSPrefill, ChunksFindTheLogitsOfThePrefix) {
     kept.entries[5].vertical = 50;
     kept.entries[5].slash = -50;
     const Mask other = Select(engine, second.problem(), kept.At(policy));
-    EXPECT_TRUE(TestBit(other.Row(13), 0)) << engine.Name();
+    EXPECT_TRUE(TestBit(other.Row(0), 0)) << engine.Name();
     EXPECT_FALSE(SameMask(second.problem(), alone, other)) << engine.Name();
     // But not for another key.
     OpData changed(Chunk({212, 512}));

@@ -145,6 +145,9 @@ void Options::ParsePolicy() {
   if (fp_policy_parse(text.c_str(), nullptr, 0, &bytes) != FP_OK) throw std::invalid_argument(fp_last_error());
   auto storage = std::make_shared<std::vector<uint64_t>>((bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t));
   fp_policy_parse(text.c_str(), storage->data(), bytes, nullptr);
+  if (reinterpret_cast<const fp_policy*>(storage->data())->kind == FP_VSPREFILL) {
+    throw std::invalid_argument("policy vsprefill needs the weights of an indexer, which this plugin does not load");
+  }
   storage_ = std::move(storage); // copies of these options share it, since its tables are pointed to from inside
 }
 

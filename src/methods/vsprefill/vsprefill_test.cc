@@ -188,6 +188,8 @@ TEST(VSPrefill, RefusesWeightsOfAnotherModel) {
             "the weights' kv_heads is 3; it must be the problem's (2)");
   EXPECT_EQ(Refusal(data, Indexer(2, 32, 4, 1).At(Masses(64, 0.5, 0.5))),
             "the weights' head_dim is 32; it must be the problem's (16)");
+  EXPECT_EQ(Refusal(data, Parse("vsprefill(indexer=3)")),
+            "indexer is 3; it must be 0 without weights: this way into the library does not bring them");
   const Indexer indexer(2, 16, 4, 1);
   AnyPolicy policy = indexer.At(Masses(64, 0.5, 0.5));
   policy.As<fp_vsprefill>().slash = nullptr;

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ._layout import Layout
 from .mask import BlockMask
 from .policies.reuse import Reuse
 
 
-def mask_of(policy: Reuse, layout: Layout, heads: int, select: Callable[[], BlockMask]) -> BlockMask:
+def mask_of(
+    ops: Any, policy: Reuse, layout: Layout, heads: int, select: Callable[[], BlockMask]
+) -> BlockMask:
     """Return the mask of a layer's call.
 
     Args:
+        ops: the module of q's array library.
         policy: of the layer.
         layout: where the sequences lie.
         heads: of a mask: query heads, or KV heads where the inner policy shares lists.
         select: selects by the inner policy.
     """
-    held, own = policy.held, policy.borrowed
-    if policy.layer is None:
+    if policy.layer is None or ops.tracing():  # a graph can't hold what one layer leaves for another
         return select()
+    held, own = policy.held, policy.borrowed
     with held.call(policy.layer):
         if own is None:
             mask = select()

@@ -8,6 +8,7 @@ torch.compile traces every line here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ._arguments import final_chunk_of, results_of, shared_of
@@ -70,12 +71,8 @@ def _select(
 ) -> BlockMask:
     """Return the policy's mask; all arguments are checked. v: of policies that read it."""
     if isinstance(policy, Reuse):
-        inner, heads = policy.policy, (k if policy.share_heads else q).shape[-2]
-        if ops.tracing():  # a graph can't hold what one layer leaves for another
-            return _select(ops, q, k, layout, inner, final_chunk, shared, v)
-        return mask_of(
-            policy, layout, heads, lambda: _select(ops, q, k, layout, inner, final_chunk, shared, v)
-        )
+        inner = partial(_select, ops, q, k, layout, policy.policy, final_chunk, shared, v)
+        return mask_of(ops, policy, layout, (k if policy.share_heads else q).shape[-2], inner)
     if isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)

@@ -74,7 +74,8 @@ struct KeyChoice {
   int64_t wanted = 0; // as many would be kept if the list had room
 };
 
-// Everything that a method may read when it selects for one mask head of one sequence. V is not part of it.
+// Everything that a method may read when it selects for one mask head of one sequence. V is not part of it: the one
+// method that reads it (VSPrefill) loads it by itself.
 struct HeadView {
   const Problem& problem;
   const Policy& policy;

@@ -75,9 +75,7 @@ def test_what_it_learns_is_what_the_policy_selects(tmp_path):
     z = x @ layer.up[1].astype(float).T + layer.bias[1]
     np.testing.assert_allclose(z / (1 + np.exp(-z)) @ layer.vertical[1], vertical[1], atol=1e-3)
     k, v = (data[0].inputs.transpose(0, 1)[..., part].numpy() for part in (slice(16), slice(16, None)))
-    policy = fp.VSPrefill(
-        tmp_path / "i.safetensors", 0.3, 1e-3, "blocks", 16, sink_blocks=0, window_blocks=0
-    )
+    policy = fp.VSPrefill(tmp_path / "i.safetensors", 0.3, 1e-3, "blocks", 16, sink_blocks=0, window_blocks=0)
     mask = fp.select(np.zeros((192, 4, 16), np.float32), np.ascontiguousarray(k), policy, v=v).dense()
     best = int(vertical[1].argmax())
     assert mask[2:, best // 128 :, best // 16].all()

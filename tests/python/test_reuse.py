@@ -75,7 +75,7 @@ def test_refusals(tmp_path):
         fp.Reuse(plan(None, 0), INNER)._at_heads(0, 2, 4)
     from flashprefill.engines import options
 
-    with pytest.raises(ValueError, match="Reuse is for Transformers"):
+    with pytest.raises(ValueError, match="Reuse's masks are for Transformers"):
         options._alone(fp.Reuse(plan(None, 0), INNER))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import refuse, refuse_type
-from ..policies import FlashPrefill, Policy, Reuse
+from ..policies import FlashPrefill, Policy, Reuse, VSPrefill
 from ..policies.text import parse as parse_policy
 
 KEY = "flashprefill"
@@ -125,9 +125,13 @@ def _policy(text: Any, parameters: Any) -> Policy:
 
 
 def _alone(policy: Policy) -> Policy:
-    """Refuse a policy whose layers need each other: engines don't say which forward a call is of."""
-    if isinstance(policy, Reuse):
-        refuse("policy", policy.kind, "one whose layers select for themselves: Reuse is for Transformers")
+    """Refuse a policy whose layers differ: the layers of an engine's step share one prepared call."""
+    if isinstance(policy, (Reuse, VSPrefill)):
+        refuse(
+            "policy",
+            policy.kind,
+            "one for all layers: VSPrefill's weights and Reuse's masks are for Transformers",
+        )
     return policy
 
 

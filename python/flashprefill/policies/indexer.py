@@ -32,7 +32,7 @@ from ..errors import InvalidArgumentError, refuse
 METHOD, VERSION, SLASH = "vsprefill", "1", "offset"
 PARTS = ("up", "bias", "vertical", "slash")
 _NAME = re.compile(r"layers\.(\d{1,6})\.kv\.(\d{1,4})\.(\w+)")
-_DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 _MOST_HEADER = 100 << 20  # bytes, the limit of the format's own library
 
 Floats = npt.NDArray[np.float32]
@@ -240,14 +240,13 @@ def _tensor(entry: Any, data: memoryview, name: str) -> Floats:
     try:
         kind, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        values = np.frombuffer(data[begin:end], dtype=kind).reshape(shape)
+        values: npt.NDArray[Any] = np.frombuffer(data[begin:end], dtype=kind).reshape(shape)
     except KeyError:
         refuse(f"weights: {name}", "of another dtype", "BF16 or F32")
     except (TypeError, ValueError):
         refuse(f"weights: {name}", "damaged", "as long as its shape says")
-    if kind == _DTYPES["BF16"]:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+    wide: Floats = values.astype(np.uint32 if kind == _DTYPES["BF16"] else np.float32)
+    return (wide.view(np.uint32) << 16).view(np.float32) if kind == _DTYPES["BF16"] else wide
 
 
 def _whole(metadata: Mapping[str, Any], key: str, name: str) -> int:

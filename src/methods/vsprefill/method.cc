@@ -41,6 +41,9 @@ void CheckProblem(const Policy& policy, const Problem& p) {
   if (v.hidden < 0 || v.hidden > kMaxHidden) {
     Refuse("hidden", v.hidden, "from 0 to " + std::to_string(kMaxHidden));
   }
+  if (v.hidden == 0 && v.indexer != 0) {
+    Refuse("indexer", v.indexer, "0 without weights: this way into the library does not bring them");
+  }
   if (v.hidden == 0) return;
   const auto check = [](const char* name, int32_t is, int32_t must_be) {
     if (is != must_be) {

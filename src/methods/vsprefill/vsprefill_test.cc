@@ -161,7 +161,7 @@ TEST(VSPrefill, ChunksFindTheLogitsOfThePrefix) {
     kept.entries[5].vertical = 50;
     kept.entries[5].slash = -50;
     const Mask other = Select(engine, second.problem(), kept.At(policy));
-    EXPECT_TRUE(TestBit(other.Row(13), 0)) << engine.Name();
+    EXPECT_TRUE(TestBit(other.Row(0), 0)) << engine.Name();
     EXPECT_FALSE(SameMask(second.problem(), alone, other)) << engine.Name();
     // But not for another key.
     OpData changed(Chunk({212, 512}));
@@ -188,6 +188,8 @@ TEST(VSPrefill, RefusesWeightsOfAnotherModel) {
             "the weights' kv_heads is 3; it must be the problem's (2)");
   EXPECT_EQ(Refusal(data, Indexer(2, 32, 4, 1).At(Masses(64, 0.5, 0.5))),
             "the weights' head_dim is 32; it must be the problem's (16)");
+  EXPECT_EQ(Refusal(data, Parse("vsprefill(indexer=3)")),
+            "indexer is 3; it must be 0 without weights: this way into the library does not bring them");
   const Indexer indexer(2, 16, 4, 1);
   AnyPolicy policy = indexer.At(Masses(64, 0.5, 0.5));
   policy.As<fp_vsprefill>().slash = nullptr;

@@ -17,6 +17,8 @@ import numpy.typing as npt
 Losses = npt.NDArray[np.float64]
 
 Join = Callable[[float, float], float]
+# By (last source, layers that borrow): the cost, and the sources so far.
+Ways = dict[tuple[int, int], tuple[float, tuple[int | None, ...]]]
 
 
 def sources(loss: Losses, borrow: int) -> list[int | None]:
@@ -38,9 +40,9 @@ def sources(loss: Losses, borrow: int) -> list[int | None]:
 def _cheapest(loss: Losses, borrow: int, join: Join) -> tuple[float, list[int | None]]:
     """The least cost, joined over the layers that borrow, and how it is reached."""
     layers = len(loss)
-    best = {(0, 0): (0.0, ((None,)))}  # by (last source, layers that borrow): cost and sources so far
+    best: Ways = {(0, 0): (0.0, (None,))}
     for j in range(1, layers):
-        following: dict[tuple[int, int], tuple[float, tuple[int | None, ...]]] = {}
+        following: Ways = {}
 
         def offer(state: tuple[int, int], cost: float, path: tuple[int | None, ...]) -> None:
             if state not in following or cost < following[state][0]:  # noqa: B023

@@ -111,7 +111,7 @@ struct RRAttention : fp_rrattention {
   RRAttention() { Check(fp_policy_init(FP_RRATTENTION, this, sizeof(fp_rrattention))); }
 };
 
-// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, 0.98) or, after TopK, by topk.
+// SpargeAttn, arXiv 2502.18137; its second stage is skip. Decided by cdf (the default, 0.98) or, after TopK, by topk.
 struct SpargeAttn : fp_sparge_attn {
   SpargeAttn() { Check(fp_policy_init(FP_SPARGE_ATTN, this, sizeof(fp_sparge_attn))); }
   SpargeAttn& TopK(float share_of_blocks) {
@@ -237,6 +237,7 @@ struct Stats {
   double density() const {
     double kept_sum = 0, total_sum = 0;
     for (int64_t n : kept) kept_sum += static_cast<double>(n);
+  std::vector<int64_t> skipped;    // [batch, heads]: kept blocks that attend skipped
     for (int64_t n : total) total_sum += static_cast<double>(n) * heads;
     return total_sum > 0 ? kept_sum / total_sum : 1.0;
   }
@@ -258,6 +259,7 @@ class BlockMask {
     if (room > 0) mask.vertical_slash_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
     const int64_t list = mask.view_.max_keys > 0 ? 2 + int64_t{mask.view_.max_keys} : 0;
     mask.key_lists_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.segment_rows * list));
+    mask.skipped_.resize(mask.counts_.size());
     return mask;
   }
 
@@ -273,6 +275,7 @@ class BlockMask {
   const fp_block_mask* view() const { return const_cast<BlockMask*>(this)->view(); }
 
   // The bit of (mask head, tile of sequence 0, block).
+    view_.skipped = skipped_.data();
   bool test(int64_t head, int64_t tile, int64_t block) const {
     return (bits_[static_cast<size_t>(Word(head, tile, block))] >> (block % 64)) & 1;
   }
@@ -295,12 +298,14 @@ class BlockMask {
     c.kept = s.kept.data();
     c.total = s.total.data();
     c.fallback = s.fallback.data();
+    s.skipped.resize(s.kept.size());
     c.overflowed = s.overflowed.data();
     Check(fp_mask_stats(&problem, view(), &c));
     return s;
   }
 
  private:
+    c.skipped = s.skipped.data();
   int64_t Word(int64_t head, int64_t tile, int64_t block) const {
     return (head * view_.tile_rows + tile) * view_.words + block / 64;
   }
@@ -316,6 +321,7 @@ class BlockMask {
 // Scratch memory of one call, aligned as the library wants it.
 class Workspace {
  public:
+  std::vector<int32_t> skipped_;
   explicit Workspace(size_t bytes) : bytes_(bytes), data_(bytes ? Allocate(bytes) : nullptr, &std::free) {}
   void* data() const { return data_.get(); }
   size_t size() const { return bytes_; }

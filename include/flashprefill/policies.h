@@ -37,10 +37,13 @@ typedef struct fp_policy {
   int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
 } fp_policy;
 
-/* Everything is kept. */
+/* Everything is kept. With skip, attention itself leaves out what weighs next to nothing (BLASST, arXiv 2512.12087;
+ * skip softmax): see fp_block_mask. */
 typedef struct fp_dense {
   fp_policy common;
 } fp_dense;
+  float skip; /* in [0, 1); 0: nothing is left out */
+  int32_t reserved;
 
 /* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
 typedef struct fp_streaming {
@@ -145,16 +148,17 @@ typedef struct fp_rrattention {
   int32_t stride;  /* as XAttention's */
 } fp_rrattention;
 
-/* SpargeAttn, arXiv 2502.18137, its first stage: blocks by the softmax of mean query times mean key, where the tokens
+/* SpargeAttn, arXiv 2502.18137. Its first stage: blocks by the softmax of mean query times mean key, where the tokens
  * of a block are similar to each other. Key blocks without self-similarity are kept, and a tile of queries without it
- * keeps everything. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
+ * keeps everything. Either cdf or topk decides; the other is NaN. Its second stage, off by default, is skip.
+ * share_heads must be 0. */
 typedef struct fp_sparge_attn {
   fp_policy common;
   float similarity; /* in [-1, 1]: a block is self-similar where the mean cosine of its tokens is above this; NaN (the
                        default) is what the authors use: 0.6 with cdf, -0.1 with topk */
   float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
   float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
-  int32_t reserved;
+  float skip;       /* in [0, 1): as fp_dense's. The authors' pvthreshd is -log2 of it */
 } fp_sparge_attn;
 
 /* Prism, arXiv 2602.08426: mean query times mean key in two bands of rotary frequencies, each with a softmax of its

@@ -157,6 +157,9 @@ class BlockMask(Structure):
         ("segment_tiles", c_int32),
         ("max_keys", c_int32),
     ]
+        ("skip", c_float),
+        ("reserved", c_int32),
+        ("skipped", c_void_p),
 
 
 class Stats(Structure):
@@ -170,6 +173,7 @@ class Stats(Structure):
         ("fallback", c_void_p),
         ("overflowed", c_void_p),
     ]
+        ("skipped", c_void_p),
 
 
 class Output(Structure):

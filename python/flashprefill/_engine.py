@@ -102,6 +102,7 @@ def _mask_given(call: Any) -> _abi.BlockMask:
     if call.key_lists is not None:
         m.key_lists, m.segment_tiles = address_of(call.key_lists), call.segment_tiles
         m.segment_rows, m.max_keys = call.key_lists.shape[1], call.key_lists.shape[2] - 2
+    m.skip, m.skipped = call.skip, address_of(call.skipped)
     return m
 
 
@@ -164,7 +165,10 @@ def prefill(*arguments: Any) -> None:
     p, o, policy = problem_of(call, q, k, v), output_of(call), struct_of(call.policy)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
-    m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
+    written = None if call.bits is None else _mask_written(p, policy, call)
+    if written is not None:
+        written.skipped = address_of(call.skipped)
+    m = _abi.pointer(written)
     _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
     _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))

@@ -53,6 +53,8 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
         ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
         segment_tiles,
     )
+        policy.skips,
+        ops.zero_counts(q, shape[:2]) if policy.skips else None,
 
 
 def _select(
@@ -466,16 +468,17 @@ def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
     """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
     bits, lists = mask.bits, {"vertical_slash": mask.vertical_slash, "key_lists": mask.key_lists}
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
-        bits = ops.words_of(mask._ops.to_host(bits))
+        bits, skipped = ops.words_of(mask._ops.to_host(bits)), None
         lists = {n: None if x is None else ops.from_host(mask._ops.to_host(x)) for n, x in lists.items()}
     if not ops.same_device(bits, q):
         refuse("mask's device", bits.device, f"q's ({q.device})")
     heads = k.shape[-2] if mask.share_heads else q.shape[-2]
     if bits.shape[0] == 1 and heads > 1:
-        bits = ops.expand_heads(bits, heads)
+        bits, skipped = ops.expand_heads(bits, heads), None
         if lists["key_lists"] is not None:
             lists["key_lists"] = ops.expand_heads(lists["key_lists"], heads)
+    skipped = mask.skipped
     if bits.shape[0] != heads:
         what = "kv_heads" if mask.share_heads else "q_heads"
         refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
-    return {**mask._given, "bits": bits, **lists}
+    return {**mask._given, "bits": bits, **lists, "skipped": skipped}

@@ -157,16 +157,18 @@ struct Mask {
       : view(described),
         bits(described.heads * described.tile_rows * described.words * 8),
         lists(Room() > 0 ? int64_t{batch} * described.heads * (2 + Room()) * 4 : 0),
-        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0) {
+        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0),
+        skipped(described.heads * described.tile_rows * 4) {
     view.bits = reinterpret_cast<uint64_t*>(bits.data);
     view.vertical_slash = reinterpret_cast<int32_t*>(lists.data);
     view.key_lists = reinterpret_cast<int32_t*>(keys.data);
+    view.skipped = reinterpret_cast<int32_t*>(skipped.data);
   }
   int64_t Room() const { return int64_t{view.max_verticals} + view.max_slashes; }
   int64_t KeyStride() const { return 2 + int64_t{view.max_keys}; }
   int64_t KeyLists() const { return view.max_keys > 0 ? view.heads * view.segment_rows : 0; }
   fp_block_mask view;
-  Buffer bits, lists, keys;
+  Buffer bits, lists, keys, skipped;
 };
 
 // Whether the call was refused; then it has a message, and the outputs are as before.

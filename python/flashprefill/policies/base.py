@@ -184,3 +184,8 @@ class Policy(metaclass=_Named):
     def corrects(self) -> bool:
         """Whether blocks left out count by their means."""
         return bool(getattr(self, "mean_correction", False))
+    @property
+    def skips(self) -> float:
+        """Below which share of the heaviest weight so far attention skips keys; 0: none."""
+        return float(getattr(self, "skip", 0.0))
+

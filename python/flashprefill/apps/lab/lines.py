@@ -22,6 +22,8 @@ ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
 MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
 GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
 KEY_GAINS = (0.0003, 0.001, 0.003, 0.01, 0.03)  # Gather's
+SKIPS = (0.0001, 0.001, 0.01, 0.05, 0.2)
+TAUS = (0.003, 0.01, 0.03, 0.1, 0.3)  # S2O's
 GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
 COUNTS = (4, 8, 14, 22, 34)  # blocks per tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
@@ -84,6 +86,7 @@ METHODS = (
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
 )
 
+    Line("Dense, skip", "dense", "skip", SKIPS),
 # Studies: curves that answer one question, drawn and tabled apart.
 STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
     "alpha": (
@@ -132,7 +135,6 @@ def methods(asked: Sequence[str] = ()) -> list[Line]:
     swept, policies = {line.method for line in lines}, named()
     lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
     lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
-    lines = [line for line in lines if line.method != "dense"]
     return [line for line in lines if not asked or line.method in asked]
 
 

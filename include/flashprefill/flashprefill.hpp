@@ -141,6 +141,11 @@ struct Gather : fp_gather {
   }
 };
 
+// S2O, arXiv 2602.22575.
+struct S2O : fp_s2o {
+  S2O() { Check(fp_policy_init(FP_S2O, this, sizeof(fp_s2o))); }
+};
+
 // ---------------------------------------------------------------- problem
 
 struct Shape {
@@ -232,12 +237,12 @@ struct Stats {
   std::vector<int64_t> total;      // [batch]: of one head
   std::vector<int32_t> fallback;   // [batch]: fp_fallback
   std::vector<int64_t> overflowed; // [batch, heads]: key lists that were full
+  std::vector<int64_t> skipped;    // [batch, heads]: kept blocks that attend skipped
 
   // Kept / visible over everything; 1 where nothing is visible.
   double density() const {
     double kept_sum = 0, total_sum = 0;
     for (int64_t n : kept) kept_sum += static_cast<double>(n);
-  std::vector<int64_t> skipped;    // [batch, heads]: kept blocks that attend skipped
     for (int64_t n : total) total_sum += static_cast<double>(n) * heads;
     return total_sum > 0 ? kept_sum / total_sum : 1.0;
   }
@@ -254,12 +259,12 @@ class BlockMask {
     Check(fp_mask_describe(&problem, &policy.common, &mask.view_));
     mask.bits_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows * mask.view_.words));
     mask.counts_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows));
+    mask.skipped_.resize(mask.counts_.size());
     mask.fallback_.resize(static_cast<size_t>(problem.batch));
     const int64_t room = int64_t{mask.view_.max_verticals} + mask.view_.max_slashes;
     if (room > 0) mask.vertical_slash_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
     const int64_t list = mask.view_.max_keys > 0 ? 2 + int64_t{mask.view_.max_keys} : 0;
     mask.key_lists_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.segment_rows * list));
-    mask.skipped_.resize(mask.counts_.size());
     return mask;
   }
 
@@ -270,12 +275,12 @@ class BlockMask {
     view_.fallback = fallback_.data();
     view_.vertical_slash = vertical_slash_.data();
     view_.key_lists = key_lists_.data();
+    view_.skipped = skipped_.data();
     return &view_;
   }
   const fp_block_mask* view() const { return const_cast<BlockMask*>(this)->view(); }
 
   // The bit of (mask head, tile of sequence 0, block).
-    view_.skipped = skipped_.data();
   bool test(int64_t head, int64_t tile, int64_t block) const {
     return (bits_[static_cast<size_t>(Word(head, tile, block))] >> (block % 64)) & 1;
   }
@@ -293,19 +298,19 @@ class BlockMask {
     s.total.resize(static_cast<size_t>(s.batch));
     s.fallback.resize(static_cast<size_t>(s.batch));
     s.overflowed.resize(s.kept.size());
+    s.skipped.resize(s.kept.size());
     fp_stats c;
     fp_stats_init(&c);
     c.kept = s.kept.data();
     c.total = s.total.data();
     c.fallback = s.fallback.data();
-    s.skipped.resize(s.kept.size());
     c.overflowed = s.overflowed.data();
+    c.skipped = s.skipped.data();
     Check(fp_mask_stats(&problem, view(), &c));
     return s;
   }
 
  private:
-    c.skipped = s.skipped.data();
   int64_t Word(int64_t head, int64_t tile, int64_t block) const {
     return (head * view_.tile_rows + tile) * view_.words + block / 64;
   }
@@ -316,12 +321,12 @@ class BlockMask {
   std::vector<int32_t> fallback_;
   std::vector<int32_t> vertical_slash_;
   std::vector<int32_t> key_lists_;
+  std::vector<int32_t> skipped_;
 };
 
 // Scratch memory of one call, aligned as the library wants it.
 class Workspace {
  public:
-  std::vector<int32_t> skipped_;
   explicit Workspace(size_t bytes) : bytes_(bytes), data_(bytes ? Allocate(bytes) : nullptr, &std::free) {}
   void* data() const { return data_.get(); }
   size_t size() const { return bytes_; }

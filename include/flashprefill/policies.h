@@ -20,7 +20,8 @@ typedef enum fp_policy_kind {
   FP_SPARGE_ATTN = 10,
   FP_PRISM = 11,
   FP_SAMPLE_ATTENTION = 12,
-  FP_GATHER = 13
+  FP_GATHER = 13,
+  FP_S2O = 16
 } fp_policy_kind;
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
@@ -41,9 +42,9 @@ typedef struct fp_policy {
  * skip softmax): see fp_block_mask. */
 typedef struct fp_dense {
   fp_policy common;
-} fp_dense;
   float skip; /* in [0, 1); 0: nothing is left out */
   int32_t reserved;
+} fp_dense;
 
 /* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
 typedef struct fp_streaming {
@@ -198,6 +199,18 @@ typedef struct fp_gather {
   int32_t segment;  /* query tokens per list, rounded down to whole tiles, one at least: 1 .. 65536 */
   int32_t max_keys; /* keys that a list has room for; where more are wanted it holds the best: 128 .. 2^20 */
 } fp_gather;
+
+/* S2O, arXiv 2602.22575: as Gather, but a segment's keys are taken 128 at a time, in the order of its mean query, until
+ * they add too little. What is added is measured: the exact exponentials of stop_rows rows of each head of the list,
+ * evenly spaced in the segment, over those of the keys that a row has already. It stops where the mean of these ratios
+ * is below tau for two groups of 128 in a row, which are kept. On FP_CPU. */
+typedef struct fp_s2o {
+  fp_policy common;
+  float tau;         /* in [0, 1) */
+  int32_t segment;   /* query tokens per list, rounded down to whole tiles, one at least: 1 .. 65536 */
+  int32_t max_keys;  /* keys that a list has room for: 128 .. 2^20 */
+  int32_t stop_rows; /* 1 .. 65536; more than the segment has: all of them */
+} fp_s2o;
 
 /* ---------------------------------------------------------------- fields */
 

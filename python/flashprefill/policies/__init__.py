@@ -29,6 +29,7 @@ from .mask_policy import MaskPolicy
 from .minference import MInference
 from .prism import Prism
 from .rrattention import RRAttention
+from .s2o import S2O
 from .sample_attention import SampleAttention
 from .sketch import Sketch
 from .sparge_attn import SpargeAttn
@@ -46,6 +47,7 @@ __all__ = [
     "Prism",
     "RRAttention",
     "SampleAttention",
+    "S2O",
     "Sketch",
     "SpargeAttn",
     "Streaming",

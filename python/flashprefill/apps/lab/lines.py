@@ -75,6 +75,8 @@ METHODS = (
     Line("Gather, gain, segments of 256", "gather", "gain", KEY_GAINS, {**KEYS, "segment": 256}),
     Line("Gather, gain, per query head", "gather", "gain", KEY_GAINS, {**KEYS, "share_heads": False}),
     Line("Gather, budget", "gather", "budget", (0.02, 0.05, 0.1, 0.2, 0.35), KEYS),
+    Line("S2O", "s2o", "tau", TAUS),
+    Line("S2O, per KV head", "s2o", "tau", TAUS, {"share_heads": True}),
     Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),
     Line("MInference, vertical-slash", "minference", "slash", (100, 250, 500, 1000, 2000), {"vertical": 100}),
     Line("XAttention, stride 16", "xattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
@@ -84,9 +86,9 @@ METHODS = (
     Line("SampleAttention", "sampleattention", "coverage", (0.05, 0.15, 0.35, 0.7)),
     Line("Bounds (Quest-like)", "bounds", "alpha", (0.003, 0.01, 0.03, 0.08, 0.2, 0.5)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
+    Line("Dense, skip", "dense", "skip", SKIPS),
 )
 
-    Line("Dense, skip", "dense", "skip", SKIPS),
 # Studies: curves that answer one question, drawn and tabled apart.
 STUDIES: dict[str, tuple[str, tuple[Line, ...]]] = {
     "alpha": (

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from . import _tokens
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, PREFILL, SELECT
@@ -17,9 +18,9 @@ from ._key_lists import rows_of as key_list_rows
 from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
 from ._prototype import join_function
-from .errors import refuse, refuse_type
+from .errors import UnsupportedError, refuse, refuse_type
 from .mask import BlockMask
-from .policies import FlashPrefill, MaskPolicy, Policy
+from .policies import FlashPrefill, MaskPolicy, Policy, TokenSparse
 from .policies.text import policy_of
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
         room[0],
         ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
         segment_tiles,
-    )
         policy.skips,
         ops.zero_counts(q, shape[:2]) if policy.skips else None,
+    )
 
 
 def _select(
@@ -67,6 +68,10 @@ def _select(
     shared: dict[str, Any],
 ) -> BlockMask:
     """Return the policy's mask; all arguments are checked."""
+    if isinstance(policy, TokenSparse):
+        raise UnsupportedError(
+            f"{policy.kind} drops tokens and has no mask: it is for prefill_attention alone"
+        )
     if isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
@@ -240,7 +245,12 @@ def prefill_attention(
     check_bool("return_stats", return_stats)
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
-    if isinstance(policy, MaskPolicy):
+    stats = None
+    if isinstance(policy, TokenSparse):
+        stats = ops.in_python(
+            _tokens.prefill, ops, (q, k, v), (out, lse), policy, places, final_chunk, shared
+        )
+    elif isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, places, policy, final_chunk, shared)
         ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
     else:
@@ -264,8 +274,8 @@ def prefill_attention(
     results = [as_given(out, own_out, flip)]
     if lse is not None:
         results.append(lse)
-    if return_stats and mask is not None:
-        results.append(mask.stats)
+    if return_stats:
+        results.append(stats if mask is None else mask.stats)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -467,6 +477,7 @@ def attend(
 def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
     """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
     bits, lists = mask.bits, {"vertical_slash": mask.vertical_slash, "key_lists": mask.key_lists}
+    skipped = mask.skipped
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
         bits, skipped = ops.words_of(mask._ops.to_host(bits)), None
         lists = {n: None if x is None else ops.from_host(mask._ops.to_host(x)) for n, x in lists.items()}
@@ -477,7 +488,6 @@ def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
         bits, skipped = ops.expand_heads(bits, heads), None
         if lists["key_lists"] is not None:
             lists["key_lists"] = ops.expand_heads(lists["key_lists"], heads)
-    skipped = mask.skipped
     if bits.shape[0] != heads:
         what = "kv_heads" if mask.share_heads else "q_heads"
         refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")

@@ -119,13 +119,14 @@ class Stats:
     def fallback(self) -> Any:
         """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 short, 2 the policy is Dense.
 
+        3: of :class:`TokenSparse`, the sequence has a prefix or is a chunk; its inner policy saw it whole.
         -1: its lengths, which only the device could read, are impossible, and it was left out.
         """
         return self._ops.from_host(self._values()["fallback"])
 
     @property
     def reasons(self) -> list[str]:
-        """:attr:`fallback` in words, one per sequence: selected, short, dense or impossible lengths."""
+        """:attr:`fallback` in words: selected, short, dense, prefix or chunk, or impossible lengths."""
         return [FALLBACK_NAMES[int(code)] for code in self._values()["fallback"]]
 
     @property
@@ -147,8 +148,8 @@ class Stats:
         return (
             f"Stats(density {self.mean_density:.3f}: {int(values['kept'].sum())} of {possible} blocks kept, "
             f"{batch} sequence{'s' * (batch != 1)}, {heads} mask head{'s' * (heads != 1)}"
-            + (f"; {full} key list{'s' * (full != 1)} too short for what was wanted" if full else "")
             + (f"; attention skipped {skipped} of them" if skipped else "")
+            + (f"; {full} key list{'s' * (full != 1)} too short for what was wanted" if full else "")
             + (f"; not selected for: {', '.join(words)}" if words else "")
             + ")"
         )

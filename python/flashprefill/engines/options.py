@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import refuse, refuse_type
-from ..policies import FlashPrefill, Policy
+from ..policies import FlashPrefill, Policy, TokenSparse
 from ..policies.text import parse as parse_policy
 
 KEY = "flashprefill"
@@ -121,7 +121,10 @@ def _policy(text: Any, parameters: Any) -> Policy:
         refuse_type("policy", repr(text), "a text, such as 'flashprefill(alpha=0.12)'")
     if not isinstance(parameters, Mapping):
         refuse_type("parameters", repr(parameters), "a mapping from a policy's fields to values")
-    return parse_policy(text, parameters)
+    policy = parse_policy(text, parameters)
+    if isinstance(policy, TokenSparse):
+        refuse("policy", text, "a selection: dropping tokens is for flashprefill.patch_model")
+    return policy
 
 
 def _integer(name: str, value: Any, low: int) -> int:

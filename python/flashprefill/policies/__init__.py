@@ -34,6 +34,7 @@ from .sample_attention import SampleAttention
 from .sketch import Sketch
 from .sparge_attn import SpargeAttn
 from .streaming import Streaming
+from .token_sparse import TokenSparse
 from .xattention import XAttention
 
 __all__ = [
@@ -46,10 +47,11 @@ __all__ = [
     "Policy",
     "Prism",
     "RRAttention",
-    "SampleAttention",
     "S2O",
+    "SampleAttention",
     "Sketch",
     "SpargeAttn",
     "Streaming",
+    "TokenSparse",
     "XAttention",
 ]

@@ -157,6 +157,10 @@ class Policy(metaclass=_Named):
         """Return the policy for one layer of a model: itself, unless it depends on the layer."""
         return self
 
+    def _in_model(self, layers: int) -> Policy:
+        """Return the policy for a model of so many layers, from which those of its layers are made."""
+        return self
+
     def _row_unit(self) -> int | None:
         """Return where a prompt may be cut so that the selection of no tile changes: at multiples of this.
 
@@ -181,11 +185,11 @@ class Policy(metaclass=_Named):
         return 0, 1
 
     @property
-    def corrects(self) -> bool:
-        """Whether blocks left out count by their means."""
-        return bool(getattr(self, "mean_correction", False))
-    @property
     def skips(self) -> float:
         """Below which share of the heaviest weight so far attention skips keys; 0: none."""
         return float(getattr(self, "skip", 0.0))
 
+    @property
+    def corrects(self) -> bool:
+        """Whether blocks left out count by their means."""
+        return bool(getattr(self, "mean_correction", False))

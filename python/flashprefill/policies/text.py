@@ -17,6 +17,7 @@ from .base import Policy
 from .library import FIELDS
 from .mask_policy import MaskPolicy
 from .streaming import Streaming
+from .token_sparse import TokenSparse
 
 
 def named() -> dict[str, type[Policy]]:
@@ -57,8 +58,11 @@ def make(name: str, fields: Mapping[str, Any]) -> Policy:
     if plain in _SHAPES:
         _check_names(name, fields, [*_TOKENS[plain], *Streaming._names()])
         return _SHAPES[plain](**fields)
+    if plain == TokenSparse.kind:
+        _check_names(name, fields, TokenSparse._names())
+        return TokenSparse(**fields)
     if plain not in known:
-        names = ", ".join([*known, *_SHAPES])
+        names = ", ".join([*known, *_SHAPES, TokenSparse.kind])
         raise InvalidArgumentError(f"the name must be one of {names}, or module:function")
     fields = known[plain].own_names(fields)
     _check_names(name, fields, [field.name for field in known[plain]._fields])
@@ -114,9 +118,11 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
-    """Return a value: a Python literal, or a word as the library writes it (true, none, both)."""
+    """Return a value: a Python literal, a word as the library writes it (true, none, both), or a policy."""
     if isinstance(node, ast.Name):
         return _WORDS.get(node.id.lower(), node.id)
+    if isinstance(node, ast.Call):  # a policy inside of one, as text
+        return ast.unparse(node)
     if isinstance(node, (ast.List, ast.Tuple)):
         return tuple(_value(each) for each in node.elts)
     return ast.literal_eval(node)

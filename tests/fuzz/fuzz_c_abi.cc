@@ -205,6 +205,7 @@ void UseMaskByHand(Bytes& in, const Call& call, const fp_exec& exec) {
   view.max_slashes = in.Mostly(gathers ? 0 : in.Upto(12));
   view.max_keys = gathers ? in.Upto(40) : 0;
   view.segment_tiles = in.Mostly(1 + in.Upto(2));
+  view.skip = in.OneIn(4) ? in.Mostly(0.1f) : 0;
   if (view.max_verticals < 0 || view.max_verticals > 12 || view.max_slashes < 0 || view.max_slashes > 12) return;
   if (view.max_keys > 0 && view.segment_tiles > 0) {
     view.segment_rows =

@@ -417,8 +417,8 @@ def keys(results: dict[str, Any]) -> list[str]:
     dense = next(one for one in results["rows"] if one["policy"] == "dense")
     lines = [
         f"## Single keys, and skipping: {results['text']}, {results['tokens']:,} tokens, on a CPU\n",
-        f"Layers {', '.join(map(str, results['layers']))}. Here each policy has its own forced blocks. Density"
-        "\nis of keys that attention uses: what [Dense](methods/dense.md) skips is not in it. Times are CPU"
+        f"Layers {', '.join(map(str, results['layers']))}. Here each policy has its own forced blocks."
+        "\nDensity is of keys that attention uses: what [Dense](methods/dense.md) skips is not in it. Times are CPU"
         "\nseconds of one thread, all layers.\n",
         *header(
             [

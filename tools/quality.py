@@ -412,6 +412,44 @@ def demos(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def keys(results: dict[str, Any]) -> list[str]:
+    """What bench/lab/keys_and_skipping.py found."""
+    dense = next(one for one in results["rows"] if one["policy"] == "dense")
+    lines = [
+        f"## Single keys, and skipping: {results['text']}, {results['tokens']:,} tokens, on a CPU\n",
+        f"Layers {', '.join(map(str, results['layers']))}. Here each policy has its own forced blocks."
+        "\nDensity is of keys that attention uses: what [Dense](methods/dense.md) skips is not in it. Times are CPU"
+        "\nseconds of one thread, all layers.\n",
+        *header(
+            [
+                "policy",
+                "density",
+                "recall (5th percentile)",
+                "error",
+                "selection, s",
+                "attention, s",
+                "of dense",
+            ]
+        ),
+    ]
+    for one in results["rows"]:
+        share = (one["select_seconds"] + one["attend_seconds"]) / dense["attend_seconds"]
+        lines.append(
+            row(
+                [
+                    f"`{one['policy']}`",
+                    f"{one['density']:.3f}",
+                    f"{one['recall']:.3f} ({one['recall_p5']:.2f})",
+                    f"{one['error']:.3f}",
+                    f"{one['select_seconds']:.2f}",
+                    f"{one['attend_seconds']:.2f}",
+                    f"{share:.2f}",
+                ]
+            )
+        )
+    return [*lines, "", f"*{ran(results).strip()}*\n"]
+
+
 def main() -> None:
     """Read all results, write the page."""
     if len(sys.argv) == 3:
@@ -426,6 +464,9 @@ def main() -> None:
         for text in results["texts"]:
             lines += one_text(text, name)
         lines.append(f"*{results['model']['name']}, {results['model']['dtype']}; {ran(results).strip()}*\n")
+    path = RESULTS / "lab-keys.json"
+    if path.exists():
+        lines += keys(json.loads(path.read_text(encoding="utf-8")))
     if {"short", "short-h200"} <= set(runs):
         lines += both_machines(runs["short"]["texts"][0], runs["short-h200"]["texts"])
     path = RESULTS / "try-h200.json"

@@ -271,6 +271,15 @@ typedef struct fp_block_mask {
   int64_t segment_rows; /* 0 without lists */
   int32_t segment_tiles;
   int32_t max_keys;
+  /* Skipping: what attend leaves out of the kept blocks when it sees the scores. A tile's kept keys are taken 128 at a
+   * time, in order, those of blocks on the diagonal apart from those before. A row to which the heaviest of such a
+   * chunk weighs less than `skip` times the heaviest key that it met before counts none of the chunk. So of all weights
+   * of a row that sees n keys, at most the share n skip / (1 + n skip) is lost. Sequences of at most 8 rows per KV head
+   * (decoding) skip nothing. On FP_CPU, for masks without verticals, slashes and key lists. */
+  float skip; /* in [0, 1); 0: nothing is skipped */
+  int32_t reserved;
+  int32_t* skipped; /* [heads, tile_rows]: blocks that a tile's rows skipped on average, rounded to the nearest; written
+                       by attend where skip > 0; may be NULL */
 } fp_block_mask;
 
 /* Fill in the geometry of the mask that this policy makes for this problem. The pointers are left alone. */
@@ -284,6 +293,8 @@ typedef struct fp_stats {
   int64_t* total;    /* [batch]: blocks that are visible to some row of their tile, summed over the tiles of one head */
   int32_t* fallback; /* [batch] */
   int64_t* overflowed; /* [batch, mask heads]: key lists for which the policy wanted more keys than they hold */
+  int64_t* skipped;    /* [batch, mask heads]: blocks among the kept ones that attend skipped, summed over tiles: after
+                          it, of a mask with `skipped`; else 0 */
 } fp_stats;
 
 /* density of a sequence and head = kept / total. CPU masks only. */

@@ -111,7 +111,7 @@ struct RRAttention : fp_rrattention {
   RRAttention() { Check(fp_policy_init(FP_RRATTENTION, this, sizeof(fp_rrattention))); }
 };
 
-// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, 0.98) or, after TopK, by topk.
+// SpargeAttn, arXiv 2502.18137; its second stage is skip. Decided by cdf (the default, 0.98) or, after TopK, by topk.
 struct SpargeAttn : fp_sparge_attn {
   SpargeAttn() { Check(fp_policy_init(FP_SPARGE_ATTN, this, sizeof(fp_sparge_attn))); }
   SpargeAttn& TopK(float share_of_blocks) {
@@ -144,6 +144,11 @@ struct Gather : fp_gather {
     gain = std::numeric_limits<float>::quiet_NaN();
     return *this;
   }
+};
+
+// S2O, arXiv 2602.22575.
+struct S2O : fp_s2o {
+  S2O() { Check(fp_policy_init(FP_S2O, this, sizeof(fp_s2o))); }
 };
 
 // ---------------------------------------------------------------- problem
@@ -237,6 +242,7 @@ struct Stats {
   std::vector<int64_t> total;      // [batch]: of one head
   std::vector<int32_t> fallback;   // [batch]: fp_fallback
   std::vector<int64_t> overflowed; // [batch, heads]: key lists that were full
+  std::vector<int64_t> skipped;    // [batch, heads]: kept blocks that attend skipped
 
   // Kept / visible over everything; 1 where nothing is visible.
   double density() const {
@@ -258,6 +264,7 @@ class BlockMask {
     Check(fp_mask_describe(&problem, &policy.common, &mask.view_));
     mask.bits_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows * mask.view_.words));
     mask.counts_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows));
+    mask.skipped_.resize(mask.counts_.size());
     mask.fallback_.resize(static_cast<size_t>(problem.batch));
     const int64_t room = int64_t{mask.view_.max_verticals} + mask.view_.max_slashes;
     if (room > 0) mask.vertical_slash_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
@@ -273,6 +280,7 @@ class BlockMask {
     view_.fallback = fallback_.data();
     view_.vertical_slash = vertical_slash_.data();
     view_.key_lists = key_lists_.data();
+    view_.skipped = skipped_.data();
     return &view_;
   }
   const fp_block_mask* view() const { return const_cast<BlockMask*>(this)->view(); }
@@ -295,12 +303,14 @@ class BlockMask {
     s.total.resize(static_cast<size_t>(s.batch));
     s.fallback.resize(static_cast<size_t>(s.batch));
     s.overflowed.resize(s.kept.size());
+    s.skipped.resize(s.kept.size());
     fp_stats c;
     fp_stats_init(&c);
     c.kept = s.kept.data();
     c.total = s.total.data();
     c.fallback = s.fallback.data();
     c.overflowed = s.overflowed.data();
+    c.skipped = s.skipped.data();
     Check(fp_mask_stats(&problem, view(), &c));
     return s;
   }
@@ -316,6 +326,7 @@ class BlockMask {
   std::vector<int32_t> fallback_;
   std::vector<int32_t> vertical_slash_;
   std::vector<int32_t> key_lists_;
+  std::vector<int32_t> skipped_;
 };
 
 // Scratch memory of one call, aligned as the library wants it.

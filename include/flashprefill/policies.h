@@ -21,7 +21,8 @@ typedef enum fp_policy_kind {
   FP_PRISM = 11,
   FP_SAMPLE_ATTENTION = 12,
   FP_GATHER = 13,
-  FP_VSPREFILL = 16
+  FP_VSPREFILL = 16,
+  FP_S2O = 17
 } fp_policy_kind;
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
@@ -38,9 +39,12 @@ typedef struct fp_policy {
   int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
 } fp_policy;
 
-/* Everything is kept. */
+/* Everything is kept. With skip, attention itself leaves out what weighs next to nothing (BLASST, arXiv 2512.12087;
+ * skip softmax): see fp_block_mask. */
 typedef struct fp_dense {
   fp_policy common;
+  float skip; /* in [0, 1); 0: nothing is left out */
+  int32_t reserved;
 } fp_dense;
 
 /* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
@@ -146,16 +150,17 @@ typedef struct fp_rrattention {
   int32_t stride;  /* as XAttention's */
 } fp_rrattention;
 
-/* SpargeAttn, arXiv 2502.18137, its first stage: blocks by the softmax of mean query times mean key, where the tokens
+/* SpargeAttn, arXiv 2502.18137. Its first stage: blocks by the softmax of mean query times mean key, where the tokens
  * of a block are similar to each other. Key blocks without self-similarity are kept, and a tile of queries without it
- * keeps everything. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
+ * keeps everything. Either cdf or topk decides; the other is NaN. Its second stage, off by default, is skip.
+ * share_heads must be 0. */
 typedef struct fp_sparge_attn {
   fp_policy common;
   float similarity; /* in [-1, 1]: a block is self-similar where the mean cosine of its tokens is above this; NaN (the
                        default) is what the authors use: 0.6 with cdf, -0.1 with topk */
   float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
   float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
-  int32_t reserved;
+  float skip;       /* in [0, 1): as fp_dense's. The authors' pvthreshd is -log2 of it */
 } fp_sparge_attn;
 
 /* Prism, arXiv 2602.08426: mean query times mean key in two bands of rotary frequencies, each with a softmax of its
@@ -230,6 +235,18 @@ typedef struct fp_vsprefill {
   fp_vsprefill_logits* logits; /* [batch][kv_heads][logit_tokens], zeros at first; or NULL. Written by select */
   int64_t logit_tokens;        /* keys of a sequence that `logits` has room for */
 } fp_vsprefill;
+
+/* S2O, arXiv 2602.22575: as Gather, but a segment's keys are taken 128 at a time, in the order of its mean query, until
+ * they add too little. What is added is measured: the exact exponentials of stop_rows rows of each head of the list,
+ * evenly spaced in the segment, over those of the keys that a row has already. It stops where the mean of these ratios
+ * is below tau for two groups of 128 in a row, which are kept. On FP_CPU. */
+typedef struct fp_s2o {
+  fp_policy common;
+  float tau;         /* in [0, 1) */
+  int32_t segment;   /* query tokens per list, rounded down to whole tiles, one at least: 1 .. 65536 */
+  int32_t max_keys;  /* keys that a list has room for: 128 .. 2^20 */
+  int32_t stop_rows; /* 1 .. 65536; more than the segment has: all of them */
+} fp_s2o;
 
 /* ---------------------------------------------------------------- fields */
 

@@ -38,7 +38,8 @@ CPU, CUDA = 0, 1
 VSPREFILL = 16  # fp_policy_kind
 INT, FLOAT, BOOL, CHOICE, INT_TABLE, FLOAT_TABLE = range(6)  # fp_field_type
 ALTERNATIVE, DECIDES, ZERO_IS_NONE, ABOVE_LEAST, BELOW_MOST, OPTIONAL = 1, 2, 4, 8, 16, 32  # fp_field_flags
-FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", -1: "impossible lengths"}  # fp_fallback
+# fp_fallback, and 3, which TokenSparse alone has.
+FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", 3: "prefix or chunk", -1: "impossible lengths"}
 
 
 _Struct = TypeVar("_Struct", bound=Structure)
@@ -210,6 +211,9 @@ class BlockMask(Structure):
         ("segment_rows", c_int64),
         ("segment_tiles", c_int32),
         ("max_keys", c_int32),
+        ("skip", c_float),
+        ("reserved", c_int32),
+        ("skipped", c_void_p),
     ]
 
 
@@ -223,6 +227,7 @@ class Stats(Structure):
         ("total", c_void_p),
         ("fallback", c_void_p),
         ("overflowed", c_void_p),
+        ("skipped", c_void_p),
     ]
 
 

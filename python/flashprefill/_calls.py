@@ -78,6 +78,7 @@ _MASK = {
     "max_verticals": "SymInt",
     "key_lists": "Tensor?",
     "segment_tiles": "SymInt",
+    "skip": "float",
 }
 
 SELECT = Verb(
@@ -93,7 +94,7 @@ ATTEND = Verb(
     "attend",
     _INPUTS,
     _RESULTS,
-    {"bits": "Tensor", **_MASK},
+    {"bits": "Tensor", **_MASK, "skipped": "Tensor!?"},
     _LAYOUT,
     _EXECUTION,
 )
@@ -101,7 +102,7 @@ PREFILL = Verb(
     "prefill",
     _INPUTS,
     _RESULTS,
-    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", **_LISTS},
+    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", **_LISTS, "skipped": "Tensor!?"},
     _LAYOUT,
     _SELECTION,
     _EXECUTION,

@@ -121,6 +121,7 @@ def _mask_given(call: Any) -> _abi.BlockMask:
     if call.key_lists is not None:
         m.key_lists, m.segment_tiles = address_of(call.key_lists), call.segment_tiles
         m.segment_rows, m.max_keys = call.key_lists.shape[1], call.key_lists.shape[2] - 2
+    m.skip = call.skip
     return m
 
 
@@ -169,6 +170,7 @@ def attend(*arguments: Any) -> None:
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
     p, m, o = problem_of(call, q, k, v), _mask_given(call), output_of(call)
+    m.skipped = address_of(call.skipped)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
@@ -186,7 +188,10 @@ def prefill(*arguments: Any) -> None:
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     set_guard(e, call)
     with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:
-        m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
+        written = None if call.bits is None else _mask_written(p, policy, call)
+        if written is not None:
+            written.skipped = address_of(call.skipped)
+        m = _abi.pointer(written)
         _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
         _memory, address = workspace_of(q, size.value)
         _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))

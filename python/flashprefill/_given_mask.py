@@ -37,17 +37,18 @@ def places_of_mask(
 def fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
     """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
     bits, lists = mask.bits, {"vertical_slash": mask.vertical_slash, "key_lists": mask.key_lists}
+    skipped = mask.skipped
     if mask._ops is not ops:  # made with the other array library: its words, in host memory
-        bits = ops.words_of(mask._ops.to_host(bits))
+        bits, skipped = ops.words_of(mask._ops.to_host(bits)), None
         lists = {n: None if x is None else ops.from_host(mask._ops.to_host(x)) for n, x in lists.items()}
     if not ops.same_device(bits, q):
         refuse("mask's device", bits.device, f"q's ({q.device})")
     heads = k.shape[-2] if mask.share_heads else q.shape[-2]
     if bits.shape[0] == 1 and heads > 1:
-        bits = ops.expand_heads(bits, heads)
+        bits, skipped = ops.expand_heads(bits, heads), None
         if lists["key_lists"] is not None:
             lists["key_lists"] = ops.expand_heads(lists["key_lists"], heads)
     if bits.shape[0] != heads:
         what = "kv_heads" if mask.share_heads else "q_heads"
         refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
-    return {**mask._given, "bits": bits, **lists}
+    return {**mask._given, "bits": bits, **lists, "skipped": skipped}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from . import _tokens
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
@@ -20,10 +21,10 @@ from ._layout import Layout, check_bool, layout_of, tile_tokens_of
 from ._ops import ops_of
 from ._prototype import join_function
 from ._reused import mask_of
-from .errors import refuse
+from .errors import UnsupportedError, refuse
 from .guard import Guard, GuardReport, guard_of
 from .mask import BlockMask
-from .policies import FlashPrefill, MaskPolicy, Policy, Reuse
+from .policies import FlashPrefill, MaskPolicy, Policy, Reuse, TokenSparse
 from .policies.text import policy_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> Block
         room[0],
         ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
         segment_tiles,
+        policy.skips,
+        ops.zero_counts(q, shape[:2]) if policy.skips else None,
     )
 
 
@@ -73,6 +76,10 @@ def _select(
     if isinstance(policy, Reuse):
         inner = partial(_select, ops, q, k, layout, policy.policy, final_chunk, shared, v)
         return mask_of(ops, policy, layout, (k if policy.share_heads else q).shape[-2], inner)
+    if isinstance(policy, TokenSparse):
+        raise UnsupportedError(
+            f"{policy.kind} drops tokens and has no mask: it is for prefill_attention alone"
+        )
     if isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
@@ -258,7 +265,14 @@ def prefill_attention(
     guarded = NO_GUARD if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
-    if isinstance(policy, (MaskPolicy, Reuse)):
+    stats = None
+    if isinstance(policy, TokenSparse):
+        if report is not None:
+            raise UnsupportedError(f"guard is for policies with a mask, and {policy.kind} drops tokens instead")
+        stats = ops.in_python(
+            _tokens.prefill, ops, (q, k, v), (out, lse), policy, places, final_chunk, shared
+        )
+    elif isinstance(policy, (MaskPolicy, Reuse)):
         values = v if policy.reads_values else None
         mask = _select(ops, q, k, places, policy, final_chunk, shared, values)
         if report is not None:
@@ -286,8 +300,8 @@ def prefill_attention(
     results = [as_given(out, own_out, flip)]
     if lse is not None:
         results.append(lse)
-    if return_stats and mask is not None:
-        results.append(mask.stats._with(report))
+    if return_stats:
+        results.append(stats if mask is None else mask.stats._with(report))
     return results[0] if len(results) == 1 else tuple(results)
 
 

@@ -23,9 +23,9 @@ __all__ = ["BlockMask"]
 
 
 # Attributes of a mask by the names in _calls.py: what a selection writes, and what attention reads.
-_LISTS = ("bits", "counts", "fallback", "vertical_slash", "key_lists")
+_LISTS = ("bits", "counts", "fallback", "vertical_slash", "key_lists", "skipped")
 _SHAPE = ("tile_tokens", "block_size", "share_heads", "mean_correction")
-_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals", "key_lists", "segment_tiles")
+_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals", "key_lists", "segment_tiles", "skip", "skipped")
 
 
 class BlockMask:
@@ -47,6 +47,10 @@ class BlockMask:
             [mask heads, segment rows, 2 + room] as the C header describes them, or None. :meth:`keys` reads
             them.
         segment_tiles: tiles that share one of these lists.
+        skip: below which share of the heaviest weight so far `attend` skips keys (``Dense(skip=...)``); 0:
+            it skips none.
+        skipped: blocks that each tile's rows skipped on average, int32 [mask heads, tile rows], written by
+            `attend`; or None.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class BlockMask:
         max_verticals: int = 0,
         key_lists: Any = None,
         segment_tiles: int = 1,
+        skip: float = 0.0,
+        skipped: Any = None,
     ) -> None:
         self._layout = layout
         self.bits = bits
@@ -76,6 +82,8 @@ class BlockMask:
         self.max_verticals = max_verticals
         self.key_lists = key_lists
         self.segment_tiles = segment_tiles
+        self.skip = skip
+        self.skipped = skipped
 
     @classmethod
     def from_dense(
@@ -306,13 +314,15 @@ class BlockMask:
             self.max_verticals,
             moved["key_lists"],
             self.segment_tiles,
+            self.skip,
+            moved["skipped"],
         )
 
     @property
     def stats(self) -> Stats:
         """Kept blocks by sequence and head."""
         shape = (self.tile_tokens, self.block_size, self._segment_tokens)
-        return Stats(self._layout, self.counts, self.fallback, *shape, self.key_lists)
+        return Stats(self._layout, self.counts, self.fallback, *shape, self.key_lists, self.skipped)
 
     @property
     def density(self) -> float:
@@ -371,7 +381,8 @@ class BlockMask:
         return (
             f"BlockMask({self.batch} sequence{'s' * (self.batch != 1)}, {self.heads} "
             f"{'KV ' * self.share_heads}head{'s' * (self.heads != 1)}, tiles of {self.tile_tokens} tokens, "
-            f"blocks of {self.block_size} keys{', mean-corrected' * self.mean_correction})"
+            f"blocks of {self.block_size} keys{', mean-corrected' * self.mean_correction}"
+            + (f", skipping below {self.skip:g})" if self.skip else ")")
         )
 
 

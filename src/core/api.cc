@@ -208,6 +208,7 @@ fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, f
     described.fallback = mask->fallback;
     described.vertical_slash = mask->vertical_slash;
     described.key_lists = mask->key_lists;
+    described.skipped = mask->skipped;
     *mask = described;
   });
 }
@@ -323,6 +324,7 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
       if (mask->key_lists) kept.key_lists = mask->key_lists;
       kept.counts = mask->counts;
       kept.fallback = mask->fallback;
+      kept.skipped = mask->skipped;
     }
     backend.check(*problem, policy, &kept, e);
     ValidateWorkspace(workspace, workspace_bytes, parts.used() + PrefillScratch(backend, *problem, *policy, kept, e));

@@ -25,6 +25,7 @@ BlockMask DescribeMask(const Problem& p, const Policy& policy) {
   m.max_keys = static_cast<int32_t>(lists.keys);
   m.segment_tiles = static_cast<int32_t>(lists.segment_tiles);
   m.segment_rows = SegmentRows(p, m);
+  m.skip = SkipOf(policy);
   return m;
 }
 

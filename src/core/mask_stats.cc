@@ -34,6 +34,11 @@ void CountKept(const Problem& p, const BlockMask& mask, const Stats& stats) {
       for (int64_t m = 0; m < g.Tiles(s); ++m) kept += KeptBlocks(p, g, mask, s, h, m);
       stats.kept[int64_t{b} * g.mask_heads + h] = kept;
     }
+    for (int h = 0; stats.skipped && h < g.mask_heads; ++h) {
+      int64_t skipped = 0;
+      for (int64_t m = 0; mask.skip > 0 && mask.skipped && m < g.Tiles(s); ++m) skipped += mask.skipped[g.Row(s, h, m)];
+      stats.skipped[int64_t{b} * g.mask_heads + h] = skipped;
+    }
     for (int h = 0; stats.overflowed && h < g.mask_heads; ++h) {
       int64_t overflowed = 0;
       for (int64_t i = 0; i < Segments(mask, s); ++i) overflowed += KeyList::Of(mask, s, h, i).overflows();

@@ -172,4 +172,9 @@ KeyListRoom KeyListRoomOf(const Problem& p, const Policy& policy) {
   return method.key_list_room ? method.key_list_room(p, policy) : KeyListRoom{};
 }
 
+float SkipOf(const Policy& policy) {
+  const Method& method = MethodOf(policy);
+  return method.skip ? method.skip(policy) : 0;
+}
+
 } // namespace flashprefill

@@ -42,6 +42,7 @@ struct Method {
   bool (*too_short)(const Problem&, const Policy&, const Sequence&) = nullptr; // to select for
   VerticalSlashRoom (*vertical_slash_room)(const Problem&, const Policy&) = nullptr;
   KeyListRoom (*key_list_room)(const Problem&, const Policy&) = nullptr;
+  float (*skip)(const Policy&) = nullptr; // of fp_block_mask
 };
 
 std::span<const Method* const> Methods();     // all of this build, by folder
@@ -76,6 +77,11 @@ constexpr Field TableField(const char* name, int32_t type, size_t offset, size_t
                            int32_t flags, const char* about) {
   return {name, about, "", 0, 0, 0, offset, count_offset, type, flags, columns, 0};
 }
+// What attend leaves out on its own: see fp_block_mask.
+constexpr Field SkipField(size_t offset) {
+  return FloatField("skip", offset, 0, 0, 1, FP_FIELD_BELOW_MOST,
+                    "attend skips keys below this share of the heaviest weight so far; 0: none");
+}
 // A share of something, in (0, 1] or [0, 1].
 constexpr Field ShareField(const char* name, size_t offset, double initial, int32_t flags, const char* about) {
   return FloatField(name, offset, initial, 0, 1, flags, about);
@@ -108,6 +114,8 @@ int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, co
 // What a mask of this policy needs room for.
 VerticalSlashRoom VerticalSlashRoomOf(const Problem& p, const Policy& policy);
 KeyListRoom KeyListRoomOf(const Problem& p, const Policy& policy);
+
+float SkipOf(const Policy& policy); // of its masks
 
 // The policy of query heads [first, first + heads) alone, with `factor` times the budget: see fp_field_flags. `tables`
 // has room for TableWords(policy, heads) words. Returns whether the policy has a budget.

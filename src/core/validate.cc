@@ -246,6 +246,10 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
       Refuse("mask.vertical_slash", "NULL", "the address of the mask's verticals and slashes");
   }
   CheckKeyListRoom(m, p, needs_bits);
+  if (!(m.skip >= 0 && m.skip < 1)) Refuse("mask.skip", m.skip, "at least 0 and below 1");
+  if (m.skip > 0 && (HasVerticalSlash(m) || HasKeyLists(m))) {
+    Refuse("mask.skip", m.skip, "0 where the mask has verticals, slashes or key lists");
+  }
   if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0)
     Refuse("mask.bits", "NULL", "the address of the mask's words");
   if (reinterpret_cast<uintptr_t>(m.bits) % alignof(uint64_t) != 0) Refuse("mask.bits", m.bits, "aligned to 8 bytes");
@@ -309,6 +313,7 @@ void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& 
   const KeyListRoom lists = KeyListRoomOf(p, policy);
   check("mask.max_keys", mask.max_keys, static_cast<int32_t>(lists.keys));
   if (lists.keys > 0) check("mask.segment_tiles", mask.segment_tiles, static_cast<int32_t>(lists.segment_tiles));
+  if (mask.skip != SkipOf(policy)) Refuse("mask.skip", mask.skip, "the policy's");
 }
 
 void ValidateOutput(const Output* output, const Problem& p) {

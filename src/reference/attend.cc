@@ -1,8 +1,10 @@
 // Attend: softmax over the keys that a row's kept blocks hold, in two passes over a list of them. With the mean
-// correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens.
+// correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens. A mask
+// that skips takes chunks of keys off the list again.
 #include <cmath>
 
 #include "core/key_list.h"
+#include "core/skip.h"
 #include "core/vertical_slash.h"
 #include "reference/reference.h"
 
@@ -13,6 +15,7 @@ namespace {
 struct Entry {
   double z, weight;
   const double* value;
+  int64_t chunk = -1; // of the tile's kept keys; -1: never skipped
 };
 
 // The keys and values of one KV head of one sequence.
@@ -52,14 +55,18 @@ void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, con
                  const double* q, int64_t position, std::vector<Entry>& entries) {
   entries.clear();
   const double scale = p.softmax_scale;
+  int64_t taken = 0, first_chunk = 0; // the tile's kept keys before the block, from this chunk on
   for (int64_t b = 0; b < tile.visible; ++b) {
     const int64_t begin = b * g.block_size;
+    if (b == tile.full) first_chunk = DivUp(taken, kSkipKeys), taken = 0;
     if (TestBit(bits, b)) {
       int64_t end = begin + g.BlockKeys(s, b);
       if (p.causal) end = std::min(end, position + 1);
       for (int64_t t = begin; t < end; ++t) {
-        entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t]});
+        const int64_t chunk = first_chunk + (taken + t - begin) / kSkipKeys;
+        entries.push_back({scale * Dot(q, kv.keys[t], p.head_dim), 1, kv.values[t], chunk});
       }
+      taken += g.BlockKeys(s, b);
       continue;
     }
     if (mask.mean_correction && b < tile.full && means.count[b] > 0) {
@@ -73,6 +80,25 @@ void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, con
       }
     }
   }
+}
+
+// Takes off the list what a row skips: chunks of which no entry reaches `skip` times the heaviest before. Returns how
+// many entries those were.
+int64_t Skip(double skip, std::vector<Entry>& entries) {
+  constexpr double kLowest = -std::numeric_limits<double>::infinity();
+  std::vector<double> largest; // of each chunk
+  for (const Entry& e : entries) {
+    if (e.chunk < 0) continue;
+    largest.resize(std::max(largest.size(), static_cast<size_t>(e.chunk) + 1), kLowest);
+    if (e.z > largest[e.chunk]) largest[e.chunk] = e.z;
+  }
+  std::vector<uint8_t> skipped;
+  double heaviest = kLowest;
+  for (const double z : largest) {
+    skipped.push_back(z < heaviest + std::log(skip));
+    heaviest = std::max(heaviest, z);
+  }
+  return static_cast<int64_t>(std::erase_if(entries, [&](const Entry& e) { return e.chunk >= 0 && skipped[e.chunk]; }));
 }
 
 // Softmax of the entries: the weighted sum of their values into out[head_dim]; returns the log of the denominator.
@@ -111,6 +137,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
   const Geometry g = Geometry::Of(p, mask);
   std::vector<Entry> entries;
   std::vector<double> out(static_cast<size_t>(p.head_dim));
+  std::vector<int64_t> skipped(static_cast<size_t>(g.mask_heads * g.tile_rows)); // pairs of a row and a key
 
   auto attend_head = [&](const Sequence& s, int64_t head, const KeyValues& kv) {
     const Matrix queries = LoadQueries(p, s, head);
@@ -125,6 +152,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
       if (mask.mean_correction && begins) means = MeansOf(p, g, s, kv, list);
       for (int64_t i = tile.begin; i < tile.end; ++i) {
         ListEntries(p, mask, g, s, tile, bits, on_extra, kv, means, queries[i], s.prefix + i, entries);
+        if (Skips(p, mask, s)) skipped[g.Row(s, head / g.heads_per_tile, m)] += Skip(mask.skip, entries);
         const double lse = Softmax(entries, out);
         const int64_t row = RowOffset(p, output.out.stride, s, i, head);
         for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -140,6 +168,13 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
     for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
       const KeyValues kv{LoadKeys(p, p.k, s, kv_head), LoadKeys(p, p.v, s, kv_head)};
       for (int64_t h = kv_head * g.group; h < (kv_head + 1) * g.group; ++h) attend_head(s, h, kv);
+    }
+    for (int64_t h = 0; mask.skip > 0 && mask.skipped && h < g.mask_heads; ++h) {
+      for (int64_t m = 0; m < g.Tiles(s); ++m) {
+        const Tile tile = g.TileOf(p, s, m);
+        const int64_t row = g.Row(s, h, m);
+        mask.skipped[row] = SkippedBlocks(skipped[row], (tile.end - tile.begin) * g.heads_per_tile, g.block_size);
+      }
     }
   }
 }

@@ -132,6 +132,7 @@ Mask::Mask(const fp_problem& problem, const fp_policy* policy) {
   fallback.assign(static_cast<size_t>(problem.batch), -99);
   vertical_slash.assign(static_cast<size_t>(problem.batch * view.heads * VerticalSlashStride(view)), -99);
   key_lists.assign(static_cast<size_t>(view.heads * view.segment_rows * KeyListStride(view)), -99);
+  skipped.assign(counts.size(), -99);
   PointAtOwn();
 }
 
@@ -142,6 +143,7 @@ Mask& Mask::operator=(const Mask& other) {
   fallback = other.fallback;
   vertical_slash = other.vertical_slash;
   key_lists = other.key_lists;
+  skipped = other.skipped;
   PointAtOwn();
   return *this;
 }
@@ -152,6 +154,7 @@ void Mask::PointAtOwn() {
   view.fallback = fallback.data();
   view.vertical_slash = vertical_slash.empty() ? nullptr : vertical_slash.data();
   view.key_lists = key_lists.empty() ? nullptr : key_lists.data();
+  view.skipped = const_cast<int32_t*>(skipped.data());
 }
 
 std::vector<int32_t> Mask::Keys(const Sequence& s, int64_t head, int64_t segment) const {

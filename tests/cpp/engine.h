@@ -27,7 +27,7 @@ std::vector<Engine> AllEngines();   // the reference too
 struct Mask {
   fp_block_mask view{};
   std::vector<uint64_t> bits;
-  std::vector<int32_t> counts, fallback, vertical_slash, key_lists;
+  std::vector<int32_t> counts, fallback, vertical_slash, key_lists, skipped;
 
   Mask() = default;
   Mask(const fp_problem& problem, const fp_policy* policy);

@@ -157,16 +157,18 @@ struct Mask {
       : view(described),
         bits(described.heads * described.tile_rows * described.words * 8),
         lists(Room() > 0 ? int64_t{batch} * described.heads * (2 + Room()) * 4 : 0),
-        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0) {
+        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0),
+        skipped(described.heads * described.tile_rows * 4) {
     view.bits = reinterpret_cast<uint64_t*>(bits.data);
     view.vertical_slash = reinterpret_cast<int32_t*>(lists.data);
     view.key_lists = reinterpret_cast<int32_t*>(keys.data);
+    view.skipped = reinterpret_cast<int32_t*>(skipped.data);
   }
   int64_t Room() const { return int64_t{view.max_verticals} + view.max_slashes; }
   int64_t KeyStride() const { return 2 + int64_t{view.max_keys}; }
   int64_t KeyLists() const { return view.max_keys > 0 ? view.heads * view.segment_rows : 0; }
   fp_block_mask view;
-  Buffer bits, lists, keys;
+  Buffer bits, lists, keys, skipped;
 };
 
 // Whether the call was refused; then it has a message, and the outputs are as before.
@@ -203,6 +205,7 @@ void UseMaskByHand(Bytes& in, const Call& call, const fp_exec& exec) {
   view.max_slashes = in.Mostly(gathers ? 0 : in.Upto(12));
   view.max_keys = gathers ? in.Upto(40) : 0;
   view.segment_tiles = in.Mostly(1 + in.Upto(2));
+  view.skip = in.OneIn(4) ? in.Mostly(0.1f) : 0;
   if (view.max_verticals < 0 || view.max_verticals > 12 || view.max_slashes < 0 || view.max_slashes > 12) return;
   if (view.max_keys > 0 && view.segment_tiles > 0) {
     view.segment_rows =

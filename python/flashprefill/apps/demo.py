@@ -59,7 +59,9 @@ def methods_for(texts: Sequence[str], cuda: bool = False) -> list[Method]:
     """Return PyTorch's dense attention, ours, and the policies of the command line or the main ones."""
     dense = [Method("Dense (PyTorch SDPA)", None), Method(factors.OURS, Dense())]
     if texts:
-        policies = [policy for policy in map(parse_policy, texts) if not isinstance(policy, Dense)]
+        policies = [
+            policy for policy in map(parse_policy, texts) if not (isinstance(policy, Dense) and policy.exact)
+        ]
         return dense + [Method(policy.text, policy) for policy in policies]
     return [
         *dense,

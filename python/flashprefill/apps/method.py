@@ -31,4 +31,4 @@ class Method:
     @property
     def selects(self) -> bool:
         """Whether it leaves anything out: it is neither PyTorch's dense attention nor ours."""
-        return self.policy is not None and not isinstance(self.policy, Dense)
+        return self.policy is not None and not (isinstance(self.policy, Dense) and self.policy.exact)

@@ -77,7 +77,7 @@ def check(options: Options) -> None:
 def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
     """Return PyTorch's dense attention, ours, then the policies of the command line."""
     policies = [parse_policy(text) for text in texts] or [FlashPrefill(), Sketch()]
-    policies = [policy for policy in policies if not isinstance(policy, Dense)]
+    policies = [policy for policy in policies if not (isinstance(policy, Dense) and policy.exact)]
     return [(DENSE, None), (factors.OURS, Dense()), *((policy.text, policy) for policy in policies)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import refuse, refuse_type
-from ..policies import FlashPrefill, Policy, Reuse, VSPrefill
+from ..policies import FlashPrefill, Policy, Reuse, TokenSparse, VSPrefill
 from ..policies.text import parse as parse_policy
 
 KEY = "flashprefill"
@@ -132,6 +132,8 @@ def _alone(policy: Policy) -> Policy:
             policy.kind,
             "one for all layers: VSPrefill's weights and Reuse's masks are for Transformers",
         )
+    if isinstance(policy, TokenSparse):
+        refuse("policy", policy.text, "a selection: dropping tokens is for flashprefill.patch_model")
     return policy
 
 

@@ -30,10 +30,12 @@ from .minference import MInference
 from .prism import Prism
 from .reuse import Borrowed, Reuse, ReusePlan
 from .rrattention import RRAttention
+from .s2o import S2O
 from .sample_attention import SampleAttention
 from .sketch import Sketch
 from .sparge_attn import SpargeAttn
 from .streaming import Streaming
+from .token_sparse import TokenSparse
 from .vsprefill import VSPrefill
 from .xattention import XAttention
 
@@ -50,10 +52,12 @@ __all__ = [
     "RRAttention",
     "Reuse",
     "ReusePlan",
+    "S2O",
     "SampleAttention",
     "Sketch",
     "SpargeAttn",
     "Streaming",
+    "TokenSparse",
     "VSPrefill",
     "XAttention",
 ]

@@ -163,6 +163,10 @@ class Policy(metaclass=_Named):
     def check_model(self, config: Any) -> None:
         """Refuse a model, by its configuration, that the policy is not for."""
 
+    def _in_model(self, layers: int) -> Policy:
+        """Return the policy for a model of so many layers, from which those of its layers are made."""
+        return self
+
     def _row_unit(self) -> int | None:
         """Return where a prompt may be cut so that the selection of no tile changes: at multiples of this.
 
@@ -185,6 +189,11 @@ class Policy(metaclass=_Named):
     def _key_list_room(self, keys: int, tile_tokens: int) -> tuple[int, int]:
         """Return how many keys a key list needs room for, 0 without lists, and the tiles that share one."""
         return 0, 1
+
+    @property
+    def skips(self) -> float:
+        """Below which share of the heaviest weight so far attention skips keys; 0: none."""
+        return float(getattr(self, "skip", 0.0))
 
     @property
     def corrects(self) -> bool:

@@ -18,6 +18,7 @@ from .library import FIELDS
 from .mask_policy import MaskPolicy
 from .reuse import Reuse
 from .streaming import Streaming
+from .token_sparse import TokenSparse
 
 
 def named() -> dict[str, type[Policy]]:
@@ -58,11 +59,12 @@ def make(name: str, fields: Mapping[str, Any]) -> Policy:
     if plain in _SHAPES:
         _check_names(name, fields, [*_TOKENS[plain], *Streaming._names()])
         return _SHAPES[plain](**fields)
-    if plain == Reuse.kind:
-        _check_names(name, fields, Reuse._names())
-        return Reuse(**fields)
+    for wrapper in (Reuse, TokenSparse):
+        if plain == wrapper.kind:
+            _check_names(name, fields, wrapper._names())
+            return wrapper(**fields)
     if plain not in known:
-        names = ", ".join([*known, *_SHAPES, Reuse.kind])
+        names = ", ".join([*known, *_SHAPES, Reuse.kind, TokenSparse.kind])
         raise InvalidArgumentError(f"the name must be one of {names}, or module:function")
     fields = known[plain].own_names(fields)
     _check_names(name, fields, [*known[plain]._extra_names, *(field.name for field in known[plain]._fields)])

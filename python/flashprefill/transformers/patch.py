@@ -55,7 +55,11 @@ def _by_layer(policy: Any, options: Mapping[str, Any] | None, layers: int) -> li
 
 
 def _at_layers(policies: list[Policy | None]) -> list[Policy | None]:
-    return [None if policy is None else policy.at_layer(layer) for layer, policy in enumerate(policies)]
+    count = len(policies)
+    return [
+        None if policy is None else policy._in_model(count).at_layer(layer)
+        for layer, policy in enumerate(policies)
+    ]
 
 
 def _model(model: Any) -> PreTrainedModel:

@@ -246,11 +246,14 @@ HWY_NOINLINE void Rescale(const TileState& tile, int32_t r, float largest) {
 // and fp32 (nor bf16: its range is the same) loses nothing by it.
 constexpr float kHeadroom = 8;
 
-// scores[begin, end) become weights. Columns that a row doesn't see become exact zeros, as far as Values reads.
-void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+// scores[begin, end) become weights. Columns that a row doesn't see become exact zeros, as far as Values reads. Where
+// rows may skip, the reference is always the largest score, without headroom: what is skipped is said by that.
+uint64_t Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
   const DF df;
   const VF lowest = hn::Set(df, -kInfinity), scale = hn::Set(df, tile.scale);
-  const float headroom = kHeadroom / tile.scale;
+  const bool skips = tile.skip > -kInfinity;
+  const float headroom = skips ? 0 : kHeadroom / tile.scale;
+  uint64_t skipped = 0;
   const int32_t filled = (SeenColumns(chunk, end) + kLanes - 1) / kLanes * kLanes;
   for (int32_t r = begin; r < end; ++r) {
     float* row = tile.scores + (r - begin) * kScoreStride;
@@ -269,6 +272,12 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
     }
     VF largest = lowest;
     for (int32_t i = 0; i < vectors; i += kLanes) largest = hn::Max(largest, hn::LoadU(df, row + i));
+    if (skips && hn::GetLane(hn::MaxOfLanes(df, largest)) < tile.largest[r] + tile.skip) {
+      for (int32_t i = 0; i < filled; i += kLanes) hn::StoreU(hn::Zero(df), df, row + i);
+      skipped |= uint64_t{1} << (r - begin);
+      *tile.skipped += seen;
+      continue;
+    }
     if (!hn::AllFalse(df, hn::Gt(largest, hn::Set(df, tile.largest[r] + headroom)))) {
       Rescale(tile, r, hn::GetLane(hn::MaxOfLanes(df, largest)));
     }
@@ -282,6 +291,7 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
     hn::StoreU(sum, df, tile.sum + r * kLeast);
     for (int32_t i = vectors; i < filled; i += kLanes) hn::StoreU(hn::Zero(df), df, row + i);
   }
+  return skipped;
 }
 
 // ---------------------------------------------------------------- few rows

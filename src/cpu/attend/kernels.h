@@ -17,7 +17,7 @@ namespace flashprefill::cpu {
 constexpr int kChunk = 128;       // columns of scores that a tile works on at a time
 constexpr int kGroup = 128;       // keys per packed group; every PANEL divides it
 constexpr int kLeast = 16;        // blocks begin at multiples of it
-constexpr int kMaxStrip = 64;     // rows whose scores exist at a time
+constexpr int kMaxStrip = 64;     // rows whose scores exist at a time; bits of a word
 constexpr int kMaxHeadDim = 512;  // of the C ABI
 constexpr int kFewRows = 8;       // of a KV head whose keys are not packed
 constexpr int kScoreStride = 144; // fp32 elements a row of scores: 128 would map rows to few cache sets
@@ -67,6 +67,10 @@ struct TileState {
   float* sum;     // [rows][16]: sum of weights, by lanes
   float* largest; // [rows]: the reference of the weights, in units of scores
   float* scores;  // [kMaxStrip][kScoreStride]
+  // A chunk counts nothing for a row if none of its scores comes within this of the row's largest before: below 0, in
+  // units of scores. -inf: every chunk counts.
+  float skip;
+  int64_t* skipped; // how many pairs of a row and a key were skipped so
 };
 
 struct AttendKernels {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/skip.h"
 #include "core/vertical_slash.h"
 #include "cpu/attend/chunk_builder.h"
 
@@ -13,6 +14,7 @@ namespace flashprefill::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+static_assert(kChunk == kSkipKeys && kFewRows + 1 == kRowsThatSkip, "what is skipped is said in chunks of this size");
 
 // Every kept block, in order.
 void AddKeptBlocks(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Packed& keys,
@@ -134,6 +136,13 @@ void Clear(const TileState& state) {
   std::fill_n(state.largest, state.rows, -kInfinity);
 }
 
+void WriteSkipped(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, int64_t pairs) {
+  if (call.mask.skip == 0 || !call.mask.skipped) return;
+  const Tile tile = call.g.TileOf(call.p, s, m);
+  const int64_t rows = (tile.end - tile.begin) * call.g.heads_per_tile;
+  call.mask.skipped[call.g.Row(s, mask_head, m)] = SkippedBlocks(pairs, rows, call.g.block_size);
+}
+
 // The rows go out.
 void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows& rows, const TileState& state,
             TileScratch& scratch) {
@@ -153,6 +162,7 @@ TileState TakeTileState(Workspace& memory, int32_t head_dim) {
   state.scores = memory.Take<float>(kMaxStrip * kScoreStride);
   state.sum = memory.Take<float>(kTileRows * kLeast);
   state.largest = memory.Take<float>(kTileRows);
+  state.skip = -kInfinity;
   return state;
 }
 
@@ -207,7 +217,12 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   state.scale = ExponentScale(p);
   call.kernels.load_queries(RowsOf(p, p.q, rows, scratch), p.head_dim, state.q);
   Clear(state);
+  int64_t skipped = 0;
+  state.skip = Skips(p, call.mask, s) ? std::log2(call.mask.skip) / state.scale : -kInfinity;
+  state.skipped = &skipped;
   AddKeptBlocks(call, rows, bits, keys, next_key, scratch);
+  state.skip = -kInfinity; // means count
+  WriteSkipped(call, s, mask_head, m, skipped);
   if (call.mask.mean_correction && HasKeyLists(call.mask)) {
     AddMeans(
         call, rows, bits, scratch.rest, [&](int64_t b) { return scratch.rest_count[b]; }, scratch);
@@ -240,6 +255,7 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
     state.rows = rows_of(h).count();
     state.head_dim = p.head_dim;
     state.scale = ExponentScale(p);
+    state.skip = -kInfinity;
     const int64_t row = h * state.rows;
     state.q = static_cast<float*>(state.q) + row * QueryStride(p.head_dim);
     state.o += row * ValueWidth(p.head_dim);
@@ -287,7 +303,10 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
       attend(block, key, static_cast<int32_t>(std::min<int64_t>(end - key, kChunk)));
     }
   }
-  for (int64_t h = 0; h < mask_heads; ++h) Finish(call, kernels, rows_of(h), state_of(h), scratch);
+  for (int64_t h = 0; h < mask_heads; ++h) {
+    Finish(call, kernels, rows_of(h), state_of(h), scratch);
+    WriteSkipped(call, s, first + h, 0, 0);
+  }
 }
 
 } // namespace flashprefill::cpu

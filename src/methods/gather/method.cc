@@ -36,7 +36,7 @@ bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_gather&>(
 
 KeyListRoom Room(const Problem& p, const Policy& policy) {
   const auto& own = reinterpret_cast<const fp_gather&>(policy);
-  return {std::min<int64_t>(own.max_keys, p.max_seqlen_k), SegmentTiles(own, Geometry::Of(p, policy))};
+  return {std::min<int64_t>(own.max_keys, p.max_seqlen_k), SegmentTiles(own.segment, Geometry::Of(p, policy))};
 }
 
 } // namespace

@@ -1,5 +1,5 @@
-// A segment of queries: which keys Gather ranks for it, and which it keeps as blocks. The reference and the CPU share
-// this; what a key is worth they say each for themselves.
+// A segment of queries: which keys Gather and S2O rank for it, and which they keep as blocks. The reference and the CPU
+// share this; what a key is worth they say each for themselves.
 #ifndef FLASHPREFILL_METHODS_GATHER_SEGMENT_H_
 #define FLASHPREFILL_METHODS_GATHER_SEGMENT_H_
 
@@ -12,8 +12,9 @@ namespace flashprefill::methods::gather {
 
 constexpr double kGainKeys = 128; // gain speaks of so many keys, as Sketch's does of a block
 
-inline int64_t SegmentTiles(const fp_gather& policy, const Geometry& g) {
-  return std::max<int64_t>(1, policy.segment / std::max(1, g.tile_tokens));
+// Tiles of a segment of so many tokens.
+inline int64_t SegmentTiles(int64_t tokens, const Geometry& g) {
+  return std::max<int64_t>(1, tokens / std::max(1, g.tile_tokens));
 }
 
 struct Segment {
@@ -22,8 +23,9 @@ struct Segment {
   int64_t window;               // the first block of the window before its first token: kept from here on
   int64_t first_key, end_key;   // keys that are ranked; none where its tiles keep everything
 
-  static Segment Of(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s, int64_t i) {
-    const int64_t tiles = SegmentTiles(reinterpret_cast<const fp_gather&>(policy), g);
+  // Segment i of a sequence, if segments are of so many tiles.
+  static Segment Of(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s, int64_t tiles,
+                    int64_t i) {
     Segment segment{};
     segment.first_tile = i * tiles;
     segment.end_tile = std::min(segment.first_tile + tiles, g.Tiles(s));

@@ -124,9 +124,6 @@ class Sums:
 
     def add(self, layer: Layer, mask: BlockMask) -> None:
         """Attend under the mask, without the mean correction and with it."""
-        density = np.asarray(mask.stats.density, dtype=float)[0]
-        group = layer.query.shape[1] // len(density)
-        self.density.append(np.repeat(density, group).round(4).tolist())
         tokens = by_tile(torch.ones(layer.query.shape[0], 1, device=layer.query.device))
         if not layer.device.cuda:
             guard = Guard(layer=layer.number)
@@ -134,6 +131,10 @@ class Sums:
         mask.mean_correction = False
         (out, lse), seconds = layer.device.timed(lambda: layer.attend(mask))
         self.attend_seconds += seconds
+        stats = mask.stats
+        density = np.asarray(stats.kept - stats.skipped, dtype=float)[0] / int(stats.total[0])
+        group = layer.query.shape[1] // len(density)
+        self.density.append(np.repeat(density, group).round(4).tolist())
         kept = (lse - layer.lse).T.clamp(max=0).exp()
         self.recall.append((by_tile(kept) / tokens).flatten().cpu())
         self.error.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())

@@ -22,6 +22,8 @@ ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
 MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
 GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
 KEY_GAINS = (0.0003, 0.001, 0.003, 0.01, 0.03)  # Gather's
+SKIPS = (0.0001, 0.001, 0.01, 0.05, 0.2)
+TAUS = (0.003, 0.01, 0.03, 0.1, 0.3)  # S2O's
 GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
 COUNTS = (4, 8, 14, 22, 34)  # blocks per tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
@@ -75,6 +77,8 @@ METHODS = (
     Line("Gather, gain, segments of 256", "gather", "gain", KEY_GAINS, {**KEYS, "segment": 256}),
     Line("Gather, gain, per query head", "gather", "gain", KEY_GAINS, {**KEYS, "share_heads": False}),
     Line("Gather, budget", "gather", "budget", (0.02, 0.05, 0.1, 0.2, 0.35), KEYS),
+    Line("S2O", "s2o", "tau", TAUS),
+    Line("S2O, per KV head", "s2o", "tau", TAUS, {"share_heads": True}),
     Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),
     Line("MInference, vertical-slash", "minference", "slash", (100, 250, 500, 1000, 2000), {"vertical": 100}),
     Line("XAttention, stride 16", "xattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
@@ -84,6 +88,7 @@ METHODS = (
     Line("SampleAttention", "sampleattention", "coverage", (0.05, 0.15, 0.35, 0.7)),
     Line("Bounds (Quest-like)", "bounds", "alpha", (0.003, 0.01, 0.03, 0.08, 0.2, 0.5)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
+    Line("Dense, skip", "dense", "skip", SKIPS),
 )
 
 # With --indexer: its weights come in as another field.
@@ -155,7 +160,6 @@ def methods(asked: Sequence[str] = (), indexer: Any = None) -> list[Line]:
     swept, policies = {line.method for line in (*lines, *INDEXED)}, named()
     lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
     lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
-    lines = [line for line in lines if line.method != "dense"]
     return [line for line in lines if not asked or line.method in asked]
 
 

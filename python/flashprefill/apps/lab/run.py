@@ -302,6 +302,8 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
             mask = select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
             if mask.key_lists is not None and query.is_cuda:
                 reasons[line.method] = "masks with key lists are for the CPU"
+            if mask.skip and query.is_cuda:
+                reasons[line.method] = "masks that skip are for the CPU"
         except UnsupportedError as error:
             reasons[line.method] = str(error)
     return reasons

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._arguments import final_chunk_of, results_of, shared_of
+from ._arguments import final_chunk_of, results_of, scaled, shared_of
 from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, PREFILL, SELECT
-from ._key_lists import rows_of as key_list_rows
-from ._layout import Layout, check_bool, layout_of, tile_tokens_of
+from ._layout import Layout, check_bool, layout_of
 from ._ops import ops_of
 from ._prototype import join_function
 from .errors import refuse, refuse_type
@@ -25,34 +24,10 @@ from .policies.text import policy_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Table
+    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Scale, Table
     from .stats import Stats
 
 __all__ = ["attend", "prefill_attention", "select"]
-
-
-def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
-    """Return an empty mask for the policy to fill."""
-    tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
-    heads = k.shape[-2] if policy.share_heads else q.shape[-2]
-    shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
-    room = policy._vertical_slash_room(layout.max_seqlen_k)
-    list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
-    segment_rows = key_list_rows(layout, segment_tiles * tile_tokens)
-    return BlockMask(
-        layout.kept(ops),
-        ops.zero_words(q, shape),
-        ops.zero_counts(q, shape[:2]),
-        ops.zero_counts(q, (layout.batch,)),
-        tile_tokens,
-        policy.block_size,
-        policy.share_heads,
-        policy.corrects,
-        ops.zero_counts(q, (layout.batch, heads, 2 + sum(room))) if sum(room) else None,
-        room[0],
-        ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
-        segment_tiles,
-    )
 
 
 def _select(
@@ -69,7 +44,7 @@ def _select(
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask
-    mask = _new_mask(ops, q, k, layout, policy)
+    mask = BlockMask._for_policy(ops, q, k, layout, policy)
     ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared))
     return mask
 
@@ -158,6 +133,11 @@ def prefill_attention(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
+    v_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
     out: Any = None,
@@ -191,6 +171,12 @@ def prefill_attention(
         max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
         seqused_k: keys of each sequence that are in use, [batch].
         block_table: page of each run of page_size keys, [batch, pages per sequence].
+        k_scale: what FP8 keys are multiplied by, a number or fp32 [1], [kv_heads] or [batch, kv_heads]. k and
+            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout, on the CPU; the default is 1.
+        v_scale: what FP8 values are multiplied by, likewise.
+        q_descale: what FP8 queries are multiplied by, likewise. Such queries become bf16, and so does out.
+        k_descale: another name of ``k_scale``, FlashAttention's.
+        v_descale: another name of ``v_scale``.
         layout: the order of axes of q, k, v and out. "bthd" is the one above; "bhtd" is PyTorch's own,
             [batch, heads, tokens, head_dim]. The default is "bthd", with a warning where there are more heads
             than tokens.
@@ -222,6 +208,7 @@ def prefill_attention(
     if flip:
         q, k, v = swapped(q), swapped(k), swapped(v)
     own_out, out = out, swapped(out) if flip else out
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
         (q, k, v),
@@ -234,7 +221,10 @@ def prefill_attention(
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
     final_chunk = final_chunk_of(final_chunk, places.batch)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    scales |= {"v_scale": v_scale, "v_descale": v_descale}
+    q, scales = scaled(ops, (given, q, k, v), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     check_bool("return_stats", return_stats)
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
@@ -244,7 +234,7 @@ def prefill_attention(
     else:
         lists = BlockMask._no_lists
         if return_stats:
-            mask = _new_mask(ops, q, k, places, policy)
+            mask = BlockMask._for_policy(ops, q, k, places, policy)
             lists = mask._lists
         ops.prefill(
             *PREFILL.pack(
@@ -280,6 +270,9 @@ def select(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
     threads: int | None = None,
@@ -301,6 +294,9 @@ def select(
         max_seqlen_k: as in :func:`prefill_attention`.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        k_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
@@ -318,6 +314,7 @@ def select(
     flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
     if flip:
         q, k = swapped(q), swapped(k)
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
         (q, k, k),
@@ -330,7 +327,9 @@ def select(
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
     final_chunk = final_chunk_of(final_chunk, places.batch)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    q, scales = scaled(ops, (given, q, k, None), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     return _select(ops, q, k, places, policy, final_chunk, shared)
 
 
@@ -387,6 +386,11 @@ def attend(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
+    v_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     out: Any = None,
     return_lse: bool = False,
@@ -409,6 +413,11 @@ def attend(
         max_seqlen_k: as in :func:`prefill_attention`; the default is the mask's.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        k_scale: as in :func:`prefill_attention`.
+        v_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
+        v_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -439,6 +448,7 @@ def attend(
         max_seqlen_q = made_for.max_seqlen_q
     if (cu_seqlens_k is not None or block_table is not None) and max_seqlen_k is None:
         max_seqlen_k = made_for.max_seqlen_k
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
         (q, k, v),
@@ -455,7 +465,10 @@ def attend(
         if getattr(places, name) != getattr(made_for, name):
             refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(places, name)})")
     given = _fitting(ops, mask, q, k)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    scales |= {"v_scale": v_scale, "v_descale": v_descale}
+    q, scales = scaled(ops, (given, q, k, v), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     out, lse = results_of(ops, q, out, return_lse)
     ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
     out = as_given(out, own_out, flip)

@@ -181,6 +181,6 @@ class Policy(metaclass=_Named):
         return 0, 1
 
     @property
-    def corrects(self) -> bool:
-        """Whether blocks left out count by their means."""
-        return bool(getattr(self, "mean_correction", False))
+    def corrects(self) -> bool | str:
+        """Whether blocks left out count by their means, or by summary keys (``"summary"``)."""
+        return getattr(self, "mean_correction", False)  # type: ignore[no-any-return]

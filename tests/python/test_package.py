@@ -208,6 +208,15 @@ def test_structs_carry_values_words_and_lists():
     assert fields_of(fp.XAttention())["head_thresholds"] == []
 
 
+def test_the_correction_is_a_choice_that_takes_bools_as_they_are_written():
+    for word, number in (("false", 0), ("False", 0), ("true", 1), ("True", 1), ("1", 1), ("summary", 2)):
+        memory = library.struct_of(f"streaming(mean_correction={word})")
+        assert _abi.Policy.from_buffer(memory).mean_correction == number
+    assert text.parse("streaming(mean_correction=true)") == fp.Streaming(mean_correction=True)
+    with pytest.raises(fp.InvalidArgumentError, match="must be one of false, true, summary"):
+        library.struct_of("streaming(mean_correction=means)")
+
+
 def test_policies_are_values():
     policy = fp.FlashPrefill(alpha=np.float32(0.25), block_size=np.int64(64))
     assert policy == fp.FlashPrefill(alpha=0.25, block_size=64) and type(policy.alpha) is float

@@ -183,4 +183,4 @@ class Policy(metaclass=_Named):
     @property
     def corrects(self) -> bool | str:
         """Whether blocks left out count by their means, or by summary keys (``"summary"``)."""
-        return getattr(self, "mean_correction", False)  # type: ignore[no-any-return]
+        return getattr(self, "mean_correction", False)

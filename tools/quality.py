@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_eval
+import quality_summary
 
 from flashprefill.apps import table
 
@@ -480,6 +481,10 @@ def main() -> None:
         lines += quality_eval.section(
             [json.loads(path.read_text(encoding="utf-8")) for path in evaluated], ran
         )
+    found = [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("lab-summary-keys*.json"))
+    ]
+    lines += quality_summary.section(found, ran) if found else []
     path = RESULTS / "lab-prototypes.json"
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))

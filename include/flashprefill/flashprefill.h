@@ -57,7 +57,9 @@ FP_API const char* fp_version(void);
 
 /* ---------------------------------------------------------------- problem */
 
-typedef enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2 } fp_dtype;
+/* FP_E4M3 is for k and v only: FP8 caches with 4 bits of exponent, 3 of mantissa, NaN and no infinity (OCP E4M3;
+ * PyTorch's float8_e4m3fn). */
+typedef enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2, FP_E4M3 = 3 } fp_dtype;
 
 typedef enum fp_device { FP_CPU = 0, FP_CUDA = 1 } fp_device;
 
@@ -112,6 +114,12 @@ typedef struct fp_problem {
   int32_t page_size;           /* tokens per page */
   int64_t page_count;          /* pages in the cache; entries of block_table are below it */
   const uint8_t* final_chunks; /* [batch], host memory: final_chunk of each sequence; NULL: final_chunk holds for all */
+  /* Scales of FP_E4M3 keys and values: what their stored numbers are multiplied by. That of sequence b and KV head h is
+   * at scale + b*stride[0] + h*stride[1], so strides of 0 make one scale for all. NULL: 1. Elsewhere NULL. */
+  const float* k_scale;
+  const float* v_scale;
+  int64_t k_scale_stride[2];
+  int64_t v_scale_stride[2];
 } fp_problem;
 
 /* ---------------------------------------------------------------- execution */
@@ -243,7 +251,7 @@ typedef struct fp_block_mask {
   int32_t tile_tokens;     /* query tokens per tile */
   int32_t block_size;      /* keys per block */
   int32_t share_heads;     /* 0 or 1 */
-  int32_t mean_correction; /* 0 or 1: blocks whose bit is zero, and visible to the whole tile, count by their means */
+  int32_t mean_correction; /* fp_mean_correction: how blocks whose bit is zero count */
   int64_t tile_rows;
   int64_t words;     /* 64-bit words per row */
   uint64_t* bits;    /* [heads, tile_rows, words] */

@@ -25,6 +25,17 @@ typedef enum fp_policy_kind {
   FP_S2O = 17
 } fp_policy_kind;
 
+/* Whether blocks that are left out, and visible to the whole tile, count in the softmax. */
+typedef enum fp_mean_correction {
+  FP_NO_CORRECTION = 0,
+  FP_BLOCK_MEANS = 1, /* each by its mean key and value, weighing as much as it has keys (FlashPrefill V2) */
+  FP_SUMMARY_KEYS = 2 /* one key and value for up to FP_SUMMARY_BLOCKS of them, which are those means as the tile's mean
+                         query weighs them: exact for that query, and to first order around it. On FP_CPU */
+} fp_mean_correction;
+
+/* A summary key stands for the blocks left out of FP_SUMMARY_BLOCKS neighbouring ones, from a multiple of it on. */
+#define FP_SUMMARY_BLOCKS 16
+
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
  * tile below is the key block of its last row. */
 typedef struct fp_policy {
@@ -36,7 +47,7 @@ typedef struct fp_policy {
   int32_t dense_tail_blocks; /* the last ceil(dense_tail_blocks * block_size / tile rows) tiles of a final chunk are
                                 dense */
   int32_t share_heads;       /* 1: the query heads of a KV head share one list, their rows packed into tiles of 128 */
-  int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
+  int32_t mean_correction;   /* fp_mean_correction */
 } fp_policy;
 
 /* Everything is kept. With skip, attention itself leaves out what weighs next to nothing (BLASST, arXiv 2512.12087;

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 
 from . import errors
 
-F32, BF16, F16 = 0, 1, 2
+F32, BF16, F16, E4M3 = range(4)
 CPU, CUDA = 0, 1
 VSPREFILL = 16  # fp_policy_kind
 INT, FLOAT, BOOL, CHOICE, INT_TABLE, FLOAT_TABLE = range(6)  # fp_field_type
@@ -81,6 +81,10 @@ class Problem(Structure):
         ("page_size", c_int32),
         ("page_count", c_int64),
         ("final_chunks", c_void_p),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("k_scale_stride", c_int64 * 2),
+        ("v_scale_stride", c_int64 * 2),
     ]
 
 

@@ -44,6 +44,10 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
         p.page_count, p.page_size = k.shape[0], k.shape[1]
     elif call.cu_seqlens_k is not None:
         p.total_k = k.shape[0]
+    for name in ("k_scale", "v_scale"):
+        if (scale := getattr(call, name)) is not None:
+            setattr(p, name, address_of(scale))
+            setattr(p, f"{name}_stride", (ctypes.c_int64 * 2)(*strides_of(scale)))
     p.final_chunk = 1
     return p
 
@@ -153,7 +157,7 @@ def select(*arguments: Any) -> None:
     call = SELECT.unpack(arguments)
     values = call.k if call.v is None else call.v
     q, k, v = all_cuda_reads(call.q, call.k, values, cached=call.block_table is not None)
-    p = problem_of(call, q, k, v)
+    p = problem_of(call if call.v is not None else call._replace(v_scale=call.k_scale), q, k, v)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:

@@ -12,12 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _tokens
-from ._arguments import final_chunk_of, results_of, shared_of
+from ._arguments import final_chunk_of, results_of, scaled, shared_of
 from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
 from ._given_mask import fitting, places_of_mask
-from ._key_lists import rows_of as key_list_rows
-from ._layout import Layout, check_bool, layout_of, tile_tokens_of
+from ._layout import Layout, check_bool, layout_of
 from ._ops import ops_of
 from ._prototype import join_function
 from ._reused import mask_of
@@ -30,36 +29,10 @@ from .policies.text import policy_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Table
+    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Scale, Table
     from .stats import Stats
 
 __all__ = ["attend", "prefill_attention", "select"]
-
-
-def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
-    """Return an empty mask for the policy to fill."""
-    tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
-    heads = k.shape[-2] if policy.share_heads else q.shape[-2]
-    shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
-    room = policy._vertical_slash_room(layout.max_seqlen_k)
-    list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
-    segment_rows = key_list_rows(layout, segment_tiles * tile_tokens)
-    return BlockMask(
-        layout.kept(ops),
-        ops.zero_words(q, shape),
-        ops.zero_counts(q, shape[:2]),
-        ops.zero_counts(q, (layout.batch,)),
-        tile_tokens,
-        policy.block_size,
-        policy.share_heads,
-        policy.corrects,
-        ops.zero_counts(q, (layout.batch, heads, 2 + sum(room))) if sum(room) else None,
-        room[0],
-        ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
-        segment_tiles,
-        policy.skips,
-        ops.zero_counts(q, shape[:2]) if policy.skips else None,
-    )
 
 
 def _select(
@@ -84,7 +57,7 @@ def _select(
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask
-    mask = _new_mask(ops, q, k, layout, policy)
+    mask = BlockMask._for_policy(ops, q, k, layout, policy)
     ops.select(
         *SELECT.pack(q=q, k=k, v=v, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared)
     )
@@ -175,6 +148,11 @@ def prefill_attention(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
+    v_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
     guard: Guard | str | None = None,
@@ -212,6 +190,12 @@ def prefill_attention(
         max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
         seqused_k: keys of each sequence that are in use, [batch].
         block_table: page of each run of page_size keys, [batch, pages per sequence].
+        k_scale: what FP8 keys are multiplied by, a number or fp32 [1], [kv_heads] or [batch, kv_heads]. k and
+            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout, on the CPU; the default is 1.
+        v_scale: what FP8 values are multiplied by, likewise.
+        q_descale: what FP8 queries are multiplied by, likewise. Such queries become bf16, and so does out.
+        k_descale: another name of ``k_scale``, FlashAttention's.
+        v_descale: another name of ``v_scale``.
         layout: the order of axes of q, k, v and out. "bthd" is the one above; "bhtd" is PyTorch's own,
             [batch, heads, tokens, head_dim]. The default is "bthd", with a warning where there are more heads
             than tokens.
@@ -246,6 +230,7 @@ def prefill_attention(
     if flip:
         q, k, v = swapped(q), swapped(k), swapped(v)
     own_out, out = out, swapped(out) if flip else out
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
         (q, k, v),
@@ -258,7 +243,10 @@ def prefill_attention(
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
     final_chunk = final_chunk_of(final_chunk, places.batch)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    scales |= {"v_scale": v_scale, "v_descale": v_descale}
+    q, scales = scaled(ops, (given, q, k, v), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     check_bool("return_stats", return_stats)
     guard = guard_of(guard)
     report = None if guard is None else GuardReport(ops, guard, places.batch, q.shape[-2])
@@ -268,7 +256,7 @@ def prefill_attention(
     stats = None
     if isinstance(policy, TokenSparse):
         if report is not None:
-            raise UnsupportedError(f"guard is for policies with a mask, and {policy.kind} drops tokens instead")
+            raise UnsupportedError(f"guard needs a policy with a mask, and {policy.kind} drops tokens")
         stats = ops.in_python(
             _tokens.prefill, ops, (q, k, v), (out, lse), policy, places, final_chunk, shared
         )
@@ -281,7 +269,7 @@ def prefill_attention(
     else:
         lists = BlockMask._no_lists
         if return_stats:
-            mask = _new_mask(ops, q, k, places, policy)
+            mask = BlockMask._for_policy(ops, q, k, places, policy)
             lists = mask._lists
         ops.prefill(
             *PREFILL.pack(
@@ -319,6 +307,9 @@ def select(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
     threads: int | None = None,
@@ -344,6 +335,9 @@ def select(
         max_seqlen_k: as in :func:`prefill_attention`.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        k_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
@@ -361,6 +355,7 @@ def select(
     flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
     if flip:
         q, k, v = swapped(q), swapped(k), None if v is None else swapped(v)
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
         (q, k, k if v is None else v),
@@ -375,7 +370,9 @@ def select(
     final_chunk = final_chunk_of(final_chunk, places.batch)
     if policy.reads_values and v is None:
         refuse("v", None, f"given: {type(policy).__name__} reads values")
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    q, scales = scaled(ops, (given, q, k, None), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     return _select(ops, q, k, places, policy, final_chunk, shared, v if policy.reads_values else None)
 
 
@@ -432,6 +429,11 @@ def attend(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
+    v_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     out: Any = None,
     return_lse: bool = False,
@@ -454,6 +456,11 @@ def attend(
         max_seqlen_k: as in :func:`prefill_attention`; the default is the mask's.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        k_scale: as in :func:`prefill_attention`.
+        v_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
+        v_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -474,10 +481,14 @@ def attend(
         q, k, v = swapped(q), swapped(k), swapped(v)
     own_out, out = out, swapped(out) if flip else out
     lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), seqused_k, block_table
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = places_of_mask(ops, mask, (q, k, v), causal, lengths, layout is None)
-    given = fitting(ops, mask, q, k)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    parts = fitting(ops, mask, q, k)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    scales |= {"v_scale": v_scale, "v_descale": v_descale}
+    q, scales = scaled(ops, (given, q, k, v), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     out, lse = results_of(ops, q, out, return_lse)
-    ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
+    ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **parts, **shared))
     out = as_given(out, own_out, flip)
     return out if lse is None else (out, lse)

@@ -1,6 +1,7 @@
 // Attend: softmax over the keys that a row's kept blocks hold, in two passes over a list of them. With the mean
-// correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens. A mask
-// that skips takes chunks of keys off the list again.
+// correction the blocks left out join the list, each as one key (its mean) that weighs as much as it has tokens, or
+// many as one summary key. A mask that skips takes chunks of keys off the list again.
+#include <algorithm>
 #include <cmath>
 
 #include "core/key_list.h"
@@ -49,7 +50,56 @@ Means MeansOf(const Problem& p, const Geometry& g, const Sequence& s, const KeyV
   return means;
 }
 
-// What row `q` at `position` attends to.
+// Summary keys: what stands for the blocks that a tile leaves out of FP_SUMMARY_BLOCKS neighbouring ones.
+struct Summaries {
+  Matrix keys, values;
+  std::vector<double> bias; // added to a row's scores
+};
+
+// With q the mean of the head's query rows in the tile, and n, k, v the count and means of a block, a block weighs
+// w = n exp(s q.k). The summary's key and value are the means by these weights, rounded once, and its bias is such that
+// a row that equals q gives it the weight that it gives all of them: log(sum of w) - s q.key.
+Summaries SummariesOf(const Problem& p, const Tile& tile, const uint64_t* bits, const Matrix& queries,
+                      const Means& means) {
+  const int64_t d = p.head_dim;
+  std::vector<double> query(static_cast<size_t>(d));
+  for (int64_t i = 0; i < d; ++i) {
+    for (int64_t row = tile.begin; row < tile.end; ++row) query[i] += queries[row][i];
+    query[i] /= static_cast<double>(tile.end - tile.begin);
+  }
+  const auto finite = [](double x) { return std::isfinite(x); };
+  if (!std::all_of(query.begin(), query.end(), finite)) std::fill(query.begin(), query.end(), 0.0); // plain means
+  const int64_t most = DivUp<int64_t>(tile.full, FP_SUMMARY_BLOCKS);
+  Summaries all{Matrix(most, d), Matrix(most, d), {}};
+  for (int64_t first = 0; first < tile.full; first += FP_SUMMARY_BLOCKS) {
+    std::vector<int64_t> left;
+    std::vector<double> energy;
+    for (int64_t b = first; b < std::min<int64_t>(first + FP_SUMMARY_BLOCKS, tile.full); ++b) {
+      if (TestBit(bits, b) || means.count[b] == 0) continue;
+      left.push_back(b);
+      energy.push_back(p.softmax_scale * Dot(query.data(), means.keys[b], d) +
+                       std::log(static_cast<double>(means.count[b])));
+    }
+    if (left.empty()) continue;
+    const double largest = *std::max_element(energy.begin(), energy.end());
+    double sum = 0;
+    for (double& e : energy) sum += e = std::exp(e - largest);
+    const int64_t at = static_cast<int64_t>(all.bias.size());
+    double *key = all.keys[at], *value = all.values[at];
+    for (int64_t i = 0; i < d; ++i) {
+      for (size_t j = 0; j < left.size(); ++j) {
+        key[i] += energy[j] / sum * means.keys[left[j]][i];
+        value[i] += energy[j] / sum * means.values[left[j]][i];
+      }
+      key[i] = Rounded(p.k.dtype, key[i]);
+      value[i] = Rounded(p.v.dtype, value[i]);
+    }
+    all.bias.push_back(largest + std::log(sum) - p.softmax_scale * Dot(query.data(), key, d));
+  }
+  return all;
+}
+
+// What row `q` at `position` attends to, without summary keys.
 void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, const Sequence& s, const Tile& tile,
                  const uint64_t* bits, const std::vector<uint8_t>& on_extra, const KeyValues& kv, const Means& means,
                  const double* q, int64_t position, std::vector<Entry>& entries) {
@@ -69,7 +119,7 @@ void ListEntries(const Problem& p, const BlockMask& mask, const Geometry& g, con
       taken += g.BlockKeys(s, b);
       continue;
     }
-    if (mask.mean_correction && b < tile.full && means.count[b] > 0) {
+    if (mask.mean_correction == FP_BLOCK_MEANS && b < tile.full && means.count[b] > 0) {
       const double weight = static_cast<double>(means.count[b]);
       entries.push_back({scale * Dot(q, means.keys[b], p.head_dim), weight, means.values[b]});
     }
@@ -150,9 +200,15 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
       const std::vector<uint8_t> on_extra = ExtraKeys(s, tile, extra, list);
       const bool begins = m == 0 || (HasKeyLists(mask) && m % mask.segment_tiles == 0);
       if (mask.mean_correction && begins) means = MeansOf(p, g, s, kv, list);
+      Summaries summaries;
+      if (mask.mean_correction == FP_SUMMARY_KEYS) summaries = SummariesOf(p, tile, bits, queries, means);
       for (int64_t i = tile.begin; i < tile.end; ++i) {
         ListEntries(p, mask, g, s, tile, bits, on_extra, kv, means, queries[i], s.prefix + i, entries);
         if (Skips(p, mask, s)) skipped[g.Row(s, head / g.heads_per_tile, m)] += Skip(mask.skip, entries);
+        for (size_t j = 0; j < summaries.bias.size(); ++j) {
+          const double z = p.softmax_scale * Dot(queries[i], summaries.keys[j], p.head_dim) + summaries.bias[j];
+          entries.push_back({z, 1, summaries.values[j]});
+        }
         const double lse = Softmax(entries, out);
         const int64_t row = RowOffset(p, output.out.stride, s, i, head);
         for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -166,7 +222,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Output& output) {
   for (int b = 0; b < p.batch; ++b) {
     const Sequence s = SequenceOf(p, b);
     for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
-      const KeyValues kv{LoadKeys(p, p.k, s, kv_head), LoadKeys(p, p.v, s, kv_head)};
+      const KeyValues kv{LoadKeys(p, s, kv_head), LoadValues(p, s, kv_head)};
       for (int64_t h = kv_head * g.group; h < (kv_head + 1) * g.group; ++h) attend_head(s, h, kv);
     }
     for (int64_t h = 0; mask.skip > 0 && mask.skipped && h < g.mask_heads; ++h) {

@@ -33,11 +33,12 @@ struct Matrix {
 };
 
 Matrix LoadQueries(const Problem& p, const Sequence& s, int64_t head);
-Matrix LoadKeys(const Problem& p, const Tensor& tensor, const Sequence& s, int64_t kv_head); // of k or of v
+Matrix LoadKeys(const Problem& p, const Sequence& s, int64_t kv_head);
+Matrix LoadValues(const Problem& p, const Sequence& s, int64_t kv_head);
 
 double Dot(const double* a, const double* b, int64_t n);
 
-// Rule 4: a mean is rounded once, to the dtype of what it is a mean of.
+// Rule 4: a mean is rounded once, to the dtype of what it is a mean of; to bf16 if that is FP8.
 inline double Rounded(int32_t dtype, double x) { return RoundTo(dtype, static_cast<float>(x)); }
 
 // Mean of rows [begin, end) of m, rounded to dtype, written to mean[columns].

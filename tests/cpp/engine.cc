@@ -162,7 +162,7 @@ std::vector<int32_t> Mask::Keys(const Sequence& s, int64_t head, int64_t segment
   return {list.keys, list.keys + list.count};
 }
 
-Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
+Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, int32_t mean_correction, double density,
                 uint64_t seed) {
   AnyPolicy policy = Dense(block_size);
   policy.common.share_heads = share_heads;

@@ -41,7 +41,7 @@ struct Mask {
 };
 
 // A mask with each visible block kept with this probability, and random bits where attend must not look.
-Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
+Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, int32_t mean_correction, double density,
                 uint64_t seed);
 
 // The mask with a list of keys for each segment of so many tiles: each of its keys with this probability, in the future

@@ -21,7 +21,7 @@ namespace {
 
 void CompareAttend(const OpData& data, const Mask& mask) {
   SCOPED_TRACE(data.op().Describe() + "; segments of " + std::to_string(mask.view.segment_tiles) + " tiles" +
-               (mask.view.share_heads ? ", shared" : "") + (mask.view.mean_correction ? ", corrected" : ""));
+               (mask.view.share_heads ? ", shared" : "") + ", correction " + std::to_string(mask.view.mean_correction));
   const Attended expected = Attend(Reference(), data.problem(), mask);
   for (const Engine& engine : OtherEngines()) {
     EXPECT_TRUE(Close(data.problem(), expected, Attend(engine, data.problem(), mask, 2, data.op().out_strides)))
@@ -38,6 +38,8 @@ void AttendOver(std::vector<OpCase> cases) {
     const int room = static_cast<int>(std::max<int64_t>(1, p.max_seqlen_k));
     const Mask blocks = RandomMask(p, i % 2 ? 64 : 16, false, i % 3 == 0, 0.2, i);
     CompareAttend(data, WithKeyLists(p, blocks, 1 + static_cast<int>(i % 3), room, 0.3, i));
+    const Mask summarised = RandomMask(p, 16, i % 2, FP_SUMMARY_KEYS, 0.2, i);
+    CompareAttend(data, WithKeyLists(p, summarised, 1 + static_cast<int>(i % 3), room, 0.3, i));
     const Mask shared = RandomMask(p, i % 2 ? 128 : 48, true, i % 3 != 0, 0.1, i + 1000);
     CompareAttend(data, WithKeyLists(p, shared, 1 + static_cast<int>(i % 4), std::max(1, room / 2), 0.6, i + 1000));
   }

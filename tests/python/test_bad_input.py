@@ -334,8 +334,14 @@ POLICIES = [
     (
         fp.FlashPrefill,
         {"mean_correction": "on"},
-        TypeError,
-        "mean_correction is 'on'; it must be True or False",
+        ValueError,
+        "mean_correction is 'on'; it must be one of False, True, 'summary'",
+    ),
+    (
+        fp.Streaming,
+        {"mean_correction": 1},
+        ValueError,
+        "mean_correction is 1; it must be one of False, True, 'summary'",
     ),
     (fp.Streaming, {"sink_blocks": -1}, ValueError, "sink_blocks is -1; it must be from 0"),
     (fp.Streaming, {"window_blocks": 2**25}, ValueError, "window_blocks is 33554432; it must be from 0"),

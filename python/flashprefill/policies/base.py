@@ -196,6 +196,6 @@ class Policy(metaclass=_Named):
         return float(getattr(self, "skip", 0.0))
 
     @property
-    def corrects(self) -> bool:
-        """Whether blocks left out count by their means."""
-        return bool(getattr(self, "mean_correction", False))
+    def corrects(self) -> bool | str:
+        """Whether blocks left out count by their means, or by summary keys (``"summary"``)."""
+        return getattr(self, "mean_correction", False)

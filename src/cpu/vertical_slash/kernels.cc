@@ -29,8 +29,10 @@ void LoadQueries(const Problem& p, const Sequence& s, int64_t begin, int64_t end
 }
 
 void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows) {
+  const float scale = KeyScale(p, s, kv_head);
   for (int64_t t = begin; t < end; ++t, rows += p.head_dim) {
-    LoadRow(p.k.data, p.k.dtype, KeyOffset(p, p.k.stride, s, t, kv_head), p.k.stride[3], p.head_dim, p.head_dim, rows);
+    LoadRow(p.k.data, p.k.dtype, KeyOffset(p, p.k.stride, s, t, kv_head), p.k.stride[3], p.head_dim, p.head_dim, rows,
+            scale);
   }
 }
 

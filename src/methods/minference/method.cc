@@ -26,7 +26,7 @@ constexpr Field kFields[] = {
 void Check(const Policy& policy) {
   const fp_minference& m = Of(policy);
   if (m.rounding == FP_ROUND_TOKENS && m.common.mean_correction) {
-    Refuse("mean_correction", 1, "0 with FP_ROUND_TOKENS: parts of blocks have no mean");
+    Refuse("mean_correction", m.common.mean_correction, "0 with FP_ROUND_TOKENS: parts of blocks have no mean");
   }
 }
 

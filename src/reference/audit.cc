@@ -50,7 +50,7 @@ void Audit(const Problem& p, const BlockMask& mask, std::span<AuditRow> rows) {
     AuditRow& row = rows[i];
     const Sequence s = SequenceOf(p, row.sequence);
     const bool other_sequence = i == 0 || rows[i - 1].sequence != row.sequence;
-    if (other_sequence || rows[i - 1].head / group != row.head / group) keys = LoadKeys(p, p.k, s, row.head / group);
+    if (other_sequence || rows[i - 1].head / group != row.head / group) keys = LoadKeys(p, s, row.head / group);
     if (other_sequence || rows[i - 1].head != row.head) queries = LoadQueries(p, s, row.head);
     AuditOne(p, mask, s, keys, queries[row.row], row);
   }

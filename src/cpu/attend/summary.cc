@@ -79,7 +79,6 @@ class SummaryColumns {
     one.rows = 1;
     one.head_dim = call_.p.head_dim;
     one.scale = scratch_.state.scale;
-    one.skip = -kInfinity;
     one.q = Query(head);
     ClearTile(one);
     Chunk chunk{nullptr, nullptr, left.count, 1, {}, nullptr, -1, nullptr};

@@ -27,7 +27,7 @@ class VSPrefill : public HeadSelector {
       : head_(head), policy_(reinterpret_cast<const fp_vsprefill&>(head.policy)), columns_(Tokens()), lines_(Tokens()) {
     if (policy_.hidden == 0) return;
     const int64_t kv_head = head.first_head / head.geometry.group;
-    const Matrix values = LoadKeys(head.problem, head.problem.v, head.sequence, kv_head);
+    const Matrix values = LoadValues(head.problem, head.sequence, kv_head);
     std::vector<double> vertical(Tokens()), slash(Tokens());
     for (size_t t = 0; t < Tokens(); ++t) {
       const int64_t token = static_cast<int64_t>(t);

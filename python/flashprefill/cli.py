@@ -201,7 +201,7 @@ def _add_lab(verbs: Any) -> None:
     add("--long", action="store_true", help=what)
     what = "layers to look at (default: six, early to late)"
     add("--layers", type=_list_of(int), default=[], metavar="N,N", help=what)
-    what = "only this method, or your own module:function; may be repeated (default: all)"
+    what = "only this method, line (by its label) or module:function of yours; may be repeated (default: all)"
     add("--method", action="append", default=[], metavar="NAME", help=what)
     add("--no-studies", action="store_true", help="leave out the studies (alpha, allocation, gamma, tau)")
     add("--dump", type=Path, metavar="DIR", help="keep Q, K and V of the layers here")

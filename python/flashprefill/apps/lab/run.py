@@ -207,8 +207,8 @@ def check(options: Options) -> None:
     for name in options.method:
         if ":" in name:
             parse_policy(name)
-        elif name not in lines.names():
-            raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
+        elif name not in lines.names() + lines.labels():
+            raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}, or a line's label")
     checks.can_make(options.out)
     if options.source is not None and not options.source.is_dir():
         raise UsageError(f"--from {options.source}: must be a directory of dumps")

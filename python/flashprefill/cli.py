@@ -217,7 +217,7 @@ def _add_lab(verbs: Any) -> None:
     add("--long", action="store_true", help=what)
     what = "layers to look at (default: six, early to late)"
     add("--layers", type=_list_of(int), default=[], metavar="N,N", help=what)
-    what = "only this method, or your own module:function; may be repeated (default: all)"
+    what = "only this method, line (by its label) or module:function of yours; may be repeated (default: all)"
     add("--method", action="append", default=[], metavar="NAME", help=what)
     what = "weights for VSPrefill, of train-indexer; without them it is left out"
     add("--indexer", type=Path, metavar="FILE", help=what)

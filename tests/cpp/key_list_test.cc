@@ -230,6 +230,27 @@ Sorted BySorting(const std::vector<float>& energies, const cpu::KeyRule& rule) {
   return {order, static_cast<int64_t>(wanted)};
 }
 
+// With `sift`, keys that cannot have the gain are taken out before and count by their sum.
+Sorted ByThreshold(const std::vector<float>& energies, cpu::KeyRule rule, bool sift) {
+  const double total = std::accumulate(energies.begin(), energies.end(), 0.0);
+  const double least = sift && total > 0 && !std::isnan(rule.gain) ? 0.999 * rule.gain / std::sqrt(total) : 0;
+  std::vector<float> left;
+  std::vector<int32_t> keys;
+  for (size_t i = 0; i < energies.size(); ++i) {
+    if (energies[i] < least) {
+      rule.below += double{energies[i]};
+    } else {
+      left.push_back(energies[i]), keys.push_back(static_cast<int32_t>(i));
+    }
+  }
+  const int64_t n = static_cast<int64_t>(left.size());
+  std::vector<uint64_t> ranks(left.size());
+  const cpu::KeyThreshold threshold = cpu::FindKeyThreshold(left.data(), n, rule, ranks.data());
+  Sorted found{std::vector<int32_t>(static_cast<size_t>(threshold.kept)), threshold.wanted};
+  cpu::TakeKeys(left.data(), keys.data(), n, threshold, found.keys.data());
+  return found;
+}
+
 TEST(KeyThreshold, FindsWhatASortFinds) {
   std::mt19937 random(7);
   for (const int n : {1, 2, 63, 64, 65, 1000, 4097}) {
@@ -243,7 +264,6 @@ TEST(KeyThreshold, FindsWhatASortFinds) {
             : kind == 3 ? 0.25f
                         : 0.f;
       }
-      std::vector<uint64_t> ranks(energies.size());
       std::vector<cpu::KeyRule> rules;
       for (const int64_t count : {0, 1, n / 3, n - 1, n}) {
         for (const int64_t room : {0, 1, n / 2, n}) rules.push_back({.count = count, .room = room});
@@ -253,13 +273,11 @@ TEST(KeyThreshold, FindsWhatASortFinds) {
       }
       for (const cpu::KeyRule& rule : rules) {
         const Sorted want = BySorting(energies, rule);
-        const cpu::KeyThreshold have = cpu::FindKeyThreshold(energies.data(), n, rule, ranks.data());
-        ASSERT_EQ(have.kept, static_cast<int64_t>(want.keys.size())) << n << ", " << kind << ", " << rule.gain;
-        ASSERT_EQ(have.wanted, want.wanted) << n << ", " << kind << ", " << rule.gain;
-        std::vector<int32_t> keys(want.keys.size());
-        cpu::TakeKeys(energies.data(), n, have, 10, keys.data());
-        for (int32_t& key : keys) key -= 10;
-        ASSERT_EQ(keys, want.keys) << n << ", " << kind << ", " << rule.gain << ", " << rule.count;
+        for (const bool sift : {false, true}) {
+          const Sorted have = ByThreshold(energies, rule, sift);
+          ASSERT_EQ(have.wanted, want.wanted) << n << ", " << kind << ", " << rule.gain << ", " << sift;
+          ASSERT_EQ(have.keys, want.keys) << n << ", " << kind << ", " << rule.gain << ", " << rule.count;
+        }
       }
     }
   }

@@ -149,6 +149,14 @@ def test_the_table_is_sound():
     assert len({line.label for line in lines.methods()}) == len(lines.methods())
 
 
+def test_a_line_may_be_asked_for_by_its_label():
+    assert [line.label for line in lines.methods(["Gather, gain", "streaming"])] == [
+        "Gather, gain",
+        "Streaming",
+    ]
+    assert not lines.studies(["Gather, gain"])
+
+
 def test_a_policy_without_a_line_shows_up(monkeypatch):
     monkeypatch.setattr(lines, "METHODS", tuple(line for line in lines.METHODS if line.method != "sketch"))
     found = [line for line in lines.methods() if line.method == "sketch"]

@@ -1,17 +1,14 @@
-// S2O on the CPU. Keys are ranked as Gather's are (methods/gather/ranking.h). The rows that say when to stop are lanes
-// too: their sums begin with the keys in the tile's blocks, and take the ranked keys 128 at a time. That costs
-// stop_rows / segment of the products that attention has over the same keys.
+// S2O on the CPU. Keys are ranked as ranking.h says. The rows that say when to stop are lanes too: their sums begin with
+// the keys in the tile's blocks, and take the ranked keys 128 at a time. That costs stop_rows / segment of the products
+// that attention has over the same keys.
 #include <bit>
 
 #include "cpu/key_threshold.h"
-#include "methods/gather/ranking.h"
+#include "methods/s2o/ranking.h"
 #include "methods/s2o/stop.h"
 
 namespace flashprefill::methods::s2o {
 namespace {
-
-using gather::Ranking;
-using gather::Segment;
 
 class Selection {
  public:
@@ -79,7 +76,7 @@ class Selection {
     cpu::KeyRule rule;
     rule.count = rule.room = room;
     const cpu::KeyThreshold threshold = cpu::FindKeyThreshold(energies, segment.ranked(), rule, ranks);
-    cpu::TakeKeys(energies, segment.ranked(), threshold, 0, keys);
+    cpu::TakeKeys(energies, nullptr, segment.ranked(), threshold, keys);
     for (int64_t i = 0; i < room; ++i) {
       const uint64_t bits = std::bit_cast<uint32_t>(energies[keys[i]]);
       ranks[i] = bits << 32 | static_cast<uint32_t>(~keys[i]);

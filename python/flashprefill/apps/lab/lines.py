@@ -151,7 +151,7 @@ def methods(asked: Sequence[str] = (), indexer: Any = None) -> list[Line]:
     """Return the lines of the table, and one point for each policy that has none.
 
     Args:
-        asked: only these methods, which may be functions, "module:function".
+        asked: only these methods, which may be functions, "module:function", or single lines by their labels.
         indexer: VSPrefill's weights; without them it has no line.
     """
     lines = [line for line in METHODS if _known(line)]
@@ -160,7 +160,8 @@ def methods(asked: Sequence[str] = (), indexer: Any = None) -> list[Line]:
     swept, policies = {line.method for line in (*lines, *INDEXED)}, named()
     lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
     lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
-    return [line for line in lines if not asked or line.method in asked]
+    lines = [line for line in lines if line.method != "dense"]
+    return [line for line in lines if not asked or line.method in asked or line.label in asked]
 
 
 def studies(asked: Sequence[str] = ()) -> dict[str, tuple[str, list[Line]]]:
@@ -174,8 +175,13 @@ def studies(asked: Sequence[str] = ()) -> dict[str, tuple[str, list[Line]]]:
 
 
 def names() -> list[str]:
-    """What `--method` may name."""
+    """The methods that `--method` may name."""
     return list(dict.fromkeys(line.method for line in (*methods(), *INDEXED)))
+
+
+def labels() -> list[str]:
+    """The single lines that it may name."""
+    return [line.label for line in methods()]
 
 
 def thinned(line: Line, points: int) -> Line:

@@ -219,8 +219,8 @@ def check(options: Options) -> None:
     for name in options.method:
         if ":" in name:
             parse_policy(name)
-        elif name not in lines.names():
-            raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
+        elif name not in lines.names() + lines.labels():
+            raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}, or a line's label")
         elif name == VSPrefill.kind and options.indexer is None:
             raise UsageError(f"--method {name}: needs its weights, --indexer FILE")
     checks.can_read("--indexer", options.indexer)

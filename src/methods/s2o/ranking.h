@@ -1,9 +1,10 @@
-// The ranking of keys that Gather and S2O share, on the CPU. The mean queries of some segments, those of all heads of a
-// list, are the 32 lanes that pass over the keys together (cpu/vertical_slash/kernels.h), twice: for the denominators
-// of their softmax, and for energies. So a key is loaded once for 32 mean queries in each pass, and ranking costs
-// 2 / segment of the products of dense attention. What is kept per segment is one float for each key.
-#ifndef FLASHPREFILL_METHODS_GATHER_RANKING_H_
-#define FLASHPREFILL_METHODS_GATHER_RANKING_H_
+// S2O's ranking of keys on the CPU. The mean queries of some segments, those of all heads of a list, are the 32 lanes
+// that pass over the keys together (cpu/vertical_slash/kernels.h), twice: for the denominators of their softmax, and for
+// energies. So a key is loaded once for 32 mean queries in each pass, and ranking costs 2 / segment of the products of
+// dense attention. What is kept per segment is one float for each key, since any key may be among those that are taken
+// before it stops; Gather, which knows its threshold beforehand, needs one pass (methods/gather/cpu.cc).
+#ifndef FLASHPREFILL_METHODS_S2O_RANKING_H_
+#define FLASHPREFILL_METHODS_S2O_RANKING_H_
 
 #include <cmath>
 
@@ -13,10 +14,12 @@
 #include "cpu/vertical_slash/lanes.h"
 #include "methods/gather/segment.h"
 
-namespace flashprefill::methods::gather {
+namespace flashprefill::methods::s2o {
 
 constexpr int64_t kRowsAtOnce = 128;                // query rows that are added up
 constexpr int64_t kMostEnergies = int64_t{4} << 20; // per thread, as long as a segment's own are fewer
+
+using gather::Segment;
 
 class Ranking {
  public:
@@ -35,7 +38,7 @@ class Ranking {
   Ranking(const cpu::SelectCall& call, int64_t segment_tokens)
       : call_(call),
         kernels_(cpu::VerticalSlashKernelsFor(call.exec)),
-        tiles_(SegmentTiles(segment_tokens, call.g)),
+        tiles_(gather::SegmentTiles(segment_tokens, call.g)),
         heads_(call.g.heads_per_tile),
         keys_(std::max<int64_t>(1, call.p.max_seqlen_k)),
         segments_(std::clamp<int64_t>(kMostEnergies / keys_, 1, std::max(1, cpu::kPanelRows / heads_))),
@@ -145,6 +148,6 @@ class Ranking {
   const int64_t lanes_;
 };
 
-} // namespace flashprefill::methods::gather
+} // namespace flashprefill::methods::s2o
 
-#endif // FLASHPREFILL_METHODS_GATHER_RANKING_H_
+#endif // FLASHPREFILL_METHODS_S2O_RANKING_H_

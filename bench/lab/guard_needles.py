@@ -43,7 +43,9 @@ def main() -> None:
         "model": {"name": loaded.name, "dtype": loaded.dtype},
         "cases": cases,
     }
-    runs = [("dense", None)] + [(text, mode) for text in options.policy for mode in ("observe", "repair", "strict")]
+    runs = [("dense", None)] + [
+        (text, mode) for text in options.policy for mode in ("observe", "repair", "strict")
+    ]
     for depth in options.depth or [0.5]:
         text = prompt.build(loaded.tokenizer, options.tokens, depth)
         for name, mode in runs:

@@ -131,7 +131,7 @@ class AuditCall {
     const Sequence s = SequenceOf(p_, rows_[order_[unit.begin]].sequence);
     const int64_t kv_head = rows_[order_[unit.begin]].head / g_.group;
     FillLanes(unit, s, scratch);
-    const int64_t keys = unit.cost;
+    const int64_t keys = unit.cost, rows = unit.end - unit.begin, past = DivUp<int64_t>(rows, kPanelRows) * kPanelRows;
     int64_t first = 0; // lane from which on rows see the key
     for (int64_t block = 0; block * g_.block_size < keys; ++block) {
       float* largest = scratch.largest + block * lanes_;
@@ -140,8 +140,7 @@ class AuditCall {
       if (scratch.extra) std::fill_n(scratch.extra + block * lanes_, lanes_, 0.f);
       const int64_t end = std::min(keys, (block + 1) * g_.block_size);
       for (int64_t key = block * g_.block_size; key < end; key += kChunkKeys) {
-        while (scratch.seen[std::min(first + kPanelRows, int64_t{unit.end - unit.begin}) - 1] <= key)
-          first += kPanelRows;
+        while (scratch.seen[std::min(first + kPanelRows, rows) - 1] <= key) first += kPanelRows;
         const int64_t count = std::min<int64_t>(kChunkKeys, end - key);
         kernels_.load_keys(p_, s, key, key + count, kv_head, scratch.keys);
         const ScoreChunk chunk{scratch.panels + first * p_.head_dim,
@@ -150,7 +149,7 @@ class AuditCall {
                                p_.head_dim,
                                key,
                                count,
-                               lanes_ - first,
+                               past - first,
                                scratch.scores};
         kernels_.score(chunk);
         AddChunk(chunk, block, first, scratch);

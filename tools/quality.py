@@ -418,8 +418,8 @@ def keys(results: dict[str, Any]) -> list[str]:
     lines = [
         f"## Single keys, and skipping: {results['text']}, {results['tokens']:,} tokens, on a CPU\n",
         f"Layers {', '.join(map(str, results['layers']))}. Here each policy has its own forced blocks."
-        "\nDensity is of keys that attention uses, without what [Dense](methods/dense.md) skips. Times are CPU"
-        "\nseconds of one thread, all layers.\n",
+        "\nDensity is of keys that attention uses, without what [Dense](methods/dense.md) skips. Times are"
+        "\nCPU seconds of one thread, all layers.\n",
         *header(
             [
                 "policy",

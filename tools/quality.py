@@ -464,11 +464,11 @@ def main() -> None:
         for text in results["texts"]:
             lines += one_text(text, name)
         lines.append(f"*{results['model']['name']}, {results['model']['dtype']}; {ran(results).strip()}*\n")
+    if {"short", "short-h200"} <= set(runs):
+        lines += both_machines(runs["short"]["texts"][0], runs["short-h200"]["texts"])
     path = RESULTS / "lab-keys.json"
     if path.exists():
         lines += keys(json.loads(path.read_text(encoding="utf-8")))
-    if {"short", "short-h200"} <= set(runs):
-        lines += both_machines(runs["short"]["texts"][0], runs["short-h200"]["texts"])
     path = RESULTS / "try-h200.json"
     if path.exists():
         lines += needles(json.loads(path.read_text(encoding="utf-8")))

@@ -419,8 +419,8 @@ def keys(results: dict[str, Any]) -> list[str]:
     lines = [
         f"## Single keys, and skipping: {results['text']}, {results['tokens']:,} tokens, on a CPU\n",
         f"Layers {', '.join(map(str, results['layers']))}. Here each policy has its own forced blocks."
-        "\nDensity is of keys that attention uses: what [Dense](methods/dense.md) skips is not in it. Times are CPU"
-        "\nseconds of one thread, all layers.\n",
+        "\nDensity is of keys that attention uses, without what [Dense](methods/dense.md) skips. Times are"
+        "\nCPU seconds of one thread, all layers.\n",
         *header(
             [
                 "policy",
@@ -465,11 +465,11 @@ def main() -> None:
         for text in results["texts"]:
             lines += one_text(text, name)
         lines.append(f"*{results['model']['name']}, {results['model']['dtype']}; {ran(results).strip()}*\n")
+    if {"short", "short-h200"} <= set(runs):
+        lines += both_machines(runs["short"]["texts"][0], runs["short-h200"]["texts"])
     path = RESULTS / "lab-keys.json"
     if path.exists():
         lines += keys(json.loads(path.read_text(encoding="utf-8")))
-    if {"short", "short-h200"} <= set(runs):
-        lines += both_machines(runs["short"]["texts"][0], runs["short-h200"]["texts"])
     path = RESULTS / "try-h200.json"
     if path.exists():
         lines += needles(json.loads(path.read_text(encoding="utf-8")))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,7 @@ def main() -> None:
     rows = figures(layers, POLICIES)
     results = {
         **machine.describe(),
+        "command": shlex.join(["python", *sys.argv]),
         "settings": {"threads": 1, "busy": busy},
         "text": options.text,
         "tokens": len(next(iter(layers.values())).query),

@@ -218,3 +218,24 @@ def test_layers():
     assert llama.coverage == 0.005 and llama.layers == tuple(range(15, 31)) and "Token Sparse" in llama.source
     assert llama.at_layer(14).kind == "sketch" and llama.at_layer(30).kind == "tokensparse"
     assert fp.TokenSparse(layers=()).at_layer(0).kind == "dense"
+
+
+def test_in_a_model():
+    """Half of a model's layers drop tokens; a chunk and decoding see all."""
+    from transformers_models import make, tokens
+
+    model = make("llama", num_hidden_layers=4)
+    ids = tokens(length=400)
+    with torch.no_grad():
+        exact = model(ids).logits
+        fp.patch_model(model, "tokensparse(coverage=0.0, window=32, min_tokens=64)")
+        assert (model(ids).logits - exact).abs().max() < 1e-3  # nothing is dropped
+        fp.patch_model(model, "tokensparse(coverage=0.3, window=32, min_tokens=64)")
+        with fp.collect_stats(model) as stats:
+            dropped = model(ids).logits
+    assert [call.reason for call in stats.calls] == [""] * 4
+    assert np.isnan(stats.density).sum() == 0
+    assert (stats.density[:2] == 1).all() and (stats.density[2:] < 0.8).all()
+    # The last row's layers see what the scores kept; rows in the middle lose attention whole.
+    error = (dropped - exact).abs().amax(dim=-1)[0]
+    assert error[-1] < error[:300].max()

@@ -111,18 +111,17 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
         if keyword.arg is None:
             raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
         try:
-            fields[keyword.arg] = _value(keyword.value)
+            nested = keyword.arg == "inner" and isinstance(keyword.value, ast.Call)  # a policy inside of one
+            fields[keyword.arg] = ast.unparse(keyword.value) if nested else _value(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise InvalidArgumentError(f"{keyword.arg} must be a plain value") from None
     return name.id, fields
 
 
 def _value(node: ast.expr) -> Any:
-    """Return a value: a Python literal, a word as the library writes it (true, none, both), or a policy."""
+    """Return a value: a Python literal, or a word as the library writes it (true, none, both)."""
     if isinstance(node, ast.Name):
         return _WORDS.get(node.id.lower(), node.id)
-    if isinstance(node, ast.Call):  # a policy inside of one, as text
-        return ast.unparse(node)
     if isinstance(node, (ast.List, ast.Tuple)):
         return tuple(_value(each) for each in node.elts)
     return ast.literal_eval(node)

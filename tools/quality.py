@@ -266,6 +266,35 @@ host, so the times there compare how many lines of Python a layer takes (the hos
 for 100 % of the time to the first token in a later run, and `flashprefill demo` says so). At 24,000
 tokens dense attention keeps the GPU busy.
 """
+MADE = """
+## Methods that need something made for the model
+
+VSPrefill's weights and Reuse's plans come from commands of their own, so these two are not in the
+tables above; the rows here are from short runs on two busy cores, and lead to their pages
+([vsprefill](methods/vsprefill.md), [reuse](methods/reuse.md)).
+
+`flashprefill train-indexer --tokens 3072 --sequences 10 --steps 300 --hidden 128 --pool 10
+--layers 2,7,13,19,25,29 --dtype fp32`, judged on 7,600 tokens of `argparse.py`, which it has not seen, by
+the lab's code (`flashprefill lab --text code --method vsprefill --method minference --method
+streaming --indexer indexer.safetensors`):
+
+| 7,600 tokens, fp32, all 54 heads of six layers | density | attention held, mean | 5th percentile |
+|---|---|---|---|
+| Streaming, 5 and 6 window blocks | 0.189, 0.218 | 0.866, 0.880 | 0.43, 0.47 |
+| MInference in blocks, 100 verticals, 100 and 250 slashes | 0.161, 0.369 | 0.874, 0.957 | 0.54, 0.83 |
+| MInference in tokens, 400 verticals, 150 slashes | 0.147 | 0.912 | 0.70 |
+| VSPrefill in tokens, masses 0.5 and 0.01 | 0.196 | 0.907 | 0.65 |
+| VSPrefill in tokens, masses 0.6 and 0.01 | 0.243 | 0.923 | 0.71 |
+
+`flashprefill plan-reuse --tokens 3072 --sequences 1 --dtype fp32 --policy ...`, a third of the layers
+borrow, all heads of all layers of 3,072 tokens of the same text:
+
+| | density | attention held, mean | selection, s |
+|---|---|---|---|
+| Sketch, gain 0.004, query metric, pool 64 | 0.439 | 0.9680 | 2.30 |
+| the same, 10 of 30 layers borrow | 0.416 | 0.9591 | 1.41 |
+| Sketch, gain 0.006 | 0.411 | 0.9606 | 2.03 |
+"""
 SKETCH = """
 ## Making Sketch better
 
@@ -485,6 +514,7 @@ def main() -> None:
         json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("lab-summary-keys*.json"))
     ]
     lines += quality_summary.section(found, ran) if found else []
+    lines.append(MADE)
     path = RESULTS / "lab-prototypes.json"
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -120,14 +120,15 @@ def test_opcheck():
     lens, execution = (None, None, None, None, 70, 90, 0.25, True), (1, "reference", None)
     ops = torch.ops.flashprefill
     masked = (bits, counts, fallback, None, None)
-    torch.library.opcheck(ops.select, (q, k, *masked, *lens, [True], POLICY.text, *execution))
+    torch.library.opcheck(ops.select, (q, k, None, *masked, *lens, [True], POLICY.text, *execution))
+    torch.library.opcheck(ops.select, (q, k, v, *masked, *lens, [True], POLICY.text, *execution))
     no_lines = (128, 128, False, False, None, 0, None, 0)
     torch.library.opcheck(ops.attend, (q, k, v, out, lse, bits, *no_lines, *lens, *execution))
     in_tokens = fp.MInference(vertical=30, slash=50, rounding="tokens", block_size=16)
     lines = torch.zeros(1, 4, 82, dtype=torch.int32)
     with_lines = (bits, counts, fallback, lines, None)
-    torch.library.opcheck(ops.select, (q, k, *with_lines, *lens, [True], in_tokens.text, *execution))
-    ops.select(q, k, *with_lines, *lens, [True], in_tokens.text, *execution)
+    torch.library.opcheck(ops.select, (q, k, None, *with_lines, *lens, [True], in_tokens.text, *execution))
+    ops.select(q, k, None, *with_lines, *lens, [True], in_tokens.text, *execution)
     assert lines[0, :, :2].tolist() == [[30, 50]] * 4
     some_lines = (128, 16, False, False, lines, 30, None, 0)
     torch.library.opcheck(ops.attend, (q, k, v, out, lse, bits, *some_lines, *lens, *execution))

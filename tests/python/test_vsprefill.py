@@ -176,6 +176,10 @@ def test_refusals():
     q, k, v = arrays(200, 200, dim=32)
     with pytest.raises(ValueError, match="the weights' head_dim is 16; it must be the problem's"):
         fp.prefill_attention(q, k, v, fp.VSPrefill(weights()))
+    from flashprefill.engines import options
+
+    with pytest.raises(ValueError, match="VSPrefill's weights and"):
+        options._alone(fp.VSPrefill(weights()))
     with pytest.raises(NotImplementedError, match="heads 0 to 1 of 4"):
         fp.VSPrefill(weights())._at_heads(0, 2, 4)
 

@@ -145,8 +145,8 @@ def select_seconds(device: Device, policy: Policy, layers: Mapping[int, Captured
     calls = []
     for number, one in layers.items():
         own = policy.at_layer(number)
-        read = {"v": one.value} if own.reads_values else {}
-        calls.append(partial(select, one.query, one.key, own, softmax_scale=one.scale, **read))
+        value = one.value if own.reads_values else None
+        calls.append(partial(select, one.query, one.key, own, v=value, softmax_scale=one.scale))
     return sum(device.timed(call)[1] for call in calls)
 
 

@@ -182,7 +182,7 @@ class Reuse(Policy):
             object.__setattr__(self, name, value)
 
     def __reduce__(self) -> Any:
-        return _made, (self.plan, self.inner, self.layer, self._held)
+        return _made, (self.plan, self.inner, self.layer, self.held)
 
     @property
     def held(self) -> HeldMasks:

@@ -116,7 +116,8 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
             fields["inner"] = ast.unparse(keyword.value)
             continue
         try:
-            fields[keyword.arg] = _value(keyword.value)
+            nested = keyword.arg == "inner" and isinstance(keyword.value, ast.Call)  # a policy inside of one
+            fields[keyword.arg] = ast.unparse(keyword.value) if nested else _value(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise InvalidArgumentError(f"{keyword.arg} must be a plain value") from None
     return name.id, fields

@@ -36,8 +36,8 @@ class Contender:
         self.here = self.selects_on == layer.device.kind
         own = (layer.query, layer.key, layer.value)
         query, key, value = own if self.here else layer.in_host_memory
-        read = {"v": value} if policy.reads_values else {}
-        self.select = partial(select, query, key, policy, softmax_scale=layer.scale, **read)
+        values = value if policy.reads_values else None
+        self.select = partial(select, query, key, policy, v=values, softmax_scale=layer.scale)
         self.whole = partial(prefill_attention, *own, policy, softmax_scale=layer.scale)
         self.density = self.whole(return_stats=True)[1].mean_density if self.here else mask.density
         self.seconds: list[float] = []

@@ -38,8 +38,7 @@ class Profile:
         self, layer: int, policy: Policy, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> None:
         """Look at one layer's call; q, k, v: [tokens, heads, head_dim]."""
-        read = {"v": v} if policy.reads_values else {}
-        mask = select(q, k, policy, softmax_scale=scale, **read)
+        mask = select(q, k, policy, v=v if policy.reads_values else None, softmax_scale=scale)
         if mask.key_lists is not None or mask.vertical_slash is not None:
             raise UsageError(f"--policy {policy.text}: plans are made for policies of whole blocks")
         kept, size, tokens = mask.dense(), mask.block_size, q.shape[0]

@@ -60,7 +60,7 @@ ROWS = [
     ("scale text", {"softmax_scale": "auto"}, TypeError, r"softmax_scale is 'auto'; it must be a number"),
     ("causal text", {"causal": "no"}, TypeError, r"causal is 'no'; it must be True or False"),
     ("causal 2", {"causal": 2}, TypeError, r"causal is 2; it must be True or False"),
-    ("not causal", {"causal": False}, ValueError, r"causal is 0; it must be 1 for every policy but Dense"),
+    ("not causal", {"causal": False}, ValueError, r"causal is 0; it must be 1 for flashprefill: without causality these select: dense"),
     ("return_lse", {"return_lse": "yes"}, TypeError, r"return_lse is 'yes'; it must be"),
     ("return_stats", {"return_stats": None}, TypeError, r"return_stats is None; it must be"),
     ("threads < 0", {"threads": -2}, ValueError, r"threads is -2; it must be from 0"),

@@ -41,8 +41,8 @@ HWY_INLINE hn::Vec<DU> ToBf16Bits(VF x) {
   return hn::ShiftRight<16>(hn::IfThenElse(is_nan, hn::Or(u, hn::Set(du, 0x400000)), rounded));
 }
 
-// E4M3 has fp16's bits with half as many for the mantissa and an exponent that is 8 lower: shifted into its place, the
-// number is fp16's, subnormal ones included, times 2^8.
+// Shifted by 7, E4M3's 4 bits of exponent and 3 of mantissa are fp16's of the number divided by 2^8, since the biases
+// are 7 and 15: of subnormal numbers too.
 HWY_INLINE VF FromE4M3(const uint8_t* from) {
   const DF df;
   if constexpr (kHasF16Instructions) {

@@ -182,7 +182,10 @@ def prefill_attention(
         policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
             ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
-        causal: False, with :class:`Dense` only: every query sees every key.
+        causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
+            :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
+            :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
+            and are refused.
         cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
         cu_seqlens_k: cumulative key lengths of packed sequences, likewise.
         max_seqlen_q: an upper bound of packed query lengths, in tokens. On a GPU and under torch.compile give
@@ -294,7 +297,10 @@ def select(
         policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
             ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
-        causal: False, with :class:`Dense` only: every query sees every key.
+        causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
+            :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
+            :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
+            and are refused.
         cu_seqlens_q: as in :func:`prefill_attention`.
         cu_seqlens_k: as in :func:`prefill_attention`.
         max_seqlen_q: as in :func:`prefill_attention`.

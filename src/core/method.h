@@ -32,6 +32,7 @@ struct Method {
   CommonDefaults common = {};
   bool own_heads = false;             // each query head selects for itself: share_heads must be 0
   bool selects = true;                // false: it keeps everything, so that forced blocks have no meaning (Dense)
+  bool without_causal = false;        // selects too where every query sees every key; else it needs causal=1
   std::span<const Field> fields = {}; // the method's own
 
   // Hooks; null where there is nothing to say. Fields are inside their ranges by then.

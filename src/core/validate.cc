@@ -131,6 +131,17 @@ void CheckKeyListRoom(const BlockMask& m, const Problem& p, bool needs_lists) {
     Refuse("mask.key_lists", "NULL", "the address of the mask's key lists");
 }
 
+// Where every query sees every key there is no diagonal, so nothing that is counted from it has a meaning.
+void CheckWithoutCausal(const Method& method, const Policy& policy) {
+  if (!method.without_causal) {
+    std::string others = "dense";
+    for (const Method* other : Methods()) others += other->without_causal ? std::string(", ") + other->name : "";
+    Refuse("causal", 0, "1 for " + std::string(method.name) + ": without causality these select: " + others);
+  }
+  CheckRange("window_blocks with causal=0", policy.window_blocks, 0, 1);
+  CheckRange("dense_tail_blocks with causal=0", policy.dense_tail_blocks, 0, 0);
+}
+
 } // namespace
 
 void ValidateProblem(const Problem* problem) {
@@ -202,7 +213,7 @@ void ValidatePolicy(const Policy* policy, const Problem& p) {
   if (policy->share_heads && p.q_heads / p.kv_heads > kTileRows) {
     Refuse("share_heads", 1, "0 where more than " + std::to_string(kTileRows) + " query heads share a KV head");
   }
-  if (!p.causal && method->selects) Refuse("causal", 0, "1 for every policy but Dense");
+  if (!p.causal && method->selects) CheckWithoutCausal(*method, *policy);
   if (method->check_problem) method->check_problem(*policy, p);
 }
 

@@ -36,7 +36,21 @@ const std::vector<Refusal>& Refusals() {
       {"head_dim_zero", [](Call& c) { c.problem.head_dim = 0; }, {"head_dim is 0", "from 1 to 512"}},
       {"head_dim_large", [](Call& c) { c.problem.head_dim = 513; }, {"head_dim is 513"}},
       {"causal", [](Call& c) { c.problem.causal = 2; }, {"causal is 2", "0 or 1"}},
-      {"causal_off_with_policy", [](Call& c) { c.problem.causal = 0; }, {"causal is 0", "Dense"}},
+      {"causal_off_with_policy",
+       [](Call& c) { c.problem.causal = 0; },
+       {"causal is 0", "1 for flashprefill", "dense, spargeattn, xattention"}},
+      {"causal_off_with_window",
+       [](Call& c) {
+         c.problem.causal = 0;
+         c.policy = Parse("xattention(window_blocks=2)");
+       },
+       {"window_blocks with causal=0 is 2", "from 0 to 1"}},
+      {"causal_off_with_dense_tail",
+       [](Call& c) {
+         c.problem.causal = 0;
+         c.policy = Parse("spargeattn(dense_tail_blocks=1)");
+       },
+       {"dense_tail_blocks with causal=0 is 1", "from 0 to 0"}},
       {"final_chunk", [](Call& c) { c.problem.final_chunk = -3; }, {"final_chunk is -3"}},
       {"scale_zero", [](Call& c) { c.problem.softmax_scale = 0; }, {"softmax_scale is 0", "above 0"}},
       {"scale_negative", [](Call& c) { c.problem.softmax_scale = -1; }, {"softmax_scale is -1"}},

@@ -9,6 +9,9 @@
 #include <limits>
 
 #include "cases.h"
+#include "core/error.h"
+#include "core/method.h"
+#include "core/validate.h"
 #include "method_suite.h"
 
 namespace flashprefill::test {
@@ -77,6 +80,42 @@ TEST_P(Masks, NanAndInf) {
     data.SetQuery(s, 20, 0, 7, NAN);
     data.SetQuery(s, 199, 1, 9, std::numeric_limits<float>::infinity());
     for (const AnyPolicy& policy : GetParam().policies(64, data.problem().q_heads)) CompareSelect(data, policy, ties);
+  }
+  ties.Print();
+}
+
+// Where every query sees every key: as many keys as queries, fewer, more, none. A method either selects there or is
+// refused.
+TEST_P(Masks, WithoutCausality) {
+  const MethodSuite& suite = GetParam();
+  if (const AnyPolicy policy = Parse(suite.method); !MethodOf(policy.common).without_causal) {
+    OpCase op;
+    op.causal = false;
+    const auto validate = [&] { ValidatePolicy(policy.get(), OpData(op).problem()); };
+    if (MethodOf(policy.common).selects) EXPECT_THROW(validate(), Error);
+    return;
+  }
+  std::vector<OpCase> cases = Thinned(MixedCases(), 3);
+  OpCase several;
+  several.lengths = {{300, 700}, {520, 140}, {70, 0}, {1, 1100}, {900, 900}};
+  several.q_layout = several.k_layout = Layout::kPacked;
+  several.kv_heads = several.group = 2;
+  several.values = Values::kStructured;
+  cases.push_back(several);
+  TieCount ties;
+  for (OpCase op : cases) {
+    op.causal = false;
+    if (op.softmax_scale == 0) op.softmax_scale = suite.scale;
+    const OpData data(op);
+    for (AnyPolicy policy : suite.policies(64, data.problem().q_heads)) {
+      policy.common.window_blocks = std::min(policy.common.window_blocks, 1);
+      policy.common.dense_tail_blocks = 0;
+      CompareSelect(data, policy, ties);
+      for (const Engine& engine : OtherEngines()) {
+        const Prefilled result = Prefill(engine, data.problem(), policy);
+        EXPECT_TRUE(Close(data.problem(), result.attended, Attend(engine, data.problem(), result.mask)));
+      }
+    }
   }
   ties.Print();
 }

@@ -20,6 +20,7 @@ from transformers_models import (
     STREAMING,
     attention,
     fp,
+    generated_in_batches,
     logits,
     make,
     masks,
@@ -375,14 +376,10 @@ else:
 def test_continuous_batching(name, patched):
     model = make(name)
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (LENGTH, 200, 50, 150)]
-    settings = transformers.GenerationConfig(
-        max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
     before = model.config._attn_implementation
 
     def run():
-        outputs = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
-        return [output.generated_tokens for output in outputs.values()]
+        return generated_in_batches(model, prompts)
 
     wanted = run()
     patched(model, KEEP)

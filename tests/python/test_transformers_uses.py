@@ -13,6 +13,7 @@ from transformers_models import (
     STREAMING,
     TINY,
     fp,
+    generated_in_batches,
     logits,
     make,
     padding,
@@ -51,18 +52,11 @@ def test_caches_of_unequal_length(name, chunk, cache, patched):
 
 def test_continuous_batching_where_only_the_layer_knows_its_window(patched):
     model, ids = qwen2_moe(), tokens(1)[0].tolist()
-    settings = transformers.GenerationConfig(
-        max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-
-    def run():
-        outputs = model.generate_batch([ids, ids[:150]], generation_config=settings, progress_bar=False)
-        return [output.generated_tokens for output in outputs.values()]
-
-    wanted = run()
+    prompts = [ids, ids[:150]]
+    wanted = generated_in_batches(model, prompts)
     patched(model, KEEP)
     with fp.collect_stats(model) as stats:
-        got = run()
+        got = generated_in_batches(model, prompts)
     assert got == wanted and stats.sparse_calls and stats.fallbacks["sliding window"]
 
 

@@ -169,3 +169,18 @@ def check_reasons(stats, name, sparse=True):
     expected = MODELS[name][2]
     assert expected <= set(stats.fallbacks) <= expected | {"short", "decode"}
     assert (stats.sparse_calls > 0) == (sparse and name not in ALL_DENSE)
+
+
+def generated_in_batches(model, prompts):
+    """What continuous batching generates: three tokens for each prompt, [prompts][3].
+
+    Its cache would take nine tenths of the machine's free memory if it were not told how many pages to have.
+    """
+    settings = transformers.GenerationConfig(
+        max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    batching = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=2048)
+    outputs = model.generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=batching, progress_bar=False
+    )
+    return [output.generated_tokens for output in outputs.values()]

@@ -31,6 +31,7 @@ CONTENTS = """
 docs/python
 docs/policies
 docs/transformers
+docs/diffusers
 docs/vllm
 docs/sglang
 docs/llama.cpp

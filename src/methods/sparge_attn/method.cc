@@ -40,6 +40,7 @@ extern const Method kMethod = {.kind = FP_SPARGE_ATTN,
                                .size = sizeof(fp_sparge_attn),
                                .common = {64, 0, 0, 0},
                                .own_heads = true,
+                               .without_causal = true,
                                .fields = kFields,
                                .check = Check,
                                .keeps_everything = KeepsAll};

@@ -67,6 +67,18 @@ TEST(SpargeAttnByHand, ATopkOfAllBlocksMakesEarlyTilesDense) {
   ExpectKept(data, SpargeByTopk(64, 0.5f, -0.1f), 3, {1, 2, 4, 5, 6, 7});
 }
 
+TEST(SpargeAttnByHand, WithoutCausalityNoBlockIsForced) {
+  OpCase op = OneDimension({64, 288}); // the last block has 32 keys
+  op.causal = false;
+  OpData data(op);
+  SetWeights(data, 64, {1, 4, 2, 1, 9});
+  // Probabilities by the mean key of each block, however many keys it has: 1/17, 4/17, 2/17, 1/17, 9/17.
+  ExpectKept(data, SpargeByCdf(64, 0.1f, 0.9f), 0, {4});
+  ExpectKept(data, SpargeByCdf(64, 0.78f, 0.9f), 0, {1, 4});
+  ExpectKept(data, SpargeByCdf(64, 0.89f, 0.9f), 0, {1, 2, 4});
+  ExpectKept(data, SpargeByTopk(64, 0.4f, 0.9f), 0, {1, 4});
+}
+
 TEST(SpargeAttnByHand, BlocksWithoutSimilarityAreKept) {
   OpData data(OneDimension({64, 320}));
   SetWeights(data, 64, {1, 4, 2, 1, 1e-9});

@@ -16,7 +16,7 @@ int64_t FillLane(const Problem& p, const Policy& policy, const cpu::StridedKerne
     float* into = lane + (begin + x.stride - 1 - i) * p.head_dim * cpu::kStridedLanes;
     for (int64_t d = 0; d < p.head_dim; ++d) into[d * cpu::kStridedLanes] = row[d];
   }
-  return (s.prefix + end - 1) / x.stride + 1;
+  return p.causal ? (s.prefix + end - 1) / x.stride + 1 : DivUp<int64_t>(s.k_len, x.stride);
 }
 
 // The forced blocks count first: they may hold enough.

@@ -22,7 +22,8 @@ class XAttention : public HeadSelector {
     std::vector<StridedRow> rows;
     for (int64_t begin = tile.begin; begin < tile.end; begin += stride) {
       const int64_t end = std::min(begin + stride, tile.end);
-      StridedRow row{(head_.sequence.prefix + end - 1) / stride, std::vector<double>(static_cast<size_t>(stride * d))};
+      const int64_t last = head_.problem.causal ? head_.sequence.prefix + end - 1 : head_.keys.rows - 1;
+      StridedRow row{last / stride, std::vector<double>(static_cast<size_t>(stride * d))};
       for (int64_t t = 0; t < stride; ++t) { // key t meets query stride - 1 - t
         const int64_t i = begin + stride - 1 - t;
         if (i < end) std::copy_n(queries[i], d, row.q.data() + t * d);

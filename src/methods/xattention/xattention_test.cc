@@ -128,6 +128,21 @@ TEST(XAttentionByHand, APrefixOffTheCellsLosesNoneOfItsOwnKeys) {
   ExpectKept(data, XAttention(16, 0.0f, 4), 0, {0, 3, 4});
 }
 
+TEST(XAttentionByHand, WithoutCausalityEveryCellIsSeen) {
+  OpCase op = OneDimension({8, 80});
+  op.causal = false;
+  OpData data(op);
+  SetWeights(data, 16, {1, 4, 2, 1, 2});
+  // Two rows, and each sees four cells of each block: masses 2/10, 8/10, 4/10, 2/10, 4/10 of 2. No block is forced but
+  // the sink, which holds 0.1 of all; the block after it has 0.4, the third 0.2, as has the fifth.
+  ExpectNear({0.2, 0.8, 0.4, 0.2, 0.4}, ChoiceOf(data, XAttention(16, 0.5f, 4), 0).energy);
+  ExpectKept(data, XAttention(16, 0.0f, 4), 0, {0});
+  ExpectKept(data, XAttention(16, 0.45f, 4), 0, {0, 1});
+  ExpectKept(data, XAttention(16, 0.65f, 4), 0, {0, 1, 2});
+  ExpectKept(data, WithForced(XAttention(16, 0.35f, 4), 0, 0, 0), 0, {1});
+  ExpectKept(data, WithForced(XAttention(16, 0.75f, 4), 0, 0, 0), 0, {1, 2, 4});
+}
+
 TEST(XAttentionByHand, AThresholdForEachHead) {
   FiveBlocks blocks({1, 4, 2, 1, 1}, 3);
   const float thresholds[3] = {0, 0.5f, 1};

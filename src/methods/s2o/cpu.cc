@@ -1,6 +1,6 @@
-// S2O on the CPU. Keys are ranked as ranking.h says. The rows that say when to stop are lanes too: their sums begin with
-// the keys in the tile's blocks, and take the ranked keys 128 at a time. That costs stop_rows / segment of the products
-// that attention has over the same keys.
+// S2O on the CPU. Keys are ranked as ranking.h says. The rows that say when to stop are lanes too: their sums begin
+// with the keys in the tile's blocks, and take the ranked keys 128 at a time. That costs stop_rows / segment of the
+// products that attention has over the same keys.
 #include <bit>
 
 #include "cpu/key_threshold.h"

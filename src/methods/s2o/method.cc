@@ -10,7 +10,7 @@ namespace flashprefill::methods::s2o {
 namespace {
 
 constexpr Field kFields[] = {
-    FloatField("tau", offsetof(fp_s2o, tau), 0.03, 0, 1, FP_FIELD_DECIDES | FP_FIELD_BELOW_MOST,
+    FloatField("tau", offsetof(fp_s2o, tau), 0.03, 0, 1, FP_FIELD_DECIDES | FP_FIELD_BELOW_MOST | FP_FIELD_KEEPS_FROM,
                "stop where 128 keys add less than this share of what is summed up, twice in a row"),
     IntField("segment", offsetof(fp_s2o, segment), 512, 1, 65536, "query tokens per list of keys, in whole tiles"),
     IntField("max_keys", offsetof(fp_s2o, max_keys), 8192, 128, 1 << 20,

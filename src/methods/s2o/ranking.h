@@ -1,8 +1,8 @@
 // S2O's ranking of keys on the CPU. The mean queries of some segments, those of all heads of a list, are the 32 lanes
-// that pass over the keys together (cpu/vertical_slash/kernels.h), twice: for the denominators of their softmax, and for
-// energies. So a key is loaded once for 32 mean queries in each pass, and ranking costs 2 / segment of the products of
-// dense attention. What is kept per segment is one float for each key, since any key may be among those that are taken
-// before it stops; Gather, which knows its threshold beforehand, needs one pass (methods/gather/cpu.cc).
+// that pass over the keys together (cpu/vertical_slash/kernels.h), twice: for the denominators of their softmax, and
+// for energies. So a key is loaded once for 32 mean queries in each pass, and ranking costs 2 / segment of the products
+// of dense attention. What is kept per segment is one float for each key, since any key may be among those that are
+// taken before it stops; Gather, which knows its threshold beforehand, needs one pass (methods/gather/cpu.cc).
 #ifndef FLASHPREFILL_METHODS_S2O_RANKING_H_
 #define FLASHPREFILL_METHODS_S2O_RANKING_H_
 

@@ -334,7 +334,7 @@ TEST(PolicyText, ErrorsSayWhatIsWrong) {
       {"streaming(alpha=1)",
        ": alpha is unknown; streaming takes block_size, sink_blocks, window_blocks, dense_tail_blocks, share_heads, "
        "mean_correction"},
-      {"dense(sink_blocks=1)", ": sink_blocks is unknown; dense takes block_size, share_heads"},
+      {"dense(sink_blocks=1)", ": sink_blocks is unknown; dense takes skip, block_size, share_heads"},
       {"flashprefill(Alpha=1)",
        ": Alpha is unknown; flashprefill takes alpha, query_pool, min_blocks, block_size, sink_blocks, window_blocks, "
        "dense_tail_blocks, share_heads, mean_correction"},

@@ -183,5 +183,5 @@ def _attend(
 def _product(q: Any, k: Any) -> np.ndarray:
     """Return q k^T in fp32, by the tensors' own library and its threads."""
     if isinstance(q, np.ndarray):
-        return np.matmul(q.astype(np.float32), k.astype(np.float32).T)
+        return np.asarray(np.matmul(q.astype(np.float32), k.astype(np.float32).T))
     return np.asarray((q.detach().float() @ k.detach().float().T).numpy())

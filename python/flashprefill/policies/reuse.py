@@ -203,8 +203,8 @@ class Reuse(Policy):
         return self.plan.layers[self.layer] if inside else None
 
     @property
-    def corrects(self) -> bool:
-        """Whether blocks left out count by their means."""
+    def corrects(self) -> bool | str:
+        """Whether blocks left out count by their means, or by summary keys (``"summary"``)."""
         return self.policy.corrects
 
     @property

@@ -112,9 +112,6 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
     for keyword in keywords:
         if keyword.arg is None:
             raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
-        if keyword.arg == "inner" and isinstance(keyword.value, ast.Call):  # a policy inside of one, as text
-            fields["inner"] = ast.unparse(keyword.value)
-            continue
         try:
             nested = keyword.arg == "inner" and isinstance(keyword.value, ast.Call)  # a policy inside of one
             fields[keyword.arg] = ast.unparse(keyword.value) if nested else _value(keyword.value)

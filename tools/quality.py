@@ -324,6 +324,31 @@ Conclusions:
 """
 
 
+GATHER = """
+## Gather at 24K tokens
+
+Single keys in lists, one list per KV head ([Gather](methods/gather.md)), by
+`bench/lab/gather_long.py` on dumps of the lab's texts; blocks of 32, one sink and two window blocks
+of these. *long* is the text above, *long-code* Python's `argparse.py` and `typing.py`. Layers differ
+much in what they need, so figures compare within a table only.
+"""
+
+
+def gather(results: dict[str, Any]) -> list[str]:
+    """The points of Gather and of what was measured beside it, a table for each text and set of layers."""
+    lines = [GATHER, ran(results)]
+    keys = ("density", "recall", "recall_p5", "error", "error_corrected")
+    for text in results["texts"]:
+        about = f"{text['name']}, layers {', '.join(map(str, text['layers']))}"
+        lines += header([about, "", "density", "recall", "5th percentile", "error", "corrected"])
+        for method in text["methods"]:
+            for p in sorted(method["points"], key=lambda point: point["density"]):
+                value = f"{method['parameter']} {p['value']:g}"
+                lines.append(row([method["label"].split(",")[0], value, *(f"{p[key]:.3f}" for key in keys)]))
+        lines.append("")
+    return lines
+
+
 def both_machines(short: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
     """How far the two machines are apart on the same text, at the values that both swept."""
     there = next(text for text in others if text["name"] == short["name"])
@@ -499,6 +524,9 @@ def main() -> None:
     path = RESULTS / "lab-keys.json"
     if path.exists():
         lines += keys(json.loads(path.read_text(encoding="utf-8")))
+    path = RESULTS / "lab-gather-long.json"
+    if path.exists():
+        lines += gather(json.loads(path.read_text(encoding="utf-8")))
     path = RESULTS / "try-h200.json"
     if path.exists():
         lines += needles(json.loads(path.read_text(encoding="utf-8")))

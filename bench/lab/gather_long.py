@@ -5,13 +5,15 @@
 
 Figures and lines are the lab's own (`apps/lab/figures.py`, `lines.py`), the values of the sweeps fewer.
 A point of one layer of one text is one file under --parts; what is there already is not measured again.
-Layers that have all of Gather's points of a text are put together at the end.
+Layers that have all points of a text are put together at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,19 +61,15 @@ def measure(dumped: Path, parts: Path, text: str, number: int, labels: list[str]
         print(text, number, label, at, sums.figures(), flush=True)
 
 
-def together(parts: Path, text: str, layers: list[int]) -> dict[str, Any]:
-    """The layers that have all points of Gather, and the lines that have all theirs there."""
-
-    def there(number: int, label: str) -> bool:
-        return all(part(parts, text, number, *point).exists() for point in points([label]))
-
-    whole = sorted(number for number in layers if there(number, next(iter(VALUES))))
+def together(parts: Path, text: str, layers: list[int], labels: list[str]) -> dict[str, Any]:
+    """The layers that have all points of these lines, as the lab writes a text down."""
+    whole = sorted(
+        n for n in layers if all(part(parts, text, n, *point).exists() for point in points(labels))
+    )
     methods = []
-    for label, values in VALUES.items():
-        if not whole or not all(there(number, label) for number in whole):
-            continue
+    for label in labels if whole else ():
         rows = []
-        for value in values:
+        for value in VALUES[label]:
             sums = figures.Sums()
             for number in whole:
                 for name, what in torch.load(part(parts, text, number, label, value)).items():
@@ -81,6 +79,14 @@ def together(parts: Path, text: str, layers: list[int]) -> dict[str, Any]:
         at = {f"{density:g}": figures.at_density(rows, density) for density in DENSITIES}
         methods.append({"label": label, "parameter": LINES[label].parameter, "points": rows, "at": at})
     return {"name": text, "layers": whole, "methods": methods}
+
+
+def sets(parts: Path, text: str, layers: list[int]) -> list[dict[str, Any]]:
+    """The layers that have all lines, and those that have Gather alone where these are more."""
+    every, gather = (together(parts, text, layers, labels) for labels in ([*VALUES], [*VALUES][:1]))
+    return [
+        one for one in (every, gather) if one["layers"] and (one is every or one["layers"] != every["layers"])
+    ]
 
 
 def main() -> None:
@@ -103,11 +109,12 @@ def main() -> None:
     results = {
         "schema": "flashprefill-gather-long/1",
         **machine.describe(),
+        "command": shlex.join(["python", "bench/lab/gather_long.py", *sys.argv[1:]]),
         "model": {"name": "SmolLM2-135M-Instruct", "dtype": "fp32"},
         "tokens": 24355,
         "rotary_base_scaled": 4.0,
         "forced": FORCED,
-        "texts": [together(options.parts, text, options.layers) for text in TEXTS],
+        "texts": [one for text in TEXTS for one in sets(options.parts, text, options.layers)],
     }
     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

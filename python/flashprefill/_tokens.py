@@ -177,11 +177,12 @@ def _attend(
             lse[...] = -np.inf
             lse[where[1], where[0]] = result_lse.T
     kept = np.asarray(ops.to_host(stats.kept))[0] * (stats._tile_tokens / TILE_ROWS)
-    return np.repeat(np.rint(kept), heads // len(kept)).astype(np.int32)
+    blocks: np.ndarray = np.repeat(np.rint(kept), heads // len(kept)).astype(np.int32)
+    return blocks
 
 
 def _product(q: Any, k: Any) -> np.ndarray:
     """Return q k^T in fp32, by the tensors' own library and its threads."""
     if isinstance(q, np.ndarray):
-        return np.matmul(q.astype(np.float32), k.astype(np.float32).T)
+        return np.asarray(q.astype(np.float32) @ k.astype(np.float32).T)
     return np.asarray((q.detach().float() @ k.detach().float().T).numpy())

@@ -1,13 +1,14 @@
-// Gather on the CPU: keys are ranked as ranking.h says, and kept without being sorted (cpu/key_threshold.h).
+// Gather on the CPU: keys are ranked as cpu/key_ranking.h says, and kept without being sorted (cpu/key_threshold.h).
+#include "cpu/key_ranking.h"
 #include "cpu/key_threshold.h"
-#include "methods/gather/ranking.h"
+#include "methods/gather/segment.h"
 
 namespace flashprefill::methods::gather {
 namespace {
 
 class Selection {
  public:
-  using Scratch = Ranking::Scratch;
+  using Scratch = cpu::KeyRanking::Scratch;
 
   explicit Selection(const cpu::SelectCall& call)
       : call_(call), policy_(reinterpret_cast<const fp_gather&>(call.policy)), ranking_(call, policy_.segment) {}
@@ -38,7 +39,7 @@ class Selection {
 
   const cpu::SelectCall& call_;
   const fp_gather& policy_;
-  const Ranking ranking_;
+  const cpu::KeyRanking ranking_;
 };
 
 } // namespace

@@ -102,7 +102,9 @@ class Selection {
   }
 
  private:
-  Segment SegmentAt(const Sequence& s, int64_t i) const { return Segment::Of(call_.p, call_.g, call_.policy, s, tiles_, i); }
+  Segment SegmentAt(const Sequence& s, int64_t i) const {
+    return Segment::Of(call_.p, call_.g, call_.policy, s, tiles_, i);
+  }
 
   cpu::KeyRule RuleFor(const Segment& segment, double below) const {
     cpu::KeyRule rule;

@@ -1,13 +1,14 @@
 // Gather: for each segment of query tokens, the keys before its window by the softmax of the segment's mean query
-// (ranked_keys.h). Keys are kept in the order of their energies: by gain, while 128 energy sqrt(rest) is at least
-// `gain`, with `rest` the sum of the energies of the ranked keys from this one on; by budget, the first so many. Of
-// more than max_keys the first max_keys are kept.
-#include "methods/gather/ranked_keys.h"
+// (reference/ranked_keys.h). Keys are kept in the order of their energies: by gain, while 128 energy sqrt(rest) is at
+// least `gain`, with `rest` the sum of the energies of the ranked keys from this one on; by budget, the first so many.
+// Of more than max_keys the first max_keys are kept.
+#include "methods/gather/segment.h"
+#include "reference/ranked_keys.h"
 
 namespace flashprefill::methods::gather {
 namespace {
 
-class Gather : public RankedKeys {
+class Gather : public reference::RankedKeys {
  public:
   explicit Gather(const reference::HeadView& head)
       : RankedKeys(head, reinterpret_cast<const fp_gather&>(head.policy).segment),
@@ -19,7 +20,7 @@ class Gather : public RankedKeys {
     return kGainKeys * energy * std::sqrt(std::max(0.0, rest)) >= gain;
   }
 
-  void Keep(const Segment& segment, const std::vector<int64_t>& order, KeyChoice& choice) const override {
+  void Keep(const Segment& segment, const std::vector<int64_t>& order, reference::KeyChoice& choice) const override {
     const std::vector<double>& energy = choice.energy;
     const double tolerance = Tolerance();
     std::vector<double> rest(order.size() + 1); // of the keys from each rank on

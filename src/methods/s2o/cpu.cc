@@ -1,10 +1,10 @@
-// S2O on the CPU. Keys are ranked as ranking.h says. The rows that say when to stop are lanes too: their sums begin
-// with the keys in the tile's blocks, and take the ranked keys 128 at a time. That costs stop_rows / segment of the
-// products that attention has over the same keys.
+// S2O on the CPU. Keys are ranked as cpu/key_ranking.h says. The rows that say when to stop are lanes too: their sums
+// begin with the keys in the tile's blocks, and take the ranked keys 128 at a time. That costs stop_rows / segment of
+// the products that attention has over the same keys.
 #include <bit>
 
+#include "cpu/key_ranking.h"
 #include "cpu/key_threshold.h"
-#include "methods/s2o/ranking.h"
 #include "methods/s2o/stop.h"
 
 namespace flashprefill::methods::s2o {
@@ -13,7 +13,7 @@ namespace {
 class Selection {
  public:
   struct Scratch {
-    Ranking::Scratch ranking;
+    cpu::KeyRanking::Scratch ranking;
     float* panels;  // [lanes / 32][head_dim][32]
     float* scores;  // [kChunkKeys][lanes]
     float* largest; // [lanes]: of what is summed up so far, and of a group
@@ -62,7 +62,7 @@ class Selection {
   // Rows of a head that decide, in any segment, at most.
   int64_t MostRows() const {
     return std::min<int64_t>({policy_.stop_rows, std::max<int64_t>(1, call_.p.max_seqlen_q),
-                              gather::SegmentTiles(policy_.segment, call_.g) * call_.g.tile_tokens});
+                              SegmentTiles(policy_.segment, call_.g) * call_.g.tile_tokens});
   }
 
   static int32_t KeyOf(const Segment& segment, uint64_t rank) {
@@ -165,7 +165,7 @@ class Selection {
   const cpu::SelectCall& call_;
   const fp_s2o& policy_;
   const cpu::VerticalSlashKernels& kernels_;
-  const Ranking ranking_;
+  const cpu::KeyRanking ranking_;
   const int heads_; // of a list
   const int64_t lanes_;
 };

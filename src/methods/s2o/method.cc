@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "methods/gather/segment.h"
+#include "core/segment.h"
 
 namespace flashprefill::methods::s2o {
 namespace {
@@ -23,7 +23,7 @@ bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_s2o&>(pol
 
 KeyListRoom Room(const Problem& p, const Policy& policy) {
   const auto& own = reinterpret_cast<const fp_s2o&>(policy);
-  return {std::min<int64_t>(own.max_keys, p.max_seqlen_k), gather::SegmentTiles(own.segment, Geometry::Of(p, policy))};
+  return {std::min<int64_t>(own.max_keys, p.max_seqlen_k), SegmentTiles(own.segment, Geometry::Of(p, policy))};
 }
 
 } // namespace

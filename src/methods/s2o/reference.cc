@@ -1,15 +1,14 @@
 // S2O: for each segment of query tokens, the keys before its window in the order of the segment's mean query
-// (methods/gather/ranked_keys.h), 128 at a time, until they add too little. What a group of keys adds to a row is the
+// (reference/ranked_keys.h), 128 at a time, until they add too little. What a group of keys adds to a row is the
 // sum of its exponentials, over the sum of those that the row has already: of the keys in its tile's blocks, and of the
 // groups before. Where the mean of that over stop_rows rows of each head of the list is below tau for two groups in a
 // row, these are the last. Products that are not finite count for nothing, and neither do rows without others.
-#include "methods/gather/ranked_keys.h"
 #include "methods/s2o/stop.h"
+#include "reference/ranked_keys.h"
 
 namespace flashprefill::methods::s2o {
 namespace {
 
-using gather::Segment;
 using reference::Matrix;
 
 // One row's sum of exponentials, relative to the largest.
@@ -34,7 +33,7 @@ struct Row {
   Sum sum; // so far
 };
 
-class S2O : public gather::RankedKeys {
+class S2O : public reference::RankedKeys {
  public:
   explicit S2O(const reference::HeadView& head)
       : RankedKeys(head, reinterpret_cast<const fp_s2o&>(head.policy).segment),
@@ -78,7 +77,7 @@ class S2O : public gather::RankedKeys {
     return counted == 0 ? 0 : ratios / static_cast<double>(counted);
   }
 
-  void Keep(const Segment& segment, const std::vector<int64_t>& order, KeyChoice& choice) const override {
+  void Keep(const Segment& segment, const std::vector<int64_t>& order, reference::KeyChoice& choice) const override {
     const int64_t ranked = static_cast<int64_t>(order.size());
     const int64_t room = std::min<int64_t>(ranked, policy_.max_keys);
     if (ranked == 0) return;

@@ -2,19 +2,19 @@
 #ifndef FLASHPREFILL_METHODS_S2O_STOP_H_
 #define FLASHPREFILL_METHODS_S2O_STOP_H_
 
-#include "methods/gather/segment.h"
+#include "core/segment.h"
 
 namespace flashprefill::methods::s2o {
 
 constexpr int64_t kGroupKeys = 128; // a tile of keys of the authors' kernel
 constexpr int kGroupsBelow = 2;     // in a row that stop it: ratios fall on average only
 
-inline int64_t StopRows(const fp_s2o& policy, const gather::Segment& segment) {
+inline int64_t StopRows(const fp_s2o& policy, const Segment& segment) {
   return std::min<int64_t>(policy.stop_rows, segment.end - segment.begin);
 }
 
 // Row r of `rows`, evenly spaced, the segment's last row among them.
-inline int64_t StopRow(const gather::Segment& segment, int64_t r, int64_t rows) {
+inline int64_t StopRow(const Segment& segment, int64_t r, int64_t rows) {
   return segment.begin + (r + 1) * (segment.end - segment.begin) / rows - 1;
 }
 

@@ -6,8 +6,8 @@
 //
 // with the mean query q̄ of the segment rounded once to q's dtype. Products that are not finite count for nothing. Keys
 // are in the order of their energies, equal ones by index.
-#ifndef FLASHPREFILL_METHODS_GATHER_RANKED_KEYS_H_
-#define FLASHPREFILL_METHODS_GATHER_RANKED_KEYS_H_
+#ifndef FLASHPREFILL_REFERENCE_RANKED_KEYS_H_
+#define FLASHPREFILL_REFERENCE_RANKED_KEYS_H_
 
 #include <algorithm>
 #include <cmath>
@@ -15,18 +15,14 @@
 #include <numeric>
 #include <vector>
 
-#include "methods/gather/segment.h"
+#include "core/segment.h"
 #include "reference/selector.h"
 
-namespace flashprefill::methods::gather {
+namespace flashprefill::reference {
 
-class RankedKeys : public reference::HeadSelector {
+class RankedKeys : public HeadSelector {
  public:
-  using Matrix = reference::Matrix;
-  using TileChoice = reference::TileChoice;
-  using KeyChoice = reference::KeyChoice;
-
-  RankedKeys(const reference::HeadView& head, int64_t segment_tokens)
+  RankedKeys(const HeadView& head, int64_t segment_tokens)
       : head_(head), tiles_(SegmentTiles(segment_tokens, head.geometry)) {}
 
   // Blocks are the segment's own and its window's.
@@ -60,9 +56,9 @@ class RankedKeys : public reference::HeadSelector {
   virtual void Keep(const Segment& segment, const std::vector<int64_t>& order, KeyChoice& choice) const = 0;
 
   // An energy's relative error: the tolerance is for sums over blocks.
-  double Tolerance() const { return reference::ScoreTolerance(head_.problem) / 4; }
+  double Tolerance() const { return ScoreTolerance(head_.problem) / 4; }
 
-  const reference::HeadView head_;
+  const HeadView head_;
 
  private:
   Segment SegmentAt(int64_t i) const {
@@ -74,10 +70,10 @@ class RankedKeys : public reference::HeadSelector {
     std::vector<double> energy(static_cast<size_t>(segment.end_key)), mean(static_cast<size_t>(head_.keys.columns));
     std::vector<double> z(static_cast<size_t>(seen));
     for (const Matrix& queries : head_.queries) {
-      reference::MeanOfRows(queries, segment.begin, segment.end, head_.problem.q.dtype, mean.data());
+      MeanOfRows(queries, segment.begin, segment.end, head_.problem.q.dtype, mean.data());
       double largest = -std::numeric_limits<double>::infinity(), sum = 0;
       for (int64_t t = 0; t < seen; ++t) {
-        z[t] = head_.problem.softmax_scale * reference::Dot(mean.data(), head_.keys[t], head_.keys.columns);
+        z[t] = head_.problem.softmax_scale * Dot(mean.data(), head_.keys[t], head_.keys.columns);
         if (std::isfinite(z[t])) largest = std::max(largest, z[t]);
       }
       for (double& x : z) x = std::isfinite(x) ? std::exp(x - largest) : 0;
@@ -93,6 +89,6 @@ class RankedKeys : public reference::HeadSelector {
   const int64_t tiles_; // of a segment
 };
 
-} // namespace flashprefill::methods::gather
+} // namespace flashprefill::reference
 
-#endif // FLASHPREFILL_METHODS_GATHER_RANKED_KEYS_H_
+#endif // FLASHPREFILL_REFERENCE_RANKED_KEYS_H_

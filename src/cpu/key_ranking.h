@@ -2,29 +2,27 @@
 // that pass over the keys together (cpu/vertical_slash/kernels.h), twice: for the denominators of their softmax, and
 // for energies. So a key is loaded once for 32 mean queries in each pass, and ranking costs 2 / segment of the products
 // of dense attention. What is kept per segment is one float for each key, since any key may be among those that are
-// taken before it stops; Gather, which knows its threshold beforehand, needs one pass (methods/gather/cpu.cc).
-#ifndef FLASHPREFILL_METHODS_S2O_RANKING_H_
-#define FLASHPREFILL_METHODS_S2O_RANKING_H_
+// taken before it stops. Gather knows beforehand which energies are too little, and needs one pass (its own cpu.cc).
+#ifndef FLASHPREFILL_CPU_KEY_RANKING_H_
+#define FLASHPREFILL_CPU_KEY_RANKING_H_
 
 #include <cmath>
 
 #include "core/key_list.h"
+#include "core/segment.h"
 #include "cpu/frame.h"
 #include "cpu/vertical_slash/kernels.h"
 #include "cpu/vertical_slash/lanes.h"
-#include "methods/gather/segment.h"
 
-namespace flashprefill::methods::s2o {
+namespace flashprefill::cpu {
 
-constexpr int64_t kRowsAtOnce = 128;                // query rows that are added up
+constexpr int64_t kMeanRows = 128;                  // query rows that are added up
 constexpr int64_t kMostEnergies = int64_t{4} << 20; // per thread, as long as a segment's own are fewer
 
-using gather::Segment;
-
-class Ranking {
+class KeyRanking {
  public:
   struct Scratch {
-    float* rows;     // [kRowsAtOnce][head_dim]: of queries, then of keys
+    float* rows;     // [kMeanRows][head_dim]: of queries, then of keys
     float* mean;     // [head_dim]
     float* panels;   // [lanes / 32][head_dim][32]
     float* scores;   // [kChunkKeys][lanes]
@@ -35,22 +33,22 @@ class Ranking {
     uint64_t* ranks; // [keys]: for who keeps some of them
   };
 
-  Ranking(const cpu::SelectCall& call, int64_t segment_tokens)
+  KeyRanking(const SelectCall& call, int64_t segment_tokens)
       : call_(call),
-        kernels_(cpu::VerticalSlashKernelsFor(call.exec)),
-        tiles_(gather::SegmentTiles(segment_tokens, call.g)),
+        kernels_(VerticalSlashKernelsFor(call.exec)),
+        tiles_(SegmentTiles(segment_tokens, call.g)),
         heads_(call.g.heads_per_tile),
         keys_(std::max<int64_t>(1, call.p.max_seqlen_k)),
-        segments_(std::clamp<int64_t>(kMostEnergies / keys_, 1, std::max(1, cpu::kPanelRows / heads_))),
-        lanes_(DivUp<int64_t>(segments_ * heads_, cpu::kPanelRows) * cpu::kPanelRows) {}
+        segments_(std::clamp<int64_t>(kMostEnergies / keys_, 1, std::max(1, kPanelRows / heads_))),
+        lanes_(DivUp<int64_t>(segments_ * heads_, kPanelRows) * kPanelRows) {}
 
-  cpu::ItemShape Shape() const { return {.rows = segments_ * tiles_}; }
+  ItemShape Shape() const { return {.rows = segments_ * tiles_}; }
   Scratch TakeScratch(Workspace& memory) const {
     const int64_t d = call_.p.head_dim;
-    return {.rows = memory.Take<float>(kRowsAtOnce * d),
+    return {.rows = memory.Take<float>(kMeanRows * d),
             .mean = memory.Take<float>(d),
             .panels = memory.Take<float>(lanes_ * d),
-            .scores = memory.Take<float>(cpu::kChunkKeys * lanes_),
+            .scores = memory.Take<float>(kChunkKeys * lanes_),
             .largest = memory.Take<float>(lanes_),
             .sums = memory.Take<float>(lanes_),
             .seen = memory.Take<int32_t>(lanes_),
@@ -60,8 +58,8 @@ class Ranking {
 
   // Keeps the blocks of the item's segments, and calls keep(segment, energies of its ranked keys, its list) for each.
   template <typename Keep>
-  void Choose(const cpu::Item& item, const Scratch& scratch, const Keep& keep) const {
-    for (const cpu::MaskRow& row : item.rows) {
+  void Choose(const Item& item, const Scratch& scratch, const Keep& keep) const {
+    for (const MaskRow& row : item.rows) {
       const int64_t window = SegmentAt(item.s, row.m / tiles_).window;
       for (int64_t block = window; block < row.tile.visible; ++block) SetBit(row.bits, block);
     }
@@ -83,7 +81,7 @@ class Ranking {
   }
 
   // The mean query of each head of each segment, and how many keys it sees.
-  void FillLanes(const cpu::Item& item, int64_t first, int64_t end, const Scratch& scratch) const {
+  void FillLanes(const Item& item, int64_t first, int64_t end, const Scratch& scratch) const {
     const int64_t d = call_.p.head_dim, head = item.rows[0].head * heads_;
     std::fill_n(scratch.panels, lanes_ * d, 0.f);
     std::fill_n(scratch.seen, lanes_, 0);
@@ -91,27 +89,27 @@ class Ranking {
       const Segment segment = SegmentAt(item.s, first + lane / heads_);
       if (segment.ranked() == 0) continue;
       std::fill_n(scratch.mean, d, 0.f);
-      for (int64_t q = segment.begin; q < segment.end; q += kRowsAtOnce) {
-        const int64_t stop = std::min(q + kRowsAtOnce, segment.end);
+      for (int64_t q = segment.begin; q < segment.end; q += kMeanRows) {
+        const int64_t stop = std::min(q + kMeanRows, segment.end);
         kernels_.load_queries(call_.p, item.s, q, stop, head + lane % heads_, scratch.rows);
         kernels_.add_rows(scratch.rows, stop - q, d, scratch.mean);
       }
-      cpu::FinishMean(scratch.mean, d, segment.end - segment.begin, call_.p.q.dtype);
-      cpu::PutLane(scratch.mean, d, ExponentScale(call_.p), lane, scratch.panels);
+      FinishMean(scratch.mean, d, segment.end - segment.begin, call_.p.q.dtype);
+      PutLane(scratch.mean, d, ExponentScale(call_.p), lane, scratch.panels);
       scratch.seen[lane] = static_cast<int32_t>(item.s.prefix + segment.end);
     }
   }
 
   // Leaves the energies of the segments' keys in their rows.
-  void Rank(const cpu::Item& item, int64_t first, int64_t end, const Scratch& scratch) const {
-    std::fill_n(scratch.largest, lanes_, cpu::kLeastScore);
+  void Rank(const Item& item, int64_t first, int64_t end, const Scratch& scratch) const {
+    std::fill_n(scratch.largest, lanes_, kLeastScore);
     std::fill_n(scratch.sums, lanes_, 0.f);
     ForChunks(item, scratch, *std::max_element(scratch.seen, scratch.seen + lanes_),
-              [&](const cpu::ScoreChunk& chunk) { kernels_.add_to_sums(chunk, scratch.largest, scratch.sums); });
+              [&](const ScoreChunk& chunk) { kernels_.add_to_sums(chunk, scratch.largest, scratch.sums); });
     for (int64_t lane = 0; lane < lanes_; ++lane) {
-      scratch.largest[lane] = cpu::LaneReference(scratch.largest[lane], scratch.sums[lane], 1);
+      scratch.largest[lane] = LaneReference(scratch.largest[lane], scratch.sums[lane], 1);
     }
-    ForChunks(item, scratch, SegmentAt(item.s, end - 1).end_key, [&](const cpu::ScoreChunk& chunk) {
+    ForChunks(item, scratch, SegmentAt(item.s, end - 1).end_key, [&](const ScoreChunk& chunk) {
       kernels_.share(chunk, scratch.largest);
       const float each = 1 / static_cast<float>(heads_);
       for (int64_t i = 0; i < end - first; ++i) {
@@ -128,19 +126,19 @@ class Ranking {
 
   // Scores of keys [0, n), a chunk at a time.
   template <typename Body>
-  void ForChunks(const cpu::Item& item, const Scratch& scratch, int64_t n, const Body& body) const {
-    for (int64_t key = 0; key < n; key += cpu::kChunkKeys) {
-      const int64_t count = std::min<int64_t>(cpu::kChunkKeys, n - key);
+  void ForChunks(const Item& item, const Scratch& scratch, int64_t n, const Body& body) const {
+    for (int64_t key = 0; key < n; key += kChunkKeys) {
+      const int64_t count = std::min<int64_t>(kChunkKeys, n - key);
       kernels_.load_keys(call_.p, item.s, key, key + count, item.kv_head, scratch.rows);
-      const cpu::ScoreChunk chunk{scratch.panels, scratch.rows, scratch.seen,  call_.p.head_dim, key,
-                                  count,          lanes_,       scratch.scores};
+      const ScoreChunk chunk{scratch.panels, scratch.rows, scratch.seen,  call_.p.head_dim, key,
+                             count,          lanes_,       scratch.scores};
       kernels_.score(chunk);
       body(chunk);
     }
   }
 
-  const cpu::SelectCall& call_;
-  const cpu::VerticalSlashKernels& kernels_;
+  const SelectCall& call_;
+  const VerticalSlashKernels& kernels_;
   const int64_t tiles_; // of a segment
   const int heads_;     // of a list
   const int64_t keys_;
@@ -148,6 +146,6 @@ class Ranking {
   const int64_t lanes_;
 };
 
-} // namespace flashprefill::methods::s2o
+} // namespace flashprefill::cpu
 
-#endif // FLASHPREFILL_METHODS_S2O_RANKING_H_
+#endif // FLASHPREFILL_CPU_KEY_RANKING_H_

@@ -174,7 +174,8 @@ class Selection {
     std::fill_n(scratch.factors + lanes_, cpu::kVectorPad, 0.f);
     const cpu::LaneGroups groups{heads_, segments_, lanes_, scratch.factors, stride_};
     const float floor = Floor();
-    const int64_t n = found.back().segment.end_key;
+    int64_t n = 0; // segments of the dense tail, the last ones, have none
+    for (const Candidates& some : found) n = some.segment.ranked() > 0 ? some.segment.end_key : n;
     for (int64_t key = 0; key < n; key += cpu::kChunkKeys) {
       const int64_t count = std::min<int64_t>(cpu::kChunkKeys, n - key);
       std::copy_n(scratch.marks + key / cpu::kChunkKeys * lanes_, lanes_, scratch.factors);
@@ -187,8 +188,7 @@ class Selection {
     }
   }
 
-  // Keys [begin, end), whose energies are `stride_` apart. Which may be kept is hard to foresee: nothing branches on
-  // it.
+  // Keys [begin, end), whose energies are `stride_` apart. Nothing branches on what may be kept: it is hard to foresee.
   void Add(const float* energy, int64_t begin, int64_t end, float floor, Candidates& to) const {
     int64_t count = to.count;
     float below = 0;

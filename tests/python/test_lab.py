@@ -401,7 +401,7 @@ def test_try_says_why_nothing_was_left_out():
 
 
 def test_the_exit_code_says_that_a_needle_was_missed(model, monkeypatch, capsys):
-    def answer(_loaded, policy, text):
+    def answer(_loaded, policy, text, _guard=None):
         dense = policy is None or policy == fp.Dense()
         words = text.answer if dense else "nothing"
         return {

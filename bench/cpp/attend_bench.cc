@@ -1,5 +1,5 @@
 // attend_chunk: one tile of 128 rows over packed keys, the loop in which attend spends its time, for keys that stay in
-// the L2 cache and for keys that come from further away. attend_pack: packing them.
+// the L2 cache, that come from the last cache, and from memory. attend_pack: packing them.
 #include <benchmark/benchmark.h>
 
 #include <cstdlib>
@@ -134,7 +134,7 @@ void RegisterAttend() {
     if (isa == Isa::kScalar) continue;
     const bool bf16 = isa == Isa::kAvx512Bf16 || isa == Isa::kAmxBf16;
     for (int32_t head_dim : {64, 128}) {
-      for (int64_t keys : {1024, 8192}) RegisterOne(isa, bf16 ? FP_BF16 : FP_F32, head_dim, keys);
+      for (int64_t keys : {1024, 8192, 131072}) RegisterOne(isa, bf16 ? FP_BF16 : FP_F32, head_dim, keys);
     }
   }
 }

@@ -13,7 +13,7 @@ constexpr int kMaxHidden = 65536;
 
 const fp_vsprefill& Of(const Policy& policy) { return reinterpret_cast<const fp_vsprefill&>(policy); }
 
-constexpr int32_t kShare = FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS;
+constexpr int32_t kShare = FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST;
 
 constexpr Field kFields[] = {
     ShareField("vertical_mass", offsetof(fp_vsprefill, vertical_mass), 0.6, kShare,

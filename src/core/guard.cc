@@ -30,6 +30,8 @@ Problem OneKvHead(const Problem& p, int64_t kv_head) {
   skip(one.q, kv_head * group);
   skip(one.k, kv_head);
   skip(one.v, kv_head);
+  if (one.k_scale) one.k_scale += kv_head * one.k_scale_stride[1];
+  if (one.v_scale) one.v_scale += kv_head * one.v_scale_stride[1];
   return one;
 }
 

@@ -407,6 +407,24 @@ TEST(Guard, LevelsRiseAndSink) {
   }
 }
 
+// A head that is selected for by itself still has its own scale.
+TEST(Guard, HeadsOfAnFp8CacheKeepTheirScales) {
+  OpCase op;
+  op.lengths = {{500, 700}};
+  op.kv_heads = 7;
+  op.q_layout = op.k_layout = Layout::kPacked;
+  op.softmax_scale = 0.2f;
+  op.Dtypes(FP_BF16, FP_E4M3, FP_E4M3).scales = 3; // from 0.5 of the first head to 1.28 of the last
+  const OpData data(op);
+  for (const Engine& engine : AllEngines()) {
+    const Guarded guarded = PrefillGuarded(engine, data.problem(), Parse("sketch(gain=0.12)", 32),
+                                           GuardOf(FP_GUARD_STRICT, 2000, 1e-6f), std::vector<float>(7, 1));
+    for (const int32_t outcome : guarded.guard.outcome) ASSERT_LE(outcome, FP_GUARD_HELD);
+    const Mask larger = Select(engine, data.problem(), Parse("sketch(gain=0.03)", 32));
+    EXPECT_TRUE(SameMask(data.problem(), larger, guarded.prefilled.mask)) << engine.Name();
+  }
+}
+
 TEST(Guard, EveryMethodFitsAndSaysWhatItsBudgetIs) {
   for (const MethodName& name : AllMethods()) {
     const AnyPolicy policy = Parse(name.name);

@@ -54,6 +54,8 @@ def _select(
             f"{policy.kind} drops tokens and has no mask: it is for prefill_attention alone"
         )
     if isinstance(policy, MaskPolicy):
+        if ops.is_fp8(k):
+            raise UnsupportedError("FP8 keys are not for a MaskPolicy: its function would not see their scales")
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask
@@ -255,6 +257,8 @@ def prefill_attention(
     mask = None
     stats = None
     if isinstance(policy, TokenSparse):
+        if ops.is_fp8(k) or ops.is_fp8(v):
+            raise UnsupportedError(f"FP8 keys and values are not for {policy.kind}")
         if report is not None:
             raise UnsupportedError(f"guard needs a policy with a mask, and {policy.kind} drops tokens")
         stats = ops.in_python(

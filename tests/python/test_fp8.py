@@ -146,7 +146,6 @@ def test_compiled_as_called():
 
 @pytest.mark.parametrize("policy", ["tokensparse(inner=dense)", fp.MaskPolicy(lambda layer, q, k: None)])
 def test_policies_in_python_that_would_miss_the_scales_are_refused(policy):
-    torch = pytest.importorskip("torch")
     q, k = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 2, 16).to(torch.float8_e4m3fn)
     with pytest.raises(fp.UnsupportedError, match="FP8 keys"):
         fp.prefill_attention(q, k, k, policy, k_scale=torch.tensor([0.5]))

@@ -55,7 +55,9 @@ def _select(
         )
     if isinstance(policy, MaskPolicy):
         if ops.is_fp8(k):
-            raise UnsupportedError("FP8 keys are not for a MaskPolicy, whose function would miss their scales")
+            raise UnsupportedError(
+                "FP8 keys are not for a MaskPolicy, whose function would miss their scales"
+            )
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask

@@ -206,7 +206,7 @@ def audit(*arguments: Any) -> None:
     """fp_audit, with the arguments of _calls.AUDIT."""
     call = AUDIT.unpack(arguments)
     q, k = all_cuda_reads(call.q, call.k, cached=call.block_table is not None)
-    p, m = problem_of(call, q, k, k), _mask_given(call)
+    p, m = problem_of(call._replace(v_scale=call.k_scale), q, k, k), _mask_given(call)
     m.counts = address_of(call.counts)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     set_guard(e, call)

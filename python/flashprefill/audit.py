@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._arguments import shared_of
+from ._arguments import scaled, shared_of
 from ._axes import heads_first, swapped
 from ._calls import AUDIT
 from ._given_mask import fitting, places_of_mask
@@ -14,7 +14,7 @@ from .guard import Guard, GuardReport, guard_of
 from .mask import BlockMask
 
 if TYPE_CHECKING:
-    from ._typing import AxisOrder, Lengths, Table
+    from ._typing import AxisOrder, Lengths, Scale, Table
 
 __all__ = ["audit"]
 
@@ -33,6 +33,9 @@ def audit(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     threads: int | None = None,
     backend: str | None = None,
@@ -54,6 +57,9 @@ def audit(
         max_seqlen_k: as in :func:`attend`.
         seqused_k: as in :func:`attend`.
         block_table: as in :func:`attend`.
+        k_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         threads: as in :func:`prefill_attention`.
         backend: as in :func:`prefill_attention`.
@@ -71,13 +77,16 @@ def audit(
     wanted = guard_of(guard)
     if wanted is None:
         refuse_type("guard", "None", "a Guard, or a text of one")
+    given_q, q = q, ops.widened(q) if ops.is_fp8(q) else q
     lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), seqused_k, block_table
     places = places_of_mask(ops, mask, (q, k, k), causal, lengths, layout is None)
     given = fitting(ops, mask, q, k)
     own = given["bits"] is mask.bits
     if wanted.mode != "observe" and not own:
         refuse("guard's mode", repr(wanted.mode), "observe for a mask of one head, or of another library")
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    q, scales = scaled(ops, (given_q, q, k, None), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     report = GuardReport(ops, wanted, places.batch, q.shape[-2])
     counts = mask.counts if own else None
     ops.audit(*AUDIT.pack(q=q, k=k, counts=counts, **given, **shared, **report.arguments()))

@@ -85,4 +85,37 @@ Chosen Largest(const std::vector<double>& values, const Count& count, double tol
   return chosen;
 }
 
+TileChoice ChooseBlocks(const HeadView& head, const Tile& tile, int32_t rounding, const Chosen& verticals,
+                        const Chosen& slashes) {
+  // Whether a vertical lies in the block, or a slash crosses it inside the tile.
+  const auto keeps = [&](std::vector<uint8_t> Chosen::*level, int64_t block) {
+    const int64_t begin = block * head.geometry.block_size;
+    const int64_t end = begin + head.geometry.BlockKeys(head.sequence, block);
+    for (int64_t t = begin; t < end; ++t) {
+      if ((verticals.*level)[t]) return true;
+    }
+    const int64_t first = head.sequence.prefix + tile.begin, last = head.sequence.prefix + tile.end - 1;
+    for (int64_t d = std::max<int64_t>(0, first - (end - 1)); d <= last - begin; ++d) {
+      if ((slashes.*level)[d]) return true;
+    }
+    return false;
+  };
+  TileChoice choice;
+  choice.energy.resize(static_cast<size_t>(tile.visible));
+  choice.scored.assign(choice.energy.size(), 1);
+  choice.kept.resize(choice.energy.size());
+  choice.near_tie.resize(choice.energy.size());
+  for (int64_t b = 0; rounding == FP_ROUND_BLOCKS && b < tile.visible; ++b) {
+    choice.kept[b] = keeps(&Chosen::kept, b);
+    choice.near_tie[b] = keeps(&Chosen::most, b) && !keeps(&Chosen::least, b);
+  }
+  return choice;
+}
+
+void List(const Chosen& chosen, std::vector<int32_t>& numbers) {
+  for (size_t t = 0; t < chosen.kept.size(); ++t) {
+    if (chosen.kept[t]) numbers.push_back(static_cast<int32_t>(t));
+  }
+}
+
 } // namespace flashprefill::reference

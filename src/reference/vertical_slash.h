@@ -44,6 +44,14 @@ struct Count {
 // 1e-35 not at all: fp32 ends there. -inf is never chosen, +inf always ranks first.
 Chosen Largest(const std::vector<double>& values, const Count& count, double tolerance);
 
+// What a tile keeps by a head's verticals and slashes: with FP_ROUND_BLOCKS the blocks that hold a vertical, or that a
+// slash crosses inside the tile; with FP_ROUND_TOKENS none.
+TileChoice ChooseBlocks(const HeadView& head, const Tile& tile, int32_t rounding, const Chosen& verticals,
+                        const Chosen& slashes);
+
+// The numbers of what is kept, ascending.
+void List(const Chosen& chosen, std::vector<int32_t>& numbers);
+
 // Relative error of fp32 scores of single tokens.
 constexpr double kTokenTolerance = 2e-4;
 

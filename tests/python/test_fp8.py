@@ -149,3 +149,23 @@ def test_policies_in_python_that_would_miss_the_scales_are_refused(policy):
     q, k = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 2, 16).to(torch.float8_e4m3fn)
     with pytest.raises(fp.UnsupportedError, match="FP8 keys"):
         fp.prefill_attention(q, k, k, policy, k_scale=torch.tensor([0.5]))
+
+
+def test_an_audit_reads_the_scales():
+    q, k, v = tensors(14, (400, 4, 32), (400, 2, 32))
+    scale = torch.tensor([0.05, 4.0])
+    k8 = (k / scale[:, None]).clamp(-448, 448).to(E4M3)
+    full = k8.float() * scale[:, None]
+    policy = fp.Streaming(sink_blocks=1, window_blocks=1, dense_tail_blocks=0, block_size=32)
+    mask, guard = fp.select(q, full, policy), fp.Guard(rows=400)
+    wanted = fp.audit(q, full, mask, guard).recall
+    assert torch.allclose(
+        torch.as_tensor(fp.audit(q, k8, mask, guard, k_scale=scale).recall), wanted, atol=1e-3
+    )
+    assert not torch.allclose(torch.as_tensor(fp.audit(q, k8, mask, guard).recall), wanted, atol=1e-3)
+    # Values alone may be FP8.
+    masks = fp.MaskPolicy(lambda layer, q, k: torch.ones(1, 4, 13, dtype=torch.bool), block_size=32)
+    out, stats = fp.prefill_attention(
+        q, k, v.to(E4M3), masks, v_scale=0.5, guard="observe", return_stats=True
+    )
+    assert out.isfinite().all() and (torch.as_tensor(stats.guard.recall) == 1).all()

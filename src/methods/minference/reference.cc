@@ -31,24 +31,13 @@ class VerticalSlash : public HeadSelector {
       : VerticalSlash(head, a, b, SumVerticalSlash(head, kRows)) {}
 
   TileChoice Choose(const Tile& tile) const override {
-    TileChoice choice;
-    choice.energy.resize(static_cast<size_t>(tile.visible));
-    choice.scored.assign(static_cast<size_t>(tile.visible), 1);
-    const bool in_blocks = reinterpret_cast<const fp_minference&>(head_.policy).rounding == FP_ROUND_BLOCKS;
-    choice.kept.resize(in_blocks ? 0 : static_cast<size_t>(tile.visible));
-    choice.near_tie.resize(choice.kept.size());
-    for (int64_t b = 0; in_blocks && b < tile.visible; ++b) {
-      choice.kept.push_back(Keeps(&Chosen::kept, tile, b));
-      choice.near_tie.push_back(Keeps(&Chosen::most, tile, b) && !Keeps(&Chosen::least, tile, b));
-    }
-    return choice;
+    return ChooseBlocks(head_, tile, reinterpret_cast<const fp_minference&>(head_.policy).rounding, columns_,
+                        distances_);
   }
 
   void ChooseVerticalSlash(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const override {
-    for (size_t t = 0; t < columns_.kept.size(); ++t) {
-      if (columns_.kept[t]) columns.push_back(static_cast<int32_t>(t));
-      if (distances_.kept[t]) distances.push_back(static_cast<int32_t>(t));
-    }
+    List(columns_, columns);
+    List(distances_, distances);
   }
 
  private:
@@ -60,20 +49,6 @@ class VerticalSlash : public HeadSelector {
   static Chosen Best(std::vector<double>& sums, int64_t forced, int64_t count) {
     std::fill_n(sums.begin(), std::min(forced, static_cast<int64_t>(sums.size())), kInfinity);
     return Largest(sums, Exactly(count), kTokenTolerance);
-  }
-
-  // Whether a vertical lies in the block, or a slash crosses it inside the tile.
-  bool Keeps(std::vector<uint8_t> Chosen::*level, const Tile& tile, int64_t block) const {
-    const int64_t begin = block * head_.geometry.block_size;
-    const int64_t end = begin + head_.geometry.BlockKeys(head_.sequence, block);
-    for (int64_t t = begin; t < end; ++t) {
-      if ((columns_.*level)[t]) return true;
-    }
-    const int64_t first = head_.sequence.prefix + tile.begin, last = head_.sequence.prefix + tile.end - 1;
-    for (int64_t d = std::max<int64_t>(0, first - (end - 1)); d <= last - begin; ++d) {
-      if ((distances_.*level)[d]) return true;
-    }
-    return false;
   }
 
   HeadView head_;

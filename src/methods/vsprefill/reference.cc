@@ -38,23 +38,12 @@ class VSPrefill : public HeadSelector {
   }
 
   TileChoice Choose(const Tile& tile) const override {
-    TileChoice choice;
-    choice.energy.resize(static_cast<size_t>(tile.visible));
-    choice.scored.assign(static_cast<size_t>(tile.visible), 1);
-    choice.kept.resize(static_cast<size_t>(tile.visible));
-    choice.near_tie.resize(static_cast<size_t>(tile.visible));
-    for (int64_t b = 0; policy_.rounding == FP_ROUND_BLOCKS && b < tile.visible; ++b) {
-      choice.kept[b] = Keeps(&Chosen::kept, tile, b);
-      choice.near_tie[b] = Keeps(&Chosen::most, tile, b) && !Keeps(&Chosen::least, tile, b);
-    }
-    return choice;
+    return ChooseBlocks(head_, tile, policy_.rounding, columns_, lines_);
   }
 
   void ChooseVerticalSlash(std::vector<int32_t>& columns, std::vector<int32_t>& distances) const override {
-    for (size_t t = 0; t < Tokens(); ++t) {
-      if (columns_.kept[t]) columns.push_back(static_cast<int32_t>(t));
-      if (lines_.kept[t]) distances.push_back(static_cast<int32_t>(t));
-    }
+    List(columns_, columns);
+    List(lines_, distances);
   }
 
  private:
@@ -93,20 +82,6 @@ class VSPrefill : public HeadSelector {
     };
     const double tolerance = ScoreTolerance(head_.problem);
     return Largest(share, {count(p), count(p - tolerance), count(p + tolerance)}, tolerance);
-  }
-
-  // Whether a vertical lies in the block, or a slash crosses it inside the tile.
-  bool Keeps(std::vector<uint8_t> Chosen::*level, const Tile& tile, int64_t block) const {
-    const int64_t begin = block * head_.geometry.block_size;
-    const int64_t end = begin + head_.geometry.BlockKeys(head_.sequence, block);
-    for (int64_t t = begin; t < end; ++t) {
-      if ((columns_.*level)[t]) return true;
-    }
-    const int64_t first = head_.sequence.prefix + tile.begin, last = head_.sequence.prefix + tile.end - 1;
-    for (int64_t d = std::max<int64_t>(0, first - (end - 1)); d <= last - begin; ++d) {
-      if ((lines_.*level)[d]) return true;
-    }
-    return false;
   }
 
   HeadView head_;

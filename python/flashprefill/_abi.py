@@ -97,6 +97,8 @@ class Exec(Structure):
         ("target", c_char_p),
         ("stream", c_void_p),
         ("timings", POINTER(Timings)),
+        ("math", c_int32),
+        ("reserved", c_int32),
     ]
 
 

@@ -26,7 +26,7 @@ struct Loads {
   static Loads Of(const Problem& p, int block_size) {
     const int keys = KeysPerStep(p.head_dim);
     const int chunk = ChunkKeys(p.block_table ? block_size | p.page_size : block_size, keys);
-    if (p.block_table && chunk < 16) return {true, ChunkKeys(block_size, keys)};
+    if (p.block_table && chunk < kBulkPageKeys) return {true, ChunkKeys(block_size, keys)};
     return {false, chunk};
   }
 };

@@ -7,16 +7,25 @@
 
 namespace flashprefill::cuda {
 
-// Announces a tile of `steps` key tiles in `info`, and starts the copies of its Q into a stage that is free. The
-// barrier waits for `more` bytes besides, which are the caller's to send. By one lane.
+// A tile of `steps` key tiles, as the math side is told of it.
+__device__ __forceinline__ TileInfo InfoOf(const AttendArgs& p, const Work& work, int steps) {
+  return {steps,
+          work.tokens * p.heads_per_tile,
+          work.first_position,
+          work.k_len - 1,
+          p.cu_seqlens_q ? 0 : work.sequence,
+          work.q_begin + work.begin,
+          work.head,
+          0};
+}
+
+// Starts the copies of a tile's Q into a stage that is free. The barrier waits for `more` bytes besides, which are the
+// caller's to send. By one lane.
 template <class SHAPE, class Memory>
-__device__ __forceinline__ void SendQueries(const AttendParams& p, Memory& sm, const Work& work, int steps, int stage,
-                                            TileInfo& info, int more) {
+__device__ __forceinline__ void LoadQueries(const AttendParams& p, Memory& sm, const Work& work, int stage, int more) {
   const int token = work.q_begin + work.begin;
   const int batch = p.cu_seqlens_q ? 0 : work.sequence;
   uint64_t* const full = &sm.q_full[stage];
-  info =
-      TileInfo{steps, work.tokens * p.heads_per_tile, work.first_position, work.k_len - 1, batch, token, work.head, 0};
   BarrierArriveExpect(full, SHAPE::kPanels * Memory::kPanelRowsBytes * p.tile_tokens * p.heads_per_tile + more);
 #pragma unroll
   for (int i = 0; i < SHAPE::kPanels; ++i) {

@@ -37,12 +37,13 @@ __device__ __forceinline__ SCORE Masked() {
 template <int KEYS, class SCORE>
 __device__ __forceinline__ void MaskKeys(SCORE* s, const KeyTile& key_tile, const int (&last_key)[2], int lane) {
 #pragma unroll
-  for (int i = 0; i < KEYS / 8; ++i) {
-    const int position = key_tile.position[i / 2] + lane % 4 * 2 + i % 2 * 8;
+  for (int i = 0; i < KEYS / 16; ++i) {
+    const int first = key_tile.position[i] + lane % 4 * 2;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool behind = e % 2 ? position >= last_key[e / 2] : position > last_key[e / 2];
-      if (behind) s[4 * i + e] = Masked<SCORE>();
+    for (int e = 0; e < 8; ++e) {
+      const int position = first + e / 4 * 8, last = last_key[e / 2 % 2];
+      const bool behind = e % 2 ? position >= last : position > last;
+      if (behind) s[8 * i + e] = Masked<SCORE>();
     }
   }
 }

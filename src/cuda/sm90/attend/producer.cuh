@@ -396,7 +396,10 @@ class AttendProducer {
 
   __device__ __forceinline__ void SendQueries(int steps) {
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
-    if (ElectOne()) cuda::SendQueries<SHAPE>(p_, sm_, keys_.work(), steps, q_.stage, sm_.tiles[q_.stage], 0);
+    if (ElectOne()) {
+      sm_.tiles[q_.stage] = InfoOf(p_, keys_.work(), steps);
+      LoadQueries<SHAPE>(p_, sm_, keys_.work(), q_.stage, 0);
+    }
     q_.Advance(SHAPE::kQStages);
   }
 

@@ -147,7 +147,8 @@ class ImageProducer {
     const Work& work = keys_.work();
     BarrierWait(&sm_.q_empty[0], (tiles_ & 1) ^ 1);
     if (ElectOne()) {
-      SendQueries<SHAPE>(p_, sm_, work, steps, 0, sm_.tiles[tiles_ % SharedMemory8<SHAPE>::kTiles], sizeof sm_.center);
+      sm_.tiles[tiles_ % SharedMemory8<SHAPE>::kTiles] = InfoOf(p_, work, steps);
+      LoadQueries<SHAPE>(p_, sm_, work, 0, sizeof sm_.center);
       BulkLoadBytes(sm_.center,
                     p_.images.centers + (int64_t{work.sequence} * p_.kv_heads + work.kv_head) * kImageColumns,
                     sizeof sm_.center, &sm_.q_full[0]);

@@ -48,13 +48,16 @@ __device__ __forceinline__ void SpreadColumns(uint32_t columns, int lane, uint32
   }
 }
 
-// A sequence's last block may be shorter than the others, and counts where rows see all of it: not causal. Its column
-// in a tile of means that begins at `block`, or -1; and its keys.
+// A sequence's last block may be shorter than the others, and counts where rows see all of it: not causal. Whether a
+// tile of means that begins at `block` has such a one; its column, else -1, and its keys.
 template <int KEYS>
-__device__ __forceinline__ int ShortColumn(const AttendArgs& p, const Work& work, int block, int* keys) {
-  const int last = p.by_block(work.k_len - 1);
-  *keys = work.k_len - last * p.block_size;
-  return last < work.full && *keys < p.block_size && last >= block && last < block + KEYS ? last - block : -1;
+__device__ __forceinline__ bool HasShortBlock(const AttendArgs& p, const Work& work, int block, int* column,
+                                              int* keys) {
+  const int k_len = work.k_len, last = p.by_block(k_len - 1);
+  *keys = k_len - last * p.block_size;
+  const bool shorter = last < work.full && *keys < p.block_size && last >= block && last < block + KEYS;
+  *column = shorter ? last - block : -1;
+  return shorter;
 }
 
 } // namespace flashprefill::cuda

@@ -365,11 +365,11 @@ class AttendProducer {
     const uint32_t wanted = keys_.WantedMeans(before);
     SpreadColumns<kKeys>(wanted, lane_, tile.wanted);
     if (lane_ == 0) {
-      int keys;
-      const int column = ShortColumn<kKeys>(p_, keys_.work(), block, &keys);
+      int column, keys;
+      const bool shorter = HasShortBlock<kKeys>(p_, keys_.work(), block, &column, &keys);
       tile.mode = KeyMode::kMeans;
       tile.short_column = column;
-      if (column >= 0) tile.short_bias = log2f(static_cast<float>(keys)) / p_.exponent_scale - p_.mean_bias;
+      if (shorter) tile.short_bias = log2f(static_cast<float>(keys)) / p_.exponent_scale - p_.mean_bias;
     }
     __syncwarp();
   }

@@ -109,12 +109,12 @@ class ImageProducer {
       SpreadColumns<kKeys>(wanted, lane_, tile.wanted);
       if (any) SpreadColumns<kKeys>(columns, lane_, tile.not_finite);
       if (lane_ == 0) {
-        int keys;
-        const int column = ShortColumn<kKeys>(p_, keys_.work(), block, &keys);
+        int column, keys;
+        const bool shorter = HasShortBlock<kKeys>(p_, keys_.work(), block, &column, &keys);
         tile.mode = KeyMode::kMeans;
         tile.any_not_finite = any;
         tile.short_column = column;
-        if (column >= 0) tile.short_bias = log2f(static_cast<float>(keys)) - p_.mean_bias_log2;
+        if (shorter) tile.short_bias = log2f(static_cast<float>(keys)) - p_.mean_bias_log2;
       }
       __syncwarp();
     }

@@ -142,6 +142,7 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
   if (mask_->max_keys > 0) return "masks with key lists are for the CPU";
+  if (mask_->skip > 0) return "masks that skip are for the CPU";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
   if ((p.block_table || gpu_.portable) && !(IsNear(p, p.k) && IsNear(p, p.v))) {

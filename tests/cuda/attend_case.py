@@ -45,6 +45,7 @@ class Case:
     max_k: int = 0
     lse_wanted: bool = True
     target: str | None = None  # of the backend; else FLASHPREFILL_TEST_TARGET's
+    math: int = 0  # fp_math: 1 permits 8-bit products
     _live: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -137,6 +138,7 @@ class Case:
         target = self.target or os.environ.get("FLASHPREFILL_TEST_TARGET")
         e.target = target.encode() if target else None
         e.stream = torch.cuda.current_stream().cuda_stream
+        e.math = self.math
         size = c.c_size_t()
         _abi.check(_abi.lib.fp_attend_workspace(c.byref(p), c.byref(m), c.byref(e), c.byref(size)))
         self.scratch = torch.empty(size.value, dtype=torch.uint8, device=device)

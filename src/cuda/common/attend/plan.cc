@@ -29,6 +29,15 @@ bool IsNear(const Problem& p, const Tensor& t) {
   return t.stride[1] <= most / std::max<int64_t>(1, p.max_seqlen_k);
 }
 
+// How often a query tile visits a block of keys, if it keeps 24 of them: a guess, since lengths and masks are the
+// device's.
+int64_t ExpectedVisits(const Problem& p) {
+  constexpr int64_t kKept = 24;
+  const int64_t tiles = DivUp<int64_t>(p.total_q, kTileRows) * (p.q_heads / p.kv_heads);
+  const int64_t blocks = DivUp<int64_t>(p.max_seqlen_k, kTileRows);
+  return tiles * std::min(kKept, blocks) / std::max<int64_t>(1, p.batch * blocks);
+}
+
 AttendArgs ArgsOf(const AttendCall& call, int* counter) {
   const Problem& p = call.p;
   const BlockMask& mask = call.mask;
@@ -98,14 +107,28 @@ AttendArgs ArgsOf(const AttendCall& call, int* counter) {
 
 } // namespace
 
-AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gpu) {
+AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gpu, int32_t math) {
   AttendPlan plan;
   plan.p_ = &p;
   plan.mask_ = &mask;
   plan.gpu_ = gpu;
   const int64_t items = plan.MaxItems(), most = gpu.portable ? kMaxOrderedItemsPortable : kMaxOrderedItems;
   if (items <= most && items * p.max_seqlen_k >= kMinOrderedWork) plan.ordered_items_ = items;
+  plan.keys_ = plan.KeysFor(math);
   return plan;
+}
+
+AttendPlan::Keys AttendPlan::KeysFor(int32_t math) const {
+  const Problem& p = *p_;
+  if (gpu_.portable || p.batch == 0 || p.total_q == 0) return Keys::kInPlace;
+  // Products of 64 columns leave exponentials the limit, and a step of 256 does not fit the registers.
+  const bool dimension = p.head_dim > 64 && p.head_dim <= kImageColumns;
+  if (math == FP_MATH_8BIT && dimension && mask_->block_size % kImageKeys == 0) return Keys::kImages;
+  if (p.block_table && ChunkKeys(mask_->block_size | p.page_size, kTileRows) < kBulkPageKeys &&
+      ExpectedVisits(p) >= kCopyFromVisits) {
+    return Keys::kCopied;
+  }
+  return Keys::kInPlace;
 }
 
 int64_t AttendPlan::MaxItems() const {
@@ -135,8 +158,12 @@ const char* AttendPlan::Unsupported(const Output* output) const {
 
 cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
                                cudaStream_t stream) const {
-  const Problem& p = *p_;
-  if (p.batch == 0 || p.total_q == 0) return cudaSuccess;
+  if (p_->batch == 0 || p_->total_q == 0) return cudaSuccess;
+  if (keys_ != Keys::kInPlace) {
+    const AttendCall paged{*p_, *mask_, gpu_, output, means, MaxItems()};
+    if (cudaError_t e = LaunchKeys(ArgsOf(paged, counter_), stream)) return e;
+  }
+  const Problem p = keys_ == Keys::kCopied ? copy_.Copied(*p_) : *p_;
   const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
   AttendArgs args = ArgsOf(call, counter_);
   int processors = 0;
@@ -148,7 +175,14 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
   } else if (!follows_select) {
     if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
   }
-  return gpu_.portable ? LaunchAttendPortable(args, call, stream) : LaunchAttendSm90(args, call, stream);
+  if (gpu_.portable) return LaunchAttendPortable(args, call, stream);
+  if (keys_ == Keys::kImages) return LaunchAttend8Sm90(args, call, images_, stream);
+  return LaunchAttendSm90(args, call, stream);
+}
+
+cudaError_t AttendPlan::LaunchKeys(const AttendArgs& args, cudaStream_t stream) const {
+  if (keys_ == Keys::kImages) return LaunchImages(args, images_, p_->q.dtype, stream);
+  return LaunchCopyRows(args, copy_, stream);
 }
 
 } // namespace flashprefill::cuda

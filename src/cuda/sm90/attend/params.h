@@ -55,6 +55,10 @@ struct AttendParams : AttendArgs {
   float minus_one;            // HoldBack's
 };
 
+// Everything of a call that concerns the rows of q and of the output, the OpaqueCopy and HoldBack constants too.
+struct AttendCall;
+cudaError_t SetRowParams(const AttendCall& call, AttendParams& a);
+
 // The kernels for a dtype and a head dimension, to be launched with AttendParams.
 using AttendKernel = void (*)(AttendParams);
 struct AttendKernelSet {

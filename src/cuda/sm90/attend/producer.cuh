@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "cuda/sm90/attend/key_iterator.cuh"
+#include "cuda/sm90/attend/loading_side.cuh"
 
 namespace flashprefill::cuda {
 
@@ -363,21 +363,12 @@ class AttendProducer {
   __device__ __forceinline__ void DescribeMeans(int block, int before) {
     KeyTile& tile = sm_.key_tiles[ring_position_.stage + ring_position_.parity * SHAPE::kStages];
     const uint32_t wanted = keys_.WantedMeans(before);
-    if (lane_ < kKeys / 32) {
-      auto* const bytes = reinterpret_cast<uint8_t*>(tile.wanted);
-#pragma unroll
-      for (int l = 0; l < 4; ++l) { // of each 8 bits the two from 2 l on, together in a byte
-        uint32_t x = wanted >> 2 * l & 0x03030303;
-        x |= x >> 6;
-        bytes[4 * l + lane_] = static_cast<uint8_t>((x & 15) | (x >> 12 & 240));
-      }
-    }
+    SpreadColumns<kKeys>(wanted, lane_, tile.wanted);
     if (lane_ == 0) {
-      // The sequence's last block may be shorter than the others, and counts where rows see all of it: not causal.
-      const int k_len = keys_.work().k_len, last = p_.by_block(k_len - 1), keys = k_len - last * p_.block_size;
-      const bool shorter = last < keys_.work().full && keys < p_.block_size && last >= block && last < block + kKeys;
+      int column, keys;
+      const bool shorter = HasShortBlock<kKeys>(p_, keys_.work(), block, &column, &keys);
       tile.mode = KeyMode::kMeans;
-      tile.short_column = shorter ? last - block : -1;
+      tile.short_column = column;
       if (shorter) tile.short_bias = log2f(static_cast<float>(keys)) / p_.exponent_scale - p_.mean_bias;
     }
     __syncwarp();
@@ -404,19 +395,10 @@ class AttendProducer {
   }
 
   __device__ __forceinline__ void SendQueries(int steps) {
-    const Work& work = keys_.work();
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
     if (ElectOne()) {
-      const int token = work.q_begin + work.begin;
-      const int batch = p_.cu_seqlens_q ? 0 : work.sequence;
-      uint64_t* const full = &sm_.q_full[q_.stage];
-      sm_.tiles[q_.stage] = TileInfo{
-          steps, work.tokens * p_.heads_per_tile, work.first_position, work.k_len - 1, batch, token, work.head, 0};
-      BarrierArriveExpect(full, kPanels * Memory::kPanelRowsBytes * p_.tile_tokens * p_.heads_per_tile);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i) {
-        BulkLoad(sm_.q[q_.stage] + i * Memory::kQPanelBytes, &p_.q, full, i * kPanelColumns, work.head, token, batch);
-      }
+      sm_.tiles[q_.stage] = InfoOf(p_, keys_.work(), steps);
+      LoadQueries<SHAPE>(p_, sm_, keys_.work(), q_.stage, 0);
     }
     q_.Advance(SHAPE::kQStages);
   }

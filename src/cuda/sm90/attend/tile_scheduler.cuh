@@ -9,8 +9,8 @@ namespace flashprefill::cuda {
 
 // One warp takes tiles, one ahead of those that load them: its arithmetic and its loads are some thousands of cycles.
 // Its state is in shared memory, to spare registers.
-template <class SHAPE>
-__device__ __forceinline__ void StartTaking(const AttendParams& p, SharedMemory<SHAPE>& sm) {
+template <class Memory>
+__device__ __forceinline__ void StartTaking(const AttendArgs& p, Memory& sm) {
   const int tiles = TilesOfBatch(p);
   if (threadIdx.x % 32 == 0) {
     sm.tiles_of_batch = tiles;
@@ -22,8 +22,8 @@ __device__ __forceinline__ void StartTaking(const AttendParams& p, SharedMemory<
 
 // False if there was none left, which the loaders are told. Every lane arrives where it has written, and theirs where
 // they have read: one arrival for a warp would do, but racecheck doesn't see that.
-template <class SHAPE>
-__device__ __forceinline__ bool TakeTile(const AttendParams& p, SharedMemory<SHAPE>& sm) {
+template <class Memory>
+__device__ __forceinline__ bool TakeTile(const AttendArgs& p, Memory& sm) {
   const int lane = threadIdx.x % 32;
   const int item = sm.next_item, tiles = sm.tiles_of_batch;
   const bool there = item < tiles * p.kv_heads * p.mask_heads;

@@ -118,12 +118,14 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype) return "q, k and v must have one dtype on CUDA";
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
-  if (mask_->max_keys > 0) return "masks with key lists are for the CPU";
+  if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
+  if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
-  if ((p.block_table || gpu_.portable) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
-    return p.block_table ? "a paged cache of at most 2^35 elements on CUDA"
-                         : "a sequence whose keys span at most 2^35 elements on this GPU";
+  if ((p.block_table || gpu_.portable || mask_->max_keys > 0) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
+    return p.block_table   ? "a paged cache of at most 2^35 elements on CUDA"
+           : gpu_.portable ? "a sequence whose keys span at most 2^35 elements on this GPU"
+                           : "a sequence whose keys span at most 2^35 elements where the mask has key lists";
   }
   if (!IsAligned(p.q)) return kUnalignedQ;
   if (!IsAligned(p.k)) return kUnalignedK;

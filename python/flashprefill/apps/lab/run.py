@@ -282,9 +282,7 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
             continue
         try:
             policy = line.policy(line.values[0] if line.values else None, FORCED)
-            mask = select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
-            if mask.key_lists is not None and query.is_cuda:
-                reasons[line.method] = "masks with key lists are for the CPU"
+            select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
         except UnsupportedError as error:
             reasons[line.method] = str(error)
     return reasons

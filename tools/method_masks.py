@@ -9,7 +9,7 @@ over 7600 tokens of text that is on the machine, in the lab's six layers. Of the
 shown whatever the policy: one that returns to a few places, one that picks here and there and one that looks
 nearly everywhere. Kinds after a colon (the keys of apps/heads.py's KINDS) show others. Figures of all 54
 heads are printed: mean density, and the mean share of the true attention that the mask holds, over 512 rows
-per head.
+per head. With `--from DIR:TEXT` before the folder the heads are those of a dump of `flashprefill lab --dump`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 
 from flashprefill.apps import heads as kinds
 from flashprefill.apps import measure, models, pictures, plots, prompt
+from flashprefill.apps.lab import texts
 from flashprefill.apps.spec import parse_policy
 from flashprefill.policies import FlashPrefill
 
@@ -31,14 +32,22 @@ SHOWN = ("columns", "scattered", "broad")
 
 def main() -> None:
     """Run the model once and draw every picture that was asked for."""
-    folder = Path(sys.argv[1])
+    arguments = sys.argv[1:]
+    if arguments[0] == "--from":
+        place, _, name = arguments[1].rpartition(":")
+        captured, arguments = texts.load(Path(place))[name], arguments[2:]
+        print(f"{name} of {place}; layers {sorted(captured)}")
+    else:
+        loaded = models.load(None, "bf16")
+        text = prompt.build(loaded.tokenizer, TOKENS, None)
+        captured = measure.run(loaded, text.ids, 1, LAYERS)[1].captured
+        print(
+            f"{loaded.name}, {loaded.dtype}, {len(text.ids)} tokens of {text.source}; layers {sorted(LAYERS)}"
+        )
+    folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = models.load(None, "bf16")
-    text = prompt.build(loaded.tokenizer, TOKENS, None)
-    captured = measure.run(loaded, text.ids, 1, LAYERS)[1].captured
     found = kinds.choose(*pictures.candidates_of(captured, FlashPrefill()))
-    print(f"{loaded.name}, {loaded.dtype}, {len(text.ids)} tokens of {text.source}; layers {sorted(LAYERS)}")
-    for argument in sys.argv[2:]:
+    for argument in arguments[1:]:
         name, _, specs = argument.partition("=")
         name, _, wanted = name.partition(":")
         shown = [one for one in found if one[2] in (wanted.split(",") if wanted else SHOWN)]
@@ -56,13 +65,14 @@ def main() -> None:
             )
         rows = []
         for layer, head, kind in shown:
-            query, key, _, scale = captured[layer]
+            query, key, value, scale = captured[layer]
             group = query.shape[1] // key.shape[1]
 
             def mass(tile: int, block: int, q: object = query[:, head], k: object = key[:, head // group]):  # type: ignore[no-untyped-def]
                 return pictures.host(kinds.attention_mass(q, k, scale, tile, block).double())  # type: ignore[arg-type]  # noqa: B023
 
-            panels = pictures.mask_panels(query, key, scale, head, group, named, mass)
+            own = [(label, policy.at_layer(layer)) for label, policy in named]
+            panels = pictures.mask_panels(query, key, scale, head, group, own, mass, value)
             rows.append(
                 plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels)
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_eval
+import quality_summary
 
 from flashprefill.apps import table
 
@@ -265,6 +266,35 @@ host, so the times there compare how many lines of Python a layer takes (the hos
 for 100 % of the time to the first token in a later run, and `flashprefill demo` says so). At 24,000
 tokens dense attention keeps the GPU busy.
 """
+MADE = """
+## Methods that need something made for the model
+
+VSPrefill's weights and Reuse's plans come from commands of their own, so these two are not in the
+tables above; the rows here are from short runs on two busy cores, and lead to their pages
+([vsprefill](methods/vsprefill.md), [reuse](methods/reuse.md)).
+
+`flashprefill train-indexer --tokens 3072 --sequences 10 --steps 300 --hidden 128 --pool 10
+--layers 2,7,13,19,25,29 --dtype fp32`, judged on 7,600 tokens of `argparse.py`, which it has not seen, by
+the lab's code (`flashprefill lab --text code --method vsprefill --method minference --method
+streaming --indexer indexer.safetensors`):
+
+| 7,600 tokens, fp32, all 54 heads of six layers | density | attention held, mean | 5th percentile |
+|---|---|---|---|
+| Streaming, 5 and 6 window blocks | 0.189, 0.218 | 0.866, 0.880 | 0.43, 0.47 |
+| MInference in blocks, 100 verticals, 100 and 250 slashes | 0.161, 0.369 | 0.874, 0.957 | 0.54, 0.83 |
+| MInference in tokens, 400 verticals, 150 slashes | 0.147 | 0.912 | 0.70 |
+| VSPrefill in tokens, masses 0.5 and 0.01 | 0.196 | 0.907 | 0.65 |
+| VSPrefill in tokens, masses 0.6 and 0.01 | 0.243 | 0.923 | 0.71 |
+
+`flashprefill plan-reuse --tokens 3072 --sequences 1 --dtype fp32 --policy ...`, a third of the layers
+borrow, all heads of all layers of 3,072 tokens of the same text:
+
+| | density | attention held, mean | selection, s |
+|---|---|---|---|
+| Sketch, gain 0.004, query metric, pool 64 | 0.439 | 0.9680 | 2.30 |
+| the same, 10 of 30 layers borrow | 0.416 | 0.9591 | 1.41 |
+| Sketch, gain 0.006 | 0.411 | 0.9606 | 2.03 |
+"""
 SKETCH = """
 ## Making Sketch better
 
@@ -292,6 +322,31 @@ Conclusions:
 - **Descriptions.** Consecutive means, centroids and principal directions do not beat outliers;
   leaving the variance out is worse.
 """
+
+
+GATHER = """
+## Gather at 24K tokens
+
+Single keys in lists, one list per KV head ([Gather](methods/gather.md)), by
+`bench/lab/gather_long.py` on dumps of the lab's texts; blocks of 32, one sink and two window blocks
+of these. *long* is the text above, *long-code* Python's `argparse.py` and `typing.py`. Layers differ
+much in what they need, so figures compare within a table only.
+"""
+
+
+def gather(results: dict[str, Any]) -> list[str]:
+    """The points of Gather and of what was measured beside it, a table for each text and set of layers."""
+    lines = [GATHER, ran(results)]
+    keys = ("density", "recall", "recall_p5", "error", "error_corrected")
+    for text in results["texts"]:
+        about = f"{text['name']}, layers {', '.join(map(str, text['layers']))}"
+        lines += header([about, "", "density", "recall", "5th percentile", "error", "corrected"])
+        for method in text["methods"]:
+            for p in sorted(method["points"], key=lambda point: point["density"]):
+                value = f"{method['parameter']} {p['value']:g}"
+                lines.append(row([method["label"].split(",")[0], value, *(f"{p[key]:.3f}" for key in keys)]))
+        lines.append("")
+    return lines
 
 
 def both_machines(short: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
@@ -412,6 +467,44 @@ def demos(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def keys(results: dict[str, Any]) -> list[str]:
+    """What bench/lab/keys_and_skipping.py found."""
+    dense = next(one for one in results["rows"] if one["policy"] == "dense")
+    lines = [
+        f"## Single keys, and skipping: {results['text']}, {results['tokens']:,} tokens, on a CPU\n",
+        f"Layers {', '.join(map(str, results['layers']))}. Here each policy has its own forced blocks."
+        "\nDensity is of keys that attention uses, without what [Dense](methods/dense.md) skips. Times are"
+        "\nCPU seconds of one thread, all layers.\n",
+        *header(
+            [
+                "policy",
+                "density",
+                "recall (5th percentile)",
+                "error",
+                "selection, s",
+                "attention, s",
+                "of dense",
+            ]
+        ),
+    ]
+    for one in results["rows"]:
+        share = (one["select_seconds"] + one["attend_seconds"]) / dense["attend_seconds"]
+        lines.append(
+            row(
+                [
+                    f"`{one['policy']}`",
+                    f"{one['density']:.3f}",
+                    f"{one['recall']:.3f} ({one['recall_p5']:.2f})",
+                    f"{one['error']:.3f}",
+                    f"{one['select_seconds']:.2f}",
+                    f"{one['attend_seconds']:.2f}",
+                    f"{share:.2f}",
+                ]
+            )
+        )
+    return [*lines, "", f"*{ran(results).strip()}*\n"]
+
+
 def main() -> None:
     """Read all results, write the page."""
     if len(sys.argv) == 3:
@@ -428,6 +521,12 @@ def main() -> None:
         lines.append(f"*{results['model']['name']}, {results['model']['dtype']}; {ran(results).strip()}*\n")
     if {"short", "short-h200"} <= set(runs):
         lines += both_machines(runs["short"]["texts"][0], runs["short-h200"]["texts"])
+    path = RESULTS / "lab-keys.json"
+    if path.exists():
+        lines += keys(json.loads(path.read_text(encoding="utf-8")))
+    path = RESULTS / "lab-gather-long.json"
+    if path.exists():
+        lines += gather(json.loads(path.read_text(encoding="utf-8")))
     path = RESULTS / "try-h200.json"
     if path.exists():
         lines += needles(json.loads(path.read_text(encoding="utf-8")))
@@ -439,6 +538,11 @@ def main() -> None:
         lines += quality_eval.section(
             [json.loads(path.read_text(encoding="utf-8")) for path in evaluated], ran
         )
+    found = [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("lab-summary-keys*.json"))
+    ]
+    lines += quality_summary.section(found, ran) if found else []
+    lines.append(MADE)
     path = RESULTS / "lab-prototypes.json"
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))

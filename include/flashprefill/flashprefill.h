@@ -57,7 +57,9 @@ FP_API const char* fp_version(void);
 
 /* ---------------------------------------------------------------- problem */
 
-typedef enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2 } fp_dtype;
+/* FP_E4M3 is for k and v only: FP8 caches with 4 bits of exponent, 3 of mantissa, NaN and no infinity (OCP E4M3;
+ * PyTorch's float8_e4m3fn). */
+typedef enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2, FP_E4M3 = 3 } fp_dtype;
 
 typedef enum fp_device { FP_CPU = 0, FP_CUDA = 1 } fp_device;
 
@@ -112,6 +114,12 @@ typedef struct fp_problem {
   int32_t page_size;           /* tokens per page */
   int64_t page_count;          /* pages in the cache; entries of block_table are below it */
   const uint8_t* final_chunks; /* [batch], host memory: final_chunk of each sequence; NULL: final_chunk holds for all */
+  /* Scales of FP_E4M3 keys and values: what their stored numbers are multiplied by. That of sequence b and KV head h is
+   * at scale + b*stride[0] + h*stride[1], so strides of 0 make one scale for all. NULL: 1. Elsewhere NULL. */
+  const float* k_scale;
+  const float* v_scale;
+  int64_t k_scale_stride[2];
+  int64_t v_scale_stride[2];
 } fp_problem;
 
 /* ---------------------------------------------------------------- execution */
@@ -120,7 +128,61 @@ typedef struct fp_problem {
 typedef struct fp_timings {
   double select_seconds;
   double attend_seconds;
+  double guard_seconds; /* audits, and what they made the guard repair */
 } fp_timings;
+
+typedef enum fp_guard_mode {
+  FP_GUARD_OBSERVE = 0, /* measure, and change nothing */
+  FP_GUARD_REPAIR = 1,  /* heads that keep too little get a larger budget, once, before anything is attended to */
+  FP_GUARD_STRICT = 2   /* heads that keep too little keep everything */
+} fp_guard_mode;
+
+/* What became of a head. */
+typedef enum fp_guard_outcome {
+  FP_GUARD_WHOLE = 0,    /* nothing is left out, so nothing was audited: its recall is 1 */
+  FP_GUARD_HELD = 1,     /* it keeps enough */
+  FP_GUARD_REPAIRED = 2, /* it kept too little, and now keeps more */
+  FP_GUARD_DENSE = 3,    /* it kept too little, and now keeps everything */
+  FP_GUARD_LOW = 4       /* it keeps too little, and was left as it is (observe) */
+} fp_guard_outcome;
+
+/* The guard: it measures how much of the attention a mask keeps, and may act on it. CPU problems only.
+ *
+ * The *recall* of a query row is the share of its softmax that lies on keys which the mask keeps, without its mean
+ * correction. An *audit* computes it exactly, for a sample of rows: those of a head whose tile leaves something out, in
+ * the order of the prompt, are cut into as many equal strata as rows are audited, and one row of each is drawn. What is
+ * drawn depends on seed, layer, sequence, head and prefix alone, and differs from head to head. docs/guard.md says what
+ * follows from such a sample, and with which probability.
+ *
+ * A head keeps too little if recall_low is below target, or if more than 1 in 20 of its audited rows have a recall
+ * below 0.5. After a repair all heads are audited once more, with rows drawn afresh, and these are reported.
+ *
+ * The arrays are the caller's, in host memory; any of them may be NULL. Heads are query heads. With share_heads a KV
+ * head's query heads are repaired together, as they have one list. */
+typedef struct fp_guard {
+  uint32_t struct_size;
+  int32_t mode;  /* fp_guard_mode */
+  int32_t rows;  /* audited rows per sequence and head; 0: one in 1024, at least 32 per prompt and 8 per chunk */
+  int32_t layer; /* of the model: part of the seed */
+  uint64_t seed;
+  float target; /* in (0, 1] */
+  float risk;   /* in (0, 1): the probability with which a certificate may be wrong */
+  /* What is learned from call to call, [q_heads], from 0 on; NULL: nothing. Of repair and strict. A head whose level is
+   * x is selected for with 4^x times the budget (gain / 4^x, 1 - (1 - mass) / 4^x, ...). A head that keeps too little
+   * rises by 1, up to 4; a head that keeps enough sinks by a tenth. */
+  float* levels;
+  float* recall;         /* [batch, q_heads]: mean over the rows whose tile leaves something out */
+  float* recall_low;     /* [batch, q_heads]: one-sided lower bound at 95 %, approximate */
+  float* recall_p05;     /* [batch, q_heads]: 5th percentile of the audited rows */
+  int32_t* rows_audited; /* [batch, q_heads] */
+  int32_t* missed_block; /* [batch, q_heads]: of the blocks left out that weigh most in some audited row, the one that
+                            weighs most over all of them; -1: none */
+  int32_t* outcome;      /* [batch, q_heads]: fp_guard_outcome */
+  float* certificate;    /* [batch]: lower bound of the mean over all heads' audited strata; holds with probability
+                            1 - risk */
+  double* moments;       /* [batch, 3]: number, sum and sum of squares of the recalls of all audited rows, from which a
+                            certificate for several calls together follows */
+} fp_guard;
 
 /* Who does the work, and with what. NULL wherever this is asked for means all defaults. */
 typedef struct fp_exec {
@@ -130,6 +192,7 @@ typedef struct fp_exec {
   const char* target;  /* from fp_backend_targets: an instruction set, or a GPU's kernels; NULL: the best one here */
   void* stream;        /* CUDA: a cudaStream_t; NULL: the default stream */
   fp_timings* timings; /* written by CPU backends; may be NULL */
+  fp_guard* guard;     /* of fp_prefill and fp_audit; NULL: no guard, and no cost */
 } fp_exec;
 
 /* ---------------------------------------------------------------- policies */
@@ -188,7 +251,7 @@ typedef struct fp_block_mask {
   int32_t tile_tokens;     /* query tokens per tile */
   int32_t block_size;      /* keys per block */
   int32_t share_heads;     /* 0 or 1 */
-  int32_t mean_correction; /* 0 or 1: blocks whose bit is zero, and visible to the whole tile, count by their means */
+  int32_t mean_correction; /* fp_mean_correction: how blocks whose bit is zero count */
   int64_t tile_rows;
   int64_t words;     /* 64-bit words per row */
   uint64_t* bits;    /* [heads, tile_rows, words] */
@@ -216,6 +279,15 @@ typedef struct fp_block_mask {
   int64_t segment_rows; /* 0 without lists */
   int32_t segment_tiles;
   int32_t max_keys;
+  /* Skipping: what attend leaves out of the kept blocks when it sees the scores. A tile's kept keys are taken 128 at a
+   * time, in order, those of blocks on the diagonal apart from those before. A row to which the heaviest of such a
+   * chunk weighs less than `skip` times the heaviest key that it met before counts none of the chunk. So of all weights
+   * of a row that sees n keys, at most the share n skip / (1 + n skip) is lost. Sequences of at most 8 rows per KV head
+   * (decoding) skip nothing. On FP_CPU, for masks without verticals, slashes and key lists. */
+  float skip; /* in [0, 1); 0: nothing is skipped */
+  int32_t reserved;
+  int32_t* skipped; /* [heads, tile_rows]: blocks that a tile's rows skipped on average, rounded to the nearest; written
+                       by attend where skip > 0; may be NULL */
 } fp_block_mask;
 
 /* Fill in the geometry of the mask that this policy makes for this problem. The pointers are left alone. */
@@ -229,6 +301,8 @@ typedef struct fp_stats {
   int64_t* total;    /* [batch]: blocks that are visible to some row of their tile, summed over the tiles of one head */
   int32_t* fallback; /* [batch] */
   int64_t* overflowed; /* [batch, mask heads]: key lists for which the policy wanted more keys than they hold */
+  int64_t* skipped;    /* [batch, mask heads]: blocks among the kept ones that attend skipped, summed over tiles: after
+                          it, of a mask with `skipped`; else 0 */
 } fp_stats;
 
 /* density of a sequence and head = kept / total. CPU masks only. */
@@ -269,15 +343,25 @@ FP_API fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask,
 FP_API fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const fp_exec* exec,
                             fp_block_mask* mask, const fp_output* output, void* workspace, size_t workspace_bytes);
 
+/* Measure what a mask keeps, by exec's guard, which must be given. Reads q and k. Modes other than FP_GUARD_OBSERVE
+ * write to the mask: a head that keeps too little then keeps everything, since a mask tells no budget to enlarge. */
+FP_API fp_status fp_audit_workspace(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec,
+                                    size_t* bytes);
+FP_API fp_status fp_audit(const fp_problem* problem, fp_block_mask* mask, const fp_exec* exec, void* workspace,
+                          size_t workspace_bytes);
+
 /* *keys becomes the number of keys up to which fp_prefill keeps all of a sequence's blocks, whatever it holds, since a
  * selection would take more time than it saves (FP_FALLBACK_SHORT): by this policy, on exec's backend or the best one
  * for the device (fp_device), on CUDA for the current GPU. An engine with a dense kernel of its own may use that for
  * them. 0: there is no such number. Sink and window, which a policy's fields tell, are not counted. */
 FP_API fp_status fp_prefill_dense_keys(const fp_policy* policy, int32_t device, const fp_exec* exec, int64_t* keys);
 
-/* Zero a struct and set its size; fp_problem also gets causal = final_chunk = 1. */
+/* Zero a struct and set its size; fp_problem also gets causal = final_chunk = 1, fp_guard target = 0.9 and risk =
+ * 0.001.
+ */
 FP_API void fp_problem_init(fp_problem* problem);
 FP_API void fp_exec_init(fp_exec* exec);
+FP_API void fp_guard_init(fp_guard* guard);
 FP_API void fp_block_mask_init(fp_block_mask* mask);
 FP_API void fp_output_init(fp_output* output);
 FP_API void fp_stats_init(fp_stats* stats);

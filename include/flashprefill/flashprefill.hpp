@@ -111,7 +111,7 @@ struct RRAttention : fp_rrattention {
   RRAttention() { Check(fp_policy_init(FP_RRATTENTION, this, sizeof(fp_rrattention))); }
 };
 
-// SpargeAttn's first stage, arXiv 2502.18137. Decided by cdf (the default, 0.98) or, after TopK, by topk.
+// SpargeAttn, arXiv 2502.18137; its second stage is skip. Decided by cdf (the default, 0.98) or, after TopK, by topk.
 struct SpargeAttn : fp_sparge_attn {
   SpargeAttn() { Check(fp_policy_init(FP_SPARGE_ATTN, this, sizeof(fp_sparge_attn))); }
   SpargeAttn& TopK(float share_of_blocks) {
@@ -131,6 +131,11 @@ struct SampleAttention : fp_sample_attention {
   SampleAttention() { Check(fp_policy_init(FP_SAMPLE_ATTENTION, this, sizeof(fp_sample_attention))); }
 };
 
+// VSPrefill, arXiv 2603.04460. Its weights are the caller's: fill in their shape and addresses.
+struct VSPrefill : fp_vsprefill {
+  VSPrefill() { Check(fp_policy_init(FP_VSPREFILL, this, sizeof(fp_vsprefill))); }
+};
+
 // Gather: single keys in place of blocks. Decided by gain (the default) or, after Budget, by a share of the keys.
 struct Gather : fp_gather {
   Gather() { Check(fp_policy_init(FP_GATHER, this, sizeof(fp_gather))); }
@@ -139,6 +144,11 @@ struct Gather : fp_gather {
     gain = std::numeric_limits<float>::quiet_NaN();
     return *this;
   }
+};
+
+// S2O, arXiv 2602.22575.
+struct S2O : fp_s2o {
+  S2O() { Check(fp_policy_init(FP_S2O, this, sizeof(fp_s2o))); }
 };
 
 // ---------------------------------------------------------------- problem
@@ -232,6 +242,7 @@ struct Stats {
   std::vector<int64_t> total;      // [batch]: of one head
   std::vector<int32_t> fallback;   // [batch]: fp_fallback
   std::vector<int64_t> overflowed; // [batch, heads]: key lists that were full
+  std::vector<int64_t> skipped;    // [batch, heads]: kept blocks that attend skipped
 
   // Kept / visible over everything; 1 where nothing is visible.
   double density() const {
@@ -253,6 +264,7 @@ class BlockMask {
     Check(fp_mask_describe(&problem, &policy.common, &mask.view_));
     mask.bits_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows * mask.view_.words));
     mask.counts_.resize(static_cast<size_t>(mask.view_.heads * mask.view_.tile_rows));
+    mask.skipped_.resize(mask.counts_.size());
     mask.fallback_.resize(static_cast<size_t>(problem.batch));
     const int64_t room = int64_t{mask.view_.max_verticals} + mask.view_.max_slashes;
     if (room > 0) mask.vertical_slash_.resize(static_cast<size_t>(problem.batch * mask.view_.heads * (2 + room)));
@@ -268,6 +280,7 @@ class BlockMask {
     view_.fallback = fallback_.data();
     view_.vertical_slash = vertical_slash_.data();
     view_.key_lists = key_lists_.data();
+    view_.skipped = skipped_.data();
     return &view_;
   }
   const fp_block_mask* view() const { return const_cast<BlockMask*>(this)->view(); }
@@ -290,12 +303,14 @@ class BlockMask {
     s.total.resize(static_cast<size_t>(s.batch));
     s.fallback.resize(static_cast<size_t>(s.batch));
     s.overflowed.resize(s.kept.size());
+    s.skipped.resize(s.kept.size());
     fp_stats c;
     fp_stats_init(&c);
     c.kept = s.kept.data();
     c.total = s.total.data();
     c.fallback = s.fallback.data();
     c.overflowed = s.overflowed.data();
+    c.skipped = s.skipped.data();
     Check(fp_mask_stats(&problem, view(), &c));
     return s;
   }
@@ -311,6 +326,7 @@ class BlockMask {
   std::vector<int32_t> fallback_;
   std::vector<int32_t> vertical_slash_;
   std::vector<int32_t> key_lists_;
+  std::vector<int32_t> skipped_;
 };
 
 // Scratch memory of one call, aligned as the library wants it.
@@ -328,6 +344,38 @@ class Workspace {
   }
   size_t bytes_;
   std::unique_ptr<void, decltype(&std::free)> data_;
+};
+
+// A guard with memory for its results: exec.guard = &guard of prefill, or the argument of audit. Arrays are
+// [batch, q_heads]; `levels`, [q_heads], are kept from call to call.
+class Guard {
+ public:
+  explicit Guard(const Problem& p, fp_guard_mode mode = FP_GUARD_OBSERVE) {
+    const size_t heads = static_cast<size_t>(p.batch) * static_cast<size_t>(p.q_heads);
+    for (std::vector<float>* values : {&recall, &recall_low, &recall_p05}) values->resize(heads);
+    for (std::vector<int32_t>* values : {&rows_audited, &missed_block, &outcome}) values->resize(heads);
+    certificate.resize(static_cast<size_t>(p.batch));
+    levels.resize(static_cast<size_t>(p.q_heads));
+    fp_guard_init(&settings);
+    settings.mode = mode;
+  }
+
+  // The C view; valid while the guard lives and stays where it is.
+  fp_guard* view() {
+    settings.levels = levels.data();
+    settings.recall = recall.data();
+    settings.recall_low = recall_low.data();
+    settings.recall_p05 = recall_p05.data();
+    settings.rows_audited = rows_audited.data();
+    settings.missed_block = missed_block.data();
+    settings.outcome = outcome.data();
+    settings.certificate = certificate.data();
+    return &settings;
+  }
+
+  fp_guard settings; // mode, target, rows, layer, seed, risk: change any of them
+  std::vector<float> recall, recall_low, recall_p05, certificate, levels;
+  std::vector<int32_t> rows_audited, missed_block, outcome;
 };
 
 // ---------------------------------------------------------------- the three verbs
@@ -351,7 +399,7 @@ inline void attend(const Problem& problem, const BlockMask& mask, const Output& 
   Check(fp_attend(&problem, mask.view(), &exec, &output, workspace.data(), workspace.size()));
 }
 
-// Both. Pass a mask (made by BlockMask::For) to keep what was selected.
+// Both. Pass a mask (made by BlockMask::For) to keep what was selected, and exec.guard = guard.view() to guard it.
 template <typename P>
 void prefill(const Problem& problem, const P& policy, const Output& output, const Exec& exec = {},
              BlockMask* mask = nullptr) {
@@ -360,6 +408,15 @@ void prefill(const Problem& problem, const P& policy, const Output& output, cons
   const Workspace workspace(bytes);
   Check(fp_prefill(&problem, &policy.common, &exec, mask ? mask->view() : nullptr, &output, workspace.data(),
                    workspace.size()));
+}
+
+// Measure what a mask keeps. Modes other than FP_GUARD_OBSERVE write to it.
+inline void audit(const Problem& problem, BlockMask& mask, Guard& guard, Exec exec = {}) {
+  exec.guard = guard.view();
+  size_t bytes = 0;
+  Check(fp_audit_workspace(&problem, mask.view(), &exec, &bytes));
+  const Workspace workspace(bytes);
+  Check(fp_audit(&problem, mask.view(), &exec, workspace.data(), workspace.size()));
 }
 
 } // namespace flashprefill

@@ -20,8 +20,21 @@ typedef enum fp_policy_kind {
   FP_SPARGE_ATTN = 10,
   FP_PRISM = 11,
   FP_SAMPLE_ATTENTION = 12,
-  FP_GATHER = 13
+  FP_GATHER = 13,
+  FP_VSPREFILL = 16,
+  FP_S2O = 17
 } fp_policy_kind;
+
+/* Whether blocks that are left out, and visible to the whole tile, count in the softmax. */
+typedef enum fp_mean_correction {
+  FP_NO_CORRECTION = 0,
+  FP_BLOCK_MEANS = 1, /* each by its mean key and value, weighing as much as it has keys (FlashPrefill V2) */
+  FP_SUMMARY_KEYS = 2 /* one key and value for up to FP_SUMMARY_BLOCKS of them, which are those means as the tile's mean
+                         query weighs them: exact for that query, and to first order around it. On FP_CPU */
+} fp_mean_correction;
+
+/* A summary key stands for the blocks left out of FP_SUMMARY_BLOCKS neighbouring ones, from a multiple of it on. */
+#define FP_SUMMARY_BLOCKS 16
 
 /* The head of every policy: its geometry, and the blocks that are kept whatever the scores say. "The last block" of a
  * tile below is the key block of its last row. */
@@ -34,12 +47,15 @@ typedef struct fp_policy {
   int32_t dense_tail_blocks; /* the last ceil(dense_tail_blocks * block_size / tile rows) tiles of a final chunk are
                                 dense */
   int32_t share_heads;       /* 1: the query heads of a KV head share one list, their rows packed into tiles of 128 */
-  int32_t mean_correction;   /* 1: blocks left out, and visible to the whole tile, count by their mean key and value */
+  int32_t mean_correction;   /* fp_mean_correction */
 } fp_policy;
 
-/* Everything is kept. */
+/* Everything is kept. With skip, attention itself leaves out what weighs next to nothing (BLASST, arXiv 2512.12087;
+ * skip softmax): see fp_block_mask. */
 typedef struct fp_dense {
   fp_policy common;
+  float skip; /* in [0, 1); 0: nothing is left out */
+  int32_t reserved;
 } fp_dense;
 
 /* Sink and window blocks only (StreamingLLM; A-shape; with a dense tail, Tri-shape). */
@@ -145,16 +161,17 @@ typedef struct fp_rrattention {
   int32_t stride;  /* as XAttention's */
 } fp_rrattention;
 
-/* SpargeAttn, arXiv 2502.18137, its first stage: blocks by the softmax of mean query times mean key, where the tokens
+/* SpargeAttn, arXiv 2502.18137. Its first stage: blocks by the softmax of mean query times mean key, where the tokens
  * of a block are similar to each other. Key blocks without self-similarity are kept, and a tile of queries without it
- * keeps everything. Either cdf or topk decides; the other is NaN. share_heads must be 0. */
+ * keeps everything. Either cdf or topk decides; the other is NaN. Its second stage, off by default, is skip.
+ * share_heads must be 0. */
 typedef struct fp_sparge_attn {
   fp_policy common;
   float similarity; /* in [-1, 1]: a block is self-similar where the mean cosine of its tokens is above this; NaN (the
                        default) is what the authors use: 0.6 with cdf, -0.1 with topk */
   float cdf;        /* in [0, 1]: the top blocks whose probabilities sum up to at most this, at least one; or NaN */
   float topk;       /* in [0, 1]: the top floor(topk * all key blocks of the sequence); or NaN */
-  int32_t reserved;
+  float skip;       /* in [0, 1): as fp_dense's. The authors' pvthreshd is -log2 of it */
 } fp_sparge_attn;
 
 /* Prism, arXiv 2602.08426: mean query times mean key in two bands of rotary frequencies, each with a softmax of its
@@ -195,6 +212,53 @@ typedef struct fp_gather {
   int32_t max_keys; /* keys that a list has room for; where more are wanted it holds the best: 128 .. 2^20 */
 } fp_gather;
 
+/* VSPrefill, arXiv 2603.04460: for each KV head a small trained network, its *indexer*, reads every key and its value
+ * and predicts how much attention the key gets (a vertical) and the distance that is its number (a slash):
+ *
+ *     z = SiLU(up [k | v] + bias),   logits vertical . z and slash . z,   a softmax of each over the sequence's keys
+ *
+ * The fewest verticals with `vertical_mass` of the one softmax are kept, and the fewest slashes with `slash_mass` of
+ * the other. Without an indexer (hidden = 0) the forced blocks alone are kept. It is the one policy that reads v in
+ * select.
+ *
+ * Logits are of single tokens, so prompts may be read in chunks, and the caller may keep them: `logits` holds those of
+ * keys that an earlier call has seen. An entry says which key and value it is of (a hash of their numbers), so that no
+ * call can be wrong about it: where it is of others, the logits are computed, and written. */
+typedef struct fp_vsprefill_logits {
+  uint64_t of; /* 0: of nothing */
+  float vertical, slash;
+} fp_vsprefill_logits;
+
+typedef struct fp_vsprefill {
+  fp_policy common;
+  float vertical_mass; /* in (0, 1] */
+  float slash_mass;    /* in (0, 1] */
+  int32_t rounding;    /* fp_rounding; with FP_ROUND_TOKENS share_heads and mean_correction must be 0 */
+  int32_t indexer;     /* a number by which a binding knows the weights; the library does not read it */
+  int32_t kv_heads;    /* of the weights: the problem's */
+  int32_t head_dim;    /* the same */
+  int32_t hidden;      /* units of each network: 0 .. 65536 */
+  int32_t reserved;
+  const float* up;       /* [kv_heads][hidden][2 head_dim]: of keys, then of values. Host memory that lives until the */
+  const float* bias;     /* [kv_heads][hidden]                                                           call returns */
+  const float* vertical; /* [kv_heads][hidden] */
+  const float* slash;    /* [kv_heads][hidden] */
+  fp_vsprefill_logits* logits; /* [batch][kv_heads][logit_tokens], zeros at first; or NULL. Written by select */
+  int64_t logit_tokens;        /* keys of a sequence that `logits` has room for */
+} fp_vsprefill;
+
+/* S2O, arXiv 2602.22575: as Gather, but a segment's keys are taken 128 at a time, in the order of its mean query, until
+ * they add too little. What is added is measured: the exact exponentials of stop_rows rows of each head of the list,
+ * evenly spaced in the segment, over those of the keys that a row has already. It stops where the mean of these ratios
+ * is below tau for two groups of 128 in a row, which are kept. On FP_CPU. */
+typedef struct fp_s2o {
+  fp_policy common;
+  float tau;         /* in [0, 1) */
+  int32_t segment;   /* query tokens per list, rounded down to whole tiles, one at least: 1 .. 65536 */
+  int32_t max_keys;  /* keys that a list has room for: 128 .. 2^20 */
+  int32_t stop_rows; /* 1 .. 65536; more than the segment has: all of them */
+} fp_s2o;
+
 /* ---------------------------------------------------------------- fields */
 
 typedef enum fp_field_type {
@@ -212,7 +276,11 @@ typedef enum fp_field_flags {
   FP_FIELD_ZERO_IS_NONE = 4, /* 0 is no value: text may say none */
   FP_FIELD_ABOVE_LEAST = 8,  /* the value must be above `least`, not at it */
   FP_FIELD_BELOW_MOST = 16,  /* the value must be below `most`, not at it */
-  FP_FIELD_OPTIONAL = 32     /* NaN: not given, and the value follows from other fields; text may say none */
+  FP_FIELD_OPTIONAL = 32,    /* NaN: not given, and the value follows from other fields; text may say none */
+  /* How much is kept follows from it. Of these a guard makes f times the budget: */
+  FP_FIELD_KEEPS_FROM = 64,  /* what is worth at least so much is kept: the value / f */
+  FP_FIELD_KEEPS_MASS = 128, /* this share of an estimated mass is kept: 1 - (1 - the value) / f */
+  FP_FIELD_KEEPS_SHARE = 256 /* this share of keys or blocks is kept: the value * sqrt(f), at most 1 */
 } fp_field_flags;
 
 /* What a field of a policy is. The strings are the library's. */

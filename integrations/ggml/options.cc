@@ -5,6 +5,7 @@
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace flashprefill::ggml {
@@ -103,6 +104,15 @@ bool SetOwn(Options& o, const std::string& name, const std::string& value) {
   return true;
 }
 
+// Whether a policy selects by trained weights, which come as addresses.
+bool NeedsWeights(const fp_policy& policy) {
+  fp_policy_field field;
+  for (int32_t i = 0; fp_policy_field_at(policy.kind, i, &field) == FP_OK; ++i) {
+    if (field.name == std::string("indexer")) return true;
+  }
+  return false;
+}
+
 } // namespace
 
 Options::Options() { SetPolicy("flashprefill"); }
@@ -145,6 +155,9 @@ void Options::ParsePolicy() {
   if (fp_policy_parse(text.c_str(), nullptr, 0, &bytes) != FP_OK) throw std::invalid_argument(fp_last_error());
   auto storage = std::make_shared<std::vector<uint64_t>>((bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t));
   fp_policy_parse(text.c_str(), storage->data(), bytes, nullptr);
+  if (NeedsWeights(*reinterpret_cast<const fp_policy*>(storage->data()))) {
+    throw std::invalid_argument("policy " + name_ + " needs an indexer's weights, which this plugin does not load");
+  }
   storage_ = std::move(storage); // copies of these options share it, since its tables are pointed to from inside
 }
 

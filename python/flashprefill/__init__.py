@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import _transformers_hook, policies
 from ._timings import Timings, collect_timings
 from .api import attend, prefill_attention, select
+from .audit import audit
 from .errors import (
     ArgumentTypeError,
     DeviceError,
@@ -30,6 +31,7 @@ from .errors import (
     UnsupportedError,
 )
 from .examples import example_inputs
+from .guard import Guard, GuardReport, GuardState
 from .info import Backend, backends, library_path, library_version, thread_runtime
 from .mask import BlockMask
 from .policies import *  # noqa: F403
@@ -50,6 +52,9 @@ __all__ = [
     "BlockMask",
     "DeviceError",
     "FlashPrefillError",
+    "Guard",
+    "GuardReport",
+    "GuardState",
     "InternalError",
     "InvalidArgumentError",
     "OutOfMemoryError",
@@ -58,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "attend",
+    "audit",
     "backends",
     "collect_timings",
     "example_inputs",

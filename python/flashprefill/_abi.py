@@ -25,6 +25,7 @@ from ctypes import (
     c_int64,
     c_size_t,
     c_uint32,
+    c_uint64,
     c_void_p,
 )
 from pathlib import Path
@@ -32,11 +33,13 @@ from typing import Any, TypeVar
 
 from . import errors
 
-F32, BF16, F16 = 0, 1, 2
+F32, BF16, F16, E4M3 = range(4)
 CPU, CUDA = 0, 1
+VSPREFILL = 16  # fp_policy_kind
 INT, FLOAT, BOOL, CHOICE, INT_TABLE, FLOAT_TABLE = range(6)  # fp_field_type
 ALTERNATIVE, DECIDES, ZERO_IS_NONE, ABOVE_LEAST, BELOW_MOST, OPTIONAL = 1, 2, 4, 8, 16, 32  # fp_field_flags
-FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", -1: "impossible lengths"}  # fp_fallback
+# fp_fallback, and 3, which TokenSparse alone has.
+FALLBACK_NAMES = {0: "selected", 1: "short", 2: "dense", 3: "prefix or chunk", -1: "impossible lengths"}
 
 
 _Struct = TypeVar("_Struct", bound=Structure)
@@ -78,13 +81,40 @@ class Problem(Structure):
         ("page_size", c_int32),
         ("page_count", c_int64),
         ("final_chunks", c_void_p),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("k_scale_stride", c_int64 * 2),
+        ("v_scale_stride", c_int64 * 2),
     ]
 
 
 class Timings(Structure):
     """fp_timings."""
 
-    _fields_ = [("select_seconds", c_double), ("attend_seconds", c_double)]
+    _fields_ = [("select_seconds", c_double), ("attend_seconds", c_double), ("guard_seconds", c_double)]
+
+
+class Guard(Structure):
+    """fp_guard."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("mode", c_int32),
+        ("rows", c_int32),
+        ("layer", c_int32),
+        ("seed", c_uint64),
+        ("target", c_float),
+        ("risk", c_float),
+        ("levels", c_void_p),
+        ("recall", c_void_p),
+        ("recall_low", c_void_p),
+        ("recall_p05", c_void_p),
+        ("rows_audited", c_void_p),
+        ("missed_block", c_void_p),
+        ("outcome", c_void_p),
+        ("certificate", c_void_p),
+        ("moments", c_void_p),
+    ]
 
 
 class Exec(Structure):
@@ -97,6 +127,7 @@ class Exec(Structure):
         ("target", c_char_p),
         ("stream", c_void_p),
         ("timings", POINTER(Timings)),
+        ("guard", POINTER(Guard)),
     ]
 
 
@@ -112,6 +143,34 @@ class Policy(Structure):
         ("dense_tail_blocks", c_int32),
         ("share_heads", c_int32),
         ("mean_correction", c_int32),
+    ]
+
+
+class VSPrefillLogits(Structure):
+    """fp_vsprefill_logits."""
+
+    _fields_ = [("of", c_uint64), ("vertical", c_float), ("slash", c_float)]
+
+
+class VSPrefill(Structure):
+    """fp_vsprefill."""
+
+    _fields_ = [
+        ("common", Policy),
+        ("vertical_mass", c_float),
+        ("slash_mass", c_float),
+        ("rounding", c_int32),
+        ("indexer", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("hidden", c_int32),
+        ("reserved", c_int32),
+        ("up", c_void_p),
+        ("bias", c_void_p),
+        ("vertical", c_void_p),
+        ("slash", c_void_p),
+        ("logits", c_void_p),
+        ("logit_tokens", c_int64),
     ]
 
 
@@ -156,6 +215,9 @@ class BlockMask(Structure):
         ("segment_rows", c_int64),
         ("segment_tiles", c_int32),
         ("max_keys", c_int32),
+        ("skip", c_float),
+        ("reserved", c_int32),
+        ("skipped", c_void_p),
     ]
 
 
@@ -169,6 +231,7 @@ class Stats(Structure):
         ("total", c_void_p),
         ("fallback", c_void_p),
         ("overflowed", c_void_p),
+        ("skipped", c_void_p),
     ]
 
 
@@ -243,6 +306,8 @@ _declare("fp_prefill_workspace", c_int32, _PROBLEM, _POLICY, _EXEC, _SIZE)
 _declare("fp_select", c_int32, _PROBLEM, _POLICY, _EXEC, _MASK, c_void_p, c_size_t)
 _declare("fp_attend", c_int32, _PROBLEM, _MASK, _EXEC, _OUTPUT, c_void_p, c_size_t)
 _declare("fp_prefill", c_int32, _PROBLEM, _POLICY, _EXEC, _MASK, _OUTPUT, c_void_p, c_size_t)
+_declare("fp_audit_workspace", c_int32, _PROBLEM, _MASK, _EXEC, _SIZE)
+_declare("fp_audit", c_int32, _PROBLEM, _MASK, _EXEC, c_void_p, c_size_t)
 _declare("fp_prefill_dense_keys", c_int32, _POLICY, c_int32, _EXEC, POINTER(c_int64))
 _declare("fp_backend_name", c_char_p, c_int32)
 _declare("fp_backend_available", c_int32, c_char_p)

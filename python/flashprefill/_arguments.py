@@ -49,16 +49,82 @@ def _name(argument: str, value: Any) -> str | None:
 
 
 def shared_of(
-    q: Any, layout: Layout, softmax_scale: Any, threads: Any, backend: Any, target: Any
+    q: Any,
+    layout: Layout,
+    softmax_scale: Any,
+    threads: Any,
+    backend: Any,
+    target: Any,
+    k_scale: Any = None,
+    v_scale: Any = None,
 ) -> dict[str, Any]:
     """Return the arguments that all verbs take, checked, by their names in _calls.py."""
     return {
         **layout.arguments(),
+        "k_scale": k_scale,
+        "v_scale": v_scale,
         "softmax_scale": _scale(softmax_scale, q),
         "threads": _threads(threads),
         "backend": _name("backend", backend),
         "target": _name("target", target),
     }
+
+
+def scale_of(ops: Any, name: str, x: Any, scales: dict[str, Any], batch: int, kv_heads: int) -> Any:
+    """Return the scales of FP8 q, k or v, fp32 [batch, kv_heads], or None where none is given.
+
+    Args:
+        ops: the array library.
+        name: the tensor's.
+        x: the tensor.
+        scales: what is given, by the names that it may have.
+        batch: sequences.
+        kv_heads: KV heads.
+    """
+    given = {spelling: scale for spelling, scale in scales.items() if scale is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        first, second = given
+        refuse(second, "given", f"None where {first} is: they are one")
+    (spelling, scale), *_ = given.items()
+    if not ops.is_fp8(x):
+        refuse(spelling, "given", f"None where {name} is {x.dtype}: it is the scale of float8_e4m3fn")
+    scale = ops.scales(spelling, scale, x)
+    shape = tuple(scale.shape)
+    if len(shape) > 2 or any(
+        n not in (1, most) for n, most in zip(shape[::-1], (kv_heads, batch), strict=False)
+    ):
+        wanted = f"one number, ({kv_heads},) for the KV heads or {(batch, kv_heads)}"
+        refuse(f"{spelling}.shape", shape, wanted)
+    return ops.spread(scale, (batch, kv_heads))
+
+
+def scaled(
+    ops: Any, tensors: tuple[Any, Any, Any, Any], layout: Layout, scales: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the queries, their FP8 scale applied, and the scales of FP8 keys and values by their names.
+
+    Args:
+        ops: the array library.
+        tensors: the queries as given, in a dtype that the library reads, the keys and the values (or None).
+        layout: the layout of the batch.
+        scales: those that the verbs take, by name.
+    """
+    given, q, k, v = tensors
+    kv_heads = k.shape[-2]
+
+    def of(name: str, x: Any, *spellings: str) -> Any:
+        named = {spelling: scales[spelling] for spelling in spellings}
+        return scale_of(ops, name, x, named, layout.batch, kv_heads)
+
+    factor = of("q", given, "q_descale")
+    if factor is not None:
+        q = ops.scaled_queries(q, ops.repeated(factor, q.shape[-2] // kv_heads), layout.cu_seqlens_q)
+    found = {"k_scale": of("k", k, "k_scale", "k_descale")}
+    if v is not None:
+        found["v_scale"] = of("v", v, "v_scale", "v_descale")
+    return q, found
 
 
 def results_of(ops: Any, q: Any, out: Any, return_lse: bool) -> tuple[Any, Any]:

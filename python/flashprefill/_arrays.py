@@ -16,7 +16,12 @@ from .errors import refuse
 
 _ALIGN = 64  # of workspaces
 _FourStrides = ctypes.c_int64 * 4
-_DTYPES = {"float32": _abi.F32, "bfloat16": _abi.BF16, "float16": _abi.F16}
+_DTYPES = {
+    "float32": _abi.F32,
+    "bfloat16": _abi.BF16,
+    "float16": _abi.F16,
+    "float8_e4m3fn": _abi.E4M3,
+}
 
 
 def is_numpy(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The arguments of the library's three verbs: select, attend and prefill.
+"""The arguments of the library's verbs: select, attend, prefill and audit.
 
 Each verb is described once, as a list of names and types. From this list come the schema of the torch
 operator (torch_op.py), the tuple in which api.py hands arguments over, and the names under which _engine.py
@@ -19,6 +19,8 @@ _LAYOUT = {
     "cu_seqlens_k": "Tensor?",
     "seqused_k": "Tensor?",
     "block_table": "Tensor?",
+    "k_scale": "Tensor?",
+    "v_scale": "Tensor?",
     "max_seqlen_q": "SymInt",
     "max_seqlen_k": "SymInt",
     "softmax_scale": "float",
@@ -56,11 +58,35 @@ class Verb:
         return self._call._make(arguments)
 
 
+# Of no guard, or its settings (a JSON text) and where its results go, in host memory: see guard.py.
+_GUARD = {
+    "guard": "str?",
+    "guard_shares": "Tensor!?",
+    "guard_numbers": "Tensor!?",
+    "guard_moments": "Tensor!?",
+    "guard_levels": "Tensor!?",
+}
+NO_GUARD = dict.fromkeys(_GUARD)
+
 _LISTS = {"vertical_slash": "Tensor!?", "key_lists": "Tensor!?"}
+
+# Of a mask that is given, besides its bits.
+_MASK = {
+    "tile_tokens": "SymInt",
+    "block_size": "SymInt",
+    "share_heads": "bool",
+    "mean_correction": "int",
+    "vertical_slash": "Tensor?",
+    "max_verticals": "SymInt",
+    "key_lists": "Tensor?",
+    "segment_tiles": "SymInt",
+    "skip": "float",
+}
 
 SELECT = Verb(
     "select",
     _INPUTS,
+    {"v": "Tensor?"},
     {"bits": "Tensor!", "counts": "Tensor!", "fallback": "Tensor!", **_LISTS},
     _LAYOUT,
     _SELECTION,
@@ -70,17 +96,7 @@ ATTEND = Verb(
     "attend",
     _INPUTS,
     _RESULTS,
-    {
-        "bits": "Tensor",
-        "tile_tokens": "SymInt",
-        "block_size": "SymInt",
-        "share_heads": "bool",
-        "mean_correction": "bool",
-        "vertical_slash": "Tensor?",
-        "max_verticals": "SymInt",
-        "key_lists": "Tensor?",
-        "segment_tiles": "SymInt",
-    },
+    {"bits": "Tensor", **_MASK, "skipped": "Tensor!?"},
     _LAYOUT,
     _EXECUTION,
 )
@@ -88,8 +104,17 @@ PREFILL = Verb(
     "prefill",
     _INPUTS,
     _RESULTS,
-    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", **_LISTS},
+    {"bits": "Tensor!?", "counts": "Tensor!?", "fallback": "Tensor!?", **_LISTS, "skipped": "Tensor!?"},
     _LAYOUT,
     _SELECTION,
     _EXECUTION,
+    _GUARD,
+)
+AUDIT = Verb(
+    "audit",
+    _INPUTS,
+    {"bits": "Tensor!", "counts": "Tensor!?", **_MASK},
+    _LAYOUT,
+    _EXECUTION,
+    _GUARD,
 )

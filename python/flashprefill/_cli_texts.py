@@ -16,6 +16,10 @@ start here:
   flashprefill bench                 attention alone, against PyTorch's
   flashprefill inspect layer7.npz    what a policy keeps of your own queries and keys
 
+for methods that need something made for a model:
+  flashprefill train-indexer         the weights of VSPrefill
+  flashprefill plan-reuse            which layers can take the masks of earlier ones
+
 `flashprefill VERB --help` explains each of them, with examples.
 """
 
@@ -143,5 +147,44 @@ examples:
 
 to make a dump from tensors:
   torch.save({"q": q, "k": k}, "layer7.pt")
+
+"""
+
+INDEXER = """\
+Train the indexers of VSPrefill for a model: for each KV head a perceptron with one hidden layer that reads
+keys and values and predicts how much attention each key gets (verticals) and each distance (slashes). The
+model is read as it is and not changed. Every sequence's true attention is computed once and learnt from
+several times. Weights are saved every few minutes; a run that was stopped goes on with --resume.
+"""
+
+INDEXER_EXAMPLES = """\
+examples:
+  flashprefill train-indexer                        SmolLM2, on texts of this machine: hours on a CPU
+  flashprefill train-indexer --tokens 2K --sequences 12 --steps 300 --layers 7,13,19   a small one
+  flashprefill train-indexer --model ~/models/Llama-3.1-8B-Instruct --text ~/texts --device cuda \\
+      --tokens 32K --steps 8000 --hidden 1024 --out llama.safetensors
+  flashprefill train-indexer --out llama.safetensors --resume ...    the same options again
+
+then, in Python or wherever a policy is written:
+  fp.patch_model(model, fp.VSPrefill(weights="indexer.safetensors"))
+  flashprefill lab --text code --method vsprefill --method streaming --indexer indexer.safetensors
+"""
+
+REUSE = """\
+Make a plan for Reuse: which layers of a model select, and which take the mask of an earlier layer, each head
+that of the head that suits it best. What layers lose is measured in forwards that run with the policy, and
+then once more with the plan itself. The table is of a text that was not planned with: recall of the true
+softmax mass and density, mean over all layers, and the seconds that selection took.
+"""
+
+REUSE_EXAMPLES = """\
+examples:
+  flashprefill plan-reuse                           a third of SmolLM2's layers borrow from the others
+  flashprefill plan-reuse --policy "sketch(gain=0.004)" --share 0.5 --tokens 8K
+  flashprefill plan-reuse --against "flashprefill(alpha=0.15)"     the same budget without a plan
+
+then, in Python or wherever a policy is written:
+  fp.patch_model(model, fp.Reuse("plan.json"))
+  flashprefill demo --policy "reuse(plan='plan.json')"
 
 """

@@ -9,15 +9,17 @@ shapes, is checked by the library itself before it writes anything.
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from ctypes import byref
 from typing import Any
 
 from . import _abi, _timings
 from ._arrays import address_of, all_cuda_reads, is_numpy, refuse_overlap, strides_of, tensor_of, workspace_of
-from ._calls import ATTEND, PREFILL, SELECT
+from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from .errors import refuse
 from .policies.library import struct_of
+from .policies.weights import bound
 
 # -------------------------------------------------------------- descriptors
 
@@ -42,6 +44,10 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
         p.page_count, p.page_size = k.shape[0], k.shape[1]
     elif call.cu_seqlens_k is not None:
         p.total_k = k.shape[0]
+    for name in ("k_scale", "v_scale"):
+        if (scale := getattr(call, name)) is not None:
+            setattr(p, name, address_of(scale))
+            setattr(p, f"{name}_stride", (ctypes.c_int64 * 2)(*strides_of(scale)))
     p.final_chunk = 1
     return p
 
@@ -71,11 +77,28 @@ def exec_of(q: Any, threads: int, backend: str | None, target: str | None) -> _a
     return e
 
 
+def set_guard(e: _abi.Exec, call: Any) -> None:
+    """Hand over the guard of a call, if it has one."""
+    if call.guard is None:
+        return
+    g = _abi.sized(_abi.Guard)
+    for name, value in json.loads(call.guard).items():
+        setattr(g, name, value)
+    heads, size = call.q.shape[-2], ctypes.sizeof(ctypes.c_float)
+    shares, numbers = address_of(call.guard_shares), address_of(call.guard_numbers)
+    row = call.guard_shares.shape[1] * heads * size
+    g.recall, g.recall_low, g.recall_p05 = (shares + i * row if shares else None for i in range(3))
+    g.rows_audited, g.missed_block, g.outcome = (numbers + i * row if numbers else None for i in range(3))
+    g.moments, g.levels = address_of(call.guard_moments), address_of(call.guard_levels)
+    e.guard = ctypes.pointer(g)
+
+
 def add_timings(e: _abi.Exec) -> None:
     timings = _timings.active()
     if timings is not None and e.timings:
         timings.select_seconds += e.timings.contents.select_seconds
         timings.attend_seconds += e.timings.contents.attend_seconds
+        timings.guard_seconds += e.timings.contents.guard_seconds
         timings.calls += 1
 
 
@@ -102,6 +125,7 @@ def _mask_given(call: Any) -> _abi.BlockMask:
     if call.key_lists is not None:
         m.key_lists, m.segment_tiles = address_of(call.key_lists), call.segment_tiles
         m.segment_rows, m.max_keys = call.key_lists.shape[1], call.key_lists.shape[2] - 2
+    m.skip = call.skip
     return m
 
 
@@ -131,15 +155,16 @@ def _mask_written(problem: _abi.Problem, policy: Any, call: Any) -> _abi.BlockMa
 def select(*arguments: Any) -> None:
     """fp_select, with the arguments of _calls.SELECT."""
     call = SELECT.unpack(arguments)
-    q, k = all_cuda_reads(call.q, call.k, cached=call.block_table is not None)
-    p = problem_of(call, q, k, k)
+    values = call.k if call.v is None else call.v
+    q, k, v = all_cuda_reads(call.q, call.k, values, cached=call.block_table is not None)
+    p = problem_of(call if call.v is not None else call._replace(v_scale=call.k_scale), q, k, v)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
-    policy = struct_of(call.policy)
-    m = _mask_written(p, policy, call)
-    _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(policy), byref(e), byref(size)))
-    _memory, address = workspace_of(q, size.value)
-    _abi.check(_abi.lib.fp_select(byref(p), byref(policy), byref(e), byref(m), address, size.value))
+    with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:
+        m = _mask_written(p, policy, call)
+        _abi.check(_abi.lib.fp_select_workspace(byref(p), byref(policy), byref(e), byref(size)))
+        _memory, address = workspace_of(q, size.value)
+        _abi.check(_abi.lib.fp_select(byref(p), byref(policy), byref(e), byref(m), address, size.value))
     add_timings(e)
 
 
@@ -149,6 +174,7 @@ def attend(*arguments: Any) -> None:
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
     p, m, o = problem_of(call, q, k, v), _mask_given(call), output_of(call)
+    m.skipped = address_of(call.skipped)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
@@ -161,11 +187,30 @@ def prefill(*arguments: Any) -> None:
     call = PREFILL.unpack(arguments)
     refuse_overlap(call.out, q=call.q, k=call.k, v=call.v)
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
-    p, o, policy = problem_of(call, q, k, v), output_of(call), struct_of(call.policy)
+    p, o = problem_of(call, q, k, v), output_of(call)
     set_final_chunk(p, call.final_chunk)
     e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
-    m = _abi.pointer(None if call.bits is None else _mask_written(p, policy, call))
-    _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
+    set_guard(e, call)
+    with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:
+        written = None if call.bits is None else _mask_written(p, policy, call)
+        if written is not None:
+            written.skipped = address_of(call.skipped)
+        m = _abi.pointer(written)
+        _abi.check(_abi.lib.fp_prefill_workspace(byref(p), byref(policy), byref(e), byref(size)))
+        _memory, address = workspace_of(q, size.value)
+        _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))
+    add_timings(e)
+
+
+def audit(*arguments: Any) -> None:
+    """fp_audit, with the arguments of _calls.AUDIT."""
+    call = AUDIT.unpack(arguments)
+    q, k = all_cuda_reads(call.q, call.k, cached=call.block_table is not None)
+    p, m = problem_of(call, q, k, k), _mask_given(call)
+    m.counts = address_of(call.counts)
+    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    set_guard(e, call)
+    _abi.check(_abi.lib.fp_audit_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
-    _abi.check(_abi.lib.fp_prefill(byref(p), byref(policy), byref(e), m, byref(o), address, size.value))
+    _abi.check(_abi.lib.fp_audit(byref(p), byref(m), byref(e), address, size.value))
     add_timings(e)

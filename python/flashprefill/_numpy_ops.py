@@ -15,10 +15,12 @@ from .errors import refuse, refuse_type
 
 NAME = "a NumPy array"
 _DTYPES = ("float32", "float16", "bfloat16")  # bfloat16 is that of ml_dtypes
+_FP8 = "float8_e4m3fn"  # the same
 
 select = _engine.select
 attend = _engine.attend
 prefill = _engine.prefill
+audit = _engine.audit
 
 
 def in_python(function: Any, *arguments: Any) -> Any:
@@ -37,12 +39,50 @@ def _is_known(dtype: Any) -> bool:
     return dtype.name in _DTYPES and dtype.isnative
 
 
+def is_fp8(x: Any) -> bool:
+    """Return whether x is of the FP8 that keys and values may be stored in."""
+    return isinstance(x, np.ndarray) and x.dtype.name == _FP8
+
+
+def widened(q: Any) -> Any:
+    """Return FP8 queries in bf16, which holds them exactly."""
+    return q.astype("bfloat16")
+
+
+def scaled_queries(q: Any, scale: Any, cu_seqlens_q: Any) -> Any:
+    """Return q times the scale [batch, heads] of its sequence and head, in q's dtype."""
+    if cu_seqlens_q is not None:
+        factor = np.repeat(scale, np.diff(cu_seqlens_q), axis=0)[:, :, None]
+    else:
+        factor = scale[:, None, :, None] if q.ndim == 4 else scale[0][:, None]
+    return (q.astype(np.float32) * factor).astype(q.dtype)
+
+
+def scales(name: str, x: Any, like: Any) -> Any:
+    """Return scales as fp32."""
+    try:
+        return np.asarray(x, dtype=np.float32)
+    except (TypeError, ValueError):
+        return refuse_type(name, f"a {type(x).__name__}", "a number or an array of numbers")
+
+
+def spread(x: Any, shape: tuple[int, ...]) -> Any:
+    """Return a view of x in a shape that it can be repeated to."""
+    return np.broadcast_to(x, shape)
+
+
+def repeated(x: Any, count: int) -> Any:
+    """Repeat each column."""
+    return np.repeat(x, count, axis=1)
+
+
 def check(name: str, x: Any, like: Any) -> None:
     """Refuse what is not a tensor that the library can read."""
     if not isinstance(x, np.ndarray):
         refuse_type(name, f"a {type(x).__name__}", f"{NAME}, as q is")
-    if not _is_known(x.dtype):
-        refuse_type(f"{name}.dtype", x.dtype, "float32, float16 or bfloat16 (of ml_dtypes)")
+    if not _is_known(x.dtype) and not (name in ("k", "v") and is_fp8(x)):
+        more = f", or {_FP8} for keys and values" if "float8" in x.dtype.name else ""
+        refuse_type(f"{name}.dtype", x.dtype, f"float32, float16 or bfloat16 (of ml_dtypes){more}")
     flags, size = x.flags, x.itemsize
     if not flags.aligned or not flags.c_contiguous and any([stride % size for stride in x.strides]):
         refuse(f"{name}.strides", x.strides, f"multiples of {size} bytes from an aligned address")
@@ -97,6 +137,11 @@ def zero_words(like: Any, shape: tuple[int, ...]) -> Any:
 def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
     """Return 32-bit counts."""
     return np.zeros(shape, np.int32)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return zeros in host memory."""
+    return np.zeros(shape, dtype)
 
 
 def same_device(x: Any, like: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from . import _abi, _engine
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
-from ._calls import PREFILL
+from ._calls import NO_GUARD, PREFILL
 from ._layout import layout_of
 from ._ops import ops_of
 from .mask import _LISTS
@@ -98,7 +98,7 @@ class PreparedPrefill:
             "final_chunk": chunks,
             "policy": policy.text,
         }
-        call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared))
+        call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared, **NO_GUARD))
         (readable,) = all_cuda_reads(q, cached=True)
         self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
         self._problem, self._output = _engine.problem_of(call, readable, k, v), _engine.output_of(call)

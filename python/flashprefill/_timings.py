@@ -1,4 +1,4 @@
-"""Seconds of selection and attention: :func:`collect_timings` sums them up over a block of code."""
+"""Seconds of selection, attention and guards: :func:`collect_timings` sums them up over a block of code."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ class Timings:
     def __init__(self) -> None:
         self.select_seconds = 0.0
         self.attend_seconds = 0.0
+        self.guard_seconds = 0.0
         self.calls = 0
 
     def __repr__(self) -> str:
         return (
             f"Timings(select_seconds={self.select_seconds:.6f}, attend_seconds={self.attend_seconds:.6f}, "
-            f"calls={self.calls})"
+            f"guard_seconds={self.guard_seconds:.6f}, calls={self.calls})"
         )
 
 
@@ -29,7 +30,7 @@ _timings: contextvars.ContextVar[Timings | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def collect_timings() -> Iterator[Timings]:
-    """Sum up the seconds of selection and of attention of the calls inside the block. CPU only."""
+    """Sum up the seconds of selection, attention and guards of the calls inside the block. CPU only."""
     timings = Timings()
     token = _timings.set(timings)
     try:

@@ -8,9 +8,12 @@ from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 import numpy.typing as npt
 import torch
 
+from .guard import Guard
+
 Array = TypeVar("Array", npt.NDArray[Any], torch.Tensor)
 Lengths: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
 Table: TypeAlias = Sequence[Sequence[int]] | npt.NDArray[Any] | torch.Tensor
+Scale: TypeAlias = float | Sequence[float] | npt.NDArray[Any] | torch.Tensor
 AxisOrder: TypeAlias = Literal["bthd", "bhtd"]
 
 
@@ -24,6 +27,11 @@ class Options(TypedDict, total=False):
     max_seqlen_k: int | None
     seqused_k: Lengths | None
     block_table: Table | None
+    k_scale: Scale | None
+    v_scale: Scale | None
+    q_descale: Scale | None
+    k_descale: Scale | None
+    v_descale: Scale | None
     layout: AxisOrder | None
     threads: int | None
     backend: str | None
@@ -35,6 +43,7 @@ class PrefillOptions(Options, total=False):
 
     causal: bool
     final_chunk: bool | Sequence[bool]
+    guard: Guard | str | None
 
 
 class AttendOptions(Options, total=False):

@@ -8,51 +8,31 @@ torch.compile traces every line here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ._arguments import final_chunk_of, results_of, shared_of
+from . import _tokens
+from ._arguments import final_chunk_of, results_of, scaled, shared_of
 from ._axes import as_given, heads_first, swapped
-from ._calls import ATTEND, PREFILL, SELECT
-from ._key_lists import rows_of as key_list_rows
-from ._layout import Layout, check_bool, layout_of, tile_tokens_of
+from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
+from ._given_mask import fitting, places_of_mask
+from ._layout import Layout, check_bool, layout_of
 from ._ops import ops_of
 from ._prototype import join_function
-from .errors import refuse, refuse_type
+from ._reused import mask_of
+from .errors import UnsupportedError, refuse
+from .guard import Guard, GuardReport, guard_of
 from .mask import BlockMask
-from .policies import FlashPrefill, MaskPolicy, Policy
+from .policies import FlashPrefill, MaskPolicy, Policy, Reuse, TokenSparse
 from .policies.text import policy_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Table
+    from ._typing import Array, AttendOptions, AxisOrder, Lengths, PrefillOptions, Scale, Table
     from .stats import Stats
 
 __all__ = ["attend", "prefill_attention", "select"]
-
-
-def _new_mask(ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
-    """Return an empty mask for the policy to fill."""
-    tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
-    heads = k.shape[-2] if policy.share_heads else q.shape[-2]
-    shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
-    room = policy._vertical_slash_room(layout.max_seqlen_k)
-    list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
-    segment_rows = key_list_rows(layout, segment_tiles * tile_tokens)
-    return BlockMask(
-        layout.kept(ops),
-        ops.zero_words(q, shape),
-        ops.zero_counts(q, shape[:2]),
-        ops.zero_counts(q, (layout.batch,)),
-        tile_tokens,
-        policy.block_size,
-        policy.share_heads,
-        policy.corrects,
-        ops.zero_counts(q, (layout.batch, heads, 2 + sum(room))) if sum(room) else None,
-        room[0],
-        ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
-        segment_tiles,
-    )
 
 
 def _select(
@@ -63,14 +43,24 @@ def _select(
     policy: Policy,
     final_chunk: list[bool],
     shared: dict[str, Any],
+    v: Any = None,
 ) -> BlockMask:
-    """Return the policy's mask; all arguments are checked."""
+    """Return the policy's mask; all arguments are checked. v: of policies that read it."""
+    if isinstance(policy, Reuse):
+        inner = partial(_select, ops, q, k, layout, policy.policy, final_chunk, shared, v)
+        return mask_of(ops, policy, layout, (k if policy.share_heads else q).shape[-2], inner)
+    if isinstance(policy, TokenSparse):
+        raise UnsupportedError(
+            f"{policy.kind} drops tokens and has no mask: it is for prefill_attention alone"
+        )
     if isinstance(policy, MaskPolicy):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
         ops.in_python(join_function, mask, policy, q, k, layout)
         return mask
-    mask = _new_mask(ops, q, k, layout, policy)
-    ops.select(*SELECT.pack(q=q, k=k, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared))
+    mask = BlockMask._for_policy(ops, q, k, layout, policy)
+    ops.select(
+        *SELECT.pack(q=q, k=k, v=v, **mask._lists, final_chunk=final_chunk, policy=policy.text, **shared)
+    )
     return mask
 
 
@@ -158,8 +148,14 @@ def prefill_attention(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
+    v_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
+    guard: Guard | str | None = None,
     out: Any = None,
     return_lse: bool = False,
     return_stats: bool = False,
@@ -194,11 +190,20 @@ def prefill_attention(
         max_seqlen_k: an upper bound of packed or paged key lengths, in tokens.
         seqused_k: keys of each sequence that are in use, [batch].
         block_table: page of each run of page_size keys, [batch, pages per sequence].
+        k_scale: what FP8 keys are multiplied by, a number or fp32 [1], [kv_heads] or [batch, kv_heads]. k and
+            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout, on the CPU; the default is 1.
+        v_scale: what FP8 values are multiplied by, likewise.
+        q_descale: what FP8 queries are multiplied by, likewise. Such queries become bf16, and so does out.
+        k_descale: another name of ``k_scale``, FlashAttention's.
+        v_descale: another name of ``v_scale``.
         layout: the order of axes of q, k, v and out. "bthd" is the one above; "bhtd" is PyTorch's own,
             [batch, heads, tokens, head_dim]. The default is "bthd", with a warning where there are more heads
             than tokens.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
+        guard: measure how much of the attention is kept, in the stats' ``guard``, and perhaps act on it: a
+            :class:`Guard` or a text of one ("observe", "repair(target=0.95)", "strict"). CPU only; with a
+            :class:`MaskPolicy` heads that keep too little become dense in the mode "repair" too.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
             tokens], or [heads, tokens] where q has 3 axes.
@@ -225,6 +230,7 @@ def prefill_attention(
     if flip:
         q, k, v = swapped(q), swapped(k), swapped(v)
     own_out, out = out, swapped(out) if flip else out
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
         (q, k, v),
@@ -237,17 +243,33 @@ def prefill_attention(
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
     final_chunk = final_chunk_of(final_chunk, places.batch)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    scales |= {"v_scale": v_scale, "v_descale": v_descale}
+    q, scales = scaled(ops, (given, q, k, v), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     check_bool("return_stats", return_stats)
+    guard = guard_of(guard)
+    report = None if guard is None else GuardReport(ops, guard, places.batch, q.shape[-2])
+    guarded = NO_GUARD if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
-    if isinstance(policy, MaskPolicy):
-        mask = _select(ops, q, k, places, policy, final_chunk, shared)
+    stats = None
+    if isinstance(policy, TokenSparse):
+        if report is not None:
+            raise UnsupportedError(f"guard needs a policy with a mask, and {policy.kind} drops tokens")
+        stats = ops.in_python(
+            _tokens.prefill, ops, (q, k, v), (out, lse), policy, places, final_chunk, shared
+        )
+    elif isinstance(policy, (MaskPolicy, Reuse)):
+        values = v if policy.reads_values else None
+        mask = _select(ops, q, k, places, policy, final_chunk, shared, values)
+        if report is not None:
+            ops.audit(*AUDIT.pack(q=q, k=k, counts=mask.counts, **mask._given, **shared, **guarded))
         ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
     else:
         lists = BlockMask._no_lists
         if return_stats:
-            mask = _new_mask(ops, q, k, places, policy)
+            mask = BlockMask._for_policy(ops, q, k, places, policy)
             lists = mask._lists
         ops.prefill(
             *PREFILL.pack(
@@ -260,13 +282,14 @@ def prefill_attention(
                 final_chunk=final_chunk,
                 policy=policy.text,
                 **shared,
+                **guarded,
             )
         )
     results = [as_given(out, own_out, flip)]
     if lse is not None:
         results.append(lse)
-    if return_stats and mask is not None:
-        results.append(mask.stats)
+    if return_stats:
+        results.append(stats if mask is None else mask.stats._with(report))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -275,6 +298,7 @@ def select(
     k: Array,
     policy: Policy | str | None = None,
     *,
+    v: Array | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     cu_seqlens_q: Lengths | None = None,
@@ -283,6 +307,9 @@ def select(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     final_chunk: bool | Sequence[bool] = True,
     threads: int | None = None,
@@ -296,6 +323,7 @@ def select(
         k: keys, as in :func:`prefill_attention`.
         policy: what to keep, as a policy or as text ("flashprefill(alpha=0.2)"); the default is
             ``FlashPrefill()``.
+        v: values, of k's shape. Only a policy with ``reads_values`` (:class:`VSPrefill`) needs them.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
             :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
@@ -307,6 +335,9 @@ def select(
         max_seqlen_k: as in :func:`prefill_attention`.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        k_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
@@ -323,10 +354,11 @@ def select(
     ops = ops_of("q", q)
     flip = heads_first(layout, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, block_table=block_table)
     if flip:
-        q, k = swapped(q), swapped(k)
+        q, k, v = swapped(q), swapped(k), None if v is None else swapped(v)
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
     places = layout_of(
         ops,
-        (q, k, k),
+        (q, k, k if v is None else v),
         causal,
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
@@ -336,8 +368,12 @@ def select(
     )
     policy = FlashPrefill() if policy is None else policy_of(policy)
     final_chunk = final_chunk_of(final_chunk, places.batch)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
-    return _select(ops, q, k, places, policy, final_chunk, shared)
+    if policy.reads_values and v is None:
+        refuse("v", None, f"given: {type(policy).__name__} reads values")
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    q, scales = scaled(ops, (given, q, k, None), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
+    return _select(ops, q, k, places, policy, final_chunk, shared, v if policy.reads_values else None)
 
 
 @overload
@@ -393,6 +429,11 @@ def attend(
     max_seqlen_k: int | None = None,
     seqused_k: Lengths | None = None,
     block_table: Table | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
+    q_descale: Scale | None = None,
+    k_descale: Scale | None = None,
+    v_descale: Scale | None = None,
     layout: AxisOrder | None = None,
     out: Any = None,
     return_lse: bool = False,
@@ -415,6 +456,11 @@ def attend(
         max_seqlen_k: as in :func:`prefill_attention`; the default is the mask's.
         seqused_k: as in :func:`prefill_attention`.
         block_table: as in :func:`prefill_attention`.
+        k_scale: as in :func:`prefill_attention`.
+        v_scale: as in :func:`prefill_attention`.
+        q_descale: as in :func:`prefill_attention`.
+        k_descale: as in :func:`prefill_attention`.
+        v_descale: as in :func:`prefill_attention`.
         layout: as in :func:`prefill_attention`.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -434,54 +480,15 @@ def attend(
     if flip:
         q, k, v = swapped(q), swapped(k), swapped(v)
     own_out, out = out, swapped(out) if flip else out
-    if not isinstance(mask, BlockMask):
-        refuse_type(
-            "mask", f"a {type(mask).__name__}", "a BlockMask; BlockMask.from_dense makes one of bools"
-        )
-    made_for = mask._layout
-    if causal is None:
-        causal = made_for.causal
-    if cu_seqlens_q is not None and max_seqlen_q is None:
-        max_seqlen_q = made_for.max_seqlen_q
-    if (cu_seqlens_k is not None or block_table is not None) and max_seqlen_k is None:
-        max_seqlen_k = made_for.max_seqlen_k
-    places = layout_of(
-        ops,
-        (q, k, v),
-        causal,
-        (cu_seqlens_q, cu_seqlens_k),
-        (max_seqlen_q, max_seqlen_k),
-        seqused_k,
-        block_table,
-        layout is None,
-    )
-    if places.causal != made_for.causal:
-        refuse("causal", causal, f"what the mask was made for ({made_for.causal})")
-    for name in ("batch", "total_q", "max_seqlen_q", "max_seqlen_k"):
-        if getattr(places, name) != getattr(made_for, name):
-            refuse(f"mask's {name}", getattr(made_for, name), f"that of q and k ({getattr(places, name)})")
-    given = _fitting(ops, mask, q, k)
-    shared = shared_of(q, places, softmax_scale, threads, backend, target)
+    lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), seqused_k, block_table
+    given, q = q, ops.widened(q) if ops.is_fp8(q) else q
+    places = places_of_mask(ops, mask, (q, k, v), causal, lengths, layout is None)
+    parts = fitting(ops, mask, q, k)
+    scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
+    scales |= {"v_scale": v_scale, "v_descale": v_descale}
+    q, scales = scaled(ops, (given, q, k, v), places, scales)
+    shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     out, lse = results_of(ops, q, out, return_lse)
-    ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **given, **shared))
+    ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **parts, **shared))
     out = as_given(out, own_out, flip)
     return out if lse is None else (out, lse)
-
-
-def _fitting(ops: Any, mask: BlockMask, q: Any, k: Any) -> dict[str, Any]:
-    """Return a mask for q and k: of q's array library, with as many heads as they ask for. Or refuse it."""
-    bits, lists = mask.bits, {"vertical_slash": mask.vertical_slash, "key_lists": mask.key_lists}
-    if mask._ops is not ops:  # made with the other array library: its words, in host memory
-        bits = ops.words_of(mask._ops.to_host(bits))
-        lists = {n: None if x is None else ops.from_host(mask._ops.to_host(x)) for n, x in lists.items()}
-    if not ops.same_device(bits, q):
-        refuse("mask's device", bits.device, f"q's ({q.device})")
-    heads = k.shape[-2] if mask.share_heads else q.shape[-2]
-    if bits.shape[0] == 1 and heads > 1:
-        bits = ops.expand_heads(bits, heads)
-        if lists["key_lists"] is not None:
-            lists["key_lists"] = ops.expand_heads(lists["key_lists"], heads)
-    if bits.shape[0] != heads:
-        what = "kv_heads" if mask.share_heads else "q_heads"
-        refuse("mask's number of heads", bits.shape[0], f"1, or {what} ({heads})")
-    return {**mask._given, "bits": bits, **lists}

@@ -1,4 +1,4 @@
-"""The command line tool: `flashprefill info | demo | try | eval | lab | bench | inspect`.
+"""The command line tool: `flashprefill info | demo | try | eval | lab | bench | inspect | ...`.
 
 Only arguments live here; each verb is a module of flashprefill.apps, imported when it is called, so that
 `--help` is instant and `info` works without PyTorch. What a user can put right ends in one line and exit
@@ -60,6 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_lab(verbs)
     _add_bench(verbs)
     _add_inspect(verbs)
+    _add_train_indexer(verbs)
+    _add_plan_reuse(verbs)
     return parser
 
 
@@ -112,8 +114,20 @@ def _add_prompt(add: Callable[..., Any]) -> None:
     add("--prompt", type=Path, metavar="FILE", help=what)
 
 
+def _add_texts(add: Callable[..., Any]) -> None:
+    what = "a file or folder of text (default: licences and Python's source on this machine)"
+    add("--text", type=Path, metavar="PATH", help=what)
+    what = "a text to judge by that is not learnt from (default: Python's argparse)"
+    add("--held-out", type=Path, metavar="PATH", help=what)
+
+
 def _add_policy(add: Callable[..., Any], what: str) -> None:
     add("--policy", action="append", default=[], help=f"{what}; may be repeated")
+
+
+def _add_guard(add: Callable[..., Any], when: str) -> None:
+    what = f"observe, repair, strict (fields in brackets), or off (default: observe{when}); off on a GPU"
+    add("--guard", default="observe", metavar="MODE", help=what)
 
 
 def _add_folder(add: Callable[..., Any], folder: str) -> None:
@@ -146,6 +160,7 @@ def _add_demo(verbs: Any) -> None:
     add("--long", action="store_true", help="24,000 tokens, with the rotary base scaled four times; one turn")
     what = "turns that are timed (default: 3; with --long or --quick 1)"
     add("--repeats", type=int, metavar="N", help=what)
+    _add_guard(add, ", in the first turn alone")
     _add_folder(add, "out/demo")
     add("--quick", action="store_true", help="1,536 tokens and one turn: a try, not a measurement")
 
@@ -160,6 +175,7 @@ def _add_try(verbs: Any) -> None:
     add("--tokens", type=_list_of(_length), default=[4096, 8000], metavar="N,N", help=what)
     what = "where the needle is (0.1,0.5,0.9)"
     add("--depth", type=_list_of(float), default=[0.1, 0.5, 0.9], metavar="X,X", help=what)
+    _add_guard(add, "")
     _add_figures(add)
 
 
@@ -201,8 +217,10 @@ def _add_lab(verbs: Any) -> None:
     add("--long", action="store_true", help=what)
     what = "layers to look at (default: six, early to late)"
     add("--layers", type=_list_of(int), default=[], metavar="N,N", help=what)
-    what = "only this method, or your own module:function; may be repeated (default: all)"
+    what = "only this method, line (by its label) or module:function of yours; may be repeated (default: all)"
     add("--method", action="append", default=[], metavar="NAME", help=what)
+    what = "weights for VSPrefill, of train-indexer; without them it is left out"
+    add("--indexer", type=Path, metavar="FILE", help=what)
     add("--no-studies", action="store_true", help="leave out the studies (alpha, allocation, gamma, tau)")
     add("--dump", type=Path, metavar="DIR", help="keep Q, K and V of the layers here")
     add("--from", type=Path, dest="source", metavar="DIR", help="use dumps instead of a model")
@@ -244,6 +262,45 @@ def _add_inspect(verbs: Any) -> None:
     add("--no-text", action="store_true", help="leave out the masks drawn in characters")
 
 
+def _add_train_indexer(verbs: Any) -> None:
+    add = _verb(verbs, "train-indexer", "weights for VSPrefill", texts.INDEXER, texts.INDEXER_EXAMPLES)
+    _add_model(add)
+    _add_texts(add)
+    what = "tokens of the longest sequences; others have a half and a quarter (default: 8K)"
+    add("--tokens", type=_length, default=8192, metavar="N", help=what)
+    add("--sequences", type=int, default=200, metavar="N", help="sequences that are read (default: 200)")
+    add("--steps", type=int, default=2000, metavar="N", help="steps of learning (default: 2000)")
+    add("--hidden", type=int, default=256, metavar="N", help="hidden units per KV head (default: 256)")
+    add("--layers", type=_list_of(int), default=[], metavar="N,N", help="only these layers (default: all)")
+    add("--rate", type=float, default=1e-3, metavar="X", help="peak learning rate (default: 0.001)")
+    what = "forward, KL(true || predicted), or reverse, as the paper prints it (default: forward)"
+    add("--kl", choices=("forward", "reverse"), default="forward", help=what)
+    what = "sequences that are kept to learn from again (default: 8)"
+    add("--pool", type=int, default=8, metavar="N", help=what)
+    add("--seed", type=int, default=0, metavar="N", help="of weights and sequences (default: 0)")
+    add("--resume", action="store_true", help="go on with the run that --out is of")
+    what = "where the weights go (default: indexer.safetensors)"
+    add("--out", type=Path, default=Path("indexer.safetensors"), metavar="FILE", help=what)
+
+
+def _add_plan_reuse(verbs: Any) -> None:
+    epilog = texts.REUSE_EXAMPLES + _policies()
+    add = _verb(verbs, "plan-reuse", "which layers can reuse masks", texts.REUSE, epilog)
+    _add_model(add)
+    _add_texts(add)
+    add("--policy", default="flashprefill", help="the policy that selects (default: flashprefill)")
+    what = "share of the layers that borrow (default: 0.33)"
+    add("--share", type=float, default=1 / 3, metavar="X", help=what)
+    add("--tokens", type=_length, default=4096, metavar="N", help="tokens of each text (default: 4K)")
+    add("--sequences", type=int, default=2, metavar="N", help="texts that are planned with (default: 2)")
+    what = "times that the plan is made again, of a forward under it (default: 1)"
+    add("--refine", type=int, default=1, metavar="N", help=what)
+    what = "a policy to compare with on the held-out text; may be repeated"
+    add("--against", action="append", default=[], metavar="POLICY", help=what)
+    add("--seed", type=int, default=0, metavar="N", help="of the texts (default: 0)")
+    add("--out", type=Path, default=Path("plan.json"), metavar="FILE", help="the plan (default: plan.json)")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from .apps import checks
 
@@ -257,6 +314,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from .apps import demo
 
         same = ("model", "prompt", "device", "dtype", "tokens", "long", "quick", "repeats", "threads", "out")
+        same += ("guard",)
         options = demo.Options(
             **{name: given[name] for name in same}, policies=arguments.policy, needle=not arguments.no_needle
         )
@@ -266,7 +324,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "try":
         from .apps import needles
 
-        same = ("model", "device", "dtype", "threads", "prompt", "tokens", "out")
+        same = ("model", "device", "dtype", "threads", "prompt", "tokens", "guard", "out")
         chosen = {name: given[name] for name in same}
         results = needles.run(needles.Options(**chosen, policies=arguments.policy, depths=arguments.depth))
         return 0 if results["passed"] else 1
@@ -292,7 +350,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from .apps.lab import run as lab
 
         same = ("model", "device", "dtype", "threads", "text", "prompt", "tokens", "long", "layers", "method")
-        same += ("dump", "source", "times_only", "out", "quick")
+        same += ("dump", "source", "times_only", "out", "quick", "indexer")
         lab.run(lab.Options(**{name: given[name] for name in same}, studies=not arguments.no_studies))
     elif arguments.verb == "bench":
         checks.need("bench", "torch", "tqdm")
@@ -308,6 +366,22 @@ def _run(arguments: argparse.Namespace) -> int:
         same = ("file", "heads", "scale", "out", "json")
         chosen = {name: given[name] for name in same}
         inspect.run(inspect.Options(**chosen, policies=arguments.policy, text=not arguments.no_text))
+    elif arguments.verb == "train-indexer":
+        checks.need("train-indexer", "torch", "transformers", "tqdm", *checks.modules_of(arguments.model))
+        from .apps import indexer
+
+        same = ("model", "device", "dtype", "threads", "text", "held_out", "tokens", "sequences", "steps")
+        same += ("hidden", "rate", "kl", "pool", "seed", "resume", "out")
+        chosen = {name: given[name] for name in same}
+        indexer.run(indexer.Options(**chosen, layers=tuple(arguments.layers)))
+    elif arguments.verb == "plan-reuse":
+        checks.need("plan-reuse", "torch", "transformers", "tqdm", *checks.modules_of(arguments.model))
+        from .apps import reuse
+
+        same = ("model", "device", "dtype", "threads", "text", "held_out", "policy", "share", "tokens")
+        same += ("sequences", "refine", "seed", "out")
+        chosen = {name: given[name] for name in same}
+        reuse.run(reuse.Options(**chosen, against=tuple(arguments.against)))
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,16 +16,20 @@ from . import _key_lists, _numpy_ops
 from ._layout import TILE_ROWS, Layout, ceil_div, check_bool, tile_tokens_of
 from ._ops import ops_of
 from .errors import refuse, refuse_type
-from .policies.checks import MAX_TOKENS, check_integer
+from .policies.checks import CORRECTIONS, MAX_TOKENS, check_choice, check_integer
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from .policies import Policy
 
 __all__ = ["BlockMask"]
 
 
 # Attributes of a mask by the names in _calls.py: what a selection writes, and what attention reads.
-_LISTS = ("bits", "counts", "fallback", "vertical_slash", "key_lists")
-_SHAPE = ("tile_tokens", "block_size", "share_heads", "mean_correction")
-_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals", "key_lists", "segment_tiles")
+_LISTS = ("bits", "counts", "fallback", "vertical_slash", "key_lists", "skipped")
+_SHAPE = ("tile_tokens", "block_size", "share_heads")
+_CORRECTED = {False: "", True: ", mean-corrected", "summary": ", corrected by summary keys"}
+_GIVEN = ("bits", *_SHAPE, "vertical_slash", "max_verticals", "key_lists", "segment_tiles", "skip", "skipped")
 
 
 class BlockMask:
@@ -39,7 +43,8 @@ class BlockMask:
         tile_tokens: query tokens per tile.
         block_size: keys per block.
         share_heads: whether mask heads are KV heads.
-        mean_correction: whether `attend` lets blocks left out count by their means.
+        mean_correction: whether `attend` lets blocks left out count by their means; or ``"summary"``: 16 of
+            them by one key, on the CPU.
         vertical_slash: keys finer than blocks (``MInference(rounding="tokens")``), int32
             [batch, mask heads, ...] as the C header describes them, or None.
         max_verticals: how many verticals they have room for.
@@ -47,6 +52,10 @@ class BlockMask:
             [mask heads, segment rows, 2 + room] as the C header describes them, or None. :meth:`keys` reads
             them.
         segment_tiles: tiles that share one of these lists.
+        skip: below which share of the heaviest weight so far `attend` skips keys (``Dense(skip=...)``); 0:
+            it skips none.
+        skipped: blocks that each tile's rows skipped on average, int32 [mask heads, tile rows], written by
+            `attend`; or None.
     """
 
     def __init__(
@@ -58,11 +67,13 @@ class BlockMask:
         tile_tokens: int,
         block_size: int,
         share_heads: bool,
-        mean_correction: bool,
+        mean_correction: bool | str,
         vertical_slash: Any = None,
         max_verticals: int = 0,
         key_lists: Any = None,
         segment_tiles: int = 1,
+        skip: float = 0.0,
+        skipped: Any = None,
     ) -> None:
         self._layout = layout
         self.bits = bits
@@ -76,6 +87,34 @@ class BlockMask:
         self.max_verticals = max_verticals
         self.key_lists = key_lists
         self.segment_tiles = segment_tiles
+        self.skip = skip
+        self.skipped = skipped
+
+    @classmethod
+    def _for_policy(cls, ops: Any, q: Any, k: Any, layout: Layout, policy: Policy) -> BlockMask:
+        """Return an empty mask for the policy to fill."""
+        tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
+        heads = k.shape[-2] if policy.share_heads else q.shape[-2]
+        shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
+        room = policy._vertical_slash_room(layout.max_seqlen_k)
+        list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
+        segment_rows = _key_lists.rows_of(layout, segment_tiles * tile_tokens)
+        return cls(
+            layout.kept(ops),
+            ops.zero_words(q, shape),
+            ops.zero_counts(q, shape[:2]),
+            ops.zero_counts(q, (layout.batch,)),
+            tile_tokens,
+            policy.block_size,
+            policy.share_heads,
+            policy.corrects,
+            ops.zero_counts(q, (layout.batch, heads, 2 + sum(room))) if sum(room) else None,
+            room[0],
+            ops.zero_counts(q, (heads, segment_rows, 2 + list_room)) if list_room else None,
+            segment_tiles,
+            policy.skips,
+            ops.zero_counts(q, shape[:2]) if policy.skips else None,
+        )
 
     @classmethod
     def from_dense(
@@ -88,7 +127,7 @@ class BlockMask:
         share_heads: bool = False,
         group: int = 1,
         causal: bool = True,
-        mean_correction: bool = False,
+        mean_correction: bool | str = False,
         cu_seqlens_q: Any = None,
         cu_seqlens_k: Any = None,
         keys: Any = None,
@@ -105,7 +144,7 @@ class BlockMask:
             share_heads: mask heads are KV heads, and tiles have 128 // group tokens instead of 128.
             group: query heads per KV head; only read with share_heads.
             causal: whether queries see only keys up to their own position (the last query sees the last key).
-            mean_correction: blocks left out count by their means.
+            mean_correction: blocks left out count by their means; ``"summary"``: 16 of them by one key.
             cu_seqlens_q: cumulative query lengths of packed sequences; keep is a list then.
             cu_seqlens_k: cumulative key lengths; without them the keys are as many as the queries.
             keys: single keys beside the blocks, as :meth:`keys` returns them: for each mask head and each
@@ -114,7 +153,7 @@ class BlockMask:
         """
         check_bool("share_heads", share_heads)
         check_bool("causal", causal)
-        check_bool("mean_correction", mean_correction)
+        mean_correction = check_choice("mean_correction", mean_correction, CORRECTIONS)
         if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)):
             refuse_type("block_size", repr(block_size), "an integer")
         if not 16 <= block_size <= 1024 or block_size % 16:
@@ -143,7 +182,7 @@ class BlockMask:
             tile_tokens,
             int(block_size),
             bool(share_heads),
-            bool(mean_correction),
+            mean_correction,
         )
         for b, (place, part) in enumerate(zip(layout.sequences(ops), parts, strict=True)):
             name = f"keep[{b}].shape" if len(parts) > 1 else "keep.shape"
@@ -197,7 +236,8 @@ class BlockMask:
     @property
     def _given(self) -> dict[str, Any]:
         """What attention reads, by the names in _calls.py."""
-        return {name: getattr(self, name) for name in _GIVEN}
+        given = {name: getattr(self, name) for name in _GIVEN}
+        return {**given, "mean_correction": CORRECTIONS.index(self.mean_correction)}
 
     def _write(self, seq: int, place: tuple[int, int, int], keep: Any) -> None:
         """Write the bits and counts of one sequence, without bits in the future.
@@ -306,13 +346,15 @@ class BlockMask:
             self.max_verticals,
             moved["key_lists"],
             self.segment_tiles,
+            self.skip,
+            moved["skipped"],
         )
 
     @property
     def stats(self) -> Stats:
         """Kept blocks by sequence and head."""
         shape = (self.tile_tokens, self.block_size, self._segment_tokens)
-        return Stats(self._layout, self.counts, self.fallback, *shape, self.key_lists)
+        return Stats(self._layout, self.counts, self.fallback, *shape, self.key_lists, self.skipped)
 
     @property
     def density(self) -> float:
@@ -371,7 +413,8 @@ class BlockMask:
         return (
             f"BlockMask({self.batch} sequence{'s' * (self.batch != 1)}, {self.heads} "
             f"{'KV ' * self.share_heads}head{'s' * (self.heads != 1)}, tiles of {self.tile_tokens} tokens, "
-            f"blocks of {self.block_size} keys{', mean-corrected' * self.mean_correction})"
+            f"blocks of {self.block_size} keys{_CORRECTED[self.mean_correction]}"
+            + (f", skipping below {self.skip:g})" if self.skip else ")")
         )
 
 

@@ -10,6 +10,7 @@ from ._abi import FALLBACK_NAMES
 from ._key_lists import place_of
 from ._layout import Layout
 from ._ops import ops_of
+from .guard import GuardReport
 
 __all__ = ["Stats"]
 
@@ -31,6 +32,7 @@ class Stats:
         block_size: int,
         segment_tokens: int = 1,
         key_lists: Any = None,
+        skipped: Any = None,
     ) -> None:
         self._layout = layout
         self._counts = counts
@@ -39,7 +41,19 @@ class Stats:
         self._block_size = block_size
         self._segment_tokens = segment_tokens
         self._key_lists = key_lists
+        self._skipped_blocks = skipped
         self._read: dict[str, np.ndarray] | None = None
+        self._guard: GuardReport | None = None
+
+    def _with(self, guard: GuardReport | None) -> Stats:
+        """Return the same, with what a guard found."""
+        self._guard = guard
+        return self
+
+    @property
+    def guard(self) -> GuardReport | None:
+        """What the call's guard found: recall by head, its bounds, what was repaired. None without one."""
+        return self._guard
 
     @property
     def _ops(self) -> Any:
@@ -96,16 +110,35 @@ class Stats:
         return full
 
     @property
+    def skipped(self) -> Any:
+        """Blocks among the kept ones that attention skipped (``Dense(skip=...)``), int64 [batch, mask heads].
+
+        On average of a tile's rows, summed over tiles. 0 for masks that skip nothing, and before attention.
+        """
+        return self._ops.from_host(self._skipped())
+
+    def _skipped(self) -> np.ndarray:
+        skipped = np.zeros(self._values()["kept"].shape, np.int64)
+        if self._skipped_blocks is not None:
+            blocks = np.asarray(self._ops.to_host(self._skipped_blocks))
+            for b, (begin, rows, _) in enumerate(self._layout.sequences(self._ops)):
+                first = begin // self._tile_tokens + b
+                tiles = -(-rows // self._tile_tokens)
+                skipped[b] = blocks[:, first : first + tiles].sum(axis=1, dtype=np.int64)
+        return skipped
+
+    @property
     def fallback(self) -> Any:
         """Why a sequence was not selected for, int32 [batch]: 0 it was, 1 short, 2 the policy is Dense.
 
+        3: of :class:`TokenSparse`, the sequence has a prefix or is a chunk; its inner policy saw it whole.
         -1: its lengths, which only the device could read, are impossible, and it was left out.
         """
         return self._ops.from_host(self._values()["fallback"])
 
     @property
     def reasons(self) -> list[str]:
-        """:attr:`fallback` in words, one per sequence: selected, short, dense or impossible lengths."""
+        """:attr:`fallback` in words: selected, short, dense, prefix or chunk, or impossible lengths."""
         return [FALLBACK_NAMES[int(code)] for code in self._values()["fallback"]]
 
     @property
@@ -123,11 +156,13 @@ class Stats:
         words = [
             f"{reasons.count(why)} {why}" for code, why in FALLBACK_NAMES.items() if code and why in reasons
         ]
-        full = int(self._overflowed().sum())
+        full, skipped = int(self._overflowed().sum()), int(self._skipped().sum())
         return (
             f"Stats(density {self.mean_density:.3f}: {int(values['kept'].sum())} of {possible} blocks kept, "
             f"{batch} sequence{'s' * (batch != 1)}, {heads} mask head{'s' * (heads != 1)}"
+            + (f"; attention skipped {skipped} of them" if skipped else "")
             + (f"; {full} key list{'s' * (full != 1)} too short for what was wanted" if full else "")
             + (f"; not selected for: {', '.join(words)}" if words else "")
+            + ("" if self._guard is None else f"; {self._guard}")
             + ")"
         )

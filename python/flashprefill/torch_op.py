@@ -19,18 +19,19 @@ import numpy as np
 import torch
 
 from . import _engine
-from ._calls import ATTEND, PREFILL, SELECT
+from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from ._memory import in_large_pages
 from .errors import refuse, refuse_type
 
 NAME = "a torch tensor"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FP8 = torch.float8_e4m3fn
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 _make: Any = torch.library.Library
 _disable: Any = torch.compiler.disable
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
-for _verb in (SELECT, ATTEND, PREFILL):
+for _verb in (SELECT, ATTEND, PREFILL, AUDIT):
     _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _key in ("CPU", "CUDA"):  # disabled: outside of graphs torch.compile would trace the call into C
         _library.impl(_verb.name, _disable(getattr(_engine, _verb.name)), _key)
@@ -39,6 +40,7 @@ for _verb in (SELECT, ATTEND, PREFILL):
 select = torch.ops.flashprefill.select
 attend = torch.ops.flashprefill.attend
 prefill = torch.ops.flashprefill.prefill
+audit = torch.ops.flashprefill.audit
 
 
 def _in_python(function: Any, *arguments: Any) -> Any:
@@ -53,12 +55,51 @@ def tracing() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_fp8(x: Any) -> bool:
+    """Return whether x is of the FP8 that keys and values may be stored in."""
+    return isinstance(x, torch.Tensor) and x.dtype == _FP8
+
+
+def widened(q: Any) -> Any:
+    """Return FP8 queries in bf16, which holds them exactly."""
+    return q.to(torch.bfloat16)
+
+
+def scaled_queries(q: Any, scale: Any, cu_seqlens_q: Any) -> Any:
+    """Return q times the scale [batch, heads] of its sequence and head, in q's dtype."""
+    if cu_seqlens_q is not None:
+        lengths = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).long()
+        factor = scale.repeat_interleave(lengths, dim=0, output_size=q.shape[0])[:, :, None]
+    else:
+        factor = scale[:, None, :, None] if q.ndim == 4 else scale[0][:, None]
+    return (q.float() * factor).to(q.dtype)
+
+
+def scales(name: str, x: Any, like: Any) -> Any:
+    """Return scales as fp32 on the device of `like`."""
+    try:
+        return torch.as_tensor(x, dtype=torch.float32, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        return refuse_type(name, f"a {type(x).__name__}", "a number or a tensor of numbers")
+
+
+def spread(x: Any, shape: tuple[int, ...]) -> Any:
+    """Return a view of x in a shape that it can be repeated to."""
+    return x.expand(shape)
+
+
+def repeated(x: Any, count: int) -> Any:
+    """Repeat each column."""
+    return x.repeat_interleave(count, dim=1)
+
+
 def check(name: str, x: Any, like: Any) -> None:
     """Refuse what is not a tensor that the library can read."""
     if not isinstance(x, torch.Tensor):
         refuse_type(name, f"a {type(x).__name__}", f"{NAME}, as q is")
-    if x.dtype not in _DTYPES:
-        refuse_type(f"{name}.dtype", x.dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    if x.dtype not in _DTYPES and not (name in ("k", "v") and x.dtype == _FP8):
+        more = f", or {_FP8} for keys and values" if "float8" in str(x.dtype) else ""
+        refuse_type(f"{name}.dtype", x.dtype, f"torch.float32, torch.float16 or torch.bfloat16{more}")
     if x.layout != torch.strided:
         refuse_type(f"{name}.layout", x.layout, "torch.strided")
     if x.device.type not in ("cpu", "cuda"):
@@ -135,6 +176,11 @@ def zero_words(like: Any, shape: tuple[int, ...]) -> Any:
 def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
     """Return 32-bit counts."""
     return torch.zeros(shape, dtype=torch.int32, device=_device(like))
+
+
+def host_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return zeros in host memory."""
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 
 def same_device(x: Any, like: Any) -> bool:

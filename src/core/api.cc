@@ -6,6 +6,8 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "core/guard.h"
+#include "core/mask_memory.h"
 #include "core/mask_stats.h"
 #include "core/method.h"
 #include "core/threads.h"
@@ -44,43 +46,32 @@ Exec ExecOf(const Exec* exec) {
   return e;
 }
 
-BlockMask DescribeMask(const Problem& p, const Policy& policy) {
-  const Geometry g = Geometry::Of(p, policy);
-  BlockMask m{};
-  m.struct_size = sizeof(BlockMask);
-  m.heads = g.mask_heads;
-  m.tile_tokens = g.tile_tokens;
-  m.block_size = g.block_size;
-  m.share_heads = policy.share_heads;
-  m.mean_correction = policy.mean_correction;
-  m.tile_rows = g.tile_rows;
-  m.words = g.words;
-  const VerticalSlashRoom room = VerticalSlashRoomOf(p, policy);
-  m.max_verticals = static_cast<int32_t>(room.verticals);
-  m.max_slashes = static_cast<int32_t>(room.slashes);
-  const KeyListRoom lists = KeyListRoomOf(p, policy);
-  m.max_keys = static_cast<int32_t>(lists.keys);
-  m.segment_tiles = static_cast<int32_t>(lists.segment_tiles);
-  m.segment_rows = SegmentRows(p, m);
-  return m;
+// Refuses a guard where there is no code for it.
+void CheckGuard(const Backend& backend, const Problem& p, const Exec& e) {
+  ValidateGuard(e.guard, p);
+  if (e.guard && !backend.audit) {
+    Refuse("guard", "given", "NULL for the backend " + std::string(backend.name) + ": guards work on the CPU alone",
+           FP_UNSUPPORTED);
+  }
 }
 
-// A mask whose memory is the first part of a workspace.
-BlockMask MaskIn(Workspace& workspace, const Problem& p, const Policy& policy) {
-  BlockMask m = DescribeMask(p, policy);
-  m.bits = workspace.Take<uint64_t>(m.heads * m.tile_rows * m.words);
-  m.counts = workspace.Take<int32_t>(m.heads * m.tile_rows);
-  m.fallback = workspace.Take<int32_t>(p.batch);
-  m.vertical_slash = workspace.Take<int32_t>(int64_t{p.batch} * m.heads * VerticalSlashStride(m));
-  m.key_lists = workspace.Take<int32_t>(m.heads * m.segment_rows * KeyListStride(m));
-  return m;
+// fp_select and fp_attend have no use for a guard.
+void RefuseGuard(const Exec& e, const char* verb) {
+  if (e.guard) Refuse("exec.guard", "given", std::string("NULL for ") + verb + ": fp_prefill and fp_audit take one");
+}
+
+// Scratch memory of the guard, which runs between select and attend.
+size_t GuardScratch(const Backend& backend, const Problem& p, const Policy& policy, const BlockMask& mask,
+                    const Exec& exec) {
+  return exec.guard ? GuardWorkspace(backend, p, &policy, mask, exec) : 0;
 }
 
 // Scratch memory besides the mask: of select and then attend, or of a fused prefill.
 size_t PrefillScratch(const Backend& backend, const Problem& p, const Policy& policy, const BlockMask& mask,
                       const Exec& exec) {
   if (backend.prefill) return backend.prefill_workspace(p, policy, mask, exec);
-  return std::max(backend.select_workspace(p, policy, exec), backend.attend_workspace(p, mask, exec));
+  return std::max({backend.select_workspace(p, policy, exec), backend.attend_workspace(p, mask, exec),
+                   GuardScratch(backend, p, policy, mask, exec)});
 }
 
 class Stopwatch {
@@ -139,6 +130,13 @@ void fp_problem_init(fp_problem* problem) {
 void fp_exec_init(fp_exec* exec) {
   *exec = fp_exec{};
   exec->struct_size = sizeof(fp_exec);
+}
+
+void fp_guard_init(fp_guard* guard) {
+  *guard = fp_guard{};
+  guard->struct_size = sizeof(fp_guard);
+  guard->target = 0.9f;
+  guard->risk = 1e-3f;
 }
 
 void fp_block_mask_init(fp_block_mask* mask) {
@@ -210,6 +208,7 @@ fp_status fp_mask_describe(const fp_problem* problem, const fp_policy* policy, f
     described.fallback = mask->fallback;
     described.vertical_slash = mask->vertical_slash;
     described.key_lists = mask->key_lists;
+    described.skipped = mask->skipped;
     *mask = described;
   });
 }
@@ -259,6 +258,7 @@ fp_status fp_prefill_workspace(const fp_problem* problem, const fp_policy* polic
     CheckPointer("bytes", bytes);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);
+    CheckGuard(backend, *problem, e);
     Workspace layout(nullptr);
     const BlockMask mask = MaskIn(layout, *problem, *policy);
     backend.check(*problem, policy, &mask, e);
@@ -274,12 +274,13 @@ fp_status fp_select(const fp_problem* problem, const fp_policy* policy, const fp
     ValidateMask(mask, *problem);
     ValidateMaskOf(*mask, *policy, *problem);
     const Exec e = ExecOf(exec);
+    RefuseGuard(e, "fp_select");
     const Backend& backend = BackendFor(*problem, e);
     backend.check(*problem, policy, mask, e);
     ValidateWorkspace(workspace, workspace_bytes, backend.select_workspace(*problem, *policy, e));
     Stopwatch watch;
     backend.select(*problem, *policy, e, *mask, workspace);
-    if (e.timings) *e.timings = {watch.Lap(), 0};
+    if (e.timings) *e.timings = {watch.Lap(), 0, 0};
   });
 }
 
@@ -292,12 +293,13 @@ fp_status fp_attend(const fp_problem* problem, const fp_block_mask* mask, const 
     ValidateKeyLists(*mask, *problem);
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);
+    RefuseGuard(e, "fp_attend");
     const Backend& backend = BackendFor(*problem, e);
     backend.check(*problem, nullptr, mask, e);
     ValidateWorkspace(workspace, workspace_bytes, backend.attend_workspace(*problem, *mask, e));
     Stopwatch watch;
     backend.attend(*problem, *mask, e, *output, workspace);
-    if (e.timings) *e.timings = {0, watch.Lap()};
+    if (e.timings) *e.timings = {0, watch.Lap(), 0};
   });
 }
 
@@ -313,6 +315,7 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
     ValidateOutput(output, *problem);
     const Exec e = ExecOf(exec);
     const Backend& backend = BackendFor(*problem, e);
+    CheckGuard(backend, *problem, e);
     Workspace parts(workspace);
     BlockMask kept = MaskIn(parts, *problem, *policy);
     if (mask) {
@@ -321,6 +324,7 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
       if (mask->key_lists) kept.key_lists = mask->key_lists;
       kept.counts = mask->counts;
       kept.fallback = mask->fallback;
+      kept.skipped = mask->skipped;
     }
     backend.check(*problem, policy, &kept, e);
     ValidateWorkspace(workspace, workspace_bytes, parts.used() + PrefillScratch(backend, *problem, *policy, kept, e));
@@ -332,8 +336,43 @@ fp_status fp_prefill(const fp_problem* problem, const fp_policy* policy, const f
     Stopwatch watch;
     backend.select(*problem, *policy, e, kept, scratch);
     const double select_seconds = watch.Lap();
+    if (e.guard) RunGuard(backend, *problem, policy, kept, e, scratch);
+    const double guard_seconds = watch.Lap();
     backend.attend(*problem, kept, e, *output, scratch);
-    if (e.timings) *e.timings = {select_seconds, watch.Lap()};
+    if (e.timings) *e.timings = {select_seconds, watch.Lap(), guard_seconds};
+  });
+}
+
+fp_status fp_audit_workspace(const fp_problem* problem, const fp_block_mask* mask, const fp_exec* exec, size_t* bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidateMask(mask, *problem, false);
+    CheckPointer("bytes", bytes);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    backend.check(*problem, nullptr, mask, e);
+    if (!e.guard) Refuse("exec.guard", "NULL", "the guard to audit by");
+    CheckGuard(backend, *problem, e);
+    *bytes = GuardWorkspace(backend, *problem, nullptr, *mask, e);
+  });
+}
+
+fp_status fp_audit(const fp_problem* problem, fp_block_mask* mask, const fp_exec* exec, void* workspace,
+                   size_t workspace_bytes) {
+  return Guard([&] {
+    ValidateProblem(problem);
+    ValidateMask(mask, *problem);
+    ValidateVerticalSlash(*mask, *problem);
+    ValidateKeyLists(*mask, *problem);
+    const Exec e = ExecOf(exec);
+    const Backend& backend = BackendFor(*problem, e);
+    backend.check(*problem, nullptr, mask, e);
+    if (!e.guard) Refuse("exec.guard", "NULL", "the guard to audit by");
+    CheckGuard(backend, *problem, e);
+    ValidateWorkspace(workspace, workspace_bytes, GuardWorkspace(backend, *problem, nullptr, *mask, e));
+    Stopwatch watch;
+    RunGuard(backend, *problem, nullptr, *mask, e, workspace);
+    if (e.timings) *e.timings = {0, 0, watch.Lap()};
   });
 }
 

@@ -12,6 +12,14 @@
 
 namespace flashprefill {
 
+// One row of queries whose softmax a guard computes exactly.
+struct AuditRow {
+  int32_t sequence, head, row; // query head; row of the sequence
+  int32_t missed_block;        // result: of the blocks left out the heaviest; -1: nothing was missed
+  float missed;                // result: its share of the softmax, without what verticals, slashes or lists keep of it
+  float recall;                // result: the share of the softmax that the mask keeps; 1 for a row that sees nothing
+};
+
 struct Backend {
   const char* name; // as the user writes it
   int32_t device;   // fp_device whose memory it works on
@@ -32,6 +40,9 @@ struct Backend {
   void (*prefill)(const Problem&, const Policy&, const Exec&, BlockMask&, const Output&, void* workspace);
   // Keys up to which prefill keeps everything, because a selection would not pay; null: it always selects.
   int64_t (*dense_keys)(const Policy&, const Exec&);
+  // Fills in what the mask keeps of these rows of queries, by sequence and head in order; null: no guard works here.
+  size_t (*audit_workspace)(const Problem&, const BlockMask&, const Exec&, int64_t rows);
+  void (*audit)(const Problem&, const BlockMask&, const Exec&, std::span<AuditRow> rows, void* workspace);
 };
 
 // All of this build, in no order.

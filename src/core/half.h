@@ -1,5 +1,5 @@
-// bf16 and fp16, one value at a time, in plain integer arithmetic: for the reference and for edges. Round to nearest
-// even.
+// bf16, fp16 and FP8, one value at a time, in plain integer arithmetic: for the reference and for edges. Round to
+// nearest even.
 #ifndef FLASHPREFILL_CORE_HALF_H_
 #define FLASHPREFILL_CORE_HALF_H_
 
@@ -46,9 +46,31 @@ inline uint16_t ToF16(float x) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+// E4M3: one exponent for NaN alone would be a waste, so only 0x7f and 0xff are NaN, and the largest value is 448.
+inline float FromE4M3(uint8_t x) {
+  const uint32_t magnitude = x & 0x7fu;
+  if (magnitude == 0x7f) return std::bit_cast<float>(0x7fc00000u | uint32_t{x & 0x80u} << 24);
+  const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f // zero or subnormal
+                                    : std::bit_cast<float>((magnitude << 20) + (120u << 23));
+  return x & 0x80 ? -value : value;
+}
+
+// Larger values saturate, as they do where caches are written.
+inline uint8_t ToE4M3(float x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  const float magnitude = std::fabs(x);
+  if (std::isnan(x)) return static_cast<uint8_t>(sign | 0x7f);
+  if (magnitude >= 448) return static_cast<uint8_t>(sign | 0x7e);
+  if (magnitude < 0x1p-6f)
+    return static_cast<uint8_t>(sign | static_cast<uint32_t>(std::nearbyintf(magnitude * 0x1p9f)));
+  const uint32_t u = std::bit_cast<uint32_t>(magnitude);
+  return static_cast<uint8_t>(sign | ((u + 0x7ffffu + ((u >> 20) & 1u) - (120u << 23)) >> 20));
+}
+
 // The value at element `offset` of an array of this dtype.
 inline float LoadElement(const void* data, int32_t dtype, int64_t offset) {
   if (dtype == FP_F32) return static_cast<const float*>(data)[offset];
+  if (dtype == FP_E4M3) return FromE4M3(static_cast<const uint8_t*>(data)[offset]);
   const uint16_t x = static_cast<const uint16_t*>(data)[offset];
   return dtype == FP_BF16 ? FromBf16(x) : FromF16(x);
 }
@@ -56,15 +78,17 @@ inline float LoadElement(const void* data, int32_t dtype, int64_t offset) {
 inline void StoreElement(void* data, int32_t dtype, int64_t offset, float value) {
   if (dtype == FP_F32) {
     static_cast<float*>(data)[offset] = value;
+  } else if (dtype == FP_E4M3) {
+    static_cast<uint8_t*>(data)[offset] = ToE4M3(value);
   } else {
     static_cast<uint16_t*>(data)[offset] = dtype == FP_BF16 ? ToBf16(value) : ToF16(value);
   }
 }
 
-// The value after one rounding to this dtype: what Rule 4 does to means.
+// The value after one rounding to this dtype, for FP8 to bf16: what Rule 4 does to means (MeanDtype).
 inline float RoundTo(int32_t dtype, float value) {
   if (dtype == FP_F32) return value;
-  return dtype == FP_BF16 ? FromBf16(ToBf16(value)) : FromF16(ToF16(value));
+  return dtype == FP_F16 ? FromF16(ToF16(value)) : FromBf16(ToBf16(value));
 }
 
 } // namespace flashprefill

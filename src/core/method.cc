@@ -25,7 +25,8 @@ constexpr Field kCommonFields[] = {
     IntField("dense_tail_blocks", offsetof(fp_policy, dense_tail_blocks), 0, 0, kMaxForcedBlocks,
              "the last query tiles, in blocks, that keep everything"),
     BoolField("share_heads", kShareHeads, false, "one list for the query heads of a KV head"),
-    BoolField("mean_correction", offsetof(fp_policy, mean_correction), false, "blocks left out count by their means"),
+    ChoiceField("mean_correction", offsetof(fp_policy, mean_correction), FP_NO_CORRECTION, FP_SUMMARY_KEYS,
+                "false true summary", "blocks left out count: each by its means, or many by a summary key"),
 };
 
 bool Has(const Method& method, const Field& common) {
@@ -170,6 +171,11 @@ VerticalSlashRoom VerticalSlashRoomOf(const Problem& p, const Policy& policy) {
 KeyListRoom KeyListRoomOf(const Problem& p, const Policy& policy) {
   const Method& method = MethodOf(policy);
   return method.key_list_room ? method.key_list_room(p, policy) : KeyListRoom{};
+}
+
+float SkipOf(const Policy& policy) {
+  const Method& method = MethodOf(policy);
+  return method.skip ? method.skip(policy) : 0;
 }
 
 } // namespace flashprefill

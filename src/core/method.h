@@ -42,6 +42,7 @@ struct Method {
   bool (*too_short)(const Problem&, const Policy&, const Sequence&) = nullptr; // to select for
   VerticalSlashRoom (*vertical_slash_room)(const Problem&, const Policy&) = nullptr;
   KeyListRoom (*key_list_room)(const Problem&, const Policy&) = nullptr;
+  float (*skip)(const Policy&) = nullptr; // of fp_block_mask
 };
 
 std::span<const Method* const> Methods();     // all of this build, by folder
@@ -71,9 +72,15 @@ constexpr Field ChoiceField(const char* name, size_t offset, int initial, int mo
   return {name, about, choices, static_cast<double>(initial), 0, static_cast<double>(most), offset, 0, FP_FIELD_CHOICE,
           0,    0,     0};
 }
+// A row for each query head, or none at all.
 constexpr Field TableField(const char* name, int32_t type, size_t offset, size_t count_offset, int32_t columns,
-                           const char* about) {
-  return {name, about, "", 0, 0, 0, offset, count_offset, type, 0, columns, 0};
+                           int32_t flags, const char* about) {
+  return {name, about, "", 0, 0, 0, offset, count_offset, type, flags, columns, 0};
+}
+// What attend leaves out on its own: see fp_block_mask.
+constexpr Field SkipField(size_t offset) {
+  return FloatField("skip", offset, 0, 0, 1, FP_FIELD_BELOW_MOST,
+                    "attend skips keys below this share of the heaviest weight so far; 0: none");
 }
 // A share of something, in (0, 1] or [0, 1].
 constexpr Field ShareField(const char* name, size_t offset, double initial, int32_t flags, const char* about) {
@@ -91,6 +98,8 @@ const Field* FieldAt(const Method& method, int32_t index);
 
 // ---------------------------------------------------------------- policies
 
+constexpr size_t kMostPolicyBytes = 256; // of a policy's struct
+
 void InitPolicy(const Method& method, Policy& policy);        // policy has room for method.size bytes
 void CheckFields(const Method& method, const Policy& policy); // all that can be said without a problem
 void CheckStride(int32_t stride, int32_t block_size);         // tokens per cell, of strided methods
@@ -105,6 +114,13 @@ int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, co
 // What a mask of this policy needs room for.
 VerticalSlashRoom VerticalSlashRoomOf(const Problem& p, const Policy& policy);
 KeyListRoom KeyListRoomOf(const Problem& p, const Policy& policy);
+
+float SkipOf(const Policy& policy); // of its masks
+
+// The policy of query heads [first, first + heads) alone, with `factor` times the budget: see fp_field_flags. `tables`
+// has room for TableWords(policy, heads) words. Returns whether the policy has a budget.
+bool WithBudget(const Policy& policy, int64_t first, int64_t heads, double factor, Policy& to, int32_t* tables);
+int64_t TableWords(const Policy& policy, int64_t heads);
 
 // Text: see fp_policy_parse and fp_policy_print.
 size_t ParsePolicy(const char* text, void* policy, size_t size); // returns the bytes that the policy takes

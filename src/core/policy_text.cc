@@ -154,7 +154,10 @@ class Reader {
     }
     if (field.type == FP_FIELD_CHOICE) {
       const std::vector<std::string> choices = Words(field.choices);
-      const auto found = std::find(choices.begin(), choices.end(), word);
+      auto found = std::find(choices.begin(), choices.end(), word);
+      if (found == choices.end() && (lower == "true" || lower == "false")) { // as Python spells them
+        found = std::find(choices.begin(), choices.end(), lower);
+      }
       if (found != choices.end()) return static_cast<double>(found - choices.begin());
       if (word.empty() || !std::isdigit(static_cast<unsigned char>(word[0]))) {
         Fail(std::string(field.name) + " must be one of " + Joined(choices, ", "));

@@ -29,7 +29,10 @@ constexpr T DivUp(T a, T b) {
   return (a + b - 1) / b;
 }
 
-inline size_t DtypeSize(int32_t dtype) { return dtype == FP_F32 ? 4 : 2; }
+inline size_t DtypeSize(int32_t dtype) { return dtype == FP_F32 ? 4 : dtype == FP_E4M3 ? 1 : 2; }
+
+// What means of keys or values of this dtype are kept in: three bits of mantissa would lose what a mean is for.
+inline int32_t MeanDtype(int32_t dtype) { return dtype == FP_E4M3 ? FP_BF16 : dtype; }
 
 // One sequence of a batch, its lengths read from whichever arrays the problem has. Host-side arrays only.
 struct Sequence {
@@ -72,6 +75,14 @@ inline int64_t KeyOffset(const Problem& p, const int64_t* stride, const Sequence
   }
   if (p.cu_seqlens_k) return (s.k_begin + t) * stride[1] + h * stride[2];
   return s.index * stride[0] + t * stride[1] + h * stride[2];
+}
+
+// What the stored keys and values of a KV head are multiplied by.
+inline float KeyScale(const Problem& p, const Sequence& s, int64_t h) {
+  return p.k_scale ? p.k_scale[s.index * p.k_scale_stride[0] + h * p.k_scale_stride[1]] : 1;
+}
+inline float ValueScale(const Problem& p, const Sequence& s, int64_t h) {
+  return p.v_scale ? p.v_scale[s.index * p.v_scale_stride[0] + h * p.v_scale_stride[1]] : 1;
 }
 
 // Element offset of (row i of sequence s, query head h) in lse.

@@ -38,8 +38,12 @@ bool Addressable(int64_t count, int64_t stride) {
          product < (int64_t{1} << 59);
 }
 
-void CheckTensor(const std::string& name, const Tensor& t, const int64_t (&extent)[4], bool stored) {
-  CheckRange(name + ".dtype", t.dtype, FP_F32, FP_F16);
+// `most`: the last of the dtypes that it may have.
+void CheckTensor(const std::string& name, const Tensor& t, const int64_t (&extent)[4], int32_t most, bool stored) {
+  if (t.dtype == FP_E4M3 && most < FP_E4M3) {
+    Refuse(name + ".dtype", "FP_E4M3 (3)", "FP_F32 (0), FP_BF16 (1) or FP_F16 (2): only k and v may be FP8");
+  }
+  CheckRange(name + ".dtype", t.dtype, FP_F32, most);
   for (int axis = 0; axis < 4; ++axis) {
     if (!Addressable(extent[axis], t.stride[axis])) {
       Refuse(name + ".stride[" + std::to_string(axis) + "]", t.stride[axis],
@@ -53,6 +57,24 @@ void CheckTensor(const std::string& name, const Tensor& t, const int64_t (&exten
   if (!empty && !t.data) Refuse(name + ".data", "NULL", "the address of the tensor");
   if (reinterpret_cast<uintptr_t>(t.data) % DtypeSize(t.dtype) != 0) {
     Refuse(name + ".data", t.data, "aligned to its dtype's " + std::to_string(DtypeSize(t.dtype)) + " bytes");
+  }
+}
+
+// Scales of FP8 keys or values.
+void CheckScales(const std::string& name, const float* scale, const int64_t (&stride)[2], int32_t dtype,
+                 const Problem& p) {
+  if (!scale) return;
+  if (dtype != FP_E4M3) Refuse(name, scale, "NULL but where the dtype is FP_E4M3 (3)");
+  if (reinterpret_cast<uintptr_t>(scale) % alignof(float) != 0) Refuse(name, scale, "aligned to 4 bytes");
+  if (!Addressable(p.batch, stride[0]) || !Addressable(p.kv_heads, stride[1])) {
+    Refuse(name + "_stride", stride[0], "inside the address space");
+  }
+  for (int64_t b = 0; p.device == FP_CPU && b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      const float value = scale[b * stride[0] + h * stride[1]];
+      if (value > 0 && std::isfinite(value)) continue;
+      Refuse(name + "[" + std::to_string(b) + "][" + std::to_string(h) + "]", value, "finite and above 0");
+    }
   }
 }
 
@@ -171,7 +193,7 @@ void ValidateProblem(const Problem* problem) {
   const bool rectangular_q = !p.cu_seqlens_q;
   const int64_t q_extent[4] = {rectangular_q ? p.batch : 1, rectangular_q ? p.max_seqlen_q : p.total_q, p.q_heads,
                                p.head_dim};
-  CheckTensor("q", p.q, q_extent, false);
+  CheckTensor("q", p.q, q_extent, FP_F16, false);
 
   int64_t k_extent[4] = {p.batch, p.max_seqlen_k, p.kv_heads, p.head_dim};
   if (p.block_table) {
@@ -194,8 +216,10 @@ void ValidateProblem(const Problem* problem) {
     Refuse("max_seqlen_k", p.max_seqlen_k,
            "at least max_seqlen_q (" + std::to_string(p.max_seqlen_q) + ") with causal=1");
   }
-  CheckTensor("k", p.k, k_extent, false);
-  CheckTensor("v", p.v, k_extent, false);
+  CheckTensor("k", p.k, k_extent, FP_E4M3, false);
+  CheckTensor("v", p.v, k_extent, FP_E4M3, false);
+  CheckScales("k_scale", p.k_scale, p.k_scale_stride, p.k.dtype, p);
+  CheckScales("v_scale", p.v_scale, p.v_scale_stride, p.v.dtype, p);
   if (p.device == FP_CPU) CheckIndexArrays(p);
 }
 
@@ -224,7 +248,7 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
   CheckRange("mask.block_size", m.block_size, 16, 1024);
   if (m.block_size % 16 != 0) Refuse("mask.block_size", m.block_size, "a multiple of 16");
   CheckFlag("mask.share_heads", m.share_heads);
-  CheckFlag("mask.mean_correction", m.mean_correction);
+  CheckRange("mask.mean_correction", m.mean_correction, FP_NO_CORRECTION, FP_SUMMARY_KEYS);
   if (m.share_heads && p.q_heads / p.kv_heads > kTileRows) {
     Refuse("mask.share_heads", 1, "0 where more than " + std::to_string(kTileRows) + " query heads share a KV head");
   }
@@ -240,12 +264,17 @@ void ValidateMask(const BlockMask* mask, const Problem& p, bool needs_bits) {
   CheckRange("mask.max_slashes", m.max_slashes, 0, kMaxTokens);
   if (HasVerticalSlash(m)) {
     if (m.share_heads) Refuse("mask.share_heads", 1, "0 where the mask has verticals or slashes");
-    if (m.mean_correction) Refuse("mask.mean_correction", 1, "0 where the mask has verticals or slashes");
+    if (m.mean_correction)
+      Refuse("mask.mean_correction", m.mean_correction, "0 where the mask has verticals or slashes");
     if (!p.causal) Refuse("causal", 0, "1 where the mask has verticals or slashes");
     if (needs_bits && !m.vertical_slash && p.batch > 0)
       Refuse("mask.vertical_slash", "NULL", "the address of the mask's verticals and slashes");
   }
   CheckKeyListRoom(m, p, needs_bits);
+  if (!(m.skip >= 0 && m.skip < 1)) Refuse("mask.skip", m.skip, "at least 0 and below 1");
+  if (m.skip > 0 && (HasVerticalSlash(m) || HasKeyLists(m))) {
+    Refuse("mask.skip", m.skip, "0 where the mask has verticals, slashes or key lists");
+  }
   if (needs_bits && !m.bits && m.heads * m.tile_rows * m.words > 0)
     Refuse("mask.bits", "NULL", "the address of the mask's words");
   if (reinterpret_cast<uintptr_t>(m.bits) % alignof(uint64_t) != 0) Refuse("mask.bits", m.bits, "aligned to 8 bytes");
@@ -309,6 +338,7 @@ void ValidateMaskOf(const BlockMask& mask, const Policy& policy, const Problem& 
   const KeyListRoom lists = KeyListRoomOf(p, policy);
   check("mask.max_keys", mask.max_keys, static_cast<int32_t>(lists.keys));
   if (lists.keys > 0) check("mask.segment_tiles", mask.segment_tiles, static_cast<int32_t>(lists.segment_tiles));
+  if (mask.skip != SkipOf(policy)) Refuse("mask.skip", mask.skip, "the policy's");
 }
 
 void ValidateOutput(const Output* output, const Problem& p) {
@@ -316,7 +346,7 @@ void ValidateOutput(const Output* output, const Problem& p) {
   CheckSize("output", output->struct_size, sizeof(Output));
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t extent[4] = {packed ? 1 : p.batch, packed ? p.total_q : p.max_seqlen_q, p.q_heads, p.head_dim};
-  CheckTensor("out", output->out, extent, true);
+  CheckTensor("out", output->out, extent, FP_F16, true);
   if (output->out.dtype != p.q.dtype) {
     Refuse("out.dtype", output->out.dtype, "q's dtype (" + std::to_string(p.q.dtype) + ")");
   }
@@ -339,6 +369,19 @@ void ValidateExec(const Exec* exec) {
   if (!exec) return;
   CheckSize("exec", exec->struct_size, sizeof(Exec));
   CheckRange("exec.threads", exec->threads, 0, 4096);
+}
+
+void ValidateGuard(const fp_guard* guard, const Problem& p) {
+  if (!guard) return;
+  CheckSize("guard", guard->struct_size, sizeof(fp_guard));
+  CheckRange("guard.mode", guard->mode, FP_GUARD_OBSERVE, FP_GUARD_STRICT);
+  CheckRange("guard.rows", guard->rows, 0, kMaxTokens);
+  if (!(guard->target > 0 && guard->target <= 1)) Refuse("guard.target", guard->target, "above 0 and at most 1");
+  if (!(guard->risk > 0 && guard->risk < 1)) Refuse("guard.risk", guard->risk, "above 0 and below 1");
+  for (int32_t h = 0; guard->levels && p.device == FP_CPU && h < p.q_heads; ++h) {
+    if (guard->levels[h] >= 0 && guard->levels[h] <= 16) continue;
+    Refuse("guard.levels[" + std::to_string(h) + "]", guard->levels[h], "from 0 to 16");
+  }
 }
 
 void ValidateWorkspace(const void* workspace, size_t bytes, size_t needed) {

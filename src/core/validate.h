@@ -20,6 +20,7 @@ void ValidateMaskOf(const BlockMask& mask, const Policy& policy,
                     const Problem& problem); // that it is a mask that this policy makes
 void ValidateOutput(const Output* output, const Problem& problem);
 void ValidateExec(const Exec* exec);
+void ValidateGuard(const fp_guard* guard, const Problem& problem);
 void ValidateWorkspace(const void* workspace, size_t bytes, size_t needed);
 
 } // namespace flashprefill

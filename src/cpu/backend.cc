@@ -4,6 +4,7 @@
 #include "core/error.h"
 #include "core/threads.h"
 #include "cpu/attend/attend.h"
+#include "cpu/audit/audit.h"
 #include "cpu/selector.h"
 #include "cpu/simd/targets.h"
 
@@ -38,8 +39,11 @@ void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask&
 
 } // namespace
 
-extern const Backend kCpuBackend = {
-    "cpu",  FP_CPU,      1,       Available, Describe, Targets, Check, SelectWorkspace, cpu::AttendWorkspace,
-    Select, cpu::Attend, nullptr, nullptr,   nullptr};
+extern const Backend kCpuBackend = {"cpu",     FP_CPU,          1,
+                                    Available, Describe,        Targets,
+                                    Check,     SelectWorkspace, cpu::AttendWorkspace,
+                                    Select,    cpu::Attend,     nullptr,
+                                    nullptr,   nullptr,         cpu::AuditWorkspace,
+                                    cpu::Audit};
 
 } // namespace flashprefill

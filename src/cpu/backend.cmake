@@ -2,7 +2,8 @@
 find_path(HIGHWAY_INCLUDE_DIR hwy/highway.h REQUIRED)
 target_include_directories(flashprefill_objects SYSTEM PRIVATE ${HIGHWAY_INCLUDE_DIR})
 flashprefill_add_backend(Cpu SOURCES backend.cc frame.cc key_threshold.cc top_p.cc simd/targets.cc
-                         attend/attend.cc attend/kernels.cc attend/segment.cc attend/tile.cc
+                         attend/attend.cc attend/kernels.cc attend/segment.cc attend/summary.cc attend/tile.cc
+                         audit/audit.cc
                          energies/energies.cc energies/kernels.cc energies/panels.cc energies/similarity_kernels.cc
                          strided/kernels.cc strided/strided.cc
                          vertical_slash/kernels.cc vertical_slash/pooled_map.cc vertical_slash/vertical_slash.cc)

@@ -44,10 +44,10 @@ class Histogram {
 
   // Both factors of a key's gain fall with its rank, so bins are in, then in part, then out. What is left from a key on
   // is added up from the least energies, as they would drown in what rounding leaves of the sum of all.
-  KeyThreshold ByGain(double gain, uint64_t* ranks) const {
+  KeyThreshold ByGain(double gain, double left_out, uint64_t* ranks) const {
     const auto worth = [&](double energy, double rest) { return energy * std::sqrt(rest) >= gain; };
     double below[kBins]; // the sums of the bins below each
-    below[0] = 0;
+    below[0] = left_out;
     for (int bin = 1; bin <= top_; ++bin) below[bin] = below[bin - 1] + sums_[bin - 1];
     int64_t above = 0;
     int high = top_; // the bins above it are in: even their last key would be worth it at the bin's lower end
@@ -56,7 +56,7 @@ class Histogram {
     while (low >= 0 && worth(Lower(low + 1), below[low] + sums_[low])) --low;
     int64_t in = RanksOf(low + 1, high, ranks);
     std::sort(ranks, ranks + in, std::greater<>());
-    double rest = low < 0 ? 0 : below[low] + sums_[low];
+    double rest = low < 0 ? left_out : below[low] + sums_[low];
     for (; in > 0; --in) {
       rest += EnergyOf(ranks[in - 1]);
       if (worth(EnergyOf(ranks[in - 1]), rest)) break;
@@ -89,7 +89,8 @@ KeyThreshold FindKeyThreshold(const float* energies, int64_t n, const KeyRule& r
   const auto by_count = [&](int64_t count) {
     return count < n ? histogram.ByCount(count, ranks) : KeyThreshold{0, n, n}; // every rank is at least 0
   };
-  KeyThreshold threshold = std::isnan(rule.gain) ? by_count(rule.count) : histogram.ByGain(rule.gain, ranks);
+  KeyThreshold threshold =
+      std::isnan(rule.gain) ? by_count(rule.count) : histogram.ByGain(rule.gain, rule.below, ranks);
   if (threshold.kept <= rule.room) return threshold;
   const int64_t wanted = threshold.wanted;
   threshold = by_count(rule.room);
@@ -97,7 +98,7 @@ KeyThreshold FindKeyThreshold(const float* energies, int64_t n, const KeyRule& r
   return threshold;
 }
 
-void TakeKeys(const float* energies, int64_t n, const KeyThreshold& threshold, int64_t first, int32_t* keys) {
+void TakeKeys(const float* energies, const int32_t* keys, int64_t n, const KeyThreshold& threshold, int32_t* taken) {
   const uint32_t value = static_cast<uint32_t>(threshold.least >> 32);
   const int64_t last_equal = ~static_cast<uint32_t>(threshold.least); // of those with this energy
   for (int64_t begin = 0; begin < n; begin += 64) {
@@ -107,7 +108,10 @@ void TakeKeys(const float* energies, int64_t n, const KeyThreshold& threshold, i
       const uint32_t bits = std::bit_cast<uint32_t>(energies[i]);
       word |= uint64_t{bits > value || (bits == value && i <= last_equal)} << (i - begin);
     }
-    for (; word != 0; word &= word - 1) *keys++ = static_cast<int32_t>(first + begin + std::countr_zero(word));
+    for (; word != 0; word &= word - 1) {
+      const int64_t i = begin + std::countr_zero(word);
+      *taken++ = keys ? keys[i] : static_cast<int32_t>(i);
+    }
   }
 }
 

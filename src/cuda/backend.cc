@@ -90,6 +90,15 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
     }
   }
   const Gpu gpu = GpuOf(p, exec);
+  const auto on_cpu = [](const char* name, int32_t is, const char* what) {
+    Refuse(name, is, std::string(what) + " on CUDA: the CPU has it", FP_UNSUPPORTED);
+  };
+  if (p.k.dtype == FP_E4M3) on_cpu("k.dtype", p.k.dtype, "other than FP_E4M3 (3), which is FP8,");
+  if (p.v.dtype == FP_E4M3) on_cpu("v.dtype", p.v.dtype, "other than FP_E4M3 (3), which is FP8,");
+  const int32_t correction = mask ? mask->mean_correction : policy ? policy->mean_correction : FP_NO_CORRECTION;
+  if (correction == FP_SUMMARY_KEYS) {
+    on_cpu("mean_correction", correction, "FP_NO_CORRECTION (0) or FP_BLOCK_MEANS (1)");
+  }
   const auto half = [](int32_t dtype) { return dtype == FP_BF16 || dtype == FP_F16; };
   if (!half(p.q.dtype)) Refuse("q.dtype", p.q.dtype, "FP_BF16 (1) or FP_F16 (2) on CUDA", FP_UNSUPPORTED);
   const auto same = [&](const char* name, int32_t dtype) {
@@ -208,6 +217,8 @@ extern const Backend kCudaBackend = {"cuda",
                                      cuda::Attend,
                                      cuda::PrefillWorkspace,
                                      cuda::Prefill,
-                                     cuda::DenseKeys};
+                                     cuda::DenseKeys,
+                                     nullptr, // no guard here yet
+                                     nullptr};
 
 } // namespace flashprefill

@@ -10,11 +10,14 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/half.h"
 #include "core/key_list.h"
 #include "core/types.h"
+#include "core/vertical_slash.h"
 
 namespace flashprefill::reference {
 
@@ -30,11 +33,12 @@ struct Matrix {
 };
 
 Matrix LoadQueries(const Problem& p, const Sequence& s, int64_t head);
-Matrix LoadKeys(const Problem& p, const Tensor& tensor, const Sequence& s, int64_t kv_head); // of k or of v
+Matrix LoadKeys(const Problem& p, const Sequence& s, int64_t kv_head);
+Matrix LoadValues(const Problem& p, const Sequence& s, int64_t kv_head);
 
 double Dot(const double* a, const double* b, int64_t n);
 
-// Rule 4: a mean is rounded once, to the dtype of what it is a mean of.
+// Rule 4: a mean is rounded once, to the dtype of what it is a mean of; to bf16 if that is FP8.
 inline double Rounded(int32_t dtype, double x) { return RoundTo(dtype, static_cast<float>(x)); }
 
 // Mean of rows [begin, end) of m, rounded to dtype, written to mean[columns].
@@ -71,7 +75,8 @@ struct KeyChoice {
   int64_t wanted = 0; // as many would be kept if the list had room
 };
 
-// Everything that a method may read when it selects for one mask head of one sequence. V is not part of it.
+// Everything that a method may read when it selects for one mask head of one sequence. V is not part of it: the one
+// method that reads it (VSPrefill) loads it by itself.
 struct HeadView {
   const Problem& problem;
   const Policy& policy;
@@ -105,6 +110,12 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Obser
             const KeyObserver& key_observer = nullptr);
 
 void Attend(const Problem& p, const BlockMask& mask, const Output& output);
+
+// Fills in what the mask keeps of rows, which are in order by sequence and head.
+void Audit(const Problem& p, const BlockMask& mask, std::span<AuditRow> rows);
+
+// The keys that the mask's verticals and slashes, or its key lists, add to a tile, as flags.
+std::vector<uint8_t> ExtraKeys(const Sequence& s, const Tile& tile, const VerticalSlash& extra, const KeyList& list);
 
 } // namespace flashprefill::reference
 

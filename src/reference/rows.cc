@@ -14,15 +14,26 @@ Matrix LoadQueries(const Problem& p, const Sequence& s, int64_t head) {
   return m;
 }
 
-Matrix LoadKeys(const Problem& p, const Tensor& tensor, const Sequence& s, int64_t kv_head) {
+namespace {
+
+Matrix LoadTokens(const Problem& p, const Tensor& tensor, double scale, const Sequence& s, int64_t kv_head) {
   Matrix m(s.k_len, p.head_dim);
   for (int64_t t = 0; t < s.k_len; ++t) {
     const int64_t row = KeyOffset(p, tensor.stride, s, t, kv_head);
     for (int64_t d = 0; d < p.head_dim; ++d) {
-      m[t][d] = LoadElement(tensor.data, tensor.dtype, row + d * tensor.stride[3]);
+      m[t][d] = scale * LoadElement(tensor.data, tensor.dtype, row + d * tensor.stride[3]);
     }
   }
   return m;
+}
+
+} // namespace
+
+Matrix LoadKeys(const Problem& p, const Sequence& s, int64_t kv_head) {
+  return LoadTokens(p, p.k, KeyScale(p, s, kv_head), s, kv_head);
+}
+Matrix LoadValues(const Problem& p, const Sequence& s, int64_t kv_head) {
+  return LoadTokens(p, p.v, ValueScale(p, s, kv_head), s, kv_head);
 }
 
 // Four sums, because one would make each addition wait for the one before: the tests' long cases are four times faster.

@@ -27,7 +27,7 @@ void Select(const Problem& p, const Policy& policy, BlockMask& mask, const Obser
     const HeadView view{p, policy, g, s, keys, queries, first_head};
     if (!everything) {
       for (int64_t h = first_head; h < first_head + g.heads_per_tile; ++h) queries.push_back(LoadQueries(p, s, h));
-      keys = LoadKeys(p, p.k, s, first_head / g.group);
+      keys = LoadKeys(p, s, first_head / g.group);
       if (const Selector* method = SelectorOf(policy)) selector = method->make(view);
     }
     if (HasVerticalSlash(mask)) {

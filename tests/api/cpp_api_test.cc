@@ -53,6 +53,36 @@ TEST(CppApi, PublishedDefaults) {
   EXPECT_FLOAT_EQ(fp::SampleAttention().sample_ratio, 0.05f);
 }
 
+TEST(CppApi, GuardsAPrefillAndAuditsAMask) {
+  Data data;
+  fp::Sketch policy;
+  policy.KeepGain(0.3f).common.dense_tail_blocks = 0;
+  policy.common.sink_blocks = 0;
+  policy.common.window_blocks = 1;
+  fp::Exec exec;
+  fp::Guard guard(data.problem, FP_GUARD_STRICT);
+  guard.settings.target = 1;
+  exec.guard = guard.view();
+  fp::prefill(data.problem, policy, fp::Output(data.problem, data.out.data()), exec);
+  fp::BlockMask mask = fp::select(data.problem, policy);
+  fp::Guard observer(data.problem);
+  fp::audit(data.problem, mask, observer);
+  EXPECT_EQ(observer.recall.size(), 12u);
+  for (size_t i = 0; i < 12; ++i) {
+    EXPECT_EQ(guard.outcome[i], FP_GUARD_DENSE);
+    EXPECT_EQ(guard.recall[i], 1);
+    EXPECT_LT(observer.recall[i], 1);
+    EXPECT_LE(observer.recall_low[i], observer.recall[i]);
+    EXPECT_EQ(observer.rows_audited[i], 23); // 32 per prompt of 1000 tokens, of which 700 are here
+  }
+  EXPECT_GT(observer.recall[0], observer.certificate[0]);
+  EXPECT_EQ(guard.levels[0], 1);
+  std::vector<float> dense(data.out);
+  fp::prefill(data.problem, fp::Dense(), fp::Output(data.problem, data.out.data()));
+  for (size_t i = 0; i < dense.size(); i += 97) EXPECT_NEAR(dense[i], data.out[i], 1e-5);
+  EXPECT_THROW(fp::select(data.problem, policy, exec), fp::Error);
+}
+
 TEST(CppApi, AThresholdForEachHead) {
   Data data;
   fp::XAttention policy;

@@ -15,11 +15,18 @@
 namespace flashprefill::test {
 namespace {
 
+// Lists of tokens are those of query heads and have no means, so these two fields want blocks.
+bool NeedsBlocks(const MethodName& method, const fp_policy_field& field) {
+  const std::string name = field.name;
+  return HasField(method.kind, "rounding") && (name == "share_heads" || name == "mean_correction");
+}
+
 // "prism(mass=0.5)"
-std::string With(const std::string& method, const fp_policy_field& field, double value) {
+template <typename Value>
+std::string With(const MethodName& method, const fp_policy_field& field, const Value& value) {
   std::ostringstream text;
   text.precision(17);
-  text << method << "(" << field.name << "=" << value << ")";
+  text << method.name << (NeedsBlocks(method, field) ? "(rounding=blocks, " : "(") << field.name << "=" << value << ")";
   return text.str();
 }
 
@@ -110,7 +117,7 @@ TEST(PolicyText, EveryFieldAtItsDefaultAndBounds) {
     if (f.type == FP_FIELD_FLOAT) values.push_back(f.least + std::min(f.most - f.least, 1.0) / 3);
     for (const double value : values) {
       if (std::isnan(value)) continue; // an alternative that is not given has no text
-      const std::string text = With(method.name, f, value);
+      const std::string text = With(method, f, value);
       SCOPED_TRACE(text);
       const AnyPolicy policy = Parse(text);
       const double stored = f.type == FP_FIELD_FLOAT ? double{static_cast<float>(value)} : value;
@@ -119,6 +126,7 @@ TEST(PolicyText, EveryFieldAtItsDefaultAndBounds) {
       for (const fp_policy_field& other : FieldsOf(method.kind)) {
         if (other.flags & f.flags & FP_FIELD_ALTERNATIVE) expected.Set(other, NAN);
       }
+      if (NeedsBlocks(method, f)) expected.Set(FieldOf(method.kind, "rounding"), FP_ROUND_BLOCKS);
       expected.Set(f, value);
       ExpectSameFields(expected, policy);
       ExpectSameFields(policy, Parse(Name(policy)));
@@ -140,7 +148,7 @@ TEST(PolicyText, EveryFieldBeyondItsBounds) {
       values.push_back(f.most + 1);
     }
     for (const double value : values) {
-      const std::string text = With(method.name, f, value), message = ErrorOf(text);
+      const std::string text = With(method, f, value), message = ErrorOf(text);
       EXPECT_EQ(message.find("policy '" + text + "': " + f.name + " "), 0u) << message;
     }
   });
@@ -225,7 +233,7 @@ TEST(PolicyText, NoneWhereAValueFollowsFromOtherFields) {
     for (const char* none : {"none", "None", "nan"}) {
       ExpectSameFields(AnyPolicy(method.kind), Parse(method.name + "(" + f.name + "=" + none + ")"));
     }
-    EXPECT_NE(Name(Parse(With(method.name, f, f.least))).find(f.name), std::string::npos);
+    EXPECT_NE(Name(Parse(With(method, f, f.least))).find(f.name), std::string::npos);
     ++optional;
   });
   EXPECT_GE(optional, 1);
@@ -259,8 +267,8 @@ TEST(PolicyText, NumbersAndWords) {
     std::istringstream choices(f.choices);
     std::string choice;
     for (int i = 0; choices >> choice; ++i) {
-      EXPECT_EQ(Parse(method.name + "(" + f.name + "=" + choice + ")").Get(f), i);
-      EXPECT_EQ(Parse(method.name + "(" + f.name + "=" + std::to_string(i) + ")").Get(f), i);
+      EXPECT_EQ(Parse(With(method, f, choice)).Get(f), i);
+      EXPECT_EQ(Parse(With(method, f, i)).Get(f), i);
       EXPECT_LE(i, f.most);
     }
   });
@@ -334,7 +342,7 @@ TEST(PolicyText, ErrorsSayWhatIsWrong) {
       {"streaming(alpha=1)",
        ": alpha is unknown; streaming takes block_size, sink_blocks, window_blocks, dense_tail_blocks, share_heads, "
        "mean_correction"},
-      {"dense(sink_blocks=1)", ": sink_blocks is unknown; dense takes block_size, share_heads"},
+      {"dense(sink_blocks=1)", ": sink_blocks is unknown; dense takes skip, block_size, share_heads"},
       {"flashprefill(Alpha=1)",
        ": Alpha is unknown; flashprefill takes alpha, query_pool, min_blocks, block_size, sink_blocks, window_blocks, "
        "dense_tail_blocks, share_heads, mean_correction"},

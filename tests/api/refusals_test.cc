@@ -23,6 +23,7 @@ void PrintTo(const Refusal& r, std::ostream* os) { *os << r.name; }
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 const float kInf = std::numeric_limits<float>::infinity();
+const float kScales[] = {1, 0}; // of two KV heads
 
 const std::vector<Refusal>& Refusals() {
   static const std::vector<Refusal> all = {
@@ -63,7 +64,16 @@ const std::vector<Refusal>& Refusals() {
       {"fewer_keys", [](Call& c) { c.problem.max_seqlen_k = 39; }, {"max_seqlen_k is 39", "max_seqlen_q (40)"}},
       {"q_dtype", [](Call& c) { c.problem.q.dtype = 9; }, {"q.dtype is 9"}},
       {"k_dtype", [](Call& c) { c.problem.k.dtype = -1; }, {"k.dtype is -1"}},
-      {"v_dtype", [](Call& c) { c.problem.v.dtype = 3; }, {"v.dtype is 3"}},
+      {"v_dtype", [](Call& c) { c.problem.v.dtype = 4; }, {"v.dtype is 4", "from 0 to 3"}},
+      {"q_fp8", [](Call& c) { c.problem.q.dtype = FP_E4M3; }, {"q.dtype is FP_E4M3 (3)", "only k and v may be FP8"}},
+      {"k_scale_dtype", [](Call& c) { c.problem.k_scale = &kScales[0]; }, {"k_scale", "NULL but where the dtype is"}},
+      {"v_scale_value",
+       [](Call& c) {
+         c.problem.v.dtype = FP_E4M3;
+         c.problem.v_scale = &kScales[0];
+         c.problem.v_scale_stride[1] = 1;
+       },
+       {"v_scale[0][1] is 0", "finite and above 0"}},
       {"q_null", [](Call& c) { c.problem.q.data = nullptr; }, {"q.data is NULL"}},
       {"k_null", [](Call& c) { c.problem.k.data = nullptr; }, {"k.data is NULL"}},
       {"v_null", [](Call& c) { c.problem.v.data = nullptr; }, {"v.data is NULL"}},

@@ -106,6 +106,20 @@ std::vector<OpCase> DtypeCases() {
   add(FP_F32, FP_F32, FP_BF16);
   add(FP_BF16, FP_F32, FP_BF16);
   add(FP_F16, FP_BF16, FP_F16);
+  for (const int scales : {2, 3, 0, 1}) { // FP8 caches
+    add(scales % 2 ? FP_F32 : FP_BF16, FP_E4M3, scales == 1 ? FP_BF16 : FP_E4M3);
+    cases.back().scales = scales;
+    cases.back().kv_heads = 2;
+    cases.back().values = Values::kStructured; // coarse means: flat scores would be near a tie everywhere
+  }
+  for (const int page_size : {16, 1}) {
+    OpCase paged = Paged({{140, 333}, {1, 200}}, page_size);
+    paged.kv_heads = 2, paged.group = 3, paged.head_dim = 80;
+    paged.Dtypes(FP_BF16, FP_E4M3, FP_E4M3);
+    paged.values = Values::kStructured;
+    if (page_size == 1) paged.k_strides = paged.v_strides = Strides::kDimMajor; // transposed
+    cases.push_back(paged);
+  }
   return Seeded(cases, 300);
 }
 

@@ -132,6 +132,7 @@ Mask::Mask(const fp_problem& problem, const fp_policy* policy) {
   fallback.assign(static_cast<size_t>(problem.batch), -99);
   vertical_slash.assign(static_cast<size_t>(problem.batch * view.heads * VerticalSlashStride(view)), -99);
   key_lists.assign(static_cast<size_t>(view.heads * view.segment_rows * KeyListStride(view)), -99);
+  skipped.assign(counts.size(), -99);
   PointAtOwn();
 }
 
@@ -142,6 +143,7 @@ Mask& Mask::operator=(const Mask& other) {
   fallback = other.fallback;
   vertical_slash = other.vertical_slash;
   key_lists = other.key_lists;
+  skipped = other.skipped;
   PointAtOwn();
   return *this;
 }
@@ -152,6 +154,7 @@ void Mask::PointAtOwn() {
   view.fallback = fallback.data();
   view.vertical_slash = vertical_slash.empty() ? nullptr : vertical_slash.data();
   view.key_lists = key_lists.empty() ? nullptr : key_lists.data();
+  view.skipped = const_cast<int32_t*>(skipped.data());
 }
 
 std::vector<int32_t> Mask::Keys(const Sequence& s, int64_t head, int64_t segment) const {
@@ -159,7 +162,7 @@ std::vector<int32_t> Mask::Keys(const Sequence& s, int64_t head, int64_t segment
   return {list.keys, list.keys + list.count};
 }
 
-Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
+Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, int32_t mean_correction, double density,
                 uint64_t seed) {
   AnyPolicy policy = Dense(block_size);
   policy.common.share_heads = share_heads;
@@ -257,6 +260,66 @@ Prefilled PrefillWithCounts(const Engine& engine, const fp_problem& problem, con
   OutputMemory memory(problem, Strides::kContiguous);
   ExpectOk(fp_prefill(&problem, policy.get(), &run.exec, &counts, &memory.output, scratch.data(), bytes), "fp_prefill");
   result.attended = memory.Gather();
+  return result;
+}
+
+GuardResults::GuardResults(const fp_problem& problem, const fp_guard& s, std::vector<float> l)
+    : settings(s), levels(std::move(l)) {
+  const size_t heads = static_cast<size_t>(problem.batch) * static_cast<size_t>(problem.q_heads);
+  for (std::vector<float>* values : {&recall, &low, &p05}) values->assign(heads, -99);
+  for (std::vector<int32_t>* values : {&rows, &missed_block, &outcome}) values->assign(heads, -99);
+  certificate.assign(static_cast<size_t>(problem.batch), -99);
+}
+
+fp_guard GuardResults::View() {
+  fp_guard g = settings;
+  g.recall = recall.data();
+  g.recall_low = low.data();
+  g.recall_p05 = p05.data();
+  g.rows_audited = rows.data();
+  g.missed_block = missed_block.data();
+  g.outcome = outcome.data();
+  g.certificate = certificate.data();
+  g.levels = levels.empty() ? nullptr : levels.data();
+  return g;
+}
+
+fp_guard GuardOf(int32_t mode, int32_t rows, float target, uint64_t seed) {
+  fp_guard guard;
+  fp_guard_init(&guard);
+  guard.mode = mode;
+  guard.rows = rows;
+  guard.target = target;
+  guard.seed = seed;
+  return guard;
+}
+
+GuardResults Audit(const Engine& engine, const fp_problem& problem, Mask& mask, const fp_guard& settings, int threads) {
+  Execution run(engine, threads);
+  GuardResults results(problem, settings);
+  fp_guard guard = results.View();
+  run.exec.guard = &guard;
+  size_t bytes = 0;
+  ExpectOk(fp_audit_workspace(&problem, &mask.view, &run.exec, &bytes), "fp_audit_workspace");
+  Scratch scratch(bytes);
+  ExpectOk(fp_audit(&problem, &mask.view, &run.exec, scratch.data(), bytes), "fp_audit");
+  return results;
+}
+
+Guarded PrefillGuarded(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy,
+                       const fp_guard& settings, std::vector<float> levels, int threads) {
+  Execution run(engine, threads);
+  Guarded result{{Mask(problem, policy.get()), {}}, GuardResults(problem, settings, std::move(levels))};
+  fp_guard guard = result.guard.View();
+  run.exec.guard = &guard;
+  size_t bytes = 0;
+  ExpectOk(fp_prefill_workspace(&problem, policy.get(), &run.exec, &bytes), "fp_prefill_workspace");
+  Scratch scratch(bytes);
+  OutputMemory memory(problem, Strides::kContiguous);
+  ExpectOk(
+      fp_prefill(&problem, policy.get(), &run.exec, &result.prefilled.mask.view, &memory.output, scratch.data(), bytes),
+      "fp_prefill");
+  result.prefilled.attended = memory.Gather();
   return result;
 }
 

@@ -27,7 +27,7 @@ std::vector<Engine> AllEngines();   // the reference too
 struct Mask {
   fp_block_mask view{};
   std::vector<uint64_t> bits;
-  std::vector<int32_t> counts, fallback, vertical_slash, key_lists;
+  std::vector<int32_t> counts, fallback, vertical_slash, key_lists, skipped;
 
   Mask() = default;
   Mask(const fp_problem& problem, const fp_policy* policy);
@@ -41,7 +41,7 @@ struct Mask {
 };
 
 // A mask with each visible block kept with this probability, and random bits where attend must not look.
-Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, bool mean_correction, double density,
+Mask RandomMask(const fp_problem& problem, int block_size, bool share_heads, int32_t mean_correction, double density,
                 uint64_t seed);
 
 // The mask with a list of keys for each segment of so many tiles: each of its keys with this probability, in the future
@@ -66,6 +66,30 @@ Prefilled Prefill(const Engine& engine, const fp_problem& problem, const AnyPoli
 Attended PrefillWithoutMask(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy);
 // With a mask that has room for counts and fallback only.
 Prefilled PrefillWithCounts(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy);
+
+// What a guard wrote, and its settings with pointers to it.
+struct GuardResults {
+  fp_guard settings;
+  std::vector<float> recall, low, p05, certificate, levels; // levels are empty if there are none
+  std::vector<int32_t> rows, missed_block, outcome;
+
+  GuardResults(const fp_problem& problem, const fp_guard& settings, std::vector<float> levels = {});
+  fp_guard View(); // lives as long as this
+};
+
+// Any settings with these changed.
+fp_guard GuardOf(int32_t mode, int32_t rows, float target = 0.9f, uint64_t seed = 0);
+
+// The mask may be repaired.
+GuardResults Audit(const Engine& engine, const fp_problem& problem, Mask& mask, const fp_guard& settings,
+                   int threads = 2);
+
+struct Guarded {
+  Prefilled prefilled;
+  GuardResults guard;
+};
+Guarded PrefillGuarded(const Engine& engine, const fp_problem& problem, const AnyPolicy& policy,
+                       const fp_guard& settings, std::vector<float> levels = {}, int threads = 2);
 
 // Index in Attended::lse of (token i of sequence s, head h); times head_dim: in Attended::out.
 int64_t LogicalRow(const fp_problem& problem, const Sequence& s, int64_t i, int64_t h);

@@ -1,4 +1,4 @@
-// 16-bit numbers: every value there and back, and rounding.
+// 16- and 8-bit numbers: every value there and back, and rounding.
 #include "core/half.h"
 
 #include <gtest/gtest.h>
@@ -42,6 +42,32 @@ TEST(Half, FloatsRoundToTheNearestAndTiesToEven) {
     EXPECT_EQ(ToBf16(middle), x % 2 ? up : down);
     EXPECT_EQ(ToBf16(std::bit_cast<float>((x << 16) | 0x7fffu)), down);
     EXPECT_EQ(ToBf16(std::bit_cast<float>((x << 16) | 0x8001u)), up);
+  }
+}
+
+TEST(Half, E4M3) {
+  EXPECT_EQ(FromE4M3(0x01), 0x1p-9f); // the least subnormal
+  EXPECT_EQ(FromE4M3(0x07), 7 * 0x1p-9f);
+  EXPECT_EQ(FromE4M3(0x08), 0x1p-6f);
+  EXPECT_EQ(FromE4M3(0x38), 1.0f);
+  EXPECT_EQ(FromE4M3(0xbc), -1.5f);
+  EXPECT_EQ(FromE4M3(0x7e), 448.0f);
+  EXPECT_TRUE(std::isnan(FromE4M3(0x7f)) && std::isnan(FromE4M3(0xff)));
+  EXPECT_TRUE(std::isnan(FromE4M3(ToE4M3(std::nanf("")))));
+  EXPECT_EQ(ToE4M3(1e30f), 0x7e);
+  EXPECT_EQ(ToE4M3(-500.0f), 0xfe);
+  for (uint32_t x = 0; x < 256; ++x) {
+    const auto bits = static_cast<uint8_t>(x);
+    if ((x & 0x7f) != 0x7f) {
+      EXPECT_EQ(ToE4M3(FromE4M3(bits)), bits);
+    }
+  }
+  for (uint32_t x = 0; x < 0x7e; ++x) { // to the nearer neighbour, from the middle to the even one
+    const auto down = static_cast<uint8_t>(x), up = static_cast<uint8_t>(x + 1);
+    const float middle = (FromE4M3(down) + FromE4M3(up)) / 2;
+    EXPECT_EQ(ToE4M3(middle), x % 2 ? up : down);
+    EXPECT_EQ(ToE4M3(std::nextafter(middle, 0.0f)), down);
+    EXPECT_EQ(ToE4M3(std::nextafter(middle, 1e30f)), up);
   }
 }
 

@@ -21,7 +21,7 @@ namespace {
 
 void CompareAttend(const OpData& data, const Mask& mask) {
   SCOPED_TRACE(data.op().Describe() + "; segments of " + std::to_string(mask.view.segment_tiles) + " tiles" +
-               (mask.view.share_heads ? ", shared" : "") + (mask.view.mean_correction ? ", corrected" : ""));
+               (mask.view.share_heads ? ", shared" : "") + ", correction " + std::to_string(mask.view.mean_correction));
   const Attended expected = Attend(Reference(), data.problem(), mask);
   for (const Engine& engine : OtherEngines()) {
     EXPECT_TRUE(Close(data.problem(), expected, Attend(engine, data.problem(), mask, 2, data.op().out_strides)))
@@ -38,6 +38,8 @@ void AttendOver(std::vector<OpCase> cases) {
     const int room = static_cast<int>(std::max<int64_t>(1, p.max_seqlen_k));
     const Mask blocks = RandomMask(p, i % 2 ? 64 : 16, false, i % 3 == 0, 0.2, i);
     CompareAttend(data, WithKeyLists(p, blocks, 1 + static_cast<int>(i % 3), room, 0.3, i));
+    const Mask summarised = RandomMask(p, 16, i % 2, FP_SUMMARY_KEYS, 0.2, i);
+    CompareAttend(data, WithKeyLists(p, summarised, 1 + static_cast<int>(i % 3), room, 0.3, i));
     const Mask shared = RandomMask(p, i % 2 ? 128 : 48, true, i % 3 != 0, 0.1, i + 1000);
     CompareAttend(data, WithKeyLists(p, shared, 1 + static_cast<int>(i % 4), std::max(1, room / 2), 0.6, i + 1000));
   }
@@ -228,6 +230,27 @@ Sorted BySorting(const std::vector<float>& energies, const cpu::KeyRule& rule) {
   return {order, static_cast<int64_t>(wanted)};
 }
 
+// With `sift`, keys that cannot have the gain are taken out before and count by their sum.
+Sorted ByThreshold(const std::vector<float>& energies, cpu::KeyRule rule, bool sift) {
+  const double total = std::accumulate(energies.begin(), energies.end(), 0.0);
+  const double least = sift && total > 0 && !std::isnan(rule.gain) ? 0.999 * rule.gain / std::sqrt(total) : 0;
+  std::vector<float> left;
+  std::vector<int32_t> keys;
+  for (size_t i = 0; i < energies.size(); ++i) {
+    if (energies[i] < least) {
+      rule.below += double{energies[i]};
+    } else {
+      left.push_back(energies[i]), keys.push_back(static_cast<int32_t>(i));
+    }
+  }
+  const int64_t n = static_cast<int64_t>(left.size());
+  std::vector<uint64_t> ranks(left.size());
+  const cpu::KeyThreshold threshold = cpu::FindKeyThreshold(left.data(), n, rule, ranks.data());
+  Sorted found{std::vector<int32_t>(static_cast<size_t>(threshold.kept)), threshold.wanted};
+  cpu::TakeKeys(left.data(), keys.data(), n, threshold, found.keys.data());
+  return found;
+}
+
 TEST(KeyThreshold, FindsWhatASortFinds) {
   std::mt19937 random(7);
   for (const int n : {1, 2, 63, 64, 65, 1000, 4097}) {
@@ -241,7 +264,6 @@ TEST(KeyThreshold, FindsWhatASortFinds) {
             : kind == 3 ? 0.25f
                         : 0.f;
       }
-      std::vector<uint64_t> ranks(energies.size());
       std::vector<cpu::KeyRule> rules;
       for (const int64_t count : {0, 1, n / 3, n - 1, n}) {
         for (const int64_t room : {0, 1, n / 2, n}) rules.push_back({.count = count, .room = room});
@@ -251,13 +273,11 @@ TEST(KeyThreshold, FindsWhatASortFinds) {
       }
       for (const cpu::KeyRule& rule : rules) {
         const Sorted want = BySorting(energies, rule);
-        const cpu::KeyThreshold have = cpu::FindKeyThreshold(energies.data(), n, rule, ranks.data());
-        ASSERT_EQ(have.kept, static_cast<int64_t>(want.keys.size())) << n << ", " << kind << ", " << rule.gain;
-        ASSERT_EQ(have.wanted, want.wanted) << n << ", " << kind << ", " << rule.gain;
-        std::vector<int32_t> keys(want.keys.size());
-        cpu::TakeKeys(energies.data(), n, have, 10, keys.data());
-        for (int32_t& key : keys) key -= 10;
-        ASSERT_EQ(keys, want.keys) << n << ", " << kind << ", " << rule.gain << ", " << rule.count;
+        for (const bool sift : {false, true}) {
+          const Sorted have = ByThreshold(energies, rule, sift);
+          ASSERT_EQ(have.wanted, want.wanted) << n << ", " << kind << ", " << rule.gain << ", " << sift;
+          ASSERT_EQ(have.keys, want.keys) << n << ", " << kind << ", " << rule.gain << ", " << rule.count;
+        }
       }
     }
   }

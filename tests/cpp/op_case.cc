@@ -12,7 +12,7 @@ namespace {
 
 const char* kStridesNames[] = {"contiguous", "head-major", "padded", "spread-dim", "dim-major", "reversed", "far"};
 const char* kLayoutNames[] = {"rectangular", "packed", "paged"};
-const char* kDtypeNames[] = {"f32", "bf16", "f16"};
+const char* kDtypeNames[] = {"f32", "bf16", "f16", "e4m3"};
 
 template <typename T>
 int64_t Max(const std::vector<T>& all, int64_t T::*field) {
@@ -33,6 +33,7 @@ std::string OpCase::Describe() const {
        << ", v " << kStridesNames[int(v_strides)] << ", out " << kStridesNames[int(out_strides)];
   if (k_layout == Layout::kPaged) text << ", pages of " << page_size;
   if (seqused_k) text << ", seqused_k";
+  if (k_dtype == FP_E4M3 || v_dtype == FP_E4M3) text << ", scales " << scales;
   if (!causal) text << ", not causal";
   if (!final_chunk) text << ", not final";
   text << (values == Values::kRandom ? ", random" : ", structured") << ", seed " << seed;
@@ -124,6 +125,17 @@ void OpData::Allocate() {
   p.q = q_.tensor;
   p.k = k_.tensor;
   p.v = v_.tensor;
+
+  const int64_t count = p.batch * p.kv_heads;
+  for (int64_t i = 0; i < 2 * count; ++i) scales_.push_back(0.5f + 0.13f * static_cast<float>(i % 7));
+  const int64_t by_head = op_.scales >= 2, by_sequence = op_.scales == 3 ? p.kv_heads : 0;
+  const auto describe = [&](int32_t dtype, const float* from, const float*& scale, int64_t(&stride)[2]) {
+    if (dtype != FP_E4M3 || op_.scales == 0) return;
+    scale = from;
+    stride[0] = by_sequence, stride[1] = by_head;
+  };
+  describe(op_.k_dtype, scales_.data(), p.k_scale, p.k_scale_stride);
+  describe(op_.v_dtype, scales_.data() + count, p.v_scale, p.v_scale_stride);
 }
 
 void OpData::Fill() {

@@ -41,6 +41,7 @@ struct OpCase {
   Strides k_strides = Strides::kContiguous;
   Strides v_strides = Strides::kContiguous;
   Strides out_strides = Strides::kContiguous;
+  int scales = 2; // of FP8 k and v: 0: none, 1: one for all, 2: one per KV head, 3: one per sequence and KV head
   int page_size = 16;
   bool seqused_k = false; // give seqused_k, with room for more keys than are used
   bool causal = true;
@@ -86,6 +87,7 @@ class OpData {
   fp_problem problem_{};
   TensorMemory q_, k_, v_;
   std::vector<int32_t> cu_q_, cu_k_, used_, table_;
+  std::vector<float> scales_; // of k, then of v
 };
 
 } // namespace flashprefill::test

@@ -96,8 +96,8 @@ AnyPolicy Shared(AnyPolicy policy) {
   return policy;
 }
 
-AnyPolicy Corrected(AnyPolicy policy) {
-  policy.common.mean_correction = 1;
+AnyPolicy Corrected(AnyPolicy policy, int32_t how) {
+  policy.common.mean_correction = how;
   return policy;
 }
 

@@ -65,7 +65,7 @@ AnyPolicy Dense(int block_size = 128);
 AnyPolicy Streaming(int block_size, int sink, int window, int tail);
 AnyPolicy WithForced(AnyPolicy policy, int sink, int window, int tail);
 AnyPolicy Shared(AnyPolicy policy);
-AnyPolicy Corrected(AnyPolicy policy);
+AnyPolicy Corrected(AnyPolicy policy, int32_t how = FP_BLOCK_MEANS);
 
 } // namespace flashprefill::test
 

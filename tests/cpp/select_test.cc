@@ -92,7 +92,9 @@ TEST_P(Masks, WithoutCausality) {
     OpCase op;
     op.causal = false;
     const auto validate = [&] { ValidatePolicy(policy.get(), OpData(op).problem()); };
-    if (MethodOf(policy.common).selects) EXPECT_THROW(validate(), Error);
+    if (MethodOf(policy.common).selects) {
+      EXPECT_THROW(validate(), Error);
+    }
     return;
   }
   std::vector<OpCase> cases = Thinned(MixedCases(), 3);

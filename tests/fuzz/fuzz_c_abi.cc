@@ -157,16 +157,18 @@ struct Mask {
       : view(described),
         bits(described.heads * described.tile_rows * described.words * 8),
         lists(Room() > 0 ? int64_t{batch} * described.heads * (2 + Room()) * 4 : 0),
-        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0) {
+        keys(described.max_keys > 0 ? described.heads * described.segment_rows * KeyStride() * 4 : 0),
+        skipped(described.heads * described.tile_rows * 4) {
     view.bits = reinterpret_cast<uint64_t*>(bits.data);
     view.vertical_slash = reinterpret_cast<int32_t*>(lists.data);
     view.key_lists = reinterpret_cast<int32_t*>(keys.data);
+    view.skipped = reinterpret_cast<int32_t*>(skipped.data);
   }
   int64_t Room() const { return int64_t{view.max_verticals} + view.max_slashes; }
   int64_t KeyStride() const { return 2 + int64_t{view.max_keys}; }
   int64_t KeyLists() const { return view.max_keys > 0 ? view.heads * view.segment_rows : 0; }
   fp_block_mask view;
-  Buffer bits, lists, keys;
+  Buffer bits, lists, keys, skipped;
 };
 
 // Whether the call was refused; then it has a message, and the outputs are as before.
@@ -203,6 +205,7 @@ void UseMaskByHand(Bytes& in, const Call& call, const fp_exec& exec) {
   view.max_slashes = in.Mostly(gathers ? 0 : in.Upto(12));
   view.max_keys = gathers ? in.Upto(40) : 0;
   view.segment_tiles = in.Mostly(1 + in.Upto(2));
+  view.skip = in.OneIn(4) ? in.Mostly(0.1f) : 0;
   if (view.max_verticals < 0 || view.max_verticals > 12 || view.max_slashes < 0 || view.max_slashes > 12) return;
   if (view.max_keys > 0 && view.segment_tiles > 0) {
     view.segment_rows =
@@ -233,6 +236,62 @@ void UseMaskByHand(Bytes& in, const Call& call, const fp_exec& exec) {
   UseMask(call, mask, exec);
 }
 
+// A guard with all its memory, and results in exactly the room that the header tells.
+class RandomGuard {
+ public:
+  RandomGuard(Bytes& in, const fp_problem& p)
+      : heads_(static_cast<size_t>(std::max(0, p.batch)) * static_cast<size_t>(std::max(0, p.q_heads))),
+        shares_(3 * heads_ * sizeof(float)),
+        numbers_(3 * heads_ * sizeof(int32_t)),
+        sums_(static_cast<size_t>(std::max(0, p.batch)) * 3 * sizeof(double)),
+        levels_(static_cast<size_t>(std::max(0, p.q_heads)) * sizeof(float)) {
+    fp_guard_init(&view);
+    view.mode = in.Mostly(in.Upto(2));
+    view.rows = in.Mostly(in.Upto(20));
+    view.layer = in.Mostly(in.Upto(3));
+    view.seed = in.Raw<uint8_t>();
+    view.target = in.Mostly(static_cast<float>(1 + in.Upto(9)) / 10);
+    view.risk = in.Mostly(0.001f);
+    float* shares = reinterpret_cast<float*>(shares_.data);
+    int32_t* numbers = reinterpret_cast<int32_t*>(numbers_.data);
+    view.recall = in.OneIn(8) ? nullptr : shares;
+    view.recall_low = shares + heads_;
+    view.recall_p05 = shares + 2 * heads_;
+    view.rows_audited = numbers;
+    view.missed_block = numbers + heads_;
+    view.outcome = in.OneIn(8) ? nullptr : numbers + 2 * heads_;
+    view.moments = reinterpret_cast<double*>(sums_.data);
+    if (in.OneIn(2)) return;
+    view.levels = reinterpret_cast<float*>(levels_.data);
+    for (size_t h = 0; h < levels_.size / sizeof(float); ++h)
+      view.levels[h] = in.Mostly(static_cast<float>(in.Upto(4)));
+  }
+
+  // What must hold of results.
+  void Check() const {
+    for (size_t i = 0; view.recall && i < heads_; ++i) {
+      if (!(view.recall[i] >= 0 && view.recall[i] <= 1.0001f)) Finding("a recall that is no share");
+      if (!(view.recall_low[i] <= view.recall[i])) Finding("a bound that is above its recall");
+    }
+  }
+
+  fp_guard view;
+
+ private:
+  size_t heads_;
+  Buffer shares_, numbers_, sums_, levels_;
+};
+
+// Audits a mask whose lists may be anything; the mask may be repaired.
+void AuditMask(const Call& call, Mask& mask, fp_exec exec, RandomGuard& guard) {
+  exec.guard = &guard.view;
+  const std::vector<uint8_t> before = call.Outputs();
+  size_t bytes = 0;
+  if (Refused(fp_audit_workspace(&call.problem(), &mask.view, &exec, &bytes), call, before)) return;
+  const Buffer workspace(bytes);
+  if (!Refused(fp_audit(&call.problem(), &mask.view, &exec, workspace.data, bytes), call, before)) guard.Check();
+}
+
 void Run(Bytes in) {
   Call call(in);
   RandomPolicy random(in, call.q_heads());
@@ -246,6 +305,9 @@ void Run(Bytes in) {
 
   const std::vector<uint8_t> before = call.Outputs();
   const fp_problem& p = call.problem();
+  RandomGuard guard(in, p);
+  const fp_exec unguarded = exec;
+  if (in.OneIn(2)) exec.guard = &guard.view;
   size_t bytes = 0;
   if (Refused(fp_prefill_workspace(&p, policy, &exec, &bytes), call, before)) return;
   if (fp_policy_print(policy, nullptr, 0) == 0) Finding("an accepted policy is not printed");
@@ -259,6 +321,7 @@ void Run(Bytes in) {
               before))
     return;
   ++accepted;
+  if (exec.guard) guard.Check();
 
   // The mask that select wrote, with some bits and list entries changed.
   for (int i = in.Upto(3); i > 0 && mask.bits.size > 0; --i) {
@@ -270,7 +333,8 @@ void Run(Bytes in) {
   for (int i = in.Upto(2); i > 0 && mask.keys.size > 0; --i) {
     mask.view.key_lists[in.Raw<uint16_t>() % (mask.keys.size / 4)] += in.Upto(8) - 4;
   }
-  UseMask(call, mask, exec);
+  AuditMask(call, mask, unguarded, guard);
+  UseMask(call, mask, unguarded);
 }
 
 } // namespace

@@ -60,7 +60,7 @@ struct RandomPolicy {
     common.window_blocks = in.Mostly(in.Upto(2));
     common.dense_tail_blocks = in.Mostly(in.Upto(1));
     common.share_heads = in.Mostly(HasField(kind, "share_heads") ? in.Upto(1) : 0);
-    common.mean_correction = in.Mostly(in.Upto(1));
+    common.mean_correction = in.Mostly(in.Upto(2));
     int alternatives = 0;
     for (const fp_policy_field& f : FieldsOf(kind)) alternatives += (f.flags & FP_FIELD_ALTERNATIVE) != 0;
     int decides = alternatives > 0 ? in.Upto(alternatives - 1) : 0;

@@ -87,10 +87,11 @@ def model_name(data: bytes, _folder: Path) -> bool:
     from flashprefill.policies.presets import PRESETS
     from flashprefill.policies.text import named
 
+    types = {**named(), fp.TokenSparse.kind: fp.TokenSparse}
     found = False
     for method in PRESETS:
         try:
-            policy = named()[method].for_model(_decoded(data))
+            policy = types[method].for_model(_decoded(data))
         except fp.InvalidArgumentError:
             continue
         found = True

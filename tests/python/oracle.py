@@ -58,8 +58,18 @@ def attention(q, k, v, allowed, scale=None):
     return out.transpose(0, 1), torch.logsumexp(scores, -1)
 
 
-def corrected_attention(q, k, v, keep, block_size, tile_tokens, scale=None):
-    """The mean correction by definition: blocks left out, visible to the whole tile count by their means."""
+def summed_up(keys, values, counts, query, scale):
+    """One key, value and weight for blocks of these means and counts, to first order around a query."""
+    weights = counts * (scale * keys.double() @ query).exp()
+    key, value = (((weights / weights.sum()) @ x.double()).to(x.dtype).double()[None] for x in (keys, values))
+    return key, value, weights.sum() / (scale * key @ query).exp()
+
+
+def corrected_attention(q, k, v, keep, block_size, tile_tokens, scale=None, summary=None):
+    """The mean correction by definition: blocks left out, visible to the whole tile count by their means.
+
+    summary: those of so many neighbouring blocks by one key.
+    """
     (q_len, heads, dim), (k_len, kv_heads, _) = q.shape, k.shape
     scale = dim**-0.5 if scale is None else scale
     out, lse = (
@@ -81,6 +91,17 @@ def corrected_attention(q, k, v, keep, block_size, tile_tokens, scale=None):
                 torch.cat([x, *(x[c].double().mean(0, keepdim=True).to(x.dtype) for c in cuts)]).double()
                 for x in (kd, vd)
             )
+            if summary:
+                query, means = q[rows, h].double().mean(0), [x[k_len:].to(k.dtype) for x in (keys, values)]
+                parts, counts_of = [], torch.tensor(counts, dtype=torch.float64)
+                for first in range(0, full, summary):
+                    mine = [i for i, b in enumerate(blocks) if first <= b < first + summary]
+                    if mine:
+                        parts.append(summed_up(*(x[mine] for x in means), counts_of[mine], query, scale))
+                keys, values = (
+                    torch.cat([x[:k_len], *(part[i] for part in parts)]) for i, x in enumerate((keys, values))
+                )
+                counts = [float(part[2]) for part in parts]
             weights = torch.tensor([1.0] * k_len + counts, dtype=torch.float64).log()
             z = q[rows, h].double() @ keys.T * scale + weights
             z[:, :k_len].masked_fill_(~kept[h, rows], -math.inf)

@@ -72,21 +72,24 @@ def test_any_mask_equals_masked_sdpa(engine, problem, causal, data):
 
 
 @functools.cache  # each backend is held against the same one
-def corrected_by_definition(share, dtype, q_len, k_len):
+def corrected_by_definition(share, dtype, q_len, k_len, summary=None):
     q, k, v = tensors(3, (q_len, 4, 32), (k_len, 2, 32), dtype)
     tile = 64 if share else 128
     shape = (2 if share else 4, -(-q_len // tile), -(-k_len // 32))
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.4
-    return q, k, v, keep, *corrected_attention(q, k, v, keep, 32, tile)
+    return q, k, v, keep, *corrected_attention(q, k, v, keep, 32, tile, summary=summary)
 
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("q_len,k_len", [(200, 333), (300, 300)])
-def test_mean_correction(engine, share, dtype, q_len, k_len):
-    q, k, v, keep, expected, expected_lse = corrected_by_definition(share, dtype, q_len, k_len)
+@pytest.mark.parametrize(
+    "q_len,k_len,how", [(200, 333, True), (300, 300, True), (300, 300, "summary"), (200, 1111, "summary")]
+)
+def test_mean_correction(engine, share, dtype, q_len, k_len, how):
+    summary = 16 if how == "summary" else None
+    q, k, v, keep, expected, expected_lse = corrected_by_definition(share, dtype, q_len, k_len, summary)
     mask = fp.BlockMask.from_dense(
-        keep, q_len=q_len, k_len=k_len, block_size=32, share_heads=share, group=2, mean_correction=True
+        keep, q_len=q_len, k_len=k_len, block_size=32, share_heads=share, group=2, mean_correction=how
     )
     out, lse = fp.attend(q, k, v, mask, return_lse=True, **engine)
     assert error(out, expected) < TOLERANCE[dtype]

@@ -145,8 +145,16 @@ def test_share_of_the_oracle_is_the_best_mean_recall(layer):
 
 def test_the_table_is_sound():
     lines.check()
-    assert {line.method for line in lines.methods()} >= (set(named()) - {"dense"})
+    assert {line.method for line in lines.methods()} >= (set(named()) - {"dense", "vsprefill"})
     assert len({line.label for line in lines.methods()}) == len(lines.methods())
+
+
+def test_a_line_may_be_asked_for_by_its_label():
+    assert [line.label for line in lines.methods(["Gather, gain", "streaming"])] == [
+        "Gather, gain",
+        "Streaming",
+    ]
+    assert not lines.studies(["Gather, gain"])
 
 
 def test_a_policy_without_a_line_shows_up(monkeypatch):
@@ -393,7 +401,7 @@ def test_try_says_why_nothing_was_left_out():
 
 
 def test_the_exit_code_says_that_a_needle_was_missed(model, monkeypatch, capsys):
-    def answer(_loaded, policy, text):
+    def answer(_loaded, policy, text, _guard=None):
         dense = policy is None or policy == fp.Dense()
         words = text.answer if dense else "nothing"
         return {

@@ -151,12 +151,13 @@ def test_every_policy_of_the_library_has_a_class():
 @pytest.mark.parametrize("policy", CLASSES)
 def test_classes_have_the_library_s_fields_and_defaults(policy):
     known = {field.name: field for field in library.FIELDS[policy.kind]}
-    assert {field.name for field in dataclasses.fields(policy)} == set(known)
+    own = {field.name for field in dataclasses.fields(policy)} - set(policy._extra_names)
+    assert own == set(known) - {"indexer"}  # the number of what is an object in Python
     struct = fields_of(policy())
     for name, value in vars(policy()).items():
         if name not in known:
             continue
-        if isinstance(value, str):
+        if known[name].type == _abi.CHOICE:
             value = known[name].choices.index(value)
         if value is not None:
             assert struct[name] == pytest.approx(float(value)), name
@@ -173,6 +174,7 @@ CHANGED = [
     ),
     fp.Sketch(gain=0.001, query_metric=True),
     fp.FlashPrefill(alpha=1e-05, mean_correction=True),
+    fp.FlashPrefill(share_heads=True, mean_correction="summary"),
     fp.FlexPrefill(gamma=0.5, cover="both", max_budget=2048),
     fp.MInference(heads=[("stream_llm", 30, 800), ("vertical_and_slash", 1, 2), ("block_sparse", 100, 0)]),
     fp.MInference(rounding="tokens", block_size=16),
@@ -199,11 +201,21 @@ def test_structs_carry_values_words_and_lists():
     assert (struct["outliers"], struct["query_pool"], struct["min_blocks"]) == (3, 5, 11)
     names = ["block_size", "sink_blocks", "window_blocks", "dense_tail_blocks", "share_heads"]
     assert [struct[n] for n in [*names, "mean_correction"]] == [64, 7, 8, 9, 1, 1]
-    flex = fields_of(CHANGED[3])
+    assert fields_of(CHANGED[3])["mean_correction"] == 2
+    flex = fields_of(CHANGED[4])
     assert (flex["gamma"], flex["max_budget"], flex["cover"]) == (0.5, 2048, 1)
-    assert fields_of(CHANGED[4])["heads"] == [1, 30, 800, 0, 1, 2, 2, 100, 0]
-    assert fields_of(CHANGED[6])["head_thresholds"] == [0.5, 0.75, 1]
+    assert fields_of(CHANGED[5])["heads"] == [1, 30, 800, 0, 1, 2, 2, 100, 0]
+    assert fields_of(CHANGED[7])["head_thresholds"] == [0.5, 0.75, 1]
     assert fields_of(fp.XAttention())["head_thresholds"] == []
+
+
+def test_the_correction_is_a_choice_that_takes_bools_as_they_are_written():
+    for word, number in (("false", 0), ("False", 0), ("true", 1), ("True", 1), ("1", 1), ("summary", 2)):
+        memory = library.struct_of(f"streaming(mean_correction={word})")
+        assert _abi.Policy.from_buffer(memory).mean_correction == number
+    assert text.parse("streaming(mean_correction=true)") == fp.Streaming(mean_correction=True)
+    with pytest.raises(fp.InvalidArgumentError, match="must be one of false, true, summary"):
+        library.struct_of("streaming(mean_correction=means)")
 
 
 def test_policies_are_values():

@@ -515,7 +515,7 @@ def test_ways_to_leave_it_off(text, monkeypatch):
 
 
 def test_options_survive_the_way(monkeypatch):
-    for policy in (fp.Sketch(mass=0.9), fp.FlashPrefill(alpha=0.3, query_pool=16), fp.Dense()):
+    for policy in (fp.Sketch(mass=0.9), fp.Gather(budget=0.1), fp.FlashPrefill(query_pool=16), fp.Dense()):
         given = plugin.config(policy, first_dense_layers=2, min_chunk=256, log_seconds=0.5)
         monkeypatch.setenv(options.VARIABLE, given[options.VARIABLE])
         asked = options.of_environment()

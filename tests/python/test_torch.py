@@ -113,28 +113,37 @@ def test_a_policy_is_a_constant_of_the_graph():
 
 
 def test_opcheck():
-    q, k, v = tensors(4, (70, 4, 16), (90, 2, 16))
-    out, lse = torch.zeros_like(q), torch.zeros(4, 70)
-    bits, counts, fallback = torch.zeros(4, 1, 1, dtype=torch.int64), torch.zeros(4, 1), torch.zeros(1)
-    counts, fallback = counts.int(), fallback.int()
-    lens, execution = (None, None, None, None, 70, 90, 0.25, True), (1, "reference", None)
+    from flashprefill._calls import ATTEND, NO_GUARD, PREFILL, SELECT
+
     ops = torch.ops.flashprefill
-    masked = (bits, counts, fallback, None, None)
-    torch.library.opcheck(ops.select, (q, k, *masked, *lens, [True], POLICY.text, *execution))
-    no_lines = (128, 128, False, False, None, 0, None, 0)
-    torch.library.opcheck(ops.attend, (q, k, v, out, lse, bits, *no_lines, *lens, *execution))
+    q, k, v = tensors(4, (70, 4, 16), (90, 2, 16))
+    results = {"out": torch.zeros_like(q), "lse": torch.zeros(4, 70)}
+    given = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table", "k_scale", "v_scale"))
+    given |= {"max_seqlen_q": 70, "max_seqlen_k": 90, "softmax_scale": 0.25, "causal": True}
+    given |= {"threads": 1, "backend": "reference", "target": None, "final_chunk": [True]}
+    mask = {"bits": torch.zeros(4, 1, 1, dtype=torch.int64), "counts": torch.zeros(4, 1).int()}
+    mask |= {"fallback": torch.zeros(1).int(), "vertical_slash": None, "key_lists": None, "skipped": None}
+    shape = {"tile_tokens": 128, "block_size": 128, "share_heads": False, "mean_correction": 0}
+    shape |= {"max_verticals": 0, "segment_tiles": 0, "skip": 0.0}
+
+    def call(verb, **values):
+        return verb.pack(q=q, k=k, **{"v": v, **results, **given, **mask, **shape, **NO_GUARD, **values})
+
+    for values in (None, v):
+        torch.library.opcheck(ops.select, call(SELECT, v=values, policy=POLICY.text))
+    torch.library.opcheck(ops.attend, call(ATTEND))
+    torch.library.opcheck(ops.attend, call(ATTEND, skip=0.01, skipped=torch.zeros(4, 1).int()))
+
     in_tokens = fp.MInference(vertical=30, slash=50, rounding="tokens", block_size=16)
     lines = torch.zeros(1, 4, 82, dtype=torch.int32)
-    with_lines = (bits, counts, fallback, lines, None)
-    torch.library.opcheck(ops.select, (q, k, *with_lines, *lens, [True], in_tokens.text, *execution))
-    ops.select(q, k, *with_lines, *lens, [True], in_tokens.text, *execution)
+    selects = call(SELECT, v=None, policy=in_tokens.text, vertical_slash=lines)
+    torch.library.opcheck(ops.select, selects)
+    ops.select(*selects)
     assert lines[0, :, :2].tolist() == [[30, 50]] * 4
-    some_lines = (128, 16, False, False, lines, 30, None, 0)
-    torch.library.opcheck(ops.attend, (q, k, v, out, lse, bits, *some_lines, *lens, *execution))
-    optional = [(lse, *masked), (None,) * 6]
-    for results in optional:
-        arguments = (q, k, v, out, *results, *lens, [True], fp.FlashPrefill().text, *execution)
-        torch.library.opcheck(ops.prefill, arguments)
+    torch.library.opcheck(ops.attend, call(ATTEND, block_size=16, vertical_slash=lines, max_verticals=30))
+
+    for missing in ({}, dict.fromkeys(("lse", *mask))):
+        torch.library.opcheck(ops.prefill, call(PREFILL, policy=fp.FlashPrefill().text, **missing))
 
 
 def test_grad_is_refused():

@@ -555,6 +555,7 @@ def test_ways_to_leave_it_off(value):
         fp.FlashPrefill(alpha=0.3, query_pool=16),
         fp.Sketch(mass=0.9),
         fp.Sketch(alpha=0.1),
+        fp.Gather(budget=0.1),
         fp.Streaming(),
         fp.Dense(),
     ],
@@ -565,16 +566,17 @@ def test_policies_survive_the_way(policy):
     assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
 
 
-def test_density_is_that_of_the_kernel():
+@pytest.mark.parametrize(
+    "policy", [fp.FlashPrefill(alpha=1.0, **TINY), fp.Gather(gain=0.05, **TINY)], ids=["blocks", "keys"]
+)
+def test_density_is_that_of_the_kernel(policy):
     common = common_of([LONG])
     before = metrics.snapshot()
-    query, k, v, _, _, _ = run(common, fp.FlashPrefill(alpha=1.0, **TINY), "cpu")
+    query, k, v, _, _, _ = run(common, policy, "cpu")
     after = metrics.snapshot()
     pages = common.block_table_tensor[0, :10].long()
     k, v = (x[pages].flatten(0, 1)[:300][None] for x in (k, v))
-    _, stats = fp.prefill_attention(
-        query[None], k, v, fp.FlashPrefill(alpha=1.0, **TINY), softmax_scale=SCALE, return_stats=True
-    )
+    _, stats = fp.prefill_attention(query[None], k, v, policy, softmax_scale=SCALE, return_stats=True)
     assert after["kept_blocks"] - before["kept_blocks"] == int(stats.kept.sum())
-    assert after["causal_blocks"] - before["causal_blocks"] == int(stats.total.sum()) * H
+    assert after["causal_blocks"] - before["causal_blocks"] == int(stats.total.sum()) * stats.kept.shape[-1]
     assert after["calls"] - before["calls"] == 1

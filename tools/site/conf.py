@@ -36,6 +36,7 @@ docs/vllm
 docs/sglang
 docs/llama.cpp
 docs/several-gpus
+docs/guard
 ```
 ```{toctree}
 :hidden:

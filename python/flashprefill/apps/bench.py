@@ -102,7 +102,8 @@ def contenders(
     for policy in asked:
         _, stats = prefill_attention(q, k, v, policy, return_stats=True, **where)
         call = lambda policy=policy: prefill_attention(q, k, v, policy, **where)  # noqa: E731
-        alone = lambda policy=policy: select(q, k, policy, **where)  # noqa: E731
+        values = v if policy.reads_values else None
+        alone = lambda policy=policy, v=values: select(q, k, policy, v=v, **where)  # noqa: E731
         density = stats.mean_density
         found.append(Contender(policy.text, call, density, work * density, alone))
     for density in options.densities:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import FlashPrefillError
+from ..guard import Guard, guard_of
 from . import device, machine, models
 from .errors import UsageError
 
@@ -76,3 +78,14 @@ def can_make(folder: Path, shown: Path | None = None) -> None:
                              f"{folder} must be a directory")  # fmt: skip
     elif folder.is_absolute() and not folder.parent.is_dir():
         raise UsageError(f"--out {shown}: there is no directory {folder.parent}")
+
+
+def guard(text: str, cuda: bool = False) -> Guard | None:
+    """Return the guard of a command line; None for "off", and on a GPU, which has none yet."""
+    if text == "off":
+        return None
+    try:
+        found = guard_of(text)
+    except FlashPrefillError as error:
+        raise UsageError(f"--guard {text}: {error}") from error
+    return None if cuda else found

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..guard import Guard
 from ..policies import Dense, FlashPrefill, Gather, Sketch
 from . import checks, device, factors, machine, models, prompt, report, table
 from .errors import UsageError
@@ -50,6 +51,7 @@ class Options:
     threads: int | None = None
     positions: int = 512
     continuation: int = 24
+    guard: str = "observe"
     out: Path = Path("out/demo")
 
 
@@ -57,7 +59,9 @@ def methods_for(texts: Sequence[str], cuda: bool = False) -> list[Method]:
     """Return PyTorch's dense attention, ours, and the policies of the command line or the main ones."""
     dense = [Method("Dense (PyTorch SDPA)", None), Method(factors.OURS, Dense())]
     if texts:
-        policies = [policy for policy in map(parse_policy, texts) if not isinstance(policy, Dense)]
+        policies = [
+            policy for policy in map(parse_policy, texts) if not (isinstance(policy, Dense) and policy.exact)
+        ]
         return dense + [Method(policy.text, policy) for policy in policies]
     return [
         *dense,
@@ -76,18 +80,19 @@ class Runner:
 
     def __init__(self, loaded: models.Loaded, methods: list[Method], options: Options, bar: Any) -> None:
         self.loaded, self.methods, self.options, self.bar = loaded, methods, options, bar
+        self.guard = checks.guard(options.guard, loaded.device.cuda)
         layers = loaded.model.config.get_text_config().num_hidden_layers
         self.layers = layers
         self.capture = frozenset(int(layer) for layer in np.linspace(1, layers - 1, min(6, layers)).round())
         self.captured: dict[int, Any] = {}
         self.reference: Any = None
 
-    def _with_policy(self, method: Method, work: Any) -> Any:
+    def _with_policy(self, method: Method, work: Any, guard: Guard | None = None) -> Any:
         from .. import patch_model, unpatch_model
 
         if method.policy is None:
             return work()
-        patch_model(self.loaded.model, method.policy)
+        patch_model(self.loaded.model, method.policy, guard=guard)
         try:
             return work()
         finally:
@@ -108,9 +113,13 @@ class Runner:
     def read(self, text: prompt.Prompt, repeats: int, measured: bool) -> None:
         """All methods read one prompt by turns; the last turn goes on to write the continuation."""
         for turn in range(repeats):
+            # Observing is for the turn that is looked at; what changes masks is part of all turns.
+            looked_at = measured and turn == 0
+            guard = self.guard if looked_at or (self.guard and self.guard.mode != "observe") else None
             for method in self.methods:
                 self._step(f"turn {turn + 1} of {repeats}" if measured else f"depth {text.depth:g}", method)
-                self._with_policy(method, lambda m=method, t=turn: self._pass(m, text, t, repeats, measured))
+                work = lambda m=method, t=turn: self._pass(m, text, t, repeats, measured)  # noqa: E731
+                self._with_policy(method, work, guard if method.selects else None)
                 self.bar.update()
 
     def _pass(self, method: Method, text: prompt.Prompt, turn: int, repeats: int, measured: bool) -> None:
@@ -124,6 +133,7 @@ class Runner:
             # A layer that ran dense, because the model or the policy's table wants it so, keeps everything.
             method.density = np.nan_to_num(result.stats.density, nan=1.0)
             method.fallbacks = dict(result.stats.fallbacks)
+            method.guard = result.stats.guard
         if measured:
             method.ttft.append(result.ttft)
             method.attention.append(clock.seconds)
@@ -187,6 +197,7 @@ def summarise(method: Method, dense: Method, ours: Method) -> dict[str, Any]:
         "density": 1.0 if method.density is None else float(np.mean(method.density)),
         "density_by_layer_and_head": None if method.density is None else np.round(method.density, 4).tolist(),
         "dense_layers": method.fallbacks,
+        "guard": None if method.guard is None else {"words": str(method.guard), **method.guard.figures()},
         "kl_nats": method.kl,
         "top1_agreement": method.top1,
         "needles": method.needles,
@@ -242,6 +253,11 @@ def table_rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def guards(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the guard found, a line for each run that had one."""
+    return [f"{run['label']}: {run['guard']['words']}" for run in runs if run["guard"]]
+
+
 def pace(runs: Sequence[dict[str, Any]]) -> str | None:
     """Return a note if the GPU waits for Python: then times say little about attention."""
     waits = [run["label"] for run in runs if (run["host_share"] or 0.0) > HOST_BOUND]
@@ -266,6 +282,7 @@ def check(options: Options) -> None:
         if not 0.0 <= depth <= 1.0:
             raise UsageError(f"--depth {depth:g}: must be from 0 (the beginning) to 1 (the end)")
     checks.can_make(options.out)
+    checks.guard(options.guard)
     needed = ("torch", "transformers", "matplotlib", "tqdm", *checks.modules_of(options.model))
     checks.need("the demo", *needed)
     checks.can_run(options.model, options.device, options.dtype, options.prompt)
@@ -349,6 +366,8 @@ def run(options: Options) -> dict[str, Any]:
     results["headline"] = factors.headline(results["runs"])
     results["settings"]["pace"] = pace(results["runs"])
     print(results["table"], flush=True)
+    for line in guards(results["runs"]):
+        print(f"\n{line}" if line == guards(results["runs"])[0] else line, flush=True)
     if results["headline"]:
         print(f"\n{results['headline']}", flush=True)
     if results["settings"]["pace"]:

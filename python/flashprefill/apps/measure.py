@@ -142,10 +142,11 @@ def run(
 
 def select_seconds(device: Device, policy: Policy, layers: Mapping[int, Captured]) -> float:
     """Seconds of selections alone, over captured layers by number."""
-    calls = [
-        partial(select, one.query, one.key, policy.at_layer(number), softmax_scale=one.scale)
-        for number, one in layers.items()
-    ]
+    calls = []
+    for number, one in layers.items():
+        own = policy.at_layer(number)
+        value = one.value if own.reads_values else None
+        calls.append(partial(select, one.query, one.key, own, v=value, softmax_scale=one.scale))
     return sum(device.timed(call)[1] for call in calls)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..guard import GuardSummary
 from ..policies import Dense, Policy
 
 
@@ -21,6 +22,7 @@ class Method:
         default_factory=list
     )  # on a GPU: share of ttft until all work was launched
     density: Any = None  # [layers, heads]
+    guard: GuardSummary | None = None  # of the last pass that had one
     fallbacks: dict[str, int] = field(default_factory=dict)  # layers that ran dense, by reason
     kl: float | None = None
     top1: float | None = None
@@ -29,4 +31,4 @@ class Method:
     @property
     def selects(self) -> bool:
         """Whether it leaves anything out: it is neither PyTorch's dense attention nor ours."""
-        return self.policy is not None and not isinstance(self.policy, Dense)
+        return self.policy is not None and not (isinstance(self.policy, Dense) and self.policy.exact)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..guard import Guard
 from ..policies import Dense, FlashPrefill, Policy, Sketch
 from . import checks, device, factors, machine, models, prompt, table
 from .errors import UsageError
@@ -46,6 +47,7 @@ class Options:
     policies: Sequence[str] = ()
     tokens: Sequence[int] = (4096, 8000)
     depths: Sequence[float] = (0.1, 0.5, 0.9)
+    guard: str = "observe"
     out: Path | None = None
 
 
@@ -67,6 +69,7 @@ def check(options: Options) -> None:
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads {options.threads}: must be at least 1")
     checks.can_write(options.out)
+    checks.guard(options.guard)
     checks.need("try", "torch", "transformers", *checks.modules_of(options.model))
     checks.can_run(options.model, options.device, options.dtype, options.prompt)
 
@@ -74,17 +77,19 @@ def check(options: Options) -> None:
 def contenders(texts: Sequence[str]) -> list[tuple[str, Policy | None]]:
     """Return PyTorch's dense attention, ours, then the policies of the command line."""
     policies = [parse_policy(text) for text in texts] or [FlashPrefill(), Sketch()]
-    policies = [policy for policy in policies if not isinstance(policy, Dense)]
+    policies = [policy for policy in policies if not (isinstance(policy, Dense) and policy.exact)]
     return [(DENSE, None), (factors.OURS, Dense()), *((policy.text, policy) for policy in policies)]
 
 
-def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) -> dict[str, Any]:
+def answer(
+    loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt, guard: Guard | None = None
+) -> dict[str, Any]:
     """One method reads one prompt and answers."""
     from .. import patch_model, unpatch_model
     from . import measure
 
     if policy is not None:
-        patch_model(loaded.model, policy)
+        patch_model(loaded.model, policy, guard=None if isinstance(policy, Dense) else guard)
     try:
         result, clock = measure.run(loaded, text.ids, 1)
         # A layer that ran dense keeps everything.
@@ -94,11 +99,13 @@ def answer(loaded: models.Loaded, policy: Policy | None, text: prompt.Prompt) ->
         if policy is not None:
             unpatch_model(loaded.model)
     words = loaded.tokenizer.decode(written, skip_special_tokens=True).strip()
+    found = result.stats.guard
     return {
         "ttft_seconds": round(result.ttft, 5),
         "attention_seconds": round(clock.seconds, 5),
         "density": round(float(kept.mean()), 4),
         "fallbacks": {} if policy is None else dict(result.stats.fallbacks),
+        "guard": None if found is None else {"words": str(found), **found.figures()},
         "found": text.found_in(words),
         "least_sure_token": round(least, 3),  # its probability: how much of a guess the answer is
         "answer": words,
@@ -140,6 +147,9 @@ def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
             best = min(sparse, key=lambda name: seconds[name])
             split = factors.product(seconds[DENSE] / seconds[best], seconds[DENSE] / seconds[factors.OURS])
             said.append(f"{tokens} tokens: attention {split}, with {best}")
+        for name in sparse:
+            read = [case for case in here if case["method"] == name and case.get("guard")]
+            said += [f"{tokens} tokens, depth {c['depth']:g}, {name}: {c['guard']['words']}" for c in read]
         whole = [n for n in sparse if all(c["density"] == 1.0 for c in here if c["method"] == n)]
         if whole:
             said.append(f"{tokens} tokens, density 1.000 with {' and '.join(whole)}: {SHORT}")
@@ -147,7 +157,7 @@ def notes(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 TIMES = ("first\ntoken, s", "attention,\ns")
-HEADER = ("", "tokens", "depth", *TIMES, "density", "found", "least\nsure", "answer")
+HEADER = ("", "tokens", "depth", *TIMES, "density", "recall", "found", "least\nsure", "answer")
 
 
 def row_of(case: dict[str, Any]) -> list[str]:
@@ -160,6 +170,7 @@ def row_of(case: dict[str, Any]) -> list[str]:
         table.seconds(case["ttft_seconds"]),
         table.seconds(case["attention_seconds"]),
         f"{case['density']:.3f}",
+        "-" if case.get("guard") is None else f"{case['guard']['recall']:.3f}",
         "yes" if case["found"] else "no",
         f"{case['least_sure_token']:.2f}",
         words if len(words) <= 48 else words[:45] + "...",
@@ -175,6 +186,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     where = device.resolve(options.device, options.dtype)
+    guard = checks.guard(options.guard, where.cuda)
     cases: list[dict[str, Any]] = []
     busy = machine.busy()
     print("loading the model ...", file=sys.stderr, flush=True)
@@ -188,7 +200,7 @@ def run(options: Options) -> dict[str, Any]:
             for label, policy in methods:
                 print(f"{len(text.ids)} tokens, depth {depth:g}: {label}", file=sys.stderr, flush=True)
                 case = {"method": label, "tokens": len(text.ids), "depth": depth, "rotary_scale": factor}
-                cases.append({**case, **answer(loaded, policy, text)})
+                cases.append({**case, **answer(loaded, policy, text, guard)})
     passed, words = verdict(cases)
     results = {
         "schema": SCHEMA,

@@ -63,15 +63,16 @@ def mask_panels(
     group: int,
     policies: Sequence[tuple[str, Policy]],
     mass: Any = None,
+    value: Any = None,
 ) -> list[plots.MaskPanel]:
     """Return a panel per policy for one query head; query [tokens, heads, dim], key [tokens, kv_heads, dim].
 
     `mass(tile_tokens, block_size)`, if given, is the head's true attention mass; the panels then say how much
-    of it is kept.
+    of it is kept. `value` is like key, for policies that read it.
     """
     panels = []
     for label, policy in policies:
-        mask = select(query, key, policy, softmax_scale=scale)
+        mask = select(query, key, policy, v=value if policy.reads_values else None, softmax_scale=scale)
         forced = select(query, key, forced_by(policy), softmax_scale=scale)
         own = head // group if mask.share_heads else head
         kept, always = (host(m.dense())[own] for m in (mask, forced))
@@ -122,8 +123,9 @@ def candidates_of(
     """Return all captured heads as candidates, the forced blocks, and the visible blocks."""
     found: list[kinds.Candidate] = []
     forced = visible = np.zeros((0, 0), bool)
-    for layer, (query, key, _, scale) in captured.items():
-        mask = select(query, key, policy.at_layer(layer), softmax_scale=scale)
+    for layer, (query, key, value, scale) in captured.items():
+        here = policy.at_layer(layer)
+        mask = select(query, key, here, v=value if here.reads_values else None, softmax_scale=scale)
         kept = host(mask.dense())
         forced = host(select(query, key, forced_by(policy), softmax_scale=scale).dense())[0]
         visible = kinds.visible_blocks(mask, len(query), len(key))
@@ -145,7 +147,7 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
         return []
     rows, figures = [], []
     for layer, head, kind in kinds.choose(*candidates_of(captured, shown[0][1])):
-        query, key, _, scale = captured[layer]
+        query, key, value, scale = captured[layer]
         group = query.shape[1] // key.shape[1]
 
         def mass(
@@ -154,7 +156,7 @@ def draw_masks(path: Path, methods: Sequence[Method], captured: dict[int, Any]) 
             return host(kinds.attention_mass(q, k, scale, tile_tokens, block_size).double())  # noqa: B023
 
         here = [(label, policy.at_layer(layer)) for label, policy in shown]
-        panels = mask_panels(query, key, scale, head, group, here, mass)
+        panels = mask_panels(query, key, scale, head, group, here, mass, value)
         rows.append(plots.HeadRow(f"layer {layer}, head {head}: {kinds.KINDS[kind]}", mass(128, 128), panels))
         seen = {panel.title: {"density": panel.density, "recall": panel.recall} for panel in panels}
         figures.append({"layer": layer, "head": head, "kind": kinds.KINDS[kind], "masks": seen})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import refuse, refuse_type
-from ..policies import FlashPrefill, Policy
+from ..policies import FlashPrefill, Policy, Reuse, TokenSparse, VSPrefill
 from ..policies.text import parse as parse_policy
 
 KEY = "flashprefill"
@@ -70,7 +70,7 @@ def value_of(
     if isinstance(policy, Policy):
         if parameters:
             refuse("parameters", sorted(parameters), "none where the policy is not a text")
-        policy = policy.text
+        policy = _alone(policy).text
     value = {
         "policy": policy,
         "parameters": dict(parameters),
@@ -121,7 +121,20 @@ def _policy(text: Any, parameters: Any) -> Policy:
         refuse_type("policy", repr(text), "a text, such as 'flashprefill(alpha=0.12)'")
     if not isinstance(parameters, Mapping):
         refuse_type("parameters", repr(parameters), "a mapping from a policy's fields to values")
-    return parse_policy(text, parameters)
+    return _alone(parse_policy(text, parameters))
+
+
+def _alone(policy: Policy) -> Policy:
+    """Refuse a policy whose layers differ: the layers of an engine's step share one prepared call."""
+    if isinstance(policy, (Reuse, VSPrefill)):
+        refuse(
+            "policy",
+            policy.kind,
+            "one for all layers: VSPrefill's weights and Reuse's masks are for Transformers",
+        )
+    if isinstance(policy, TokenSparse):
+        refuse("policy", policy.text, "a selection: dropping tokens is for flashprefill.patch_model")
+    return policy
 
 
 def _integer(name: str, value: Any, low: int) -> int:

@@ -28,14 +28,19 @@ from .gather import Gather
 from .mask_policy import MaskPolicy
 from .minference import MInference
 from .prism import Prism
+from .reuse import Borrowed, Reuse, ReusePlan
 from .rrattention import RRAttention
+from .s2o import S2O
 from .sample_attention import SampleAttention
 from .sketch import Sketch
 from .sparge_attn import SpargeAttn
 from .streaming import Streaming
+from .token_sparse import TokenSparse
+from .vsprefill import VSPrefill
 from .xattention import XAttention
 
 __all__ = [
+    "Borrowed",
     "Dense",
     "FlashPrefill",
     "FlexPrefill",
@@ -45,9 +50,14 @@ __all__ = [
     "Policy",
     "Prism",
     "RRAttention",
+    "Reuse",
+    "ReusePlan",
+    "S2O",
     "SampleAttention",
     "Sketch",
     "SpargeAttn",
     "Streaming",
+    "TokenSparse",
+    "VSPrefill",
     "XAttention",
 ]

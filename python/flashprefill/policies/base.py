@@ -40,15 +40,18 @@ class Policy(metaclass=_Named):
         text: the policy as text, "sketch(mass=0.9)": what decides, and what is not a default. It is read
             wherever a policy is taken, and is how policies reach the library.
         source: where the values come from, if :meth:`for_model` made it.
+        reads_values: whether it selects by values too, which :func:`flashprefill.select` then needs.
     """
 
     kind: ClassVar[str] = ""
+    reads_values: ClassVar[bool] = False  # select needs v
     block_size: int
     share_heads: bool
     text: str
     source: str
     _row: ClassVar[str] = ""  # the library's policy whose fields these are, if not that of `kind`
     _fields: ClassVar[tuple[Field, ...]] = ()
+    _extra_names: ClassVar[tuple[str, ...]] = ()  # fields that the library does not have
 
     def __init_subclass__(cls) -> None:
         own = cls.__dict__.get("__annotations__", {}) or cls.__annotations__
@@ -157,6 +160,13 @@ class Policy(metaclass=_Named):
         """Return the policy for one layer of a model: itself, unless it depends on the layer."""
         return self
 
+    def check_model(self, config: Any) -> None:
+        """Refuse a model, by its configuration, that the policy is not for."""
+
+    def _in_model(self, layers: int) -> Policy:
+        """Return the policy for a model of so many layers, from which those of its layers are made."""
+        return self
+
     def _row_unit(self) -> int | None:
         """Return where a prompt may be cut so that the selection of no tile changes: at multiples of this.
 
@@ -181,6 +191,11 @@ class Policy(metaclass=_Named):
         return 0, 1
 
     @property
-    def corrects(self) -> bool:
-        """Whether blocks left out count by their means."""
-        return bool(getattr(self, "mean_correction", False))
+    def skips(self) -> float:
+        """Below which share of the heaviest weight so far attention skips keys; 0: none."""
+        return float(getattr(self, "skip", 0.0))
+
+    @property
+    def corrects(self) -> bool | str:
+        """Whether blocks left out count by their means, or by summary keys (``"summary"``)."""
+        return getattr(self, "mean_correction", False)

@@ -48,6 +48,17 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_choice(name: str, value: Any, choices: tuple[bool | str, ...]) -> bool | str:
+    """Return one of the choices. 0 and 1 are not the bools that they equal."""
+    if not any(value is each if isinstance(each, bool) else value == each for each in choices):
+        refuse(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+    return value  # type: ignore[no-any-return]
+
+
+# What a policy's and a mask's mean_correction may be, in the order of fp_mean_correction.
+CORRECTIONS = (False, True, "summary")
+
+
 def check_stride(stride: int, block_size: int) -> None:
     """Refuse a cell whose tokens are no power of two, or do not divide a block."""
     if stride & (stride - 1):

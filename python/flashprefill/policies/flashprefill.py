@@ -27,7 +27,7 @@ class FlashPrefill(Policy):
         query_pool: rows; means of ``query_pool`` consecutive query rows of a head are scored instead of
             rows, 1 to 128. 1 is the paper, 16 costs 16 times less arithmetic at the same quality.
         share_heads: one list for the query heads of a KV head (V2).
-        mean_correction: blocks left out count by their means (V2).
+        mean_correction: blocks left out count by their means (V2); "summary": 16 of them by one key.
         min_blocks: blocks; the top ``min_blocks`` by score are always kept.
     """
 
@@ -38,7 +38,7 @@ class FlashPrefill(Policy):
     block_size: int = DEFAULT
     query_pool: int = DEFAULT
     share_heads: bool = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
     min_blocks: int = DEFAULT
 
     kind = "flashprefill"

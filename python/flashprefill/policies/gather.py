@@ -30,7 +30,8 @@ class Gather(Policy):
         block_size: keys per block.
         share_heads: one list for the query heads of a KV head. False: each query head has its own, which
             selects better and gathers as many lists more.
-        mean_correction: the keys of a block that are left out count by their means.
+        mean_correction: the keys of a block that are left out count by their means; "summary": those of 16
+            blocks by one key.
     """
 
     gain: float | None = DEFAULT
@@ -42,7 +43,7 @@ class Gather(Policy):
     dense_tail_blocks: int = DEFAULT
     block_size: int = DEFAULT
     share_heads: bool = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
 
     kind = "gather"
 

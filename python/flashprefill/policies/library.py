@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import _abi
 from ..errors import refuse
-from .checks import MAX_TOKENS, check_bool, check_integer, check_number
+from .checks import MAX_TOKENS, check_bool, check_choice, check_integer, check_number
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 _MIN_FLOAT32 = 1e-37  # less would be 0 or subnormal in fp32
@@ -34,7 +34,7 @@ class Field(NamedTuple):
         least: the least value.
         most: the largest value; infinity: any that is finite.
         flags: fp_field_flags.
-        choices: the words that a word is one of.
+        choices: the words that a word is one of; False and True among them are the bools.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Field(NamedTuple):
     least: float
     most: float
     flags: int
-    choices: tuple[str, ...]
+    choices: tuple[bool | str, ...]
 
     def spelled_default(self) -> str:
         """Return the default as the library writes it."""
         default = self.default if self.initial is None else self.initial
-        return str(default).lower() if default is None or self.type == _abi.BOOL else f"{default}"
+        return str(default).lower() if default is None or isinstance(default, bool) else f"{default}"
 
     def check(self, value: Any) -> Any:
         """Return a value as the policy keeps it, or refuse it. Lists are their policy's own business."""
@@ -60,9 +60,7 @@ class Field(NamedTuple):
         if self.type == _abi.FLOAT:
             return self._check_float(value)
         if self.type == _abi.CHOICE:
-            if value not in self.choices:
-                refuse(self.name, repr(value), "one of " + ", ".join(map(repr, self.choices)))
-            return value
+            return check_choice(self.name, value, self.choices)
         if self.type == _abi.INT:
             least = max(int(self.least), 1) if self.flags & _abi.ZERO_IS_NONE else int(self.least)
             return check_integer(self.name, value, least, int(self.most))
@@ -95,7 +93,7 @@ def parsed(text: str) -> Any:
     return memory
 
 
-def _default(field: _abi.PolicyField, struct: Any, choices: tuple[str, ...]) -> Any:
+def _default(field: _abi.PolicyField, struct: Any, choices: tuple[bool | str, ...]) -> Any:
     if field.flags & (_abi.ALTERNATIVE | _abi.OPTIONAL) or field.type in (_abi.INT_TABLE, _abi.FLOAT_TABLE):
         return None
     if field.type == _abi.FLOAT:
@@ -108,11 +106,14 @@ def _default(field: _abi.PolicyField, struct: Any, choices: tuple[str, ...]) -> 
     return None if field.flags & _abi.ZERO_IS_NONE and number == 0 else number
 
 
+_BOOLS = {"false": False, "true": True}
+
+
 def _fields_of(name: str, kind: int) -> tuple[Field, ...]:
     struct, raw = parsed(name), _abi.PolicyField()
     found: list[Field] = []
     while _abi.lib.fp_policy_field_at(kind, len(found), ctypes.byref(raw)) == 0:
-        choices = tuple(raw.choices.decode().split())
+        choices = tuple([_BOOLS.get(word, word) for word in raw.choices.decode().split()])
         decides = raw.flags & _abi.ALTERNATIVE and not math.isnan(raw.initial)
         found.append(
             Field(

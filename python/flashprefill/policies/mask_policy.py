@@ -66,7 +66,7 @@ class MaskPolicy(Policy):
         window_blocks: blocks before and at the diagonal that are always kept.
         dense_tail_blocks: the last query tiles, as many as hold this many blocks of tokens, keep everything.
         share_heads: masks are per KV head, not per query head.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
         layer: passed to the function; :func:`flashprefill.patch_model` sets it for each layer.
 
     Raises:
@@ -81,7 +81,7 @@ class MaskPolicy(Policy):
     window_blocks: int = 0
     dense_tail_blocks: int = 0
     share_heads: bool = False
-    mean_correction: bool = False
+    mean_correction: bool | str = False
     layer: int | None = None
 
     kind = "maskpolicy"

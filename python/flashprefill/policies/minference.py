@@ -60,7 +60,7 @@ class MInference(Policy):
         sink_blocks: blocks at the beginning that are always kept.
         window_blocks: blocks before and at the diagonal that are always kept.
         dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
     """
 
     vertical: int = DEFAULT
@@ -71,7 +71,7 @@ class MInference(Policy):
     sink_blocks: int = DEFAULT
     window_blocks: int = DEFAULT
     dense_tail_blocks: int = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
 
     kind = "minference"
     _room: ClassVar[tuple[int, int]]  # verticals and slashes of single tokens, for any number of keys
@@ -82,7 +82,11 @@ class MInference(Policy):
             heads = check_list("heads", heads, "a pattern for each query head, or None")
             values["heads"] = tuple(_pattern(f"heads[{h}]", entry) for h, entry in enumerate(heads))
         if values["rounding"] == "tokens" and values["mean_correction"]:
-            refuse("mean_correction", True, 'False with rounding="tokens": parts of blocks have no mean')
+            refuse(
+                "mean_correction",
+                values["mean_correction"],
+                'False with rounding="tokens": parts of blocks have no mean',
+            )
 
     def _at_heads(self, first: int, past: int, heads: int) -> MInference:
         return self if self.heads is None else dataclasses.replace(self, heads=self.heads[first:past])

@@ -46,6 +46,16 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "qwen2": _flexprefill(0.9, "Qwen2-7B"),
         "yi-9b-200k": _flexprefill(0.9, "Yi-9B-200K"),
     },
+    "tokensparse": {
+        "llama-3.1": Preset(
+            {"coverage": 0.005, "layers": tuple(range(15, 31))},
+            "coverage and layers of Token Sparse Attention for Llama-3.1-8B-Instruct",
+        ),
+        "mistral-nemo": Preset(
+            {"coverage": 0.008, "layers": (14, 15, *range(20, 38))},
+            "coverage and layers of Token Sparse Attention for Mistral-Nemo-12B-Instruct",
+        ),
+    },
     "minference": {
         "llama-3.1": Preset(
             {"vertical": 512, "slash": 2048},

@@ -30,7 +30,7 @@ class Prism(Policy):
         sink_blocks: blocks at the beginning that are always kept.
         window_blocks: blocks before and at the diagonal that are always kept.
         dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
     """
 
     mass: float = DEFAULT
@@ -42,7 +42,7 @@ class Prism(Policy):
     sink_blocks: int = DEFAULT
     window_blocks: int = DEFAULT
     dense_tail_blocks: int = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
 
     kind = "prism"
 

@@ -31,7 +31,7 @@ class Sketch(Policy):
         dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         block_size: keys per block.
         share_heads: one list for the query heads of a KV head.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
         min_blocks: blocks; the top ``min_blocks`` by score are always kept.
     """
 
@@ -44,7 +44,7 @@ class Sketch(Policy):
     dense_tail_blocks: int = DEFAULT
     block_size: int = DEFAULT
     share_heads: bool = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
     min_blocks: int = DEFAULT
     gain: float | None = DEFAULT
     query_metric: bool = DEFAULT

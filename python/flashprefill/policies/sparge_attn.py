@@ -1,4 +1,4 @@
-"""SpargeAttn's first stage."""
+"""SpargeAttn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .library import DEFAULT
 
 @dataclass(frozen=True, repr=False)
 class SpargeAttn(Policy):
-    """SpargeAttn's first stage (arXiv 2502.18137): means represent blocks that are self-similar.
+    """SpargeAttn (arXiv 2502.18137): means represent blocks that are self-similar.
 
     A block is self-similar if the mean cosine of its tokens is above ``similarity``. The softmax of mean
     query times mean key ranks a tile's self-similar key blocks. All other key blocks are kept, and a tile of
@@ -27,7 +27,10 @@ class SpargeAttn(Policy):
         sink_blocks: blocks at the beginning that are always kept.
         window_blocks: blocks before and at the diagonal that are always kept.
         dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
+        skip: the second stage, in [0, 1): among what is kept, attention leaves out keys, 128 at a time, of
+            which none weighs this share of the heaviest key that a row has met before. 0, the default: none.
+            The authors' ``pvthreshd`` is -log2 of it.
     """
 
     cdf: float | None = DEFAULT
@@ -37,6 +40,7 @@ class SpargeAttn(Policy):
     sink_blocks: int = DEFAULT
     window_blocks: int = DEFAULT
     dense_tail_blocks: int = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
+    skip: float = DEFAULT
 
     kind = "spargeattn"

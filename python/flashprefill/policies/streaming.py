@@ -22,7 +22,7 @@ class Streaming(Policy):
         dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
         block_size: keys per block.
         share_heads: one list for the query heads of a KV head.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
     """
 
     sink_blocks: int = DEFAULT
@@ -30,7 +30,7 @@ class Streaming(Policy):
     dense_tail_blocks: int = DEFAULT
     block_size: int = DEFAULT
     share_heads: bool = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
 
     kind = "streaming"
 

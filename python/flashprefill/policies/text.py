@@ -16,7 +16,9 @@ from ..errors import ArgumentTypeError, FlashPrefillError, InvalidArgumentError,
 from .base import Policy
 from .library import FIELDS
 from .mask_policy import MaskPolicy
+from .reuse import Reuse
 from .streaming import Streaming
+from .token_sparse import TokenSparse
 
 
 def named() -> dict[str, type[Policy]]:
@@ -57,11 +59,15 @@ def make(name: str, fields: Mapping[str, Any]) -> Policy:
     if plain in _SHAPES:
         _check_names(name, fields, [*_TOKENS[plain], *Streaming._names()])
         return _SHAPES[plain](**fields)
+    for wrapper in (Reuse, TokenSparse):
+        if plain == wrapper.kind:
+            _check_names(name, fields, wrapper._names())
+            return wrapper(**fields)
     if plain not in known:
-        names = ", ".join([*known, *_SHAPES])
+        names = ", ".join([*known, *_SHAPES, Reuse.kind, TokenSparse.kind])
         raise InvalidArgumentError(f"the name must be one of {names}, or module:function")
     fields = known[plain].own_names(fields)
-    _check_names(name, fields, [field.name for field in known[plain]._fields])
+    _check_names(name, fields, [*known[plain]._extra_names, *(field.name for field in known[plain]._fields)])
     return known[plain](**fields)
 
 
@@ -107,7 +113,8 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
         if keyword.arg is None:
             raise InvalidArgumentError("arguments are given by name, like alpha=0.2")
         try:
-            fields[keyword.arg] = _value(keyword.value)
+            nested = keyword.arg == "inner" and isinstance(keyword.value, ast.Call)  # a policy inside of one
+            fields[keyword.arg] = ast.unparse(keyword.value) if nested else _value(keyword.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise InvalidArgumentError(f"{keyword.arg} must be a plain value") from None
     return name.id, fields

@@ -32,7 +32,7 @@ class XAttention(Policy):
         sink_blocks: blocks at the beginning that are always kept, counted before the others.
         window_blocks: blocks before and at the diagonal that are always kept, counted before the others.
         dense_tail_blocks: the last query tiles of a prompt, in blocks, that keep everything.
-        mean_correction: blocks left out count by their means.
+        mean_correction: blocks left out count by their means; "summary": 16 of them by one key.
     """
 
     threshold: float = DEFAULT
@@ -43,7 +43,7 @@ class XAttention(Policy):
     sink_blocks: int = DEFAULT
     window_blocks: int = DEFAULT
     dense_tail_blocks: int = DEFAULT
-    mean_correction: bool = DEFAULT
+    mean_correction: bool | str = DEFAULT
 
     kind = "xattention"
 

@@ -24,7 +24,8 @@ import torch
 from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
-from ..policies import FlashPrefill, Policy
+from ..guard import Guard
+from ..policies import FlashPrefill, Policy, Reuse
 from ..stats import Stats
 from ..torch_op import empty_like
 from . import packed, stats
@@ -43,6 +44,7 @@ class Layer:
 
     policy: Policy | None  # None: the model's own dense attention
     eager: bool  # that is eager's, not SDPA's
+    guard: Guard | None = None
 
 
 # What a model has that was loaded with attn_implementation="flashprefill" and not patched.
@@ -85,8 +87,33 @@ def flashprefill_attention(
         **kwargs: what else the model's layers hand on.
     """
     layer: Layer | None = getattr(module, ATTRIBUTE, None)
+    arguments = (query, key, value), attention_mask, dropout, scaling, is_causal, final_chunk, kwargs
+    policy = layer.policy if layer is not None else None
+    if isinstance(policy, Reuse) and policy.layer is not None and not torch.compiler.is_compiling():
+        with policy.held.call(policy.layer):  # dense calls too: that is how a new forward is known
+            return _attention(module, layer, *arguments)
+    return _attention(module, layer, *arguments)
+
+
+def _attention(
+    module: Any,
+    layer: Layer | None,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    final_chunk: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Decide how a layer's call runs, and run it."""
+    query, key, value = tensors
     compiling = torch.compiler.is_compiling()
     ranks = None if compiling else over_ranks.get()  # a model over ranks then refuses its results
+    guard = layer.guard if layer is not None else None
+    if guard is not None and (ranks is not None or query.is_cuda):  # not to be left out in silence
+        where = "over several ranks" if ranks is not None else "on a GPU"
+        raise UnsupportedError(f"guard is given; it must be None for a model {where}")
     if ranks is not None:
         return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)
@@ -97,7 +124,6 @@ def flashprefill_attention(
         )  # fmt: skip
     unpatched = layer is None and is_patched(getattr(module, "config", None))
     policy = layer.policy if layer is not None else None if unpatched else _UNPATCHED
-    tensors = (query, key, value)
     rows = query.shape[2]
     recorders = [] if compiling else stats.recorders_of(module)
     begin = time.perf_counter() if recorders else 0.0
@@ -109,7 +135,7 @@ def flashprefill_attention(
 
     if packed.is_continuous(kwargs):
         out, outcome = packed.attention(
-            module, tensors, policy, eager, dropout, scaling, kwargs, measure=bool(recorders)
+            module, tensors, policy, eager, dropout, scaling, kwargs, bool(recorders), guard
         )
         record(outcome)
         return out, None
@@ -124,7 +150,7 @@ def flashprefill_attention(
             note_once("sparse in grad mode", type(module).__name__)
         try:
             cast = as_sdpa_casts(tensors)
-            out, measured = _sparse(module, cast, policy, scaling, plan, final_chunk, bool(recorders))
+            out, measured = _sparse(module, cast, policy, scaling, plan, final_chunk, bool(recorders), guard)
         except UnsupportedError:
             reason = "backend"
         else:
@@ -150,6 +176,7 @@ def _sparse(
     plan: Plan | None,
     final_chunk: bool | None,
     measure: bool,
+    guard: Guard | None,
 ) -> tuple[torch.Tensor, list[stats.Measured]]:
     """Run the kernel on each span of sequences with the same rows and keys. Rows of padding get zeros."""
     q, k, v = (x.transpose(1, 2) for x in tensors)
@@ -186,10 +213,11 @@ def _sparse(
                 softmax_scale=scaling,
                 layout="bthd",
                 final_chunk=ends,
+                guard=guard,
                 out=parts[3],
                 return_stats=measure,
             )
         if measure:
             kept: Stats = result[1]
-            measured.append(stats.Measured(kept, timings.select_seconds, timings.attend_seconds))
+            measured.append(stats.Measured.of(kept, timings))
     return out, measured

@@ -17,6 +17,7 @@ import torch
 from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
+from ..guard import Guard
 from ..policies import Policy
 from ..stats import Stats
 from . import stats
@@ -51,6 +52,7 @@ def attention(
     scaling: float | None,
     kwargs: dict[str, Any],
     measure: bool,
+    guard: Guard | None = None,
 ) -> tuple[torch.Tensor, list[stats.Measured] | str]:
     """Return (out [1, rows, heads, head_dim], what was measured or why no request's rows were sparse)."""
     own = {name: value for name, value in kwargs.items() if name not in _OWN}
@@ -74,7 +76,7 @@ def attention(
             reason = "short"
         if reason is None and policy is not None:
             try:
-                measured += _sparse(parts, policy, scaling, out[:, rows], measure)
+                measured += _sparse(parts, policy, scaling, out[:, rows], measure, guard)
                 continue
             except UnsupportedError:
                 reason = "backend"
@@ -93,15 +95,22 @@ def _requests(queries: torch.Tensor, keys: torch.Tensor) -> list[tuple[slice, sl
 
 
 def _sparse(
-    parts: tuple[torch.Tensor, ...], policy: Policy, scaling: float | None, out: torch.Tensor, measure: bool
+    parts: tuple[torch.Tensor, ...],
+    policy: Policy,
+    scaling: float | None,
+    out: torch.Tensor,
+    measure: bool,
+    guard: Guard | None,
 ) -> list[stats.Measured]:
     q, k, v = (x.transpose(1, 2) for x in parts)
     with _timings.collect_timings() if measure else contextlib.nullcontext(_timings.Timings()) as timings:
-        result: Any = prefill_attention(q, k, v, policy, softmax_scale=scaling, out=out, return_stats=measure)
+        result: Any = prefill_attention(
+            q, k, v, policy, softmax_scale=scaling, guard=guard, out=out, return_stats=measure
+        )
     if not measure:
         return []
     kept: Stats = result[1]
-    return [stats.Measured(kept, timings.select_seconds, timings.attend_seconds)]
+    return [stats.Measured.of(kept, timings)]
 
 
 def _dense(

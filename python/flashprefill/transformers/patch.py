@@ -16,6 +16,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from ..errors import refuse, refuse_type
+from ..guard import Guard, guard_of
 from ..policies import Policy
 from ..policies.text import parse
 from .attention import ATTRIBUTE, Layer
@@ -54,7 +55,11 @@ def _by_layer(policy: Any, options: Mapping[str, Any] | None, layers: int) -> li
 
 
 def _at_layers(policies: list[Policy | None]) -> list[Policy | None]:
-    return [None if policy is None else policy.at_layer(layer) for layer, policy in enumerate(policies)]
+    count = len(policies)
+    return [
+        None if policy is None else policy._in_model(count).at_layer(layer)
+        for layer, policy in enumerate(policies)
+    ]
 
 
 def _model(model: Any) -> PreTrainedModel:
@@ -67,7 +72,13 @@ def _model(model: Any) -> PreTrainedModel:
     return refuse_type("model", f"a {type(model).__name__}", "a Transformers model, or one inside a wrapper")
 
 
-def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, Any] | None = None) -> Any:
+def patch_model(
+    model: Any,
+    policy: Any = "flashprefill",
+    options: Mapping[str, Any] | None = None,
+    *,
+    guard: Guard | str | None = None,
+) -> Any:
     """Make a loaded model prefill sparsely. Patching a patched model changes its policy.
 
     Args:
@@ -76,13 +87,20 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
             None, or a layer that is missing, means the model's own dense attention; the key "default" stands
             for all layers that are missing, and negative layers count from the end.
         options: with a text: fields of the policy.
+        guard: measures how much of the attention the policy keeps, and may act on it, in every sparse layer:
+            a :class:`flashprefill.Guard` or a text of one ("repair(target=0.95)"). :func:`collect_stats` has
+            what it finds. CPU only: calls of a patched model on a GPU are refused.
 
     Returns:
         The model.
     """
+    guard = guard_of(guard)
     inner = _model(model)
     layers = attention_layers(inner)
     policies = _by_layer(policy, options, max((layer.layer_idx for layer in layers), default=-1) + 1)
+    for own in policies:
+        if own is not None:
+            own.check_model(inner.config)
     if not type(inner)._can_set_attn_implementation() or not layers:
         refuse("model", f"a {type(inner).__name__}", "one that uses Transformers' AttentionInterface")
     register_transformers()
@@ -106,7 +124,8 @@ def patch_model(model: Any, policy: Any = "flashprefill", options: Mapping[str, 
             eager = name == "eager" if name in ("eager", "sdpa") else not supports_sdpa(module)
             # Attention without a number is a vision tower's, or the like: left as it is.
             policy_here = policies[number] if isinstance(number, int) else None
-            setattr(module, ATTRIBUTE, Layer(policy_here, eager))
+            guard_here = None if guard is None or not isinstance(number, int) else guard.at_layer(number)
+            setattr(module, ATTRIBUTE, Layer(policy_here, eager, guard_here))
     _warn_if_useless(inner, layers)
     return model
 

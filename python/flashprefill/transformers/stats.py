@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._timings import Timings
+from ..guard import GuardSummary
 from ..stats import Stats
 from .fallback import LOUD, QUIET
 
@@ -26,6 +28,12 @@ class Measured(NamedTuple):
     stats: Stats
     select_seconds: float
     attend_seconds: float
+    guard_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, stats: Stats, timings: Timings) -> Measured:
+        """Return a call's statistics with its seconds."""
+        return cls(stats, timings.select_seconds, timings.attend_seconds, timings.guard_seconds)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Call:
         seconds: of the whole call. On a GPU of the host's part only.
         select_seconds: of it in selection. CPU only.
         attend_seconds: of it in attention over the selection. CPU only.
+        guard_seconds: of it in the guard. CPU only.
         parts: the statistics of the kernel's calls: one, or several for a padded batch.
     """
 
@@ -53,6 +62,7 @@ class Call:
     select_seconds: float
     attend_seconds: float
     parts: tuple[Stats, ...]
+    guard_seconds: float = 0.0
 
     def counts(self) -> tuple[np.ndarray, int]:
         """Return kept blocks by query head, and how many one head could have kept."""
@@ -87,6 +97,7 @@ class ModelStats:
                 sum(part.select_seconds for part in parts),
                 sum(part.attend_seconds for part in parts),
                 tuple(part.stats for part in parts),
+                sum(part.guard_seconds for part in parts),
             )
         )
 
@@ -140,6 +151,32 @@ class ModelStats:
         """Seconds in attention over what was selected."""
         return sum(call.attend_seconds for call in self.calls)
 
+    @property
+    def guard_seconds(self) -> float:
+        """Seconds in guards."""
+        return sum(call.guard_seconds for call in self.calls)
+
+    @property
+    def guard(self) -> GuardSummary | None:
+        """What guards found in all sparse calls; None where there was none."""
+        reports = [part.guard for call in self.calls for part in call.parts if part.guard is not None]
+        return GuardSummary.of(reports) if reports else None
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Audited recall of all sparse calls, float64 [layers, heads]; NaN where nothing was left out."""
+        heads = max((call.heads for call in self.calls), default=0)
+        total, rows = np.zeros((self.layers, heads)), np.zeros((self.layers, heads))
+        for call in self.calls:
+            for report in (part.guard for part in call.parts):
+                if report is not None:
+                    audited = np.asarray(report.rows_audited)
+                    total[call.layer, : call.heads] += (np.asarray(report.recall) * audited).sum(axis=0)
+                    rows[call.layer, : call.heads] += audited.sum(axis=0)
+        mean = np.full(rows.shape, np.nan)
+        np.divide(total, rows, out=mean, where=rows > 0)
+        return mean
+
     def __str__(self) -> str:
         density = self.density
         lines = ["layer sparse  dense  density    min    max    select    attend     total"]
@@ -159,6 +196,8 @@ class ModelStats:
             )
         for reason, count in self.fallbacks.most_common():
             lines.append(f"{count} calls dense, {reason}: {(QUIET | LOUD)[reason]}")
+        if self.guard is not None:
+            lines.append(f"{self.guard} ({1e3 * self.guard_seconds:.1f} ms)")
         return "\n".join(lines)
 
 

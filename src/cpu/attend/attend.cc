@@ -29,10 +29,9 @@ struct Pair {
   Sequence s;
   int64_t head;
   bool is_packed;
-  Packed keys, means;
-  std::byte* mean_keys; // [blocks][head_dim], in k's dtype, before they are packed
-  std::byte* mean_values;
-  BlockMeans block_means; // with key lists in place of these three
+  Packed keys;
+  MeanRows means;
+  BlockMeans block_means; // with key lists in place of these
   uint64_t* used;         // blocks that some tile keeps: only these are packed
   int64_t first_unit;     // of packing
 };
@@ -78,9 +77,7 @@ void TakePair(Workspace& memory, const AttendCall& call, int64_t k_len, bool is_
     pair.block_means = BlockMeans::Take(memory, call.p.head_dim, blocks);
     return;
   }
-  pair.means = Packed::Take(memory, call.kernels, call.p.head_dim, blocks);
-  pair.mean_keys = memory.Take<std::byte>(blocks * call.p.head_dim * DtypeSize(call.p.k.dtype));
-  pair.mean_values = memory.Take<std::byte>(blocks * call.p.head_dim * DtypeSize(call.p.v.dtype));
+  pair.means = MeanRows::Take(memory, call.p, call.mask, call.kernels, blocks);
 }
 
 // An upper bound where the mask has key lists, which may be empty.
@@ -144,13 +141,7 @@ class Packer {
 
   // Packs the means of blocks [block, block + kGroup) like keys.
   void PackMeans(const Pair& pair, int64_t block) const {
-    const int32_t d = call_.p.head_dim;
-    const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroup, call_.g.Blocks(pair.s) - block));
-    int64_t offset[kGroup];
-    for (int32_t i = 0; i < count; ++i) offset[i] = (block + i) * d;
-    const Packed& to = pair.means;
-    call_.kernels.pack_keys({pair.mean_keys, call_.p.k.dtype, count, 1, offset}, d, block, to.k);
-    call_.kernels.pack_values({pair.mean_values, call_.p.v.dtype, count, 1, offset}, d, block, to.v);
+    pair.means.Pack(call_, block, std::min<int64_t>(kGroup, call_.g.Blocks(pair.s) - block));
   }
 
  private:
@@ -163,36 +154,40 @@ class Packer {
   }
 
   // Keys [key, key + count) of a tensor as rows.
-  Rows KeyRows(const Pair& pair, const fp_tensor& tensor, int64_t key, int32_t count, int64_t* offset) const {
+  Rows KeyRows(const Pair& pair, const fp_tensor& tensor, float scale, int64_t key, int32_t count,
+               int64_t* offset) const {
     for (int32_t i = 0; i < count; ++i) {
       offset[i] = KeyOffset(call_.p, tensor.stride, pair.s, key + i, pair.head);
     }
-    return {tensor.data, tensor.dtype, count, tensor.stride[3], offset};
+    return {tensor.data, tensor.dtype, count, tensor.stride[3], offset, scale};
   }
+
+  float ScaleOfKeys(const Pair& pair) const { return KeyScale(call_.p, pair.s, pair.head); }
+  float ScaleOfValues(const Pair& pair) const { return ValueScale(call_.p, pair.s, pair.head); }
 
   void PackGroup(const Pair& pair, int64_t key) const {
     int64_t offset[kGroup];
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroup, pair.s.k_len - key));
     const int32_t d = call_.p.head_dim;
     const Packed& to = pair.keys;
-    call_.kernels.pack_keys(KeyRows(pair, call_.p.k, key, count, offset), d, key, to.k);
-    call_.kernels.pack_values(KeyRows(pair, call_.p.v, key, count, offset), d, key, to.v);
+    call_.kernels.pack_keys(KeyRows(pair, call_.p.k, ScaleOfKeys(pair), key, count, offset), d, key, to.k);
+    call_.kernels.pack_values(KeyRows(pair, call_.p.v, ScaleOfValues(pair), key, count, offset), d, key, to.v);
   }
 
   void MeanOf(const Pair& pair, int64_t block, float* mean) const {
     int64_t offset[kMaxBlock];
     const int32_t count = static_cast<int32_t>(call_.g.BlockKeys(pair.s, block));
     const int32_t d = call_.p.head_dim;
-    auto average = [&](const fp_tensor& tensor, std::byte* to, float* exact) {
-      call_.kernels.mean(KeyRows(pair, tensor, block * call_.g.block_size, count, offset), d, mean);
+    auto average = [&](const fp_tensor& tensor, float scale, std::byte* to, float* exact) {
+      call_.kernels.mean(KeyRows(pair, tensor, scale, block * call_.g.block_size, count, offset), d, mean);
       if (exact) {
         std::copy_n(mean, d, exact + block * d);
       } else {
-        for (int32_t i = 0; i < d; ++i) StoreElement(to, tensor.dtype, block * d + i, mean[i]);
+        for (int32_t i = 0; i < d; ++i) StoreElement(to, MeanDtype(tensor.dtype), block * d + i, mean[i]);
       }
     };
-    average(call_.p.k, pair.mean_keys, pair.block_means.keys);
-    average(call_.p.v, pair.mean_values, pair.block_means.values);
+    average(call_.p.k, ScaleOfKeys(pair), pair.means.keys, pair.block_means.keys);
+    average(call_.p.v, ScaleOfValues(pair), pair.means.values, pair.block_means.values);
   }
 
   static constexpr int kMaxBlock = 1024; // of the C ABI
@@ -307,7 +302,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
                          1;
       packer.Pack(*pair, unit - pair->first_unit, scratch.mean);
     });
-    if (mask.mean_correction && !HasKeyLists(mask)) {
+    if (mask.mean_correction == FP_BLOCK_MEANS && !HasKeyLists(mask)) {
       for_each(count, [&](int64_t i, int64_t, TileScratch&) {
         const Pair& pair = memory.pairs[i];
         for (int64_t block = 0; block < call.g.Blocks(pair.s); block += kGroup) packer.PackMeans(pair, block);

@@ -121,7 +121,7 @@ void LoadQueries(const Rows& rows, int32_t head_dim, void* q) {
 // The row's elements as fp32; zeros if there is no such row.
 HWY_INLINE void LoadOrZero(const Rows& rows, int32_t i, int64_t count, int64_t padded, float* to) {
   if (i < rows.count) {
-    LoadRow(rows.data, rows.dtype, rows.offset[i], rows.step, count, padded, to);
+    LoadRow(rows.data, rows.dtype, rows.offset[i], rows.step, count, padded, to, rows.scale);
   } else {
     std::fill(to, to + padded, 0.0f);
   }
@@ -246,19 +246,23 @@ HWY_NOINLINE void Rescale(const TileState& tile, int32_t r, float largest) {
 // and fp32 (nor bf16: its range is the same) loses nothing by it.
 constexpr float kHeadroom = 8;
 
-// scores[begin, end) become weights. Columns that a row doesn't see become exact zeros, as far as Values reads.
-void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
+// scores[begin, end) become weights. Columns that a row doesn't see become exact zeros, as far as Values reads. Where
+// rows may skip, the reference is always the largest score, without headroom: what is skipped is said by that.
+uint64_t Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end) {
   const DF df;
   const VF lowest = hn::Set(df, -kInfinity), scale = hn::Set(df, tile.scale);
-  const float headroom = kHeadroom / tile.scale;
+  const bool skips = tile.skip > -kInfinity;
+  const float headroom = skips ? 0 : kHeadroom / tile.scale;
+  uint64_t skipped = 0;
   const int32_t filled = (SeenColumns(chunk, end) + kLanes - 1) / kLanes * kLanes;
   for (int32_t r = begin; r < end; ++r) {
     float* row = tile.scores + (r - begin) * kScoreStride;
     const int32_t seen = chunk.limit ? chunk.limit[r] : chunk.columns;
     const int32_t whole = seen / kLanes * kLanes, vectors = (seen + kLanes - 1) / kLanes * kLanes;
     if (chunk.bias) {
+      const float* biases = chunk.bias + r % chunk.bias_rows * kChunk;
       for (int32_t i = 0; i < vectors; i += kLanes) {
-        const VF bias = hn::LoadU(df, chunk.bias + i);
+        const VF bias = hn::LoadU(df, biases + i);
         const VF score = hn::Add(hn::LoadU(df, row + i), bias);
         hn::StoreU(hn::IfThenElse(hn::Eq(bias, lowest), lowest, score), df, row + i);
       }
@@ -269,6 +273,12 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
     }
     VF largest = lowest;
     for (int32_t i = 0; i < vectors; i += kLanes) largest = hn::Max(largest, hn::LoadU(df, row + i));
+    if (skips && hn::GetLane(hn::MaxOfLanes(df, largest)) < tile.largest[r] + tile.skip) {
+      for (int32_t i = 0; i < filled; i += kLanes) hn::StoreU(hn::Zero(df), df, row + i);
+      skipped |= uint64_t{1} << (r - begin);
+      *tile.skipped += seen;
+      continue;
+    }
     if (!hn::AllFalse(df, hn::Gt(largest, hn::Set(df, tile.largest[r] + headroom)))) {
       Rescale(tile, r, hn::GetLane(hn::MaxOfLanes(df, largest)));
     }
@@ -282,6 +292,7 @@ void Weigh(const TileState& tile, const Chunk& chunk, int32_t begin, int32_t end
     hn::StoreU(sum, df, tile.sum + r * kLeast);
     for (int32_t i = vectors; i < filled; i += kLanes) hn::StoreU(hn::Zero(df), df, row + i);
   }
+  return skipped;
 }
 
 // ---------------------------------------------------------------- few rows
@@ -298,7 +309,7 @@ void AttendUnpacked(const TileState& tile, const Chunk& chunk, const Rows& k, co
 
   // Row i in fp32, with zeros up to `width`.
   auto load = [&](const Rows& from, int32_t i) HWY_ATTR -> const float* {
-    const int64_t size = from.dtype == FP_F32 ? 4 : 2;
+    const int64_t size = static_cast<int64_t>(DtypeSize(from.dtype));
     const char* data = static_cast<const char*>(from.data);
     if (from.step == 1 && i + kFarAhead < from.count) {
       const char* ahead = data + from.offset[i + kFarAhead] * size;
@@ -308,7 +319,7 @@ void AttendUnpacked(const TileState& tile, const Chunk& chunk, const Rows& k, co
       return reinterpret_cast<const float*>(data) + from.offset[i];
     }
     float* to = buffer + i % kAtOnce * kMaxHeadDim;
-    LoadRow(from.data, from.dtype, from.offset[i], from.step, tile.head_dim, width, to);
+    LoadRow(from.data, from.dtype, from.offset[i], from.step, tile.head_dim, width, to, from.scale);
     return to;
   };
   auto dot = [&](const float* q, const float* key) HWY_ATTR {

@@ -17,7 +17,7 @@ namespace flashprefill::cpu {
 constexpr int kChunk = 128;       // columns of scores that a tile works on at a time
 constexpr int kGroup = 128;       // keys per packed group; every PANEL divides it
 constexpr int kLeast = 16;        // blocks begin at multiples of it
-constexpr int kMaxStrip = 64;     // rows whose scores exist at a time
+constexpr int kMaxStrip = 64;     // rows whose scores exist at a time; bits of a word
 constexpr int kMaxHeadDim = 512;  // of the C ABI
 constexpr int kFewRows = 8;       // of a KV head whose keys are not packed
 constexpr int kScoreStride = 144; // fp32 elements a row of scores: 128 would map rows to few cache sets
@@ -28,13 +28,14 @@ static constexpr int64_t KeyDepth(int64_t head_dim) { return (head_dim + 1) / 2 
 static constexpr int64_t ValueWidth(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 static constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows of a tensor: element d of row i is data[offset[i] + d * step].
+// Rows of a tensor: element d of row i is data[offset[i] + d * step] * scale. scale is 1 but for FP8.
 struct Rows {
   const void* data;
   int32_t dtype;
   int32_t count;
   int64_t step;
   const int64_t* offset;
+  float scale = 1;
 };
 
 // Packed keys [key, key + count) are columns [column, column + count) of a chunk. key and column are multiples of
@@ -54,7 +55,9 @@ struct Chunk {
   KeyRun run[kChunk / kLeast];
   const int32_t* limit; // row r sees columns [0, limit[r]), which does not fall with r; null: every row sees all
   int64_t next;         // a key of the chunk that comes next, to be fetched ahead; or -1
-  const float* bias;    // added to the scores, a column each; -inf masks the column. Null: nothing is added
+  const float* bias;    // [bias_rows][kChunk]: row r adds row r % bias_rows of it to its scores, a column each; -inf
+                        // masks the column. Null: nothing is added
+  int32_t bias_rows = 1;
 };
 
 // A tile between chunks.
@@ -67,6 +70,10 @@ struct TileState {
   float* sum;     // [rows][16]: sum of weights, by lanes
   float* largest; // [rows]: the reference of the weights, in units of scores
   float* scores;  // [kMaxStrip][kScoreStride]
+  // A chunk counts nothing for a row if none of its scores comes within this of the row's largest before: below 0, in
+  // units of scores. -inf: every chunk counts.
+  float skip;
+  int64_t* skipped; // how many pairs of a row and a key were skipped so
 };
 
 struct AttendKernels {

@@ -12,15 +12,23 @@ constexpr int kMaxBlock = 1024; // of the C ABI
 class SegmentPacker {
  public:
   SegmentPacker(const AttendCall& call, const Sequence& s, int64_t kv_head, const KeyList& list, TileScratch& scratch)
-      : call_(call), s_(s), kv_head_(kv_head), list_(list), scratch_(scratch) {}
+      : call_(call),
+        s_(s),
+        kv_head_(kv_head),
+        key_scale_(KeyScale(call.p, s, kv_head)),
+        value_scale_(ValueScale(call.p, s, kv_head)),
+        list_(list),
+        scratch_(scratch) {}
 
   void PackKeys() const {
     for (int64_t first = 0; first < list_.count; first += kGroup) {
       const int32_t count = static_cast<int32_t>(std::min<int64_t>(list_.count - first, kGroup));
       const int32_t* keys = list_.keys + first;
       int64_t offset[kGroup];
-      call_.kernels.pack_keys(RowsAt(call_.p.k, keys, count, offset), call_.p.head_dim, first, scratch_.listed.k);
-      call_.kernels.pack_values(RowsAt(call_.p.v, keys, count, offset), call_.p.head_dim, first, scratch_.listed.v);
+      call_.kernels.pack_keys(RowsAt(call_.p.k, key_scale_, keys, count, offset), call_.p.head_dim, first,
+                              scratch_.listed.k);
+      call_.kernels.pack_values(RowsAt(call_.p.v, value_scale_, keys, count, offset), call_.p.head_dim, first,
+                                scratch_.listed.v);
     }
   }
 
@@ -33,28 +41,25 @@ class SegmentPacker {
       const int64_t end = block * call_.g.block_size + call_.g.BlockKeys(s_, block);
       while (listed != list_.keys + list_.count && *listed < end) ++listed;
       const int32_t count = static_cast<int32_t>(listed - first);
-      scratch_.rest_count[block] = static_cast<float>(call_.g.BlockKeys(s_, block) - count);
-      MeanOfRest(call_.p.k, means.keys + block * d, block, first, count, scratch_.rest_keys);
-      MeanOfRest(call_.p.v, means.values + block * d, block, first, count, scratch_.rest_values);
+      scratch_.rest.count[block] = static_cast<float>(call_.g.BlockKeys(s_, block) - count);
+      MeanOfRest(call_.p.k, key_scale_, means.keys + block * d, block, first, count, scratch_.rest.keys);
+      MeanOfRest(call_.p.v, value_scale_, means.values + block * d, block, first, count, scratch_.rest.values);
     }
+    if (call_.mask.mean_correction != FP_BLOCK_MEANS) return;
     for (int64_t block = 0; block < blocks; block += kGroup) {
-      const int32_t count = static_cast<int32_t>(std::min<int64_t>(kGroup, blocks - block));
-      int64_t offset[kGroup];
-      for (int32_t i = 0; i < count; ++i) offset[i] = (block + i) * d;
-      call_.kernels.pack_keys({scratch_.rest_keys, call_.p.k.dtype, count, 1, offset}, d, block, scratch_.rest.k);
-      call_.kernels.pack_values({scratch_.rest_values, call_.p.v.dtype, count, 1, offset}, d, block, scratch_.rest.v);
+      scratch_.rest.Pack(call_, block, std::min<int64_t>(kGroup, blocks - block));
     }
   }
 
  private:
-  Rows RowsAt(const fp_tensor& tensor, const int32_t* keys, int32_t count, int64_t* offset) const {
+  Rows RowsAt(const fp_tensor& tensor, float scale, const int32_t* keys, int32_t count, int64_t* offset) const {
     for (int32_t i = 0; i < count; ++i) offset[i] = KeyOffset(call_.p, tensor.stride, s_, keys[i], kv_head_);
-    return {tensor.data, tensor.dtype, count, tensor.stride[3], offset};
+    return {tensor.data, tensor.dtype, count, tensor.stride[3], offset, scale};
   }
 
-  // The mean of a block's keys but for `count` listed ones, rounded to the tensor's dtype. Of these and the others the
+  // The mean of a block's keys but for `count` listed ones, rounded to MeanDtype. Of these and the others the
   // fewer are added up: what is subtracted from the mean of all is then at most half of it, and loses nothing.
-  void MeanOfRest(const fp_tensor& tensor, const float* mean_of_all, int64_t block, const int32_t* listed,
+  void MeanOfRest(const fp_tensor& tensor, float scale, const float* mean_of_all, int64_t block, const int32_t* listed,
                   int32_t count, std::byte* to) const {
     const int32_t d = call_.p.head_dim, all = static_cast<int32_t>(call_.g.BlockKeys(s_, block)), rest = all - count;
     float* mean = scratch_.mean;
@@ -62,7 +67,7 @@ class SegmentPacker {
     if (count == 0 || rest == 0) {
       std::copy_n(mean_of_all, d, mean);
     } else if (count <= rest) {
-      call_.kernels.mean(RowsAt(tensor, listed, count, offset), d, mean);
+      call_.kernels.mean(RowsAt(tensor, scale, listed, count, offset), d, mean);
       const float share = static_cast<float>(count) / static_cast<float>(rest);
       for (int32_t i = 0; i < d; ++i) mean[i] = mean_of_all[i] + (mean_of_all[i] - mean[i]) * share;
     } else {
@@ -75,14 +80,15 @@ class SegmentPacker {
           others[n++] = key;
         }
       }
-      call_.kernels.mean(RowsAt(tensor, others, n, offset), d, mean);
+      call_.kernels.mean(RowsAt(tensor, scale, others, n, offset), d, mean);
     }
-    for (int32_t i = 0; i < d; ++i) StoreElement(to, tensor.dtype, block * d + i, mean[i]);
+    for (int32_t i = 0; i < d; ++i) StoreElement(to, MeanDtype(tensor.dtype), block * d + i, mean[i]);
   }
 
   const AttendCall& call_;
   const Sequence& s_;
   const int64_t kv_head_;
+  const float key_scale_, value_scale_;
   const KeyList list_;
   TileScratch& scratch_;
 };
@@ -98,7 +104,7 @@ void AttendSegment(const AttendCall& call, const Sequence& s, int64_t mask_head,
   if (call.mask.mean_correction) packer.PackRest(means, call.g.TileOf(call.p, s, end - 1).full);
   for (int64_t m = first; m < end; ++m) {
     const int64_t next_key = m + 1 < end ? FirstKey(call, s, mask_head, m + 1) : -1;
-    AttendTile(call, s, mask_head, m, keys, Packed{}, next_key, scratch);
+    AttendTile(call, s, mask_head, m, keys, scratch.rest, next_key, scratch);
   }
 }
 

@@ -6,13 +6,16 @@
 #include <cmath>
 #include <limits>
 
+#include "core/skip.h"
 #include "core/vertical_slash.h"
 #include "cpu/attend/chunk_builder.h"
+#include "cpu/attend/summary.h"
 
 namespace flashprefill::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+static_assert(kChunk == kSkipKeys && kFewRows + 1 == kRowsThatSkip, "what is skipped is said in chunks of this size");
 
 // Every kept block, in order.
 void AddKeptBlocks(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Packed& keys,
@@ -39,14 +42,14 @@ void AddVerticalSlash(const AttendCall& call, const TileRows& rows, const uint64
   int32_t count = 0;
   const auto flush = [&] {
     if (count == 0) return;
-    const auto rows_of = [&](const fp_tensor& tensor) {
+    const auto rows_of = [&](const fp_tensor& tensor, float scale) {
       for (int32_t i = 0; i < count; ++i) {
         scratch.extra_offset[i] = KeyOffset(p, tensor.stride, s, scratch.extra_key[i], kv_head);
       }
-      return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], scratch.extra_offset};
+      return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], scratch.extra_offset, scale};
     };
-    call.kernels.pack_keys(rows_of(p.k), p.head_dim, 0, scratch.gathered.k);
-    call.kernels.pack_values(rows_of(p.v), p.head_dim, 0, scratch.gathered.v);
+    call.kernels.pack_keys(rows_of(p.k, KeyScale(p, s, kv_head)), p.head_dim, 0, scratch.gathered.k);
+    call.kernels.pack_values(rows_of(p.v, ValueScale(p, s, kv_head)), p.head_dim, 0, scratch.gathered.v);
     Chunk chunk = {scratch.gathered.k, scratch.gathered.v, count, 1, {}, nullptr, -1, nullptr};
     chunk.run[0] = {0, 0, count};
     if (scratch.extra_key[count - 1] > s.prefix + rows.tile.begin) {
@@ -102,16 +105,14 @@ void AddKeyList(const AttendCall& call, const TileRows& rows, const uint64_t* bi
 }
 
 // Every block that is left out and seen whole by all rows: its mean key and value, weighing as much as it has keys.
-// keys_of(block): how many.
-template <typename KeysOf>
-void AddMeans(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const Packed& means,
-              const KeysOf& keys_of, TileScratch& scratch) {
-  ChunkBuilder chunks(call.kernels, scratch.state, rows, means, scratch.limit);
+void AddMeans(const AttendCall& call, const TileRows& rows, const uint64_t* bits, const MeanRows& means,
+              TileScratch& scratch) {
+  ChunkBuilder chunks(call.kernels, scratch.state, rows, means.packed, scratch.limit);
   for (int64_t first = 0; first < rows.tile.full; first += kChunk) {
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(rows.tile.full - first, kChunk));
     bool any = false;
     for (int32_t i = 0; i < kChunk; ++i) {
-      const float keys = i < count && !TestBit(bits, first + i) ? keys_of(first + i) : 0.f;
+      const float keys = i < count && !TestBit(bits, first + i) ? means.Keys(call.g, rows.s, first + i) : 0.f;
       any |= keys > 0;
       scratch.bias[i] = keys > 0 ? std::log2(keys) / scratch.state.scale : -kInfinity;
     }
@@ -127,11 +128,11 @@ Rows RowsOf(const Problem& p, const fp_tensor& tensor, const TileRows& rows, Til
   return {tensor.data, tensor.dtype, rows.count(), tensor.stride[3], scratch.offset};
 }
 
-// Nothing is summed yet.
-void Clear(const TileState& state) {
-  std::fill_n(state.o, state.rows * ValueWidth(state.head_dim), 0.0f);
-  std::fill_n(state.sum, state.rows * kLeast, 0.0f);
-  std::fill_n(state.largest, state.rows, -kInfinity);
+void WriteSkipped(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, int64_t pairs) {
+  if (call.mask.skip == 0 || !call.mask.skipped) return;
+  const Tile tile = call.g.TileOf(call.p, s, m);
+  const int64_t rows = (tile.end - tile.begin) * call.g.heads_per_tile;
+  call.mask.skipped[call.g.Row(s, mask_head, m)] = SkippedBlocks(pairs, rows, call.g.block_size);
 }
 
 // The rows go out.
@@ -146,6 +147,14 @@ void Finish(const AttendCall& call, const AttendKernels& kernels, const TileRows
 
 } // namespace
 
+void MeanRows::Pack(const AttendCall& call, int64_t first, int64_t blocks) const {
+  const int32_t d = call.p.head_dim, count = static_cast<int32_t>(blocks);
+  int64_t offset[kGroup];
+  for (int32_t i = 0; i < count; ++i) offset[i] = (first + i) * d;
+  call.kernels.pack_keys({keys, MeanDtype(call.p.k.dtype), count, 1, offset}, d, first, packed.k);
+  call.kernels.pack_values({values, MeanDtype(call.p.v.dtype), count, 1, offset}, d, first, packed.v);
+}
+
 TileState TakeTileState(Workspace& memory, int32_t head_dim) {
   TileState state{};
   state.q = memory.Take<float>(kTileRows * QueryStride(head_dim));
@@ -153,7 +162,14 @@ TileState TakeTileState(Workspace& memory, int32_t head_dim) {
   state.scores = memory.Take<float>(kMaxStrip * kScoreStride);
   state.sum = memory.Take<float>(kTileRows * kLeast);
   state.largest = memory.Take<float>(kTileRows);
+  state.skip = -kInfinity;
   return state;
+}
+
+void ClearTile(const TileState& state) {
+  std::fill_n(state.o, state.rows * ValueWidth(state.head_dim), 0.0f);
+  std::fill_n(state.sum, state.rows * kLeast, 0.0f);
+  std::fill_n(state.largest, state.rows, -kInfinity);
 }
 
 TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
@@ -163,16 +179,21 @@ TileScratch TileScratch::Take(Workspace& memory, const AttendCall& call) {
   t.state = TakeTileState(memory, head_dim);
   t.offset = memory.Take<int64_t>(kTileRows);
   t.limit = memory.Take<int32_t>(2 * kTileRows);
-  t.bias = memory.Take<float>(kChunk);
+  const bool summarises = call.mask.mean_correction == FP_SUMMARY_KEYS;
+  t.bias = memory.Take<float>(kChunk * (summarises ? call.g.heads_per_tile : 1));
   t.lse = memory.Take<float>(kTileRows);
   t.mean = memory.Take<float>(kMaxHeadDim);
   if (HasKeyLists(call.mask)) t.listed = Packed::Take(memory, kernels, head_dim, call.mask.max_keys);
   if (HasKeyLists(call.mask) && call.mask.mean_correction) {
     const int64_t blocks = DivUp<int64_t>(call.p.max_seqlen_k, call.g.block_size);
-    t.rest = Packed::Take(memory, kernels, head_dim, blocks);
-    t.rest_count = memory.Take<float>(blocks);
-    t.rest_keys = memory.Take<std::byte>(blocks * head_dim * DtypeSize(call.p.k.dtype));
-    t.rest_values = memory.Take<std::byte>(blocks * head_dim * DtypeSize(call.p.v.dtype));
+    t.rest = MeanRows::Take(memory, call.p, call.mask, kernels, blocks);
+    t.rest.count = memory.Take<float>(blocks);
+  }
+  if (summarises) {
+    t.summary.one = TakeTileState(memory, head_dim);
+    t.summary.keys = memory.Take<std::byte>(kChunk * head_dim * DtypeSize(MeanDtype(call.p.k.dtype)));
+    t.summary.values = memory.Take<std::byte>(kChunk * head_dim * DtypeSize(MeanDtype(call.p.v.dtype)));
+    t.summary.packed = Packed::Take(memory, kernels, head_dim, kChunk);
   }
   if (HasVerticalSlash(call.mask)) {
     t.extra_key = memory.Take<int64_t>(kChunk);
@@ -194,7 +215,7 @@ int64_t FirstKey(const AttendCall& call, const Sequence& s, int64_t mask_head, i
 }
 
 void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, int64_t m, const Packed& keys,
-                const Packed& means, int64_t next_key, TileScratch& scratch) {
+                const MeanRows& means, int64_t next_key, TileScratch& scratch) {
   const Problem& p = call.p;
   const Geometry& g = call.g;
   const Tile tile = g.TileOf(p, s, m);
@@ -206,15 +227,15 @@ void AttendTile(const AttendCall& call, const Sequence& s, int64_t mask_head, in
   state.head_dim = p.head_dim;
   state.scale = ExponentScale(p);
   call.kernels.load_queries(RowsOf(p, p.q, rows, scratch), p.head_dim, state.q);
-  Clear(state);
+  ClearTile(state);
+  int64_t skipped = 0;
+  state.skip = Skips(p, call.mask, s) ? std::log2(call.mask.skip) / state.scale : -kInfinity;
+  state.skipped = &skipped;
   AddKeptBlocks(call, rows, bits, keys, next_key, scratch);
-  if (call.mask.mean_correction && HasKeyLists(call.mask)) {
-    AddMeans(
-        call, rows, bits, scratch.rest, [&](int64_t b) { return scratch.rest_count[b]; }, scratch);
-  } else if (call.mask.mean_correction) {
-    const auto keys_of = [&](int64_t block) { return static_cast<float>(g.BlockKeys(s, block)); };
-    AddMeans(call, rows, bits, means, keys_of, scratch);
-  }
+  state.skip = -kInfinity; // means count
+  WriteSkipped(call, s, mask_head, m, skipped);
+  if (call.mask.mean_correction == FP_BLOCK_MEANS) AddMeans(call, rows, bits, means, scratch);
+  if (call.mask.mean_correction == FP_SUMMARY_KEYS) AddSummaries(call, rows, bits, means, scratch);
   if (HasVerticalSlash(call.mask)) {
     AddVerticalSlash(call, rows, bits, VerticalSlash::Of(call.mask, s.index, mask_head), mask_head / g.group, scratch);
   }
@@ -240,6 +261,7 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
     state.rows = rows_of(h).count();
     state.head_dim = p.head_dim;
     state.scale = ExponentScale(p);
+    state.skip = -kInfinity;
     const int64_t row = h * state.rows;
     state.q = static_cast<float*>(state.q) + row * QueryStride(p.head_dim);
     state.o += row * ValueWidth(p.head_dim);
@@ -247,14 +269,15 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
     state.largest += row;
     return state;
   };
-  auto key_rows = [&](const fp_tensor& tensor, int64_t key, int32_t count, int64_t* offset) {
+  auto key_rows = [&](const fp_tensor& tensor, float scale, int64_t key, int32_t count, int64_t* offset) {
     for (int32_t i = 0; i < count; ++i) offset[i] = KeyOffset(p, tensor.stride, s, key + i, kv_head);
-    return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], offset};
+    return Rows{tensor.data, tensor.dtype, count, tensor.stride[3], offset, scale};
   };
 
   auto attend = [&](int64_t block, int64_t key, int32_t count) {
     int64_t k_offset[kChunk], v_offset[kChunk];
-    const Rows k = key_rows(p.k, key, count, k_offset), v = key_rows(p.v, key, count, v_offset);
+    const Rows k = key_rows(p.k, KeyScale(p, s, kv_head), key, count, k_offset);
+    const Rows v = key_rows(p.v, ValueScale(p, s, kv_head), key, count, v_offset);
     const TileRows rows = rows_of(0);
     for (int64_t r = 0; r < rows.count() * mask_heads; ++r) {
       const int64_t position = s.prefix + rows.token(r % rows.count());
@@ -277,7 +300,7 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
   for (int64_t h = 0; h < mask_heads; ++h) {
     const TileState state = state_of(h);
     kernels.load_queries(RowsOf(p, p.q, rows_of(h), scratch), p.head_dim, state.q);
-    Clear(state);
+    ClearTile(state);
   }
   for (int64_t block = 0; block < tile.visible; ++block) {
     const int64_t end = std::min((block + 1) * g.block_size, last_seen);
@@ -287,7 +310,10 @@ void AttendFewRows(const AttendCall& call, const Sequence& s, int64_t kv_head, T
       attend(block, key, static_cast<int32_t>(std::min<int64_t>(end - key, kChunk)));
     }
   }
-  for (int64_t h = 0; h < mask_heads; ++h) Finish(call, kernels, rows_of(h), state_of(h), scratch);
+  for (int64_t h = 0; h < mask_heads; ++h) {
+    Finish(call, kernels, rows_of(h), state_of(h), scratch);
+    WriteSkipped(call, s, first + h, 0, 0);
+  }
 }
 
 } // namespace flashprefill::cpu

@@ -85,6 +85,7 @@ void DescribeMeans(const Problem& p, const EnergyPlan& plan, const Sequence& s, 
       }
     }
   });
+  for (int64_t h = 0; h < heads; ++h) ScaleRow(KeyScale(p, s, head_begin + h), d, sums + h * d);
   const VF count = hn::Set(f, static_cast<float>(keys));
   MapRow(sums, heads * d, [&](VF x) { return Rounded(p.k.dtype, hn::Div(x, count)); });
   for (int64_t h = 0; h < heads; ++h) {

@@ -23,13 +23,14 @@ namespace flashprefill::cpu::HWY_NAMESPACE {
 constexpr DF f;
 
 template <int32_t DTYPE>
-using Element = std::conditional_t<DTYPE == FP_F32, float, uint16_t>;
+using Element = std::conditional_t<DTYPE == FP_F32, float, std::conditional_t<DTYPE == FP_E4M3, uint8_t, uint16_t>>;
 
 // Calls body with the dtype as a constant.
 template <typename Body>
 HWY_INLINE void WithDtype(int32_t dtype, const Body& body) {
   if (dtype == FP_F32) return body(std::integral_constant<int32_t, FP_F32>());
   if (dtype == FP_BF16) return body(std::integral_constant<int32_t, FP_BF16>());
+  if (dtype == FP_E4M3) return body(std::integral_constant<int32_t, FP_E4M3>());
   body(std::integral_constant<int32_t, FP_F16>());
 }
 
@@ -54,8 +55,9 @@ HWY_INLINE void PrefetchRow(const T* row, int64_t n) {
 }
 constexpr int64_t kAhead = 4; // tokens
 
-// A mean's one rounding to its input's dtype.
+// A mean's one rounding to its input's dtype (MeanDtype).
 HWY_INLINE VF Rounded(int32_t dtype, VF x) {
+  dtype = MeanDtype(dtype);
   if (dtype == FP_F32) return x;
   HWY_ALIGN uint16_t half[kLanes];
   StoreVector(x, half, dtype, 0);
@@ -85,7 +87,8 @@ HWY_INLINE void ForRuns(const Problem& p, const Sequence& s, int64_t begin, int6
   }
 }
 
-// Brings one head's keys of a block to fp32 rows; where K is transposed the loop over tokens is the inner one.
+// Brings one head's keys of a block to fp32 rows, scales included; where K is transposed the loop over tokens is the
+// inner one.
 template <int32_t DTYPE>
 void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int head, float* rows) {
   const int64_t d = p.head_dim;
@@ -103,6 +106,7 @@ void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, i
       TakeRow<DTYPE, false>(from, p.k.stride[3], d, into + t * d);
     }
   });
+  ScaleRow(KeyScale(p, s, head), (end - begin) * d, rows);
 }
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE

@@ -41,9 +41,30 @@ HWY_INLINE hn::Vec<DU> ToBf16Bits(VF x) {
   return hn::ShiftRight<16>(hn::IfThenElse(is_nan, hn::Or(u, hn::Set(du, 0x400000)), rounded));
 }
 
+// Shifted by 7, E4M3's 4 bits of exponent and 3 of mantissa are fp16's of the number divided by 2^8, since the biases
+// are 7 and 15: of subnormal numbers too.
+HWY_INLINE VF FromE4M3(const uint8_t* from) {
+  const DF df;
+  if constexpr (kHasF16Instructions) {
+    const DU16 du16;
+    const hn::Rebind<hwy::float16_t, DF> df16;
+    const auto x = hn::PromoteTo(du16, hn::LoadU(hn::Rebind<uint8_t, DF>(), from));
+    const auto magnitude = hn::And(x, hn::Set(du16, 0x7f));
+    const auto sign = hn::ShiftLeft<8>(hn::And(x, hn::Set(du16, 0x80)));
+    const auto nan = hn::IfThenElse(hn::Eq(magnitude, hn::Set(du16, 0x7f)), hn::Set(du16, 0x7e00), hn::Zero(du16));
+    const auto bits = hn::Or(hn::Or(hn::ShiftLeft<7>(magnitude), sign), nan);
+    return hn::Mul(hn::PromoteTo(df, hn::BitCast(df16, bits)), hn::Set(df, 256.0f));
+  } else {
+    HWY_ALIGN float lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = flashprefill::FromE4M3(from[i]);
+    return hn::Load(df, lanes);
+  }
+}
+
 // One vector of unit-stride elements.
 HWY_INLINE VF LoadVector(const void* data, int32_t dtype, int64_t offset) {
   if (dtype == FP_F32) return hn::LoadU(DF(), static_cast<const float*>(data) + offset);
+  if (dtype == FP_E4M3) return FromE4M3(static_cast<const uint8_t*>(data) + offset);
   const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
   if (dtype == FP_BF16) return FromBf16(hn::LoadU(DU16(), from));
   if constexpr (kHasF16Instructions) {
@@ -79,15 +100,25 @@ HWY_INLINE void StoreVector(VF x, void* data, int32_t dtype, int64_t offset) {
   }
 }
 
-// to[0, count) = the row; to[count, padded) = 0.
+// row[i] *= scale: what FP8 was stored without.
+HWY_INLINE void ScaleRow(float scale, int64_t count, float* row) {
+  if (scale == 1) return;
+  const VF factor = hn::Set(DF(), scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(hn::Mul(hn::LoadU(DF(), row + i), factor), DF(), row + i);
+  for (; i < count; ++i) row[i] *= scale;
+}
+
+// to[0, count) = the row times scale; to[count, padded) = 0.
 HWY_INLINE void LoadRow(const void* data, int32_t dtype, int64_t offset, int64_t step, int64_t count, int64_t padded,
-                        float* to) {
+                        float* to, float scale = 1) {
   int64_t i = 0;
   if (step == 1) {
     for (; i + kLanes <= count; i += kLanes) hn::StoreU(LoadVector(data, dtype, offset + i), DF(), to + i);
   }
   for (; i < count; ++i) to[i] = LoadElement(data, dtype, offset + i * step);
   for (; i < padded; ++i) to[i] = 0;
+  ScaleRow(scale, count, to);
 }
 
 // The row = from[0, count) * factor; with `stream` past the caches if it can be.

@@ -41,6 +41,7 @@ void MeanKeysOf(const Problem& p, const Sequence& s, int head, int stride, int64
         TakeRow<DTYPE, true>(from, p.k.stride[3], d, cells);
       }
     });
+    ScaleRow(KeyScale(p, s, head), d, cells);
     const VF keys = hn::Set(f, static_cast<float>(end - begin));
     MapRow(cells, d, [&](VF x) { return Rounded(DTYPE, hn::Div(x, keys)); });
   }

@@ -11,6 +11,7 @@
 // clang-format on
 #include "core/half.h"
 #include "cpu/simd/exp2.h"
+#include "cpu/simd/input_rows.h"
 #include "cpu/simd/rows.h"
 #include "cpu/vertical_slash/kernels.h"
 
@@ -18,19 +19,36 @@ HWY_BEFORE_NAMESPACE();
 namespace flashprefill::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr DF f;
 constexpr int kKeysPerStep =
     HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON ? 8 : 4; // 2 sums per key, of 32 or 16 registers
 
+// Loading the keys of one head of three took as long as 32 products with each before rows were asked for ahead.
+HWY_INLINE void PrefetchRowOf(const fp_tensor& tensor, int64_t offset, int64_t n) {
+  const int64_t size = static_cast<int64_t>(DtypeSize(tensor.dtype));
+  if (tensor.stride[3] == 1) PrefetchRow(static_cast<const char*>(tensor.data) + offset * size, n * size);
+}
+
 void LoadQueries(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t head, float* rows) {
   for (int64_t i = begin; i < end; ++i, rows += p.head_dim) {
+    if (i + kAhead < s.q_len) PrefetchRowOf(p.q, RowOffset(p, p.q.stride, s, i + kAhead, head), p.head_dim);
     LoadRow(p.q.data, p.q.dtype, RowOffset(p, p.q.stride, s, i, head), p.q.stride[3], p.head_dim, p.head_dim, rows);
   }
 }
 
 void LoadKeys(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows) {
+  const float scale = KeyScale(p, s, kv_head);
   for (int64_t t = begin; t < end; ++t, rows += p.head_dim) {
-    LoadRow(p.k.data, p.k.dtype, KeyOffset(p, p.k.stride, s, t, kv_head), p.k.stride[3], p.head_dim, p.head_dim, rows);
+    if (t + kAhead < s.k_len) PrefetchRowOf(p.k, KeyOffset(p, p.k.stride, s, t + kAhead, kv_head), p.head_dim);
+    LoadRow(p.k.data, p.k.dtype, KeyOffset(p, p.k.stride, s, t, kv_head), p.k.stride[3], p.head_dim, p.head_dim, rows,
+            scale);
+  }
+}
+
+void LoadValues(const Problem& p, const Sequence& s, int64_t begin, int64_t end, int64_t kv_head, float* rows) {
+  const float scale = ValueScale(p, s, kv_head);
+  for (int64_t t = begin; t < end; ++t, rows += p.head_dim) {
+    LoadRow(p.v.data, p.v.dtype, KeyOffset(p, p.v.stride, s, t, kv_head), p.v.stride[3], p.head_dim, p.head_dim, rows,
+            scale);
   }
 }
 
@@ -82,16 +100,40 @@ void Score(const ScoreChunk& c) {
   }
 }
 
-void AddToSums(const ScoreChunk& c, float* HWY_RESTRICT largest, float* HWY_RESTRICT sums) {
+template <bool kRaise>
+HWY_INLINE void Accumulate(const ScoreChunk& c, float* HWY_RESTRICT largest, float* HWY_RESTRICT sums) {
   for (int64_t lane = 0; lane < c.lanes; lane += kLanes) {
-    const float* HWY_RESTRICT z = c.scores + lane;
+    float* HWY_RESTRICT z = c.scores + lane;
     const VF before = hn::Load(f, largest + lane);
     VF top = before;
     for (int64_t t = 0; t < c.count; ++t) top = hn::Max(top, hn::Load(f, z + t * c.lanes));
     VF sum = hn::Mul(hn::Load(f, sums + lane), Exp2(hn::Sub(before, top)));
-    for (int64_t t = 0; t < c.count; ++t) sum = hn::Add(sum, Exp2(hn::Sub(hn::Load(f, z + t * c.lanes), top)));
+    for (int64_t t = 0; t < c.count; ++t) {
+      const VF power = Exp2(hn::Sub(hn::Load(f, z + t * c.lanes), top));
+      if constexpr (kRaise) hn::Store(power, f, z + t * c.lanes);
+      sum = hn::Add(sum, power);
+    }
     hn::Store(top, f, largest + lane);
     hn::Store(sum, f, sums + lane);
+  }
+}
+
+void AddToSums(const ScoreChunk& c, float* largest, float* sums) { Accumulate<false>(c, largest, sums); }
+void Raise(const ScoreChunk& c, float* largest, float* sums) { Accumulate<true>(c, largest, sums); }
+
+// A group's lanes begin anywhere, and what is read beyond its end is computed and not looked at.
+void RootMeanSquares(const LaneGroups& g, const float* HWY_RESTRICT powers, int64_t count,
+                     float* HWY_RESTRICT energies) {
+  const VF each = hn::Set(f, 1.f / static_cast<float>(g.groups));
+  for (int64_t t = 0; t < count; ++t, powers += g.lanes, energies += g.stride) {
+    for (int64_t i = 0; i < g.size; i += kLanes) {
+      VF squares = hn::Zero(f);
+      for (int64_t lane = i; lane < g.groups * g.size; lane += g.size) {
+        const VF share = hn::Mul(hn::LoadU(f, powers + lane), hn::LoadU(f, g.factors + lane));
+        squares = hn::MulAdd(share, share, squares);
+      }
+      hn::StoreU(hn::Sqrt(hn::Mul(squares, each)), f, energies + i);
+    }
   }
 }
 
@@ -120,10 +162,47 @@ void AddVerticalSlash(const ScoreChunk& c, float* HWY_RESTRICT column, float* HW
   }
 }
 
+// SiLU(z) = z / (1 + 2^-y) with y = z log2(e). Of a power whose exponent is never above 0 both signs are made.
+HWY_INLINE VF Silu(VF z) {
+  const VF one = hn::Set(f, 1.f);
+  const VF power = Exp2(hn::Neg(hn::Abs(hn::Mul(z, hn::Set(f, static_cast<float>(kLog2E))))));
+  const VF positive = hn::Div(z, hn::Add(one, power));
+  return hn::IfThenElse(hn::Lt(z, hn::Zero(f)), hn::Mul(positive, power), positive);
+}
+
+void Activate(const Activation& a) {
+  for (int64_t t = 0; t < a.count; ++t) {
+    const float* HWY_RESTRICT keys = a.of_keys + t * a.lanes;
+    const float* HWY_RESTRICT values = a.of_values + t * a.lanes;
+    VF vertical = hn::Zero(f), slash = hn::Zero(f);
+    for (int64_t lane = 0; lane < a.lanes; lane += kLanes) {
+      const VF z = hn::Add(hn::Add(hn::Load(f, keys + lane), hn::Load(f, values + lane)), hn::Load(f, a.bias + lane));
+      const VF unit = Silu(z);
+      vertical = hn::MulAdd(unit, hn::Load(f, a.weights + lane), vertical);
+      slash = hn::MulAdd(unit, hn::Load(f, a.weights + a.lanes + lane), slash);
+    }
+    a.sums[2 * t] = hn::GetLane(hn::SumOfLanes(f, vertical));
+    a.sums[2 * t + 1] = hn::GetLane(hn::SumOfLanes(f, slash));
+  }
+}
+
 } // namespace
 
-constexpr VerticalSlashKernels kVerticalSlashKernels = {LoadQueries, LoadKeys, AddRows,         Score,
-                                                        AddToSums,   Share,    AddVerticalSlash};
+static_assert(kLanes <= kVectorPad);
+
+constexpr VerticalSlashKernels kVerticalSlashKernels = {
+    .load_queries = LoadQueries,
+    .load_keys = LoadKeys,
+    .load_values = LoadValues,
+    .add_rows = AddRows,
+    .score = Score,
+    .add_to_sums = AddToSums,
+    .raise = Raise,
+    .share = Share,
+    .root_mean_squares = RootMeanSquares,
+    .add_vertical_slash = AddVerticalSlash,
+    .activate = Activate,
+};
 
 } // namespace flashprefill::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 
+#include "core/vertical_slash.h"
 #include "cpu/vertical_slash/lanes.h"
 
 namespace flashprefill::cpu {
@@ -25,6 +26,15 @@ void AddToMeans(const HeadCall& call, int64_t first, int64_t count) {
     }
     t = end;
   }
+}
+
+// The tokens in ranks become a list of the mask: 0, the verticals, or 1, the slashes.
+void WriteList(const HeadCall& call, int list, int64_t count) {
+  int32_t* own = VerticalSlashAt(call.mask, call.s.index, call.head);
+  int32_t* to = own + 2 + (list == 0 ? 0 : call.mask.max_verticals);
+  std::sort(call.scratch.ranks, call.scratch.ranks + count);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int32_t>(call.scratch.ranks[i]);
+  own[list] = static_cast<int32_t>(count);
 }
 
 } // namespace
@@ -144,6 +154,36 @@ int64_t Best(const float* values, int64_t stride, int64_t n, int64_t forced, int
   }
   for (int64_t i = 0; i < count; ++i) ranks[i] = static_cast<uint32_t>(~ranks[i]);
   return count;
+}
+
+void KeepVerticals(const HeadCall& call, int64_t count, int32_t rounding) {
+  const VerticalSlashScratch& t = call.scratch;
+  std::fill_n(t.vertical_blocks, DivUp<int64_t>(call.blocks(), 64), uint64_t{0});
+  if (rounding == FP_ROUND_TOKENS) return WriteList(call, 0, count);
+  for (int64_t i = 0; i < count; ++i) SetBit(t.vertical_blocks, static_cast<int64_t>(t.ranks[i]) / call.block_size());
+}
+
+// Verticals are the same blocks for all tiles; slashes become a running count, so that whether some slash crosses a
+// block on its way through a tile is one subtraction.
+void KeepSlashes(const HeadCall& call, int64_t count, int32_t rounding) {
+  const VerticalSlashScratch& t = call.scratch;
+  if (rounding == FP_ROUND_TOKENS) return WriteList(call, 1, count);
+  const int64_t keys = call.s.k_len, size = call.block_size();
+  std::fill_n(t.counts, keys + 1, 0);
+  for (int64_t i = 0; i < count; ++i) t.counts[t.ranks[i] + 1] = 1;
+  for (int64_t d = 0; d < keys; ++d) t.counts[d + 1] += t.counts[d]; // chosen slashes below d
+
+  for (int64_t m = 0; m < call.g.Tiles(call.s); ++m) {
+    const Tile tile = call.g.TileOf(call.p, call.s, m);
+    uint64_t* row = call.Row(m);
+    std::copy_n(t.vertical_blocks, DivUp<int64_t>(call.blocks(), 64), row);
+    const int64_t first = call.s.prefix + tile.begin, last = call.s.prefix + tile.end - 1;
+    for (int64_t block = 0; block < tile.visible; ++block) {
+      const int64_t begin = block * size, end = begin + call.g.BlockKeys(call.s, block);
+      const int64_t nearest = std::max<int64_t>(0, first - (end - 1)), farthest = last - begin;
+      if (t.counts[farthest + 1] > t.counts[nearest]) SetBit(row, block);
+    }
+  }
 }
 
 } // namespace flashprefill::cpu

@@ -51,11 +51,11 @@ struct HeadCall {
   const Geometry& g;
   const VerticalSlashKernels& kernels;
   const Sequence& s;
-  int64_t head;
+  int64_t head; // of the mask
   BlockMask& mask;
   VerticalSlashScratch scratch;
 
-  int64_t kv_head() const { return head / g.group; }
+  int64_t kv_head() const { return head * g.heads_per_tile / g.group; }
   int64_t block_size() const { return g.block_size; }
   int64_t blocks() const { return g.Blocks(s); }
   int64_t query_blocks() const { return DivUp<int64_t>(s.q_len, g.block_size); }
@@ -121,6 +121,11 @@ void ForPooledScores(const HeadCall& call, int64_t panel, const Body& body) {
 // Puts the `count` best of n values first, equal ones by index: ranks[i] for i < count, in no order, are their indices.
 // Those below `forced` come before all others; NaN and -inf are never among them. Returns how many there are.
 int64_t Best(const float* values, int64_t stride, int64_t n, int64_t forced, int64_t count, uint64_t* ranks);
+
+// The head keeps the `count` keys in ranks, and of its distances the `count` in ranks: as a list of the mask
+// (FP_ROUND_TOKENS), or as the blocks that hold some of them. Verticals come first; ranks may be sorted.
+void KeepVerticals(const HeadCall& call, int64_t count, int32_t rounding);
+void KeepSlashes(const HeadCall& call, int64_t count, int32_t rounding);
 
 } // namespace flashprefill::cpu
 

@@ -107,7 +107,7 @@ TEST(FlashPrefillByHand, MeansAreRoundedToTheirDtype) {
   // 1 and 1 + 2^-7 are neighbours in bf16; their mean lies between them and rounds to the even one, 1.
   for (int64_t t = 0; t < 128; ++t) data.SetKey(data.problem().k, s, t, 0, 0, t % 2 ? 1.0f : 1.0f + 0x1p-7f);
   const auto means = reference::BlockMeans(Geometry::Of(data.problem(), 64, false), s,
-                                           reference::LoadKeys(data.problem(), data.problem().k, s, 0), FP_BF16);
+                                           reference::LoadKeys(data.problem(), s, 0), FP_BF16);
   EXPECT_EQ(means.data, (std::vector<double>{1, 1}));
 }
 

@@ -8,7 +8,7 @@ namespace flashprefill::methods::flashprefill {
 namespace {
 
 constexpr Field kFields[] = {
-    FloatField("alpha", offsetof(fp_flashprefill, alpha), 0.12, 0, INFINITY, FP_FIELD_DECIDES,
+    FloatField("alpha", offsetof(fp_flashprefill, alpha), 0.12, 0, INFINITY, FP_FIELD_DECIDES | FP_FIELD_KEEPS_FROM,
                "blocks are kept from this share of the tile's largest energy on"),
     IntField("query_pool", offsetof(fp_flashprefill, query_pool), 1, 1, kTileRows,
              "query rows per mean that is scored; 1 is the paper"),

@@ -19,8 +19,8 @@ constexpr Field NoLimit(Field field) {
 }
 
 constexpr Field kFields[] = {
-    ShareField("gamma", offsetof(fp_flexprefill, gamma), 0.9, FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST,
-               "share of the attention mass to keep"),
+    ShareField("gamma", offsetof(fp_flexprefill, gamma), 0.9,
+               FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS, "share of the attention mass to keep"),
     FloatField("tau", offsetof(fp_flexprefill, tau), 0.1, 0, INFINITY, 0,
                "Jensen-Shannon distance below which a head is query-aware; 0: none is"),
     IntField("min_budget", offsetof(fp_flexprefill, min_budget), 512, 0, kMaxTokens,

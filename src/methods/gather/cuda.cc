@@ -93,7 +93,7 @@ class Plan {
     a.heads = g.heads_per_tile;
     for (a.columns = 1; a.columns < std::min(a.heads, cuda::kRankColumns);) a.columns *= 2, ++a.log2_columns;
     while ((a.columns << a.log2_lists) < cuda::kRankColumns) ++a.log2_lists;
-    a.segment_tiles = static_cast<int>(SegmentTiles(policy_, g));
+    a.segment_tiles = static_cast<int>(SegmentTiles(policy_.segment, g));
     const int64_t tokens = std::max<int64_t>(1, int64_t{a.segment_tiles} * g.tile_tokens);
     a.segment_rows = static_cast<int>(p.total_q / tokens + p.batch);
     a.slots = static_cast<int>((int64_t{a.segment_rows} * a.rules.units_per_kv >> a.log2_lists) + p.batch);

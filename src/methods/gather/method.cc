@@ -14,9 +14,11 @@ namespace {
 constexpr int32_t kAlternative = FP_FIELD_ALTERNATIVE | FP_FIELD_DECIDES;
 
 constexpr Field kFields[] = {
-    ShareField("gain", offsetof(fp_gather, gain), 0.002, kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_BELOW_MOST,
+    ShareField("gain", offsetof(fp_gather, gain), 0.002,
+               kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_BELOW_MOST | FP_FIELD_KEEPS_FROM,
                "keep keys, the best first, while 128 * share * sqrt(rest) is at least this"),
-    ShareField("budget", offsetof(fp_gather, budget), kNotGiven, kAlternative | FP_FIELD_ABOVE_LEAST,
+    ShareField("budget", offsetof(fp_gather, budget), kNotGiven,
+               kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_SHARE,
                "keep this share of the keys that are ranked, the best"),
     IntField("segment", offsetof(fp_gather, segment), 128, 1, 65536, "query tokens per list of keys, in whole tiles"),
     IntField("max_keys", offsetof(fp_gather, max_keys), 8192, 128, 1 << 20,
@@ -34,7 +36,7 @@ bool KeepsAll(const Policy& policy) { return reinterpret_cast<const fp_gather&>(
 
 KeyListRoom Room(const Problem& p, const Policy& policy) {
   const auto& own = reinterpret_cast<const fp_gather&>(policy);
-  return {std::min<int64_t>(own.max_keys, p.max_seqlen_k), SegmentTiles(own, Geometry::Of(p, policy))};
+  return {std::min<int64_t>(own.max_keys, p.max_seqlen_k), SegmentTiles(own.segment, Geometry::Of(p, policy))};
 }
 
 } // namespace

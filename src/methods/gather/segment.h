@@ -1,44 +1,15 @@
-// A segment of queries: which keys Gather ranks for it, and which it keeps as blocks. The reference and the CPU share
-// this; what a key is worth they say each for themselves.
+// What the reference and the CPU share of Gather: what its gain and its budget count.
 #ifndef FLASHPREFILL_METHODS_GATHER_SEGMENT_H_
 #define FLASHPREFILL_METHODS_GATHER_SEGMENT_H_
 
 #include <algorithm>
 #include <cmath>
 
-#include "core/types.h"
+#include "core/segment.h"
 
 namespace flashprefill::methods::gather {
 
 constexpr double kGainKeys = 128; // gain speaks of so many keys, as Sketch's does of a block
-
-inline int64_t SegmentTiles(const fp_gather& policy, const Geometry& g) {
-  return std::max<int64_t>(1, policy.segment / std::max(1, g.tile_tokens));
-}
-
-struct Segment {
-  int64_t first_tile, end_tile; // tiles [first_tile, end_tile)
-  int64_t begin, end;           // query tokens
-  int64_t window;               // the first block of the window before its first token: kept from here on
-  int64_t first_key, end_key;   // keys that are ranked; none where its tiles keep everything
-
-  static Segment Of(const Problem& p, const Geometry& g, const Policy& policy, const Sequence& s, int64_t i) {
-    const int64_t tiles = SegmentTiles(reinterpret_cast<const fp_gather&>(policy), g);
-    Segment segment{};
-    segment.first_tile = i * tiles;
-    segment.end_tile = std::min(segment.first_tile + tiles, g.Tiles(s));
-    const Tile first = g.TileOf(p, s, segment.first_tile);
-    segment.begin = first.begin;
-    segment.end = std::min(segment.end_tile * g.tile_tokens, s.q_len);
-    segment.window = std::max<int64_t>(0, first.diagonal - std::max(0, policy.window_blocks - 1));
-    segment.end_key = segment.window * g.block_size;
-    segment.first_key = std::min(int64_t{policy.sink_blocks} * g.block_size, segment.end_key);
-    if (InDenseTail(g, policy, s, segment.first_tile)) segment.first_key = segment.end_key;
-    return segment;
-  }
-
-  int64_t ranked() const { return end_key - first_key; }
-};
 
 // The number of keys that a budget asks for: rounded up, but not for what a float's 0.1 is above the number.
 inline int64_t BudgetKeys(const fp_gather& policy, int64_t ranked) {

@@ -1,56 +1,19 @@
 // MInference (arXiv 2407.02490) on the CPU, head by head: see reference.cc for the rules, docs/methods/minference.md
 // for why.
-#include "core/vertical_slash.h"
 #include "cpu/vertical_slash/vertical_slash.h"
 #include "methods/minference/patterns.h"
 
 namespace flashprefill::methods::minference {
 namespace {
 
-// The tokens in ranks become a list of the mask: 0, the verticals, or 1, the slashes.
-void WriteList(const cpu::HeadCall& call, int list, int64_t count) {
-  int32_t* own = VerticalSlashAt(call.mask, call.s.index, call.head);
-  int32_t* to = own + 2 + (list == 0 ? 0 : call.mask.max_verticals);
-  std::sort(call.scratch.ranks, call.scratch.ranks + count);
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int32_t>(call.scratch.ranks[i]);
-  own[list] = static_cast<int32_t>(count);
-}
-
-// Verticals as blocks, the same for all tiles; slashes as a running count, so that whether some slash crosses a block
-// on its way through a tile is one subtraction.
 void VerticalSlash(const cpu::HeadCall& call, const fp_minference_head& own) {
   const cpu::VerticalSlashScratch& t = call.scratch;
-  const int64_t keys = call.s.k_len, size = call.block_size();
+  const int64_t keys = call.s.k_len;
+  const int32_t rounding = reinterpret_cast<const fp_minference&>(call.policy).rounding;
   cpu::SumVerticalSlash(call, kRows, false);
   std::reverse(t.slashes, t.slashes + keys); // now by distance
-
-  std::fill_n(t.vertical_blocks, DivUp<int64_t>(call.blocks(), 64), uint64_t{0});
-  const bool in_blocks = reinterpret_cast<const fp_minference&>(call.policy).rounding == FP_ROUND_BLOCKS;
-  const int64_t verticals = cpu::Best(t.verticals, 1, keys, kFirstVerticals, VerticalsOf(own), t.ranks);
-  if (!in_blocks) WriteList(call, 0, verticals);
-  for (int64_t i = 0; in_blocks && i < verticals; ++i)
-    SetBit(t.vertical_blocks, static_cast<int64_t>(t.ranks[i]) / size);
-
-  const int64_t slashes = cpu::Best(t.slashes, 1, keys, kNearSlashes, SlashesOf(own), t.ranks);
-  if (!in_blocks) {
-    WriteList(call, 1, slashes);
-    return;
-  }
-  std::fill_n(t.counts, keys + 1, 0);
-  for (int64_t i = 0; i < slashes; ++i) t.counts[t.ranks[i] + 1] = 1;
-  for (int64_t d = 0; d < keys; ++d) t.counts[d + 1] += t.counts[d]; // chosen slashes below d
-
-  for (int64_t m = 0; m < call.g.Tiles(call.s); ++m) {
-    const Tile tile = call.g.TileOf(call.p, call.s, m);
-    uint64_t* row = call.Row(m);
-    std::copy_n(t.vertical_blocks, DivUp<int64_t>(call.blocks(), 64), row);
-    const int64_t first = call.s.prefix + tile.begin, last = call.s.prefix + tile.end - 1;
-    for (int64_t block = 0; block < tile.visible; ++block) {
-      const int64_t begin = block * size, end = begin + call.g.BlockKeys(call.s, block);
-      const int64_t nearest = std::max<int64_t>(0, first - (end - 1)), farthest = last - begin;
-      if (t.counts[farthest + 1] > t.counts[nearest]) SetBit(row, block);
-    }
-  }
+  cpu::KeepVerticals(call, cpu::Best(t.verticals, 1, keys, kFirstVerticals, VerticalsOf(own), t.ranks), rounding);
+  cpu::KeepSlashes(call, cpu::Best(t.slashes, 1, keys, kNearSlashes, SlashesOf(own), t.ranks), rounding);
 }
 
 void AShape(const cpu::HeadCall& call, int64_t first, int64_t nearest) {

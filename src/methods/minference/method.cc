@@ -19,14 +19,14 @@ constexpr Field kFields[] = {
     IntField("slash", offsetof(fp_minference, slash), 6096, 0, kMaxTokens, "tokens: slashes that a head keeps"),
     ChoiceField("rounding", offsetof(fp_minference, rounding), FP_ROUND_BLOCKS, FP_ROUND_TOKENS, "blocks tokens",
                 "whether verticals and slashes become the blocks that hold some of them, or stay tokens"),
-    TableField("heads", FP_FIELD_INT_TABLE, offsetof(fp_minference, heads), offsetof(fp_minference, head_count), 3,
+    TableField("heads", FP_FIELD_INT_TABLE, offsetof(fp_minference, heads), offsetof(fp_minference, head_count), 3, 0,
                "(fp_minference_pattern, a, b) of each query head, in place of vertical and slash"),
 };
 
 void Check(const Policy& policy) {
   const fp_minference& m = Of(policy);
   if (m.rounding == FP_ROUND_TOKENS && m.common.mean_correction) {
-    Refuse("mean_correction", 1, "0 with FP_ROUND_TOKENS: parts of blocks have no mean");
+    Refuse("mean_correction", m.common.mean_correction, "0 with FP_ROUND_TOKENS: parts of blocks have no mean");
   }
 }
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kMostDims = 512; // the largest head_dim
 
 constexpr Field kFields[] = {
-    ShareField("mass", offsetof(fp_prism, mass), 0.95, FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST,
+    ShareField("mass", offsetof(fp_prism, mass), 0.95, FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS,
                "keep the smallest set of blocks with this share of a band's probability"),
     IntField("rotary_dim", offsetof(fp_prism, rotary_dim), 0, 0, kMostDims,
              "dimensions that are rotated, the first ones; 0: head_dim"),

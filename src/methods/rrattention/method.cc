@@ -8,7 +8,8 @@ namespace flashprefill::methods::rrattention {
 namespace {
 
 constexpr Field kFields[] = {
-    ShareField("threshold", offsetof(fp_rrattention, threshold), 0.95, FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST,
+    ShareField("threshold", offsetof(fp_rrattention, threshold), 0.95,
+               FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS,
                "keep the smallest set of blocks with this share of the tile's mass"),
     IntField("stride", offsetof(fp_rrattention, stride), 8, 4, kTileRows,
              "tokens per cell: 4, 8, 16, 32, 64 or 128, and a divisor of block_size"),

@@ -7,7 +7,8 @@ namespace flashprefill::methods::sample_attention {
 namespace {
 
 constexpr Field kFields[] = {
-    ShareField("coverage", offsetof(fp_sample_attention, coverage), 0.95, FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST,
+    ShareField("coverage", offsetof(fp_sample_attention, coverage), 0.95,
+               FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS,
                "keep the smallest sets of verticals and of slashes with this share of the mass"),
     ShareField("sample_ratio", offsetof(fp_sample_attention, sample_ratio), 0.05, FP_FIELD_ABOVE_LEAST,
                "share of the query rows that are sampled"),

@@ -12,15 +12,16 @@ namespace {
 constexpr int32_t kAlternative = FP_FIELD_ALTERNATIVE | FP_FIELD_DECIDES;
 
 constexpr Field kFields[] = {
-    ShareField("mass", offsetof(fp_sketch, mass), 0.95, kAlternative | FP_FIELD_ABOVE_LEAST,
+    ShareField("mass", offsetof(fp_sketch, mass), 0.95, kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS,
                "keep the smallest set of blocks with this share of the tile's energy"),
-    FloatField("alpha", offsetof(fp_sketch, alpha), kNotGiven, 0, INFINITY, kAlternative,
+    FloatField("alpha", offsetof(fp_sketch, alpha), kNotGiven, 0, INFINITY, kAlternative | FP_FIELD_KEEPS_FROM,
                "keep blocks from this share of the tile's largest energy on"),
     IntField("outliers", offsetof(fp_sketch, outliers), 4, 0, 16, "keys per block that stand for themselves"),
     IntField("query_pool", offsetof(fp_sketch, query_pool), 16, 1, kTileRows, "query rows per mean that is scored"),
     IntField("min_blocks", offsetof(fp_sketch, min_blocks), 0, 0, kMaxForcedBlocks,
              "the top blocks by energy that are always kept"),
-    ShareField("gain", offsetof(fp_sketch, gain), kNotGiven, kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_BELOW_MOST,
+    ShareField("gain", offsetof(fp_sketch, gain), kNotGiven,
+               kAlternative | FP_FIELD_ABOVE_LEAST | FP_FIELD_BELOW_MOST | FP_FIELD_KEEPS_FROM,
                "keep blocks, the best first, while share * sqrt(rest) is at least this"),
     BoolField("query_metric", offsetof(fp_sketch, query_metric), false,
               "outliers are the keys farthest from the mean as queries see it"),

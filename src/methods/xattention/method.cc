@@ -12,14 +12,15 @@ namespace {
 const fp_xattention& Of(const Policy& policy) { return reinterpret_cast<const fp_xattention&>(policy); }
 
 constexpr Field kFields[] = {
-    ShareField("threshold", offsetof(fp_xattention, threshold), 0.9, FP_FIELD_DECIDES,
+    ShareField("threshold", offsetof(fp_xattention, threshold), 0.9, FP_FIELD_DECIDES | FP_FIELD_KEEPS_MASS,
                "share of the tile's mass to keep; 0 keeps the forced blocks alone"),
     FloatField("norm", offsetof(fp_xattention, norm), 1, 0, INFINITY, FP_FIELD_ABOVE_LEAST,
                "scores are divided by stride * norm"),
     IntField("stride", offsetof(fp_xattention, stride), 16, 4, kTileRows,
              "tokens per cell: 4, 8, 16, 32, 64 or 128, and a divisor of block_size"),
     TableField("head_thresholds", FP_FIELD_FLOAT_TABLE, offsetof(fp_xattention, head_thresholds),
-               offsetof(fp_xattention, head_count), 1, "a threshold of each query head, in place of threshold"),
+               offsetof(fp_xattention, head_count), 1, FP_FIELD_KEEPS_MASS,
+               "a threshold of each query head, in place of threshold"),
 };
 
 void Check(const Policy& policy) { CheckStride(Of(policy).stride, policy.block_size); }

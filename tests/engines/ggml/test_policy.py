@@ -59,6 +59,7 @@ def found_by_stock() -> list[float]:
         ("policy=flashprefill", 2048),
         ("policy=flashprefill, query_pool=16", 512),
         ("policy=sketch", 300),
+        ("policy=gather", 512),
     ],
 )
 def test_needle(options: str, ubatch: int, found_by_stock: list[float]) -> None:

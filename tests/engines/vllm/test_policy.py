@@ -22,7 +22,9 @@ def test_it_leaves_something_out(engines, llama):
 
 
 @pytest.mark.parametrize(
-    "policy", [SPARSE, plugin.config(fp.Sketch(mass=0.5, window_blocks=1))], ids=["flashprefill", "sketch"]
+    "policy",
+    [SPARSE, plugin.config(fp.Sketch(mass=0.5, window_blocks=1)), plugin.config(fp.Gather(gain=0.05))],
+    ids=["flashprefill", "sketch", "gather"],
 )
 def test_alone_or_among_others(engines, llama, policy):
     """Chunks of 512 rows each, whoever else is there: the engine has room for all of them at once.

@@ -83,7 +83,7 @@ def refused(methods: dict[str, Policy | None], where: device.Device) -> dict[str
     reasons = {}
     for label, policy in methods.items():
         try:
-            if policy is not None:
+            if policy is not None and not policy.reads_values:  # weights are for the model's own heads
                 select(query, key, policy.at_layer(0))
         except UnsupportedError as error:
             reasons[label] = str(error)

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import attend, select
+from ... import attend, audit, select
 from ...errors import UnsupportedError
+from ...guard import Guard, GuardReport
 from ...mask import BlockMask
 from ...policies import Dense, Policy
 from .. import measure
@@ -63,19 +64,21 @@ class Layer:
         return self.device.sdpa_backend(heads, self.key.shape[1], dim, tokens, self.query.dtype)
 
     @cached_property
-    def in_host_memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys, for what selects on the CPU only."""
-        return self.query.cpu(), self.key.cpu()
+    def in_host_memory(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, for what selects on the CPU only."""
+        return self.query.cpu(), self.key.cpu(), self.value.cpu()
 
     def select(self, policy: Policy) -> tuple[BlockMask, str]:
         """Return a policy's mask, and the kind of device that selected: the CPU where no other can."""
         policy = policy.at_layer(self.number)
         try:
-            return select(self.query, self.key, policy, softmax_scale=self.scale), self.device.kind
+            value = self.value if policy.reads_values else None
+            return select(self.query, self.key, policy, v=value, softmax_scale=self.scale), self.device.kind
         except UnsupportedError:
             if not self.device.cuda:
                 raise
-        mask = select(*self.in_host_memory, policy, softmax_scale=self.scale)
+        query, key, value = self.in_host_memory
+        mask = select(query, key, policy, v=value if policy.reads_values else None, softmax_scale=self.scale)
         return mask.to(self.query.device), "cpu"
 
     def attend(self, mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,20 +120,25 @@ class Sums:
     corrected: list[torch.Tensor] = field(default_factory=list)
     select_seconds: float = 0.0
     attend_seconds: float = 0.0
+    guards: list[GuardReport] = field(default_factory=list)  # one per layer; none on a GPU
 
     def add(self, layer: Layer, mask: BlockMask) -> None:
         """Attend under the mask, without the mean correction and with it."""
-        density = np.asarray(mask.stats.density, dtype=float)[0]
-        group = layer.query.shape[1] // len(density)
-        self.density.append(np.repeat(density, group).round(4).tolist())
         tokens = by_tile(torch.ones(layer.query.shape[0], 1, device=layer.query.device))
+        if not layer.device.cuda:
+            guard = Guard(layer=layer.number)
+            self.guards.append(audit(layer.query, layer.key, mask, guard, softmax_scale=layer.scale))
         mask.mean_correction = False
         (out, lse), seconds = layer.device.timed(lambda: layer.attend(mask))
         self.attend_seconds += seconds
+        stats = mask.stats
+        density = np.asarray(stats.kept - stats.skipped, dtype=float)[0] / int(stats.total[0])
+        group = layer.query.shape[1] // len(density)
+        self.density.append(np.repeat(density, group).round(4).tolist())
         kept = (lse - layer.lse).T.clamp(max=0).exp()
         self.recall.append((by_tile(kept) / tokens).flatten().cpu())
         self.error.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())
-        mask.mean_correction = True
+        mask.mean_correction = mask.vertical_slash is None  # parts of blocks have no mean
         out, _ = layer.attend(mask)
         self.corrected.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())
 

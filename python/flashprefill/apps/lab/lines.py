@@ -22,6 +22,8 @@ ORACLE_ALPHAS = (0.01, 0.03, 0.08, 0.2, 0.45)
 MASSES = (0.4, 0.65, 0.8, 0.9, 0.96)
 GAINS = (0.0005, 0.0015, 0.004, 0.012, 0.03)
 KEY_GAINS = (0.0003, 0.001, 0.003, 0.01, 0.03)  # Gather's
+SKIPS = (0.0001, 0.001, 0.01, 0.05, 0.2)
+TAUS = (0.003, 0.01, 0.03, 0.1, 0.3)  # S2O's
 GAMMAS = (0.4, 0.65, 0.8, 0.9, 0.95)
 COUNTS = (4, 8, 14, 22, 34)  # blocks per tile
 NONE_BY_ALPHA = 3e38  # an alpha that no block reaches: min_blocks decides alone
@@ -59,6 +61,8 @@ class Line:
         return make(self.method, arguments)
 
 
+INDEXED_MASSES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+
 METHODS = (
     Line("Oracle, alpha", "oracle", "alpha", ORACLE_ALPHAS),
     Line("Oracle, share", "oracle", "share", (0.002, 0.006, 0.016, 0.04)),
@@ -73,6 +77,8 @@ METHODS = (
     Line("Gather, gain, segments of 256", "gather", "gain", KEY_GAINS, {**KEYS, "segment": 256}),
     Line("Gather, gain, per query head", "gather", "gain", KEY_GAINS, {**KEYS, "share_heads": False}),
     Line("Gather, budget", "gather", "budget", (0.02, 0.05, 0.1, 0.2, 0.35), KEYS),
+    Line("S2O", "s2o", "tau", TAUS),
+    Line("S2O, per KV head", "s2o", "tau", TAUS, {"share_heads": True}),
     Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),
     Line("MInference, vertical-slash", "minference", "slash", (100, 250, 500, 1000, 2000), {"vertical": 100}),
     Line("XAttention, stride 16", "xattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
@@ -82,6 +88,25 @@ METHODS = (
     Line("SampleAttention", "sampleattention", "coverage", (0.05, 0.15, 0.35, 0.7)),
     Line("Bounds (Quest-like)", "bounds", "alpha", (0.003, 0.01, 0.03, 0.08, 0.2, 0.5)),
     Line("Streaming", "streaming", "window_blocks", (4, 8, 12, 20, 32)),
+    Line("Dense, skip", "dense", "skip", SKIPS),
+)
+
+# With --indexer: its weights come in as another field.
+INDEXED = (
+    Line(
+        "VSPrefill, tokens",
+        "vsprefill",
+        "vertical_mass",
+        INDEXED_MASSES,
+        {"slash_mass": 0.01, "rounding": "tokens", "block_size": 128},
+    ),
+    Line(
+        "VSPrefill, blocks",
+        "vsprefill",
+        "vertical_mass",
+        (0.02, 0.05, 0.1, 0.2),
+        {"slash_mass": 0.003, "block_size": 128},
+    ),
 )
 
 # Studies: curves that answer one question, drawn and tabled apart.
@@ -122,18 +147,21 @@ def _known(line: Line) -> bool:
     return line.scorer or line.method in named()
 
 
-def methods(asked: Sequence[str] = ()) -> list[Line]:
+def methods(asked: Sequence[str] = (), indexer: Any = None) -> list[Line]:
     """Return the lines of the table, and one point for each policy that has none.
 
     Args:
-        asked: only these methods, which may be functions, "module:function".
+        asked: only these methods, which may be functions, "module:function", or single lines by their labels.
+        indexer: VSPrefill's weights; without them it has no line.
     """
     lines = [line for line in METHODS if _known(line)]
-    swept, policies = {line.method for line in lines}, named()
+    if indexer is not None:
+        lines += [dataclasses.replace(line, fixed={**line.fixed, "weights": indexer}) for line in INDEXED]
+    swept, policies = {line.method for line in (*lines, *INDEXED)}, named()
     lines += [Line(kind.__name__, name, None, ()) for name, kind in policies.items() if name not in swept]
     lines += [Line(name, name, None, ()) for name in asked if ":" in name]  # functions of the user's
     lines = [line for line in lines if line.method != "dense"]
-    return [line for line in lines if not asked or line.method in asked]
+    return [line for line in lines if not asked or line.method in asked or line.label in asked]
 
 
 def studies(asked: Sequence[str] = ()) -> dict[str, tuple[str, list[Line]]]:
@@ -147,8 +175,13 @@ def studies(asked: Sequence[str] = ()) -> dict[str, tuple[str, list[Line]]]:
 
 
 def names() -> list[str]:
-    """What `--method` may name."""
-    return list(dict.fromkeys(line.method for line in methods()))
+    """The methods that `--method` may name."""
+    return list(dict.fromkeys(line.method for line in (*methods(), *INDEXED)))
+
+
+def labels() -> list[str]:
+    """The single lines that it may name."""
+    return [line.label for line in methods()]
 
 
 def thinned(line: Line, points: int) -> Line:

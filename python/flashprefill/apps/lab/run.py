@@ -21,7 +21,9 @@ import torch
 
 from ... import select
 from ...errors import UnsupportedError
+from ...guard import GuardSummary
 from ...mask import BlockMask
+from ...policies import VSPrefill
 from .. import checks, device, machine, measure, models, table
 from ..errors import UsageError
 from ..spec import parse_policy
@@ -51,6 +53,7 @@ class Options:
     dtype: str = "auto"
     layers: Sequence[int] = ()
     method: Sequence[str] = ()
+    indexer: Path | None = None
     studies: bool = True
     quick: bool = False
     threads: int | None = None
@@ -117,6 +120,14 @@ def look_at(layer: Layer, curves: Sequence[Curve], step: Any) -> None:
             step()
 
 
+def guard_of(sums: Sums) -> dict[str, Any] | None:
+    """What a guard would say of the masks, next to the true recall; None where there is no guard."""
+    if not sums.guards:
+        return None
+    found = GuardSummary.of(sums.guards)
+    return {"words": str(found), "true_recall": sums.figures()["recall"], **found.figures()}
+
+
 def figures_of(curve: Curve, density: float) -> dict[str, Any]:
     """One curve, as results.json holds it."""
     line = curve.line
@@ -130,6 +141,7 @@ def figures_of(curve: Curve, density: float) -> dict[str, Any]:
         "policy_at_reference": policy,
         "value_at_reference": near.value,
         "selected_on": near.selected_on,
+        "guard_at_reference": guard_of(near.sums),
         "density_by_layer_and_head": near.sums.density,
         "points": points,
         "at": {f"{d:g}": at_density(points, d) for d in sorted({*DENSITIES, density})},
@@ -207,8 +219,11 @@ def check(options: Options) -> None:
     for name in options.method:
         if ":" in name:
             parse_policy(name)
-        elif name not in lines.names():
-            raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}")
+        elif name not in lines.names() + lines.labels():
+            raise UsageError(f"--method {name}: must be one of {', '.join(lines.names())}, or a line's label")
+        elif name == VSPrefill.kind and options.indexer is None:
+            raise UsageError(f"--method {name}: needs its weights, --indexer FILE")
+    checks.can_read("--indexer", options.indexer)
     checks.can_make(options.out)
     if options.source is not None and not options.source.is_dir():
         raise UsageError(f"--from {options.source}: must be a directory of dumps")
@@ -277,12 +292,18 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
     """Return methods that no backend here selects for, with the reason; tried on a layer's first tokens."""
     reasons = {}
     query, key = captured.query[:PROBE_TOKENS], captured.key[:PROBE_TOKENS]
-    for line in lines.methods(options.method):
+    for line in lines.methods(options.method, options.indexer):
         if line.scorer:
             continue
         try:
             policy = line.policy(line.values[0] if line.values else None, FORCED)
-            select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
+            if policy.reads_values:
+                continue  # its weights are those of a layer
+            mask = select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
+            if mask.key_lists is not None and query.is_cuda:  # CUDA has no corrected ones
+                reasons[line.method] = "masks with key lists are for the CPU in the lab"
+            if mask.skip and query.is_cuda:
+                reasons[line.method] = "masks that skip are for the CPU"
         except UnsupportedError as error:
             reasons[line.method] = str(error)
     return reasons
@@ -296,7 +317,9 @@ def one_text(source: Source, options: Options) -> tuple[dict[str, Any], list[Cur
     left_out = refused(options, next(iter(source.layers.values())))
     for method, reason in left_out.items():
         print(f"{method} is left out: {reason}", file=sys.stderr, flush=True)
-    curves = sweeps.curves([line for line in lines.methods(options.method) if line.method not in left_out])
+    curves = sweeps.curves(
+        [line for line in lines.methods(options.method, options.indexer) if line.method not in left_out]
+    )
     by_study = {}
     for name, (title, some) in (lines.studies(options.method) if options.studies else {}).items():
         here = [line for line in some if line.method not in left_out]
@@ -359,7 +382,7 @@ def again(options: Options) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert options.source is not None
     dumps = texts.load(options.source, device.resolve(options.device, options.dtype), options.dtype)
-    here = {line.label: line for line in lines.methods()}
+    here = {line.label: line for line in lines.methods((), options.indexer)}
     for text in results["texts"]:
         if text["name"] not in dumps or (options.text and text["name"] not in options.text):
             continue
@@ -388,7 +411,12 @@ def render(text: dict[str, Any]) -> str:
         cells = (f"{density:.3f}", f"{at['recall']:.3f}", f"{at['recall_p5']:.2f}", f"{at['error']:.3f}")
         rows.append([curve["label"], *cells, f"{at['error_corrected']:.3f}"])
     title = f"{text['name']}: {text['tokens']} tokens, at density {text['reference_density']:g}"
-    return f"{title}, or the nearest that a method reaches\n{table.render(HEADER, rows)}"
+    whole = f"{title}, or the nearest that a method reaches\n{table.render(HEADER, rows)}"
+    found = [(c["label"], c["guard_at_reference"]) for c in text["methods"] if c.get("guard_at_reference")]
+    lines = [f"{label}: {guard['words']}" for label, guard in found]
+    if lines:
+        whole += "\n\nwhat a guard says, at the value nearest to it:\n" + "\n".join(lines)
+    return whole
 
 
 def render_times(text: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The lab's inputs: real long texts, and the queries, keys and values that a model makes of them.
 
 The texts are those of the study that `Sketch` came from: a licence, a program, and all licences one after
-the other for the long one, where the rotary base is scaled so that the model still predicts. The forward pass
+the other for the long one, where the rotary base is scaled so that the model still predicts; and two programs
+one after the other, as long. The forward pass
 runs our own kernel with every block kept, which is exact and several times faster than PyTorch's at 24K
 tokens.
 """
@@ -39,12 +40,13 @@ class Text:
 
 def known() -> dict[str, Text]:
     """The texts that `--text` names."""
-    module = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
+    modules = [Path(sysconfig.get_paths()["stdlib"]) / name for name in ("argparse.py", "typing.py")]
     licences = tuple(prompt.LICENCES / name for name in prompt.LICENCE_NAMES)
     texts = (
         Text("gpl", licences[:1], 7600),
-        Text("code", (module,), 7600),
+        Text("code", (modules[0],), 7600),
         Text("long", licences, 24355, long=True),
+        Text("long-code", tuple(modules), 24355, long=True),
     )
     return {text.name: text for text in texts}
 

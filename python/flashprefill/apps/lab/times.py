@@ -34,9 +34,10 @@ class Contender:
         self.label, policy = label, policy.at_layer(layer.number)
         mask, self.selects_on = layer.select(policy)
         self.here = self.selects_on == layer.device.kind
-        held = (layer.query, layer.key) if self.here else layer.in_host_memory
-        self.select = partial(select, *held, policy, softmax_scale=layer.scale)
         own = (layer.query, layer.key, layer.value)
+        query, key, value = own if self.here else layer.in_host_memory
+        values = value if policy.reads_values else None
+        self.select = partial(select, query, key, policy, v=values, softmax_scale=layer.scale)
         self.whole = partial(prefill_attention, *own, policy, softmax_scale=layer.scale)
         self.density = self.whole(return_stats=True)[1].mean_density if self.here else mask.density
         self.seconds: list[float] = []

@@ -59,8 +59,8 @@ struct UnitControl {
   alignas(16) int limit[kScoreGroups][128]; // of each column: it sees blocks [0, limit)
 };
 
-// The item of a number. Items of sequence b begin at (its first mask row * mask heads per KV head) / units per item + b,
-// which leaves room for all of them without prefix sums, as Geometry::TileBase does for tiles. Higher numbers are
+// The item of a number. Items of sequence b begin at (its first mask row * mask heads per KV head) / units per item +
+// b, which leaves room for all of them without prefix sums, as Geometry::TileBase does for tiles. Higher numbers are
 // earlier tiles, because the last tiles have the most blocks to score.
 __device__ inline bool PlaceScoreItem(const ScoreArgs& a, const UnitPlan& plan, int id, ScoreItem& item) {
   const TileRules& r = a.rules;

@@ -81,7 +81,7 @@ cudaError_t LaunchEmptyLists(const BlockMask& mask, cudaStream_t stream);
 
 #ifdef __CUDACC__
 
-// A segment of a sequence, as methods/gather/segment.h has it.
+// A segment of a sequence, as core/segment.h has it.
 struct DeviceSegment {
   int first_tile, begin, end; // query tokens
   int window;                 // block from which on all are kept

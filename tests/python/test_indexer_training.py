@@ -1,0 +1,137 @@
+"""train-indexer: the true masses, that it learns, that it goes on where it stopped."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import flashprefill as fp  # noqa: E402
+from flashprefill.apps.errors import UsageError  # noqa: E402
+from flashprefill.apps.indexer.harvest import LayerData  # noqa: E402
+from flashprefill.apps.indexer.masses import masses  # noqa: E402
+from flashprefill.apps.indexer.trainer import Trainer  # noqa: E402
+from flashprefill.policies.indexer import Indexer  # noqa: E402
+
+
+@pytest.mark.parametrize("tokens, tile", [(1, 16), (37, 16), (64, 16), (65, 256)])
+def test_masses(tokens, tile):
+    """By column and by diagonal of whole softmaxes."""
+    torch.manual_seed(tokens)
+    q, k = torch.randn(tokens, 4, 8), torch.randn(tokens, 2, 8)
+    by_key, by_distance = masses(q, k, 0.5, tile)
+    for head in range(2):
+        share = torch.zeros(tokens, tokens)
+        for member in (2 * head, 2 * head + 1):
+            score = (q[:, member] @ k[:, head].T) * 0.5
+            score = score.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+            share += score.softmax(dim=-1) / 2
+        diagonals = torch.stack([share.diagonal(-d).sum() for d in range(tokens)])
+        torch.testing.assert_close(by_key[head], share.sum(dim=0) / tokens)
+        torch.testing.assert_close(by_distance[head], diagonals / tokens)
+
+
+def test_masses_by_hand():
+    """Two tokens, scores 0: rows (1) and (1/2, 1/2). By key 3/4, 1/4; by distance (1 + 1/2) / 2, 1/4."""
+    by_key, by_distance = masses(torch.zeros(2, 1, 4), torch.randn(2, 1, 4), 1.0)
+    torch.testing.assert_close(by_key, torch.tensor([[0.75, 0.25]]))
+    torch.testing.assert_close(by_distance, torch.tensor([[0.75, 0.25]]))
+
+
+def sequence(tokens=192, kv_heads=2, dim=16):
+    """One layer's data, with attention that is not flat."""
+    torch.manual_seed(0)
+    q, k = 2 * torch.randn(tokens, 2 * kv_heads, dim), torch.randn(tokens, kv_heads, dim)
+    v = torch.randn(tokens, kv_heads, dim)
+    inputs = torch.cat([k, v], dim=-1).transpose(0, 1).contiguous()
+    return {0: LayerData(inputs, *masses(q, k, dim**-0.5))}
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_it_overfits_one_sequence(kind):
+    data = sequence()
+    trainer = Trainer(data, hidden=128, rate=1e-2, steps=300, seed=0, device="cpu")
+    before = trainer.evaluate(data)
+    for _ in range(300):
+        trainer.step(data, kind)
+    after = trainer.evaluate(data)
+    assert sum(before) > 0.2
+    assert sum(after) < 0.05
+
+
+def test_what_it_learns_is_what_the_policy_selects(tmp_path):
+    """The saved weights, with the normalisation folded in, predict what the trainer's do."""
+    data = sequence()
+    trainer = Trainer(data, hidden=16, rate=1e-2, steps=60, seed=0, device="cpu")
+    for _ in range(60):
+        trainer.step(data)
+    Indexer(trainer.weights(), "tiny").save(tmp_path / "i.safetensors", "fp32")
+    layer = Indexer.load(tmp_path / "i.safetensors").layers[0]
+    with torch.no_grad():
+        vertical, _ = trainer.heads[0].logits(data[0].inputs)
+    x = data[0].inputs[1].numpy().astype(float)
+    z = x @ layer.up[1].astype(float).T + layer.bias[1]
+    np.testing.assert_allclose(z / (1 + np.exp(-z)) @ layer.vertical[1], vertical[1], atol=1e-3)
+    k, v = (data[0].inputs.transpose(0, 1)[..., part].numpy() for part in (slice(16), slice(16, None)))
+    policy = fp.VSPrefill(tmp_path / "i.safetensors", 0.3, 1e-3, "blocks", 16, sink_blocks=0, window_blocks=0)
+    mask = fp.select(np.zeros((192, 4, 16), np.float32), np.ascontiguousarray(k), policy, v=v).dense()
+    best = int(vertical[1].argmax())
+    assert mask[2:, best // 128 :, best // 16].all()
+
+
+def options(model, path, **more):
+    pytest.importorskip("transformers", minversion="5")
+    from flashprefill.apps.indexer import Options
+
+    text = path.with_name("text.txt")
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    return Options(
+        model=model, text=text, held_out=text, tokens=256, sequences=3, steps=6, hidden=8, device="cpu",
+        dtype="fp32", out=path, **more,
+    )  # fmt: skip
+
+
+def test_a_run_goes_on(model, tmp_path, monkeypatch):
+    """Stopped after 3 of 6 steps and resumed, it ends where an uninterrupted run does."""
+    from flashprefill.apps.indexer import run, trainer
+
+    results = run(options(model, tmp_path / "whole.safetensors"))
+    assert results["curve"][-1]["step"] == 6
+    step, calls = trainer.Trainer.step, []
+
+    def three(self, *arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(sys.modules[run.__module__], "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(trainer.Trainer, "step", three)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(model, tmp_path / "part.safetensors"))
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    run(options(model, tmp_path / "part.safetensors", resume=True))
+    one, other = (Indexer.load(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
+    assert one == other
+    assert one.kv_heads and "trained_on" in one.notes
+    assert json.loads((tmp_path / "whole.json").read_text())["texts"] == ["text.txt"]
+    wrong = options(model, tmp_path / "part.safetensors", resume=True)
+    wrong.hidden = 9
+    with pytest.raises(UsageError, match="--hidden 9: the run to go on with had 8"):
+        run(wrong)
+    with pytest.raises(UsageError, match="--resume: there is no"):
+        run(options(model, tmp_path / "none.safetensors", resume=True))
+
+
+def test_a_model_reads_with_what_was_trained(model, tmp_path):
+    from flashprefill.apps import models
+    from flashprefill.apps.indexer import run
+
+    run(options(model, tmp_path / "i.safetensors"))
+    loaded = models.load(model, "fp32")
+    fp.patch_model(loaded.model, fp.VSPrefill(tmp_path / "i.safetensors", 0.5, 0.5, block_size=16))
+    with torch.no_grad(), fp.collect_stats(loaded.model) as stats:
+        loaded.model(torch.randint(3, 50, (1, 400)))
+    assert all(not call.reason for call in stats.calls)

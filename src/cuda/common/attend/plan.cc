@@ -120,7 +120,8 @@ AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gp
 
 AttendPlan::Keys AttendPlan::KeysFor(int32_t math) const {
   const Problem& p = *p_;
-  if (gpu_.portable || p.batch == 0 || p.total_q == 0) return Keys::kInPlace;
+  // Lists are read by rows from wherever their keys lie.
+  if (gpu_.portable || mask_->max_keys > 0 || p.batch == 0 || p.total_q == 0) return Keys::kInPlace;
   // Products of 64 columns leave exponentials the limit, and a step of 256 does not fit the registers.
   const bool dimension = p.head_dim > 64 && p.head_dim <= kImageColumns;
   if (math == FP_MATH_8BIT && dimension && mask_->block_size % kImageKeys == 0) return Keys::kImages;
@@ -141,13 +142,15 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype) return "q, k and v must have one dtype on CUDA";
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
-  if (mask_->max_keys > 0) return "masks with key lists are for the CPU";
+  if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
+  if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
   if (mask_->skip > 0) return "masks that skip are for the CPU";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
-  if ((p.block_table || gpu_.portable) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
-    return p.block_table ? "a paged cache of at most 2^35 elements on CUDA"
-                         : "a sequence whose keys span at most 2^35 elements on this GPU";
+  if ((p.block_table || gpu_.portable || mask_->max_keys > 0) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
+    return p.block_table   ? "a paged cache of at most 2^35 elements on CUDA"
+           : gpu_.portable ? "a sequence whose keys span at most 2^35 elements on this GPU"
+                           : "a sequence whose keys span at most 2^35 elements where the mask has key lists";
   }
   if (!IsAligned(p.q)) return kUnalignedQ;
   if (!IsAligned(p.k)) return kUnalignedK;

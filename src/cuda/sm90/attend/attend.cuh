@@ -15,8 +15,8 @@
 
 #include "cuda/common/grid_control.cuh"
 #include "cuda/common/wgmma.cuh"
+#include "cuda/sm90/attend/gather_producer.cuh"
 #include "cuda/sm90/attend/math_side.cuh"
-#include "cuda/sm90/attend/producer.cuh"
 
 namespace flashprefill::cuda {
 
@@ -46,7 +46,7 @@ class AttendMath {
         IssueScores();
         IssueValues<true>(j > 1);
         const KeyTile& key_tile = KeyTileBefore(0);
-        const KeyMode mode = key_tile.mode; // asked while the product runs
+        const KeyMode mode = ModeOf(key_tile); // asked while the product runs
         WgmmaWait<1>();
         TakeScores(j + 1 == tile.key_tiles);
         NextWeights(key_tile, mode, tile.rows);
@@ -87,6 +87,7 @@ class AttendMath {
  private:
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
+  static constexpr bool kGathers = LOADING == Loading::kGather;
   using Memory = SharedMemory<SHAPE>;
 
   // ---------------------------------------------------------------- tiles and turns
@@ -120,7 +121,7 @@ class AttendMath {
   // S = Q K^T of the next key tile, when it is this warpgroup's turn.
   __device__ __forceinline__ void IssueScores() {
     BarrierWait(&sm_.k_full[k_.stage], k_.parity);
-    if (LOADING == Loading::kRows) FenceAsyncProxy();
+    if (LoadsRows(LOADING)) FenceAsyncProxy();
     WaitTurn();
     const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Memory::kPanelRowsBytes);
     const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[k_.stage]));
@@ -149,7 +150,7 @@ class AttendMath {
   template <bool PASS_TURN>
   __device__ __forceinline__ void IssueValues(bool accumulate) {
     BarrierWait(&sm_.v_full[v_.stage], v_.parity);
-    if (LOADING == Loading::kRows) FenceAsyncProxy();
+    if (LoadsRows(LOADING)) FenceAsyncProxy();
     const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Memory::kKeyPanelBytes);
     WgmmaFence();
 #pragma unroll
@@ -171,8 +172,8 @@ class AttendMath {
 
   // Weights of a tile's first step: references are its maxima.
   __device__ __forceinline__ void FirstWeights(const KeyTile& key_tile) {
-    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile, key_tile.mode);
-    const bool means = key_tile.mode == KeyMode::kMeans;
+    if (ModeOf(key_tile) != KeyMode::kPlain) Mask(key_tile, ModeOf(key_tile));
+    const bool means = IsMeans(ModeOf(key_tile));
     float grow[2], reference[2], part[2] = {0, 0};
     Follow(3, grow, means);
     ReferencesOf(reference, means);
@@ -189,7 +190,7 @@ class AttendMath {
     float reference[2] = {max_[0] * p_.exponent_scale, max_[1] * p_.exponent_scale};
     if (mode != KeyMode::kPlain) {
       Mask(key_tile, mode);
-      if (mode == KeyMode::kMeans) {
+      if (IsMeans(mode)) {
         reference[0] -= p_.mean_bias_log2;
         reference[1] -= p_.mean_bias_log2;
       }
@@ -209,7 +210,7 @@ class AttendMath {
       large |= __shfl_xor_sync(~0u, large, 1);
       large |= __shfl_xor_sync(~0u, large, 2);
       float grow[2];
-      const bool means = KeyTileBefore(1).mode == KeyMode::kMeans; // asked again: no register holds it till here
+      const bool means = IsMeans(KeyTileBefore(1).mode); // asked again: no register holds it till here
       Follow(large, grow, means);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
@@ -243,11 +244,19 @@ class AttendMath {
     return sm_.key_tiles[(k_.stage + k_.parity * SHAPE::kStages - steps) % Memory::kKeyTiles];
   }
 
+  __device__ __forceinline__ static KeyMode ModeOf(const KeyTile& key_tile) {
+    return kGathers ? key_tile.ModeOfBoth() : key_tile.mode;
+  }
+  __device__ __forceinline__ static bool IsMeans(KeyMode mode) { return !kGathers && mode == KeyMode::kMeans; }
+
   __device__ __forceinline__ void Mask(const KeyTile& key_tile, KeyMode mode) {
-    if (mode == KeyMode::kMasked) {
+    if constexpr (kGathers) {
+      if (mode != KeyMode::kListed) MaskKeys<kKeys>(s_, key_tile, last_key_, lane_);
+      if (mode != KeyMode::kMasked) MaskUnwanted<kKeys>(s_, key_tile, lane_);
+    } else if (mode == KeyMode::kMasked) {
       MaskKeys<kKeys>(s_, key_tile, last_key_, lane_);
     } else {
-      MaskMeans<kKeys>(s_, key_tile, lane_);
+      MaskUnwanted<kKeys>(s_, key_tile, lane_);
       if (key_tile.short_column >= 0) WeighShortMean(key_tile);
     }
   }
@@ -285,16 +294,29 @@ class AttendMath {
   float max_[2], sum_[2]; // the reference maximum, raw; this lane's part of the sum
 };
 
+template <class SHAPE, Loading LOADING>
+struct LoadingSide {
+  using Producer = AttendProducer<SHAPE, LOADING>;
+  using Memory = SharedMemory<SHAPE>;
+};
+template <class SHAPE>
+struct LoadingSide<SHAPE, Loading::kGather> {
+  using Producer = GatherProducer<SHAPE>;
+  using Memory = GatherMemory<SHAPE>;
+};
+
 template <class T, class SHAPE, Loading LOADING>
 __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
+  using Producer = typename LoadingSide<SHAPE, LOADING>::Producer;
   extern __shared__ uint8_t raw[];
-  auto& sm = *reinterpret_cast<SharedMemory<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
+  auto& sm = *reinterpret_cast<typename LoadingSide<SHAPE, LOADING>::Memory*>(
+      raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
   // Set up barriers.
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
-    constexpr int kFullArrivals = AttendProducer<SHAPE, LOADING>::kFullArrivals;
+    constexpr int kFullArrivals = Producer::kFullArrivals;
     BarrierInit(&sm.work_full, 32);
-    BarrierInit(&sm.work_empty, AttendProducer<SHAPE, LOADING>::kLoaders * 32);
+    BarrierInit(&sm.work_empty, Producer::kLoaders * 32);
     for (int i = 0; i < SHAPE::kQStages; ++i) {
       BarrierInit(&sm.q_full[i], 1);
       BarrierInit(&sm.q_empty[i], kMathThreads);
@@ -312,7 +334,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   // Split up: one warpgroup loads, two compute.
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
-    if (threadIdx.x < AttendProducer<SHAPE, LOADING>::kThreads) AttendProducer<SHAPE, LOADING>(p, sm).Run();
+    if (threadIdx.x < Producer::kThreads) Producer(p, sm).Run();
   } else {
     GrowRegisters<SHAPE::kMathRegisters>();
     AttendMath<T, SHAPE, LOADING>(p, sm).Run();
@@ -326,11 +348,25 @@ AttendKernelSet KernelsOf() {
           AttendSm90<T, SHAPE, Loading::kRows>, static_cast<int>(sizeof(SharedMemory<SHAPE>)) + kOperandAlign};
 }
 
+template <class T, class SHAPE>
+GatherKernel GatherKernelOf() {
+  constexpr int kBytes = static_cast<int>(sizeof(GatherMemory<SHAPE>)) + kOperandAlign;
+  static_assert(kBytes <= 227 * 1024, "the shared memory that a CTA may have");
+  return {AttendSm90<T, SHAPE, Loading::kGather>, kBytes};
+}
+
 // The content of an instantiation file: a dtype's kernels for a head dimension.
 #define FLASHPREFILL_INSTANTIATE_ATTEND(T, HEAD_DIM) \
   template <>                                        \
   AttendKernelSet AttendKernels<T, HEAD_DIM>() {     \
     return KernelsOf<T, AttendShape<HEAD_DIM>>();    \
+  }
+
+// The same for masks with key lists.
+#define FLASHPREFILL_INSTANTIATE_GATHER(T, HEAD_DIM)   \
+  template <>                                          \
+  GatherKernel AttendGatherKernel<T, HEAD_DIM>() {     \
+    return GatherKernelOf<T, AttendShape<HEAD_DIM>>(); \
   }
 
 } // namespace flashprefill::cuda

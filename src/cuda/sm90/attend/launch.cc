@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "core/key_list.h"
 #include "cuda/common/attend/plan.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/sm90/attend/params.h"
@@ -23,8 +24,9 @@ struct Loads {
   bool by_rows;
   int chunk; // keys that lie together
 
-  static Loads Of(const Problem& p, int block_size) {
-    const int keys = KeysPerStep(p.head_dim);
+  static Loads Of(const Problem& p, const BlockMask& mask) {
+    const int keys = KeysPerStep(p.head_dim), block_size = mask.block_size;
+    if (HasKeyLists(mask)) return {true, ChunkKeys(block_size, keys)};
     const int chunk = ChunkKeys(p.block_table ? block_size | p.page_size : block_size, keys);
     if (p.block_table && chunk < kBulkPageKeys) return {true, ChunkKeys(block_size, keys)};
     return {false, chunk};
@@ -41,6 +43,29 @@ AttendKernelSet PickKernels(int head_dim) {
     default:
       return AttendKernels<T, 256>();
   }
+}
+
+template <class T>
+GatherKernel PickGatherKernel(int head_dim) {
+  switch (PaddedHeadDim(head_dim)) {
+    case 64:
+      return AttendGatherKernel<T, 64>();
+    case 128:
+      return AttendGatherKernel<T, 128>();
+    default:
+      return AttendGatherKernel<T, 256>();
+  }
+}
+
+ListArgs ListsOf(const BlockMask& mask) {
+  ListArgs a{};
+  a.lists = mask.key_lists;
+  a.segment_rows = mask.segment_rows;
+  a.stride = KeyListStride(mask);
+  a.max_keys = mask.max_keys;
+  a.by_segment_tokens = Divider::Of(SegmentTokens(mask));
+  a.by_segment_tiles = Divider::Of(mask.segment_tiles);
+  return a;
 }
 
 TensorMapShape KeyShape(const Problem& p, const fp_tensor& t, int chunk) {
@@ -100,22 +125,30 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
   const Problem& p = call.p;
   AttendParams a{};
   static_cast<AttendArgs&>(a) = args;
-  const Loads loads = Loads::Of(p, call.mask.block_size);
+  const Loads loads = Loads::Of(p, call.mask);
   while (1 << a.chunk_shift < loads.chunk) ++a.chunk_shift;
   a.absent_token = static_cast<int>(p.block_table ? p.page_size : p.cu_seqlens_k ? p.total_k : p.max_seqlen_k);
   if (cudaError_t e = SetRowParams(call, a)) return e;
   if (cudaError_t e = MakeKeyMaps(call, loads, a)) return e;
 
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
+  const auto launch = [&](AttendKernel kernel, int shared_bytes) {
+    if (cudaError_t e = AllowShared(kernel, shared_bytes)) return e;
+    return LaunchOverlapped(kernel, true, std::min<int64_t>(call.items, processors), kAttendThreads, shared_bytes,
+                            stream, a);
+  };
+  if (HasKeyLists(call.mask)) {
+    a.listed = ListsOf(call.mask);
+    const GatherKernel gather =
+        p.q.dtype == FP_BF16 ? PickGatherKernel<__nv_bfloat16>(p.head_dim) : PickGatherKernel<__half>(p.head_dim);
+    return launch(gather.kernel, gather.shared_bytes);
+  }
   const AttendKernelSet kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);
   // One warp needs some 100 ns per bulk copy, and a tile has two per chunk (at d128) of K and of V.
   const bool four_warps = KeysPerStep(p.head_dim) / loads.chunk >= 4;
-  const AttendKernel kernel = loads.by_rows ? kernels.rows : four_warps ? kernels.chunks : kernels.tiles;
-  int processors = 0;
-  if (cudaError_t e = CountProcessors(&processors)) return e;
-  if (cudaError_t e = AllowShared(kernel, kernels.shared_bytes)) return e;
-  return LaunchOverlapped(kernel, true, std::min<int64_t>(call.items, processors), kAttendThreads, kernels.shared_bytes,
-                          stream, a);
+  return launch(loads.by_rows ? kernels.rows : four_warps ? kernels.chunks : kernels.tiles, kernels.shared_bytes);
 }
 
 } // namespace flashprefill::cuda

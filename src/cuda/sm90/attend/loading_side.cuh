@@ -33,19 +33,21 @@ __device__ __forceinline__ void LoadQueries(const AttendParams& p, Memory& sm, c
   }
 }
 
-// Columns of a step, 32 each in the first lanes' `columns`, to KeyTile::wanted: of each 8 bits the two from 2 l on,
-// together in a byte.
+// Columns from 32 word on of a step to KeyTile::wanted: of each 8 bits the two from 2 l on, together in a byte.
+__device__ __forceinline__ void SpreadColumnsOf(int word, uint32_t columns, uint32_t* wanted) {
+  auto* const bytes = reinterpret_cast<uint8_t*>(wanted);
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    uint32_t x = columns >> 2 * l & 0x03030303;
+    x |= x >> 6;
+    bytes[4 * l + word] = static_cast<uint8_t>((x & 15) | (x >> 12 & 240));
+  }
+}
+
+// All columns of a step, 32 each in the first lanes' `columns`.
 template <int KEYS>
 __device__ __forceinline__ void SpreadColumns(uint32_t columns, int lane, uint32_t* wanted) {
-  if (lane < KEYS / 32) {
-    auto* const bytes = reinterpret_cast<uint8_t*>(wanted);
-#pragma unroll
-    for (int l = 0; l < 4; ++l) {
-      uint32_t x = columns >> 2 * l & 0x03030303;
-      x |= x >> 6;
-      bytes[4 * l + lane] = static_cast<uint8_t>((x & 15) | (x >> 12 & 240));
-    }
-  }
+  if (lane < KEYS / 32) SpreadColumnsOf(lane, columns, wanted);
 }
 
 // A sequence's last block may be shorter than the others, and counts where rows see all of it: not causal. Whether a

@@ -58,9 +58,9 @@ __device__ __forceinline__ void ForColumns(SCORE* s, uint32_t columns, bool set,
   }
 }
 
-// Scores of means that are not corrected for.
+// Scores of columns that are not wanted: means that are not corrected for, keys that are not listed.
 template <int KEYS, class SCORE>
-__device__ __forceinline__ void MaskMeans(SCORE* s, const KeyTile& key_tile, int lane) {
+__device__ __forceinline__ void MaskUnwanted(SCORE* s, const KeyTile& key_tile, int lane) {
   ForColumns<KEYS>(s, key_tile.wanted[lane % 4], false,
                    [](SCORE* of_rows) { of_rows[0] = of_rows[2] = Masked<SCORE>(); });
 }

@@ -379,7 +379,7 @@ class Attend8Math {
       }
       MaskKeys<kKeys>(s_, key_tile, last_key, lane);
     } else {
-      MaskMeans<kKeys>(s_, key_tile, lane);
+      MaskUnwanted<kKeys>(s_, key_tile, lane);
       if (key_tile.short_column >= 0) WeighShortMean(key_tile, worth);
     }
   }

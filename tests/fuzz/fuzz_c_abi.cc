@@ -8,8 +8,8 @@
 #include <sstream>
 #include <vector>
 
-#include "fuzz.h"
 #include "core/half.h"
+#include "fuzz.h"
 #include "random_policy.h"
 
 namespace flashprefill::test {
@@ -75,7 +75,8 @@ class Call {
   void CheckOutput() const {
     if (!finite_) return;
     for (size_t i = 0; i < out_->size / SizeOf(dtype_); ++i) {
-      if (!std::isfinite(LoadElement(out_->data, dtype_, static_cast<int64_t>(i)))) Finding("an output that is not finite");
+      if (!std::isfinite(LoadElement(out_->data, dtype_, static_cast<int64_t>(i))))
+        Finding("an output that is not finite");
     }
   }
 

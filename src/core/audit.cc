@@ -122,7 +122,8 @@ HeadAudit Summarise(std::span<const AuditRow> rows, int64_t sparse, double targe
   for (int64_t j = 0; j < count; ++j) {
     const double recall = scratch[j] = rows[j].recall;
     // Strata differ by a row at most; with their sizes as weights, all rows audited give the mean of all rows.
-    weighted += recall * static_cast<double>((j + 1) * sparse / count - j * sparse / count);
+    const int64_t stratum = (j + 1) * sparse / count - j * sparse / count;
+    weighted += recall * static_cast<double>(stratum);
     bad += recall < kBadRecall;
   }
   head.recall = weighted / static_cast<double>(sparse);

@@ -114,7 +114,7 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
     Demand("final_chunks is given for more than 4096 sequences");
   }
   if (policy) Demand(SelectorFor(*policy).unsupported(p, *policy, gpu));
-  if (!policy && mask) Demand(AttendPlan::Of(p, *mask, gpu).Unsupported(nullptr));
+  if (!policy && mask) Demand(AttendPlan::Of(p, *mask, gpu, exec.math).Unsupported(nullptr));
 }
 
 cudaStream_t StreamOf(const Exec& exec) { return static_cast<cudaStream_t>(exec.stream); }
@@ -141,13 +141,13 @@ Means TakeForAttend(Workspace& workspace, const Problem& p, const BlockMask& mas
 
 size_t AttendWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   TakeForAttend(layout, p, mask, attend);
   return layout.used();
 }
 
 void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Output& output, void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
@@ -161,7 +161,7 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
 
 size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   attend.Take(layout);
   SelectorFor(policy).select(p, policy, GpuOf(p, exec), mask.mean_correction != 0, layout, nullptr);
   return layout.used();
@@ -177,7 +177,7 @@ bool Uneven(const Problem& p, const Policy& policy, const Selector& selector, in
 // Select's own means of K serve the correction too, and V's are pooled in the same pass.
 void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
              void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);

@@ -71,7 +71,7 @@ def methods_for(texts: Sequence[str], cuda: bool = False) -> list[Method]:
         ),
         Method("FlashPrefill, pooled", FlashPrefill(alpha=0.12, query_pool=16)),
         Method("Sketch", Sketch()),
-        *([] if cuda else [Method("Gather", Gather())]),  # which a GPU does not select by
+        *([] if cuda else [Method("Gather", Gather())]),  # most GPUs refuse it
     ]
 
 

@@ -38,7 +38,7 @@ LIBRARIES = {  # of vLLM's wheel, and what of their kernels is kept
 LEFT_OUT = re.compile(
     r"\.so$|vllm-rs$|third_party/(deep_gemm|fmha_sm100|tml_fa4|flashmla)/|\.(h|hpp|cuh|cu|cc|cpp)$|/cutlass/|/cute/"
 )
-DATA = re.compile(r"^mistral_common/data/tekken|^pycountry/locales/|^tvm_ffi/lib/.*_testing\.so$")
+DATA = re.compile(r"^mistral_common/data/tekken|^pycountry/locales/")
 
 
 def fetch(folder: Path) -> None:

@@ -26,7 +26,7 @@ HOPPER = sorted(
     for path in (ROOT / "src/cuda/sm90" / folder).glob("*.cu")
     if not path.stem.endswith("d256") and path.stem != "images"
 )
-MAY_SPILL = re.compile("LoadingE1")  # two warps that share a tile's many copies keep a few bytes of their state in memory
+MAY_SPILL = re.compile("LoadingE1")  # two warps that share many copies keep some of their state in memory
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"

@@ -4,6 +4,7 @@ Both draw the same rows and add up in fp32, so recalls agree to a few units of 1
 recall the CPU's tests say. The small cases are for compute-sanitizer as well: `-k small` (CONTRIBUTING.md).
 """
 
+import copy
 import dataclasses
 import math
 
@@ -14,7 +15,8 @@ import torch
 import flashprefill as fp
 from test_select import inputs, packed, paged
 
-TARGETS = next((b.targets for b in fp.backends() if b.name == "cuda"), ()) or ("sm90a",)
+# The audit is one for all targets; selection and attention are not.
+TARGETS = next((b.targets[:2] for b in fp.backends() if b.name == "cuda"), ()) or ("sm90a",)
 LISTS = TARGETS[:1] if TARGETS[0] == "sm90a" else ()  # key lists are for Hopper's kernels
 RAGGED = [(100, 300), (0, 0), (1, 130), (333, 700)]
 LOW = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
@@ -65,7 +67,7 @@ def on_gpu(layout):
 
 def compare(q, k, mask, guard, target, **layout):
     """Compare the audit of a mask, of which host and GPU have a copy, and what it did to it."""
-    here, there = mask.to("cpu"), mask.to("cuda")
+    here, there, another = (copy.deepcopy(mask).to(device) for device in ("cpu", "cuda", "cuda"))
     expected = fp.audit(q, k, here, guard, **layout)
     found = fp.audit(q.cuda(), k.cuda(), there, guard, target=target, **on_gpu(layout))
     assert found.recall.is_cuda
@@ -81,7 +83,7 @@ def compare(q, k, mask, guard, target, **layout):
     np.testing.assert_allclose(found._moments.cpu(), expected._moments, rtol=2e-4)
     if not near.any():
         assert all(torch.equal(here.dense(b), there.dense(b).cpu()) for b in range(len(expected.recall)))
-    again = fp.audit(q.cuda(), k.cuda(), mask.to("cuda"), guard, target=target, **on_gpu(layout))
+    again = fp.audit(q.cuda(), k.cuda(), another, guard, target=target, **on_gpu(layout))
     for name in ("_shares", "_numbers", "_moments"):
         assert torch.equal(getattr(again, name), getattr(found, name)), "other bits the second time"
     return found
@@ -197,12 +199,12 @@ def test_lengths_of_the_device_are_not_trusted(target):
 # ---------------------------------------------------------------- the operator
 
 
-def operands(tokens=5000, heads=8, kv_heads=2, dim=128):
-    """Return q, k, v on the GPU, whose heads differ in how much they look at a few keys."""
+def operands(tokens=4000, heads=8, kv_heads=2, dim=128):
+    """Return q, k, v on the GPU. Queries of the upper half of the heads look at their own position alone."""
     q, k = inputs(tokens, tokens, heads, kv_heads, dim)
-    sharp = torch.linspace(0.3, 3, heads)[None, :, None]
+    q[:, heads // 2 :] = 2 * k.repeat_interleave(heads // kv_heads, 1)[:, heads // 2 :]
     v = torch.randn(tokens, kv_heads, dim, generator=torch.Generator().manual_seed(3)).bfloat16()
-    return [x.cuda() for x in ((q * sharp).bfloat16(), k, v)]
+    return [x.cuda() for x in (q, k, v)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -250,7 +252,7 @@ def test_repair(name, target):
     _, before = fp.prefill_attention(q, k, v, policy, guard=look, return_stats=True, target=target)
     out, after = fp.prefill_attention(q, k, v, policy, guard=act, return_stats=True, target=target)
     repaired = (after.guard.outcome == 2)[0].cpu()
-    assert torch.equal(repaired, (before.guard.outcome == 4)[0].cpu()) and repaired.any()
+    assert torch.equal(repaired, (before.guard.outcome == 4)[0].cpu()) and 0 < repaired.sum() < 8
     kept, more = before.kept[0], after.kept[0]
     heads = np.logical_or.reduceat(repaired.numpy(), np.arange(0, 8, 8 // len(kept)))
     assert (more[heads] > kept[heads]).all() and np.array_equal(more[~heads], kept[~heads])
@@ -259,7 +261,7 @@ def test_repair(name, target):
     host = fp.prefill_attention(q.cpu(), k.cpu(), v.cpu(), policy, guard=act, return_stats=True)[1]
     apart = np.abs(host.guard.recall.numpy() - after.guard.recall.cpu().numpy()).max()
     assert apart < 0.03, "selections differ in near ties alone"
-    assert (after.kept.sum() - host.kept.sum()) < 0.02 * host.kept.sum()
+    assert abs(after.kept.sum() - host.kept.sum()) < 0.02 * host.kept.sum()
     for _ in range(3):
         assert torch.equal(out, fp.prefill_attention(q, k, v, policy, guard=act, target=target))
     dense = fp.prefill_attention(q, k, v, fp.Dense(), target=target).float()
@@ -299,7 +301,7 @@ def test_a_graph_replays_with_other_inputs(mode, target):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, stats = call()
-    for factor in (1.0, 0.25, 2.0, 0.0, 1.0):
+    for factor in (1.0, 0.25, 8.0, 0.0, 1.0):
         q.mul_(factor) if factor else q.copy_(operands()[0].flip(1))
         for _ in range(3):
             out.fill_(float("nan"))

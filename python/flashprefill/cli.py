@@ -132,7 +132,7 @@ def _add_policy(add: Callable[..., Any], what: str) -> None:
 
 
 def _add_guard(add: Callable[..., Any], when: str) -> None:
-    what = f"observe, repair, strict (fields in brackets), or off (default: observe{when}); off on a GPU"
+    what = f"observe, repair, strict (fields in brackets), or off (default: observe{when})"
     add("--guard", default="observe", metavar="MODE", help=what)
 
 

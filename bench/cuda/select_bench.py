@@ -8,8 +8,8 @@ measured, medians. A graph of a selection holds ten calls into one mask, whose z
 lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as large a
 share of what it sees, however the made-up text spreads its topics. --alone leaves all but selections out, so
 that they run on a cooler chip. --pooled are the methods of pooled or sampled rows, alone. --strided is
-XAttention and RRAttention next to FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there,
-zeros with it.
+XAttention and RRAttention next to FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense
+attention; a graph of a selection holds one call there, zeros with it.
 """
 
 import argparse

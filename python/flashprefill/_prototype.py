@@ -10,7 +10,7 @@ import numpy as np
 from . import _timings
 from ._layout import Layout, ceil_div
 from ._ops import ops_of
-from .errors import UnsupportedError, refuse
+from .errors import UnsupportedError, refuse, shown
 from .mask import BlockMask
 from .policies import MaskPolicy
 
@@ -65,7 +65,7 @@ def _bools(keep: Any, name: str, mask: BlockMask, lengths: tuple[int, int], shap
         if theirs != ours or keep._layout.sequences(keep._ops)[0][1:] != lengths:
             refuse(
                 name,
-                repr(keep),
+                shown(keep),
                 f"a BlockMask of 1 sequence of {lengths[0]} queries and {lengths[1]} keys, with tiles of "
                 f"{mask.tile_tokens} tokens and blocks of {mask.block_size} keys",
             )

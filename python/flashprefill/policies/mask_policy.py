@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from .base import Policy
 from .streaming import Streaming
 
@@ -92,7 +92,7 @@ class MaskPolicy(Policy):
         if isinstance(function, str):
             function = function_named(function)
         if not callable(function):
-            refuse_type("function", repr(function), 'a function of (layer, q, k), or "module:function"')
+            refuse_type("function", shown(function), 'a function of (layer, q, k), or "module:function"')
         object.__setattr__(self, "function", function)
         super().__post_init__()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from .base import Policy
 from .checks import MAX_TOKENS, check_bool, check_integer, check_number
 from .presets import preset_of
@@ -64,7 +64,7 @@ class TokenSparse(Policy):
 
             inner = parse(inner)
         if not isinstance(inner, Policy):
-            refuse_type("inner", repr(inner), "a policy, or a text of one")
+            refuse_type("inner", shown(inner), "a policy, or a text of one")
         if isinstance(inner, TokenSparse):
             refuse("inner", inner.text, "a policy that selects: tokens are dropped once")
         values: dict[str, Any] = {
@@ -89,7 +89,7 @@ class TokenSparse(Policy):
     @staticmethod
     def _numbers(layers: Any) -> tuple[int, ...]:
         if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
-            refuse_type("layers", repr(layers), "a list of layers' numbers, or None")
+            refuse_type("layers", shown(layers), "a list of layers' numbers, or None")
         return tuple(check_integer("a layer of layers", layer, 0, MAX_TOKENS) for layer in layers)
 
     def _spelled(self, values: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ typedef struct fp_tensor {
  *
  * causal is aligned bottom-right: query row i of a sequence with Lq rows and Lk keys sits at position P + i, P = Lk -
  * Lq, and sees the keys at positions 0 .. P + i. P must not be negative. Without causal every row sees every key;
- * then dense, xattention and spargeattn select (the last two on FP_CPU), and window_blocks may be at most 1 and
+ * then dense, xattention (on FP_CPU) and spargeattn select, and window_blocks may be at most 1 and
  * dense_tail_blocks 0, since there is no diagonal to count them from.
  *
  * On FP_CUDA q, k, v, out, masks, workspaces and the four index arrays are device memory; on FP_CPU all is host memory.

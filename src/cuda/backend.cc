@@ -109,8 +109,8 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
   };
   same("k.dtype", p.k.dtype);
   same("v.dtype", p.v.dtype);
-  if (policy && !p.causal && !flashprefill::KeepsEverything(*policy)) {
-    Refuse("causal", 0, "1 on CUDA, where no policy selects without causality", FP_UNSUPPORTED);
+  if (policy && !p.causal && !SelectorFor(*policy).without_causal) {
+    Refuse("causal", 0, "1 with this policy on CUDA: it does not select without causality there", FP_UNSUPPORTED);
   }
   if (p.final_chunks && policy && p.batch > kMaxFinalChunks) {
     SelectorFor(*policy); // first: whether there is one at all

@@ -68,11 +68,11 @@ def relative(case: Case) -> tuple[float, float, float]:
     return (error / max(norm, 1e-12)) ** 0.5, worst_row, worst_lse
 
 
-def check(case: Case, limit: float = LIMIT) -> None:
+def check(case: Case, limit: float = LIMIT, lse_limit: float = LSE_LIMIT) -> None:
     """Compare a case with its reference."""
     error, row, lse = relative(run(case))
     seen = f"error {error:.4f} of the norm, {row:.3f} of a row's, lse {lse:.4f}\n{where(case)}"
-    assert error <= limit and row <= ROW_LIMIT and lse <= LSE_LIMIT, seen
+    assert error <= limit and row <= ROW_LIMIT and lse <= lse_limit, seen
 
 
 # Scores of a standard deviation of 34 are beyond what int8 can tell apart.
@@ -124,7 +124,7 @@ def test_other_targets_go_on_in_16_bits():
 @pytest.mark.parametrize("math", [-1, 2])
 def test_unknown_math_is_refused(math):
     """By name."""
-    with pytest.raises(ValueError, match=r"exec\.math"):
+    with pytest.raises(ValueError, match="math is"):
         run(rect(128, math=math))
 
 
@@ -155,7 +155,7 @@ def test_a_sink_is_not_lost():
     direction = torch.randn(128, device="cuda").to(BF16)
     case.k[:, 0] = 2 * direction
     case.q += 0.35 * direction
-    check(case, 0.06)
+    check(case, 0.06, lse_limit=0.06)  # its score is 8, of which int8 rounds off 0.6 %
 
 
 def test_keys_with_an_offset():

@@ -44,6 +44,14 @@ def can_run(model: Path | None, where: str, dtype: str, prompt: Path | None = No
     can_read("--prompt", prompt)
 
 
+def adapter(path: Path | None) -> None:
+    """Refuse an adapter that is not there or is none."""
+    if path is not None:
+        from .adapter import lora
+
+        lora.load(path)
+
+
 def can_read(option: str, file: Path | None) -> None:
     """Refuse a file that can't be read."""
     if file is None:

@@ -3,6 +3,7 @@
 #include "core/backend.h"
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 
 #include "core/error.h"
@@ -210,7 +211,7 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
     return SelectorFor(by).select(p, by, gpu, correction, scratch, &target);
   };
   const Means means = select(policy, mask);
-  if (guard) guard->Run(StreamOf(exec), select);
+  if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
   const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
   CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
 }

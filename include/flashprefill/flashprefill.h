@@ -131,6 +131,16 @@ typedef struct fp_timings {
   double guard_seconds; /* audits, and what they made the guard repair */
 } fp_timings;
 
+/* How exact attention's products are.
+ *
+ * FP_MATH_8BIT permits 8-bit products where a backend has them: q k in int8, with a scale per query row and per 128
+ * keys, and weights times values in e4m3 (FP8), with fp32 sums. Outputs err by about 4 % then, as the inputs' own
+ * products do by 0.3 %; selection is what it is without. Today that is Hopper's kernels (target "sm90a"), for head_dim
+ * above 64 up to 128 and blocks of a multiple of 128; everything else goes on with the inputs' own. A NaN or infinity
+ * in a key makes the rows that attend to it NaN, one in a value that value's column; a key that is far larger than its
+ * neighbours makes them inexact. The workspace also holds K and V in 8 bits then. */
+typedef enum fp_math { FP_MATH_INPUT = 0, FP_MATH_8BIT = 1 } fp_math;
+
 typedef enum fp_guard_mode {
   FP_GUARD_OBSERVE = 0, /* measure, and change nothing */
   FP_GUARD_REPAIR = 1,  /* heads that keep too little get a larger budget, once, before anything is attended to */
@@ -193,6 +203,8 @@ typedef struct fp_exec {
   void* stream;        /* CUDA: a cudaStream_t; NULL: the default stream */
   fp_timings* timings; /* written by CPU backends; may be NULL */
   fp_guard* guard;     /* of fp_prefill and fp_audit; NULL: no guard, and no cost */
+  int32_t math;        /* fp_math */
+  int32_t reserved;
 } fp_exec;
 
 /* ---------------------------------------------------------------- policies */

@@ -128,6 +128,8 @@ class Exec(Structure):
         ("stream", c_void_p),
         ("timings", POINTER(Timings)),
         ("guard", POINTER(Guard)),
+        ("math", c_int32),
+        ("reserved", c_int32),
     ]
 
 

@@ -206,7 +206,7 @@ def prefill_attention(
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         guard: measure how much of the attention is kept, in the stats' ``guard``, and perhaps act on it: a
-            :class:`Guard` or a text of one ("observe", "repair(target=0.95)", "strict"). CPU only; with a
+            :class:`Guard` or a text of one ("observe", "repair(target=0.95)", "strict"). With a
             :class:`MaskPolicy` heads that keep too little become dense in the mode "repair" too.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -253,7 +253,7 @@ def prefill_attention(
     shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
     check_bool("return_stats", return_stats)
     guard = guard_of(guard)
-    report = None if guard is None else GuardReport(ops, guard, places.batch, q.shape[-2])
+    report = None if guard is None else GuardReport(ops, guard, q, places.batch)
     guarded = NO_GUARD if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None

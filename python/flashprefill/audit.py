@@ -41,7 +41,7 @@ def audit(
     backend: str | None = None,
     target: str | None = None,
 ) -> GuardReport:
-    """Measure how much of the attention a mask keeps, by a few exact rows of each head. CPU only.
+    """Measure how much of the attention a mask keeps, by a few exact rows of each head.
 
     Args:
         q: queries, as in :func:`prefill_attention`.
@@ -87,7 +87,7 @@ def audit(
     scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
     q, scales = scaled(ops, (given_q, q, k, None), places, scales)
     shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
-    report = GuardReport(ops, wanted, places.batch, q.shape[-2])
+    report = GuardReport(ops, wanted, q, places.batch)
     counts = mask.counts if own else None
     ops.audit(*AUDIT.pack(q=q, k=k, counts=counts, **given, **shared, **report.arguments()))
     return report

@@ -22,7 +22,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .errors import ArgumentTypeError, InvalidArgumentError, refuse, refuse_type, shown
+from .errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    UnsupportedError,
+    refuse,
+    refuse_type,
+    shown,
+)
 
 __all__ = ["Guard", "GuardReport", "GuardState"]
 
@@ -30,6 +37,7 @@ MODES = ("observe", "repair", "strict")  # fp_guard_mode
 WHOLE, HELD, REPAIRED, DENSE, LOW = range(5)  # fp_guard_outcome
 OUTCOMES = ("whole", "held", "repaired", "dense", "low")
 HIGHEST_LEVEL = 4.0
+NO_STATE = "on a GPU, where all heads are selected for by one budget"
 
 
 class GuardState:
@@ -186,18 +194,24 @@ def certificate(moments: np.ndarray, risk: float) -> float:
 
 
 class GuardReport:
-    """What a guard found in one call. Arrays are of the call's array library, in host memory.
+    """What a guard found in one call. Arrays are of the call's array library, where q is.
+
+    On a GPU they are filled in on the call's stream, so that making a report waits for nothing; printing it,
+    `summary` and `certificate` copy them to the host.
 
     Attributes:
         guard: its settings.
     """
 
-    def __init__(self, ops: Any, guard: Guard, batch: int, heads: int) -> None:
+    def __init__(self, ops: Any, guard: Guard, q: Any, batch: int) -> None:
+        heads = q.shape[-2]
         self.guard = guard
         self._ops = ops
-        self._shares = ops.host_zeros((3, batch, heads), "float32")
-        self._numbers = ops.host_zeros((3, batch, heads), "int32")
-        self._moments = ops.host_zeros((batch, 3), "float64")
+        self._shares = ops.zeros(q, (3, batch, heads), "float32")
+        self._numbers = ops.zeros(q, (3, batch, heads), "int32")
+        self._moments = ops.zeros(q, (batch, 3), "float64")
+        if guard.state is not None and ops.on_gpu(q):
+            raise UnsupportedError(f"guard's state is given; it must be None {NO_STATE}")
         levels = guard.state.of(guard.layer, heads) if guard.state is not None else None
         self._levels = None if levels is None else ops.from_host(levels)
 

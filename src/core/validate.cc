@@ -369,6 +369,7 @@ void ValidateExec(const Exec* exec) {
   if (!exec) return;
   CheckSize("exec", exec->struct_size, sizeof(Exec));
   CheckRange("exec.threads", exec->threads, 0, 4096);
+  CheckRange("exec.math", exec->math, FP_MATH_INPUT, FP_MATH_8BIT);
 }
 
 void ValidateGuard(const fp_guard* guard, const Problem& p) {

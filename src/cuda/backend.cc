@@ -3,12 +3,14 @@
 #include "core/backend.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "core/error.h"
 #include "core/method.h"
 #include "cuda/common/attend/plan.h"
 #include "cuda/common/energies/forced.h"
 #include "cuda/devices.h"
+#include "cuda/guard.h"
 #include "cuda/selector.h"
 
 namespace flashprefill {
@@ -113,8 +115,9 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
     SelectorFor(*policy); // first: whether there is one at all
     Demand("final_chunks is given for more than 4096 sequences");
   }
+  if (exec.guard) DeviceGuard::Check(p, policy, *exec.guard);
   if (policy) Demand(SelectorFor(*policy).unsupported(p, *policy, gpu));
-  if (!policy && mask) Demand(AttendPlan::Of(p, *mask, gpu).Unsupported(nullptr));
+  if (!policy && mask) Demand(AttendPlan::Of(p, *mask, gpu, exec.math).Unsupported(nullptr));
 }
 
 cudaStream_t StreamOf(const Exec& exec) { return static_cast<cudaStream_t>(exec.stream); }
@@ -141,13 +144,13 @@ Means TakeForAttend(Workspace& workspace, const Problem& p, const BlockMask& mas
 
 size_t AttendWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   TakeForAttend(layout, p, mask, attend);
   return layout.used();
 }
 
 void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Output& output, void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
@@ -159,11 +162,24 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
   CheckCuda(attend.Launch(output, means, false, true, StreamOf(exec)), "attend");
 }
 
+// Scratch memory of prefill's selection, and of a guard's, which makes the same means at the same place.
+void TakeSelection(Workspace& workspace, const Problem& p, const Policy& policy, const DeviceGuard* guard,
+                   const Gpu& gpu, bool correction) {
+  Workspace again = workspace;
+  SelectorFor(policy).select(p, policy, gpu, correction, workspace, nullptr);
+  if (!guard || !guard->larger()) return;
+  SelectorFor(*guard->larger()).select(p, *guard->larger(), gpu, correction, again, nullptr);
+  if (again.used() > workspace.used()) workspace = again;
+}
+
 size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  const Gpu gpu = GpuOf(p, exec);
+  AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   attend.Take(layout);
-  SelectorFor(policy).select(p, policy, GpuOf(p, exec), mask.mean_correction != 0, layout, nullptr);
+  std::optional<DeviceGuard> guard;
+  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  TakeSelection(layout, p, policy, guard ? &*guard : nullptr, gpu, mask.mean_correction != 0);
   return layout.used();
 }
 
@@ -177,18 +193,41 @@ bool Uneven(const Problem& p, const Policy& policy, const Selector& selector, in
 // Select's own means of K serve the correction too, and V's are pooled in the same pass.
 void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
              void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec));
+  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
   attend.Take(layout);
+  std::optional<DeviceGuard> guard;
+  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
   const Selector& selector = SelectorFor(policy);
   const Gpu gpu = GpuOf(p, exec);
+  const bool correction = mask.mean_correction != 0;
   const int dense_up_to_keys = selector.dense_up_to_keys ? selector.dense_up_to_keys(gpu) : 0;
-  const SelectTarget target{mask, StreamOf(exec), {attend.counter(), dense_up_to_keys}};
-  const Means means = selector.select(p, policy, gpu, mask.mean_correction != 0, layout, &target);
-  CheckCuda(attend.Launch(output, means, true, Uneven(p, policy, selector, dense_up_to_keys), StreamOf(exec)),
-            "attend");
+  const auto select = [&](const Policy& by, BlockMask& to) {
+    Workspace scratch = layout;
+    const SelectTarget target{to, StreamOf(exec), {attend.counter(), dense_up_to_keys}};
+    return SelectorFor(by).select(p, by, gpu, correction, scratch, &target);
+  };
+  const Means means = select(policy, mask);
+  if (guard) guard->Run(StreamOf(exec), select);
+  const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
+  CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
+}
+
+size_t GuardWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
+  Workspace layout(nullptr);
+  DeviceGuard(p, nullptr, mask, exec).Take(layout);
+  return layout.used();
+}
+
+// Of a mask that somebody gave: no budget to enlarge.
+void Guard(const Problem& p, BlockMask& mask, const Exec& exec, void* workspace) {
+  const OnDevice on(p.device_index);
+  Workspace layout(workspace);
+  DeviceGuard guard(p, nullptr, mask, exec);
+  guard.Take(layout);
+  guard.Run(StreamOf(exec), nullptr);
 }
 
 // Of the current device, since no problem names one.
@@ -218,7 +257,9 @@ extern const Backend kCudaBackend = {"cuda",
                                      cuda::PrefillWorkspace,
                                      cuda::Prefill,
                                      cuda::DenseKeys,
-                                     nullptr, // no guard here yet
-                                     nullptr};
+                                     nullptr, // the guard is the device's
+                                     nullptr,
+                                     cuda::GuardWorkspace,
+                                     cuda::Guard};
 
 } // namespace flashprefill

@@ -42,9 +42,12 @@ class Case:
     share: bool = False
     correct: bool = False
     keep: list[torch.Tensor] | None = None  # by sequence: bool [mask heads, tiles, blocks]; None: everything
+    lists: list[list[list[list[int]]]] | None = None  # key lists by sequence, mask head, segment; ascending
+    segment_tiles: int = 1
     max_k: int = 0
     lse_wanted: bool = True
     target: str | None = None  # of the backend; else FLASHPREFILL_TEST_TARGET's
+    math: int = 0  # fp_math: 1 permits 8-bit products
     _live: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,6 +127,10 @@ class Case:
         m.tile_rows, m.words = self.tile_rows, self.words
         self.bits = self._bits()
         m.bits = self.bits.data_ptr()
+        if self.lists is not None:
+            self.key_lists = self._key_lists()
+            m.key_lists, m.segment_rows = self.key_lists.data_ptr(), self.key_lists.shape[1]
+            m.segment_tiles, m.max_keys = self.segment_tiles, self.key_lists.shape[2] - 2
 
         o = _abi.sized(_abi.Output)
         self.out = torch.full_like(self.q, float("nan"), memory_format=torch.contiguous_format)
@@ -137,6 +144,7 @@ class Case:
         target = self.target or os.environ.get("FLASHPREFILL_TEST_TARGET")
         e.target = target.encode() if target else None
         e.stream = torch.cuda.current_stream().cuda_stream
+        e.math = self.math
         size = c.c_size_t()
         _abi.check(_abi.lib.fp_attend_workspace(c.byref(p), c.byref(m), c.byref(e), c.byref(size)))
         self.scratch = torch.empty(size.value, dtype=torch.uint8, device=device)
@@ -152,6 +160,32 @@ class Case:
             bits[:, base : base + keep.shape[1], : keep.shape[2]] = keep
         weights = (1 << torch.arange(8, device=self.q.device)).to(torch.uint8)
         return (bits.view(*shape[:2], -1, 8).to(torch.uint8) * weights).sum(-1).to(torch.uint8)
+
+    def _key_lists(self) -> torch.Tensor:
+        """Return the header's array, full of a number that is no key where no list is."""
+        tokens = self.segment_tiles * self.tile_tokens
+        longest = max((len(one) for part in self.lists for head in part for one in head), default=0)
+        made = torch.full(
+            (self.mask_heads, self.total_q // tokens + self.batch, 2 + max(1, longest)), -7, dtype=torch.int32
+        )
+        made[:, :, :2] = 0
+        for b, part in enumerate(self.lists):
+            base = self.q_begin[b] // tokens + b
+            for h, head in enumerate(part):
+                for i, one in enumerate(head):
+                    row = made[h, base + i]
+                    row[0] = row[1] = len(one)
+                    row[2 : 2 + len(one)] = torch.tensor(one, dtype=torch.int32)
+        return made.to(self.q.device)
+
+    def _listed(self, b: int) -> torch.Tensor:
+        """Return the keys that lists name in sequence b, bool [mask heads, query tokens, keys]."""
+        named = torch.zeros(self.mask_heads, self.q_len[b], self.k_len[b], dtype=torch.bool)
+        tokens = self.segment_tiles * self.tile_tokens
+        for h, head in enumerate(self.lists[b]):
+            for i, one in enumerate(head):
+                named[h, i * tokens : (i + 1) * tokens, torch.tensor(one, dtype=torch.long)] = True
+        return named.to(self.q.device)
 
     def launch(self, lib: c.CDLL = _abi.lib) -> None:
         """Attend, on the stream that was current in `prepare`."""
@@ -181,6 +215,8 @@ class Case:
             rows = torch.arange(lq, device=q.device) // self.tile_tokens
             keep = keep.repeat_interleave(self.hq // self.mask_heads, 0)[:, rows]
             see = keep.repeat_interleave(self.block_size, -1)[..., :lk]
+            if self.lists is not None:
+                see = see | self._listed(b).repeat_interleave(self.hq // self.mask_heads, 0)
             if self.causal:
                 pos = lk - lq + torch.arange(lq, device=q.device)
                 see = see & (torch.arange(lk, device=q.device)[None] <= pos[:, None])

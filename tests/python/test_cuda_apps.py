@@ -108,9 +108,10 @@ def test_lab_has_every_method(model, tmp_path, capsys):
     assert cli.main([*command, "--out", str(out), "--dump", str(dumps)]) == 0
     saved = json.loads((out / "results.json").read_text())
     (text,) = saved["texts"]
-    assert saved["machine"]["gpu"] and saved["settings"]["device"] == "cuda" and text["left_out"] == {}
+    assert saved["machine"]["gpu"] and saved["settings"]["device"] == "cuda"
+    assert set(text["left_out"]) == {"gather", "s2o"}  # their lists can't be corrected by means on CUDA
     assert text["sdpa"] and [curve["label"] for curve in text["methods"]] == [
-        one.label for one in lines.methods()
+        one.label for one in lines.methods() if one.method not in text["left_out"]
     ]
     for curve in text["methods"]:
         for point in curve["points"]:

@@ -71,7 +71,7 @@ def methods_for(texts: Sequence[str], cuda: bool = False) -> list[Method]:
         ),
         Method("FlashPrefill, pooled", FlashPrefill(alpha=0.12, query_pool=16)),
         Method("Sketch", Sketch()),
-        *([] if cuda else [Method("Gather", Gather())]),  # which a GPU does not select by
+        *([] if cuda else [Method("Gather", Gather())]),  # most GPUs refuse it
     ]
 
 
@@ -80,7 +80,7 @@ class Runner:
 
     def __init__(self, loaded: models.Loaded, methods: list[Method], options: Options, bar: Any) -> None:
         self.loaded, self.methods, self.options, self.bar = loaded, methods, options, bar
-        self.guard = checks.guard(options.guard, loaded.device.cuda)
+        self.guard = checks.guard(options.guard)
         layers = loaded.model.config.get_text_config().num_hidden_layers
         self.layers = layers
         self.capture = frozenset(int(layer) for layer in np.linspace(1, layers - 1, min(6, layers)).round())

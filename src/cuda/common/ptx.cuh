@@ -70,6 +70,14 @@ __device__ __forceinline__ void BulkLoad(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// Bytes that lie together; their number and both addresses are multiples of 16.
+__device__ __forceinline__ void BulkLoadBytes(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   SharedAddress(to)),
+               "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+               : "memory");
+}
+
 // The other way: nothing is written outside the tensor. The thread that commits is the one that waits.
 __device__ __forceinline__ void BulkStore(const CUtensorMap* map, uint32_t from, int x0, int x1, int x2, int x3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
@@ -187,6 +195,16 @@ __device__ __forceinline__ void StoreMatrix4(uint32_t address, uint32_t a, uint3
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
+}
+
+__device__ __forceinline__ void StoreShared8(uint32_t address, uint32_t low, uint32_t high) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
+}
+
+__device__ __forceinline__ float2 LoadShared8(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {

@@ -51,6 +51,12 @@ __device__ __forceinline__ void KeepInPlace(float (&d)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+template <int COUNT>
+__device__ __forceinline__ void KeepInPlace(int32_t (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
 #define FP_NAMES_0                                                         \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -66,6 +72,8 @@ __device__ __forceinline__ void KeepInPlace(float (&d)[COUNT]) {
 #define FP_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FP_D16(i) FP_D4(i), FP_D4(i + 4), FP_D4(i + 8), FP_D4(i + 12)
 #define FP_D64(i) FP_D16(i), FP_D16(i + 16), FP_D16(i + 32), FP_D16(i + 48)
+#define FP_R4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define FP_R16(i) FP_R4(i), FP_R4(i + 4), FP_R4(i + 8), FP_R4(i + 12)
 #define FP_NAMES_N64 FP_NAMES_0
 #define FP_NAMES_N128 FP_NAMES_0 ", " FP_NAMES_1
 #define FP_NAMES_N256 FP_NAMES_0 ", " FP_NAMES_1 ", " FP_NAMES_2 ", " FP_NAMES_3
@@ -115,6 +123,35 @@ struct Wgmma<__half> {
   FP_DEFINE_PRODUCTS(256, "f16", 128, 129, 130, 131, 132, 133)
 };
 
+// 8 bits per value: D (64 x 128) = A (64 x 32) B (32 x 128) + D. Both operands are K-major, whatever they come from: a
+// panel row holds 128 values, and the next 32 of them are 32 bytes on. Of A in registers lane l has four values each of
+// rows l/4, l/4 + 8, and of both again 16 columns further, from column 4 (l%4) on.
+
+// int8, sums of integers. D is always added to, so it begins as whatever it holds.
+struct WgmmaInt8 {
+  static __device__ __forceinline__ void SS(int32_t (&d)[64], uint64_t a, uint64_t b) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" FP_NAMES_N128 "}, %64, %65, p;\n\t}"
+        : FP_R16(0), FP_R16(16), FP_R16(32), FP_R16(48)
+        : "l"(a), "l"(b));
+  }
+};
+
+// e4m3. The sums have some 14 bits on Hopper, so that long ones belong into fp32 registers of one's own.
+struct WgmmaE4M3 {
+  static __device__ __forceinline__ void RS(float (&d)[64], const uint32_t* a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FP_NAMES_N128
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
+        : FP_D64(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
+};
+
+#undef FP_R4
+#undef FP_R16
 #undef FP_NAMES_0
 #undef FP_NAMES_1
 #undef FP_NAMES_2

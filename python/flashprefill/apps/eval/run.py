@@ -41,6 +41,7 @@ class Options:
 
     suites: Sequence[str] = ("ruler",)
     model: Path | None = None
+    adapter: Path | None = None
     patterns: Sequence[str] = ()
     policies: Sequence[str] = ()
     lengths: Sequence[int] = ()
@@ -116,6 +117,7 @@ def check(options: Options) -> tuple[list[str], dict[str, str]]:
         text.files_of(options.text)
     checks.can_make(options.out)
     checks.can_run(options.model, options.device, options.dtype)
+    checks.adapter(options.adapter)
     return tasks, left_out
 
 
@@ -409,7 +411,7 @@ def run(options: Options) -> dict[str, Any]:
         left_out[label] = f"{label}: {reason}"
         del methods[label]
     print("loading the model ...", file=sys.stderr, flush=True)
-    loaded = models.load(options.model, options.dtype, where)
+    loaded = models.load(options.model, options.dtype, where, adapter=options.adapter)
     chat = None
     if options.chat:
         if not getattr(loaded.tokenizer, "chat_template", None):
@@ -417,7 +419,8 @@ def run(options: Options) -> dict[str, Any]:
         chat = _template(loaded.tokenizer)
     prompts = make_prompts(tasks, options, loaded, chat)
     known = answers.Answers(options.out / "answers.jsonl", options.fresh)
-    asker = Asker(options, loaded, known, answers.of_model(models.resolve_path(options.model)))
+    model = answers.of_model(models.resolve_path(options.model), options.adapter)
+    asker = Asker(options, loaded, known, model)
     try:
         cases = answer_all(prompts, methods, asker)
     finally:

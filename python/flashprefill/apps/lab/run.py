@@ -300,8 +300,8 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
             if policy.reads_values:
                 continue  # its weights are those of a layer
             mask = select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
-            if mask.key_lists is not None and query.is_cuda:
-                reasons[line.method] = "masks with key lists are for the CPU"
+            if mask.key_lists is not None and query.is_cuda:  # CUDA has no corrected ones
+                reasons[line.method] = "masks with key lists are for the CPU in the lab"
             if mask.skip and query.is_cuda:
                 reasons[line.method] = "masks that skip are for the CPU"
         except UnsupportedError as error:

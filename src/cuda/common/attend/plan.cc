@@ -29,6 +29,15 @@ bool IsNear(const Problem& p, const Tensor& t) {
   return t.stride[1] <= most / std::max<int64_t>(1, p.max_seqlen_k);
 }
 
+// How often a query tile visits a block of keys, if it keeps 24 of them: a guess, since lengths and masks are the
+// device's.
+int64_t ExpectedVisits(const Problem& p) {
+  constexpr int64_t kKept = 24;
+  const int64_t tiles = DivUp<int64_t>(p.total_q, kTileRows) * (p.q_heads / p.kv_heads);
+  const int64_t blocks = DivUp<int64_t>(p.max_seqlen_k, kTileRows);
+  return tiles * std::min(kKept, blocks) / std::max<int64_t>(1, p.batch * blocks);
+}
+
 AttendArgs ArgsOf(const AttendCall& call, int* counter) {
   const Problem& p = call.p;
   const BlockMask& mask = call.mask;
@@ -98,14 +107,29 @@ AttendArgs ArgsOf(const AttendCall& call, int* counter) {
 
 } // namespace
 
-AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gpu) {
+AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gpu, int32_t math) {
   AttendPlan plan;
   plan.p_ = &p;
   plan.mask_ = &mask;
   plan.gpu_ = gpu;
   const int64_t items = plan.MaxItems(), most = gpu.portable ? kMaxOrderedItemsPortable : kMaxOrderedItems;
   if (items <= most && items * p.max_seqlen_k >= kMinOrderedWork) plan.ordered_items_ = items;
+  plan.keys_ = plan.KeysFor(math);
   return plan;
+}
+
+AttendPlan::Keys AttendPlan::KeysFor(int32_t math) const {
+  const Problem& p = *p_;
+  // Lists are read by rows from wherever their keys lie.
+  if (gpu_.portable || mask_->max_keys > 0 || p.batch == 0 || p.total_q == 0) return Keys::kInPlace;
+  // Products of 64 columns leave exponentials the limit, and a step of 256 does not fit the registers.
+  const bool dimension = p.head_dim > 64 && p.head_dim <= kImageColumns;
+  if (math == FP_MATH_8BIT && dimension && mask_->block_size % kImageKeys == 0) return Keys::kImages;
+  if (p.block_table && ChunkKeys(mask_->block_size | p.page_size, kTileRows) < kBulkPageKeys &&
+      ExpectedVisits(p) >= kCopyFromVisits) {
+    return Keys::kCopied;
+  }
+  return Keys::kInPlace;
 }
 
 int64_t AttendPlan::MaxItems() const {
@@ -118,13 +142,15 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype) return "q, k and v must have one dtype on CUDA";
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
-  if (mask_->max_keys > 0) return "masks with key lists are for the CPU";
+  if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
+  if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
   if (mask_->skip > 0) return "masks that skip are for the CPU";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
-  if ((p.block_table || gpu_.portable) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
-    return p.block_table ? "a paged cache of at most 2^35 elements on CUDA"
-                         : "a sequence whose keys span at most 2^35 elements on this GPU";
+  if ((p.block_table || gpu_.portable || mask_->max_keys > 0) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
+    return p.block_table   ? "a paged cache of at most 2^35 elements on CUDA"
+           : gpu_.portable ? "a sequence whose keys span at most 2^35 elements on this GPU"
+                           : "a sequence whose keys span at most 2^35 elements where the mask has key lists";
   }
   if (!IsAligned(p.q)) return kUnalignedQ;
   if (!IsAligned(p.k)) return kUnalignedK;
@@ -135,8 +161,12 @@ const char* AttendPlan::Unsupported(const Output* output) const {
 
 cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
                                cudaStream_t stream) const {
-  const Problem& p = *p_;
-  if (p.batch == 0 || p.total_q == 0) return cudaSuccess;
+  if (p_->batch == 0 || p_->total_q == 0) return cudaSuccess;
+  if (keys_ != Keys::kInPlace) {
+    const AttendCall paged{*p_, *mask_, gpu_, output, means, MaxItems()};
+    if (cudaError_t e = LaunchKeys(ArgsOf(paged, counter_), stream)) return e;
+  }
+  const Problem p = keys_ == Keys::kCopied ? copy_.Copied(*p_) : *p_;
   const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
   AttendArgs args = ArgsOf(call, counter_);
   int processors = 0;
@@ -148,7 +178,14 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
   } else if (!follows_select) {
     if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
   }
-  return gpu_.portable ? LaunchAttendPortable(args, call, stream) : LaunchAttendSm90(args, call, stream);
+  if (gpu_.portable) return LaunchAttendPortable(args, call, stream);
+  if (keys_ == Keys::kImages) return LaunchAttend8Sm90(args, call, images_, stream);
+  return LaunchAttendSm90(args, call, stream);
+}
+
+cudaError_t AttendPlan::LaunchKeys(const AttendArgs& args, cudaStream_t stream) const {
+  if (keys_ == Keys::kImages) return LaunchImages(args, images_, p_->q.dtype, stream);
+  return LaunchCopyRows(args, copy_, stream);
 }
 
 } // namespace flashprefill::cuda

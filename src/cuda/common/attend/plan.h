@@ -3,6 +3,8 @@
 #ifndef FLASHPREFILL_CUDA_COMMON_ATTEND_PLAN_H_
 #define FLASHPREFILL_CUDA_COMMON_ATTEND_PLAN_H_
 
+#include "cuda/common/attend/copy_rows.h"
+#include "cuda/common/attend/images.h"
 #include "cuda/selector.h"
 
 namespace flashprefill::cuda {
@@ -13,15 +15,18 @@ struct AttendArgs;
 class AttendPlan {
  public:
   // The mask's bits may be null where it has no words: then no key is seen.
-  static AttendPlan Of(const Problem& p, const BlockMask& mask, const Gpu& gpu);
+  static AttendPlan Of(const Problem& p, const BlockMask& mask, const Gpu& gpu, int32_t math);
 
   // Null if the kernel does this problem, else the requirement that is not met, in words.
   const char* Unsupported(const Output* output) const;
 
-  // The counter of tiles handed out: a word that is zero when the kernel starts. And their order, if it is made.
+  // The counter of tiles handed out: a word that is zero when the kernel starts. Their order, if it is made. And K and
+  // V as the kernel wants them, where that is not as they are.
   void Take(Workspace& workspace) {
     counter_ = workspace.Take<int>(1);
     if (ordered_items_ > 0) order_ = workspace.Take<int>(ordered_items_);
+    if (keys_ == Keys::kImages) images_ = Images::Take(workspace, *p_, mask_->block_size, mask_->mean_correction != 0);
+    if (keys_ == Keys::kCopied) copy_ = KeyCopy::Take(workspace, *p_);
   }
   int* counter() const { return counter_; }
 
@@ -35,7 +40,15 @@ class AttendPlan {
                      cudaStream_t stream) const;
 
  private:
+  // How the kernel gets K and V.
+  enum class Keys {
+    kInPlace,
+    kCopied, // one after another, from pages that are too small for bulk copies
+    kImages  // in 8 bits
+  };
+  Keys KeysFor(int32_t math) const;
   int64_t MaxItems() const; // query tiles of all heads, or more
+  cudaError_t LaunchKeys(const AttendArgs& args, cudaStream_t stream) const;
 
   const Problem* p_;
   const BlockMask* mask_;
@@ -43,6 +56,9 @@ class AttendPlan {
   int64_t ordered_items_ = 0; // at most so many tiles of all heads are put in order; 0: they are taken as they come
   int* counter_ = nullptr;
   int* order_ = nullptr;
+  Keys keys_ = Keys::kInPlace;
+  Images images_;
+  KeyCopy copy_;
 };
 
 // One call, as the kernels of an architecture get it from the plan.
@@ -55,6 +71,8 @@ struct AttendCall {
   int64_t items; // tiles of all heads, at most
 };
 cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cudaStream_t stream);
+cudaError_t LaunchAttend8Sm90(const AttendArgs& args, const AttendCall& call, const Images& images,
+                              cudaStream_t stream);
 cudaError_t LaunchAttendPortable(const AttendArgs& args, const AttendCall& call, cudaStream_t stream);
 
 // Smallest padded head dimension, of those that there is a kernel for.

@@ -76,6 +76,19 @@ __device__ __forceinline__ void FindTile(const AttendArgs& p, int tile, int* seq
   }
 }
 
+// Packed keys before the sequence; 0 for the other layouts.
+__device__ __forceinline__ int KeyBegin(const AttendArgs& p, int b) {
+  return p.cu_seqlens_k && !p.page_size ? ClampTo(p.cu_seqlens_k[b], p.total_k) : 0;
+}
+
+// Keys of the sequence. k_begin: KeyBegin of it.
+__device__ __forceinline__ int KeyLength(const AttendArgs& p, int b, int k_begin) {
+  const int length = p.seqused_k      ? p.seqused_k[b]
+                     : p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]
+                                      : p.max_k;
+  return ClampTo(length, p.cu_seqlens_k && !p.page_size ? min(p.max_k, p.total_k - k_begin) : p.max_k);
+}
+
 __device__ __forceinline__ Work DecodeItem(const AttendArgs& p, int item, int tiles_of_batch) {
   Work w;
   const int heads = p.mask_heads; // of a KV head
@@ -98,12 +111,8 @@ __device__ __forceinline__ Work DecodeItem(const AttendArgs& p, int item, int ti
   w.tokens = min(p.tile_tokens, q_len - w.begin);
   w.mask_row = mask_head * p.tile_rows + p.by_tile(q_begin) + w.sequence + m;
 
-  const bool packed_k = p.cu_seqlens_k && !p.page_size;
-  w.k_begin = packed_k ? ClampTo(p.cu_seqlens_k[w.sequence], p.total_k) : 0;
-  w.k_len = p.seqused_k      ? p.seqused_k[w.sequence]
-            : p.cu_seqlens_k ? p.cu_seqlens_k[w.sequence + 1] - p.cu_seqlens_k[w.sequence]
-                             : p.max_k;
-  w.k_len = ClampTo(w.k_len, packed_k ? min(p.max_k, p.total_k - w.k_begin) : p.max_k);
+  w.k_begin = KeyBegin(p, w.sequence);
+  w.k_len = KeyLength(p, w.sequence, w.k_begin);
   const int blocks = p.by_block(w.k_len + p.block_size - 1);
   if (p.causal) {
     w.first_position = w.k_len - q_len + w.begin;

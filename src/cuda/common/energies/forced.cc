@@ -3,6 +3,7 @@
 
 #include "cuda/common/energies/mask.h"
 #include "cuda/common/energies/pool.h"
+#include "cuda/common/gather/args.h"
 
 namespace flashprefill::cuda {
 
@@ -41,6 +42,7 @@ cudaError_t LaunchMeans(const DeviceProblem& d, const TileRules& rules, const Me
 
 cudaError_t LaunchForced(const DeviceProblem& d, const TileRules& rules, const SelectTarget& target) {
   const BlockMask& mask = target.mask;
+  if (cudaError_t error = LaunchEmptyLists(mask, target.stream)) return error;
   return LaunchMask({d, rules, mask.bits, mask.counts, mask.fallback, d.p.kv_heads * rules.units_per_kv, mask.words,
                      target.follow.attend_counter},
                     target.stream);

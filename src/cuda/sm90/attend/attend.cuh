@@ -13,10 +13,10 @@
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_ATTEND_CUH_
 
-#include "cuda/common/attend/row_math.cuh"
 #include "cuda/common/grid_control.cuh"
 #include "cuda/common/wgmma.cuh"
-#include "cuda/sm90/attend/producer.cuh"
+#include "cuda/sm90/attend/gather_producer.cuh"
+#include "cuda/sm90/attend/math_side.cuh"
 
 namespace flashprefill::cuda {
 
@@ -46,7 +46,7 @@ class AttendMath {
         IssueScores();
         IssueValues<true>(j > 1);
         const KeyTile& key_tile = KeyTileBefore(0);
-        const KeyMode mode = key_tile.mode; // asked while the product runs
+        const KeyMode mode = ModeOf(key_tile); // asked while the product runs
         WgmmaWait<1>();
         TakeScores(j + 1 == tile.key_tiles);
         NextWeights(key_tile, mode, tile.rows);
@@ -62,13 +62,13 @@ class AttendMath {
         WgmmaWait<1>();
         TakeValues();
         PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
-        StoreTile(tile);
+        Store(tile);
       } else { // the next Q can only come while O is written
         IssueValues<false>(several);
         WgmmaWait<0>();
         TakeValues();
         PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
-        StoreTile(tile);
+        Store(tile);
         next = NextTile();
         if (next.key_tiles == 0) return;
         IssueScores();
@@ -81,13 +81,13 @@ class AttendMath {
     WgmmaWait<0>();
     TakeValues();
     PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
-    StoreTile(tile);
+    Store(tile);
   }
 
  private:
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
-  static constexpr int kMathWarp0 = (kAttendThreads - kMathThreads) / 32;
+  static constexpr bool kGathers = LOADING == Loading::kGather;
   using Memory = SharedMemory<SHAPE>;
 
   // ---------------------------------------------------------------- tiles and turns
@@ -101,20 +101,11 @@ class AttendMath {
   __device__ __forceinline__ void StartRows(const TileInfo& tile) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = TokenOf(row_ + 8 * r);
+      const int token = TokenOf(p_, row_ + 8 * r);
       last_key_[r] = min(tile.first_position + token, tile.last_key);
       max_[r] = -INFINITY;
     }
   }
-
-  // A bit for each of this lane's two rows. Computed where it is needed, which is seldom.
-  __device__ __forceinline__ static int RowsExist(int rows) {
-    const int thread = ThreadAgain(), row = (thread / 32 - kMathWarp0) * 16 + thread % 32 / 4;
-    return (row < rows ? 1 : 0) | (row + 8 < rows ? 2 : 0);
-  }
-
-  // row / heads_per_tile, exact for the 128 rows of a tile.
-  __device__ __forceinline__ int TokenOf(int row) const { return row * p_.token_of_row >> 16; }
 
   __device__ __forceinline__ void WaitTurn() { NamedBarrierSync(kTurnBarrier + group_, kMathThreads); }
   __device__ __forceinline__ void PassTurn() { NamedBarrierArrive(kTurnBarrier + 1 - group_, kMathThreads); }
@@ -130,7 +121,7 @@ class AttendMath {
   // S = Q K^T of the next key tile, when it is this warpgroup's turn.
   __device__ __forceinline__ void IssueScores() {
     BarrierWait(&sm_.k_full[k_.stage], k_.parity);
-    if (LOADING == Loading::kRows) FenceAsyncProxy();
+    if (LoadsRows(LOADING)) FenceAsyncProxy();
     WaitTurn();
     const uint64_t q = DescribeKMajor(SharedAddress(sm_.q[q_.stage]) + group_ * 64 * Memory::kPanelRowsBytes);
     const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[k_.stage]));
@@ -159,7 +150,7 @@ class AttendMath {
   template <bool PASS_TURN>
   __device__ __forceinline__ void IssueValues(bool accumulate) {
     BarrierWait(&sm_.v_full[v_.stage], v_.parity);
-    if (LOADING == Loading::kRows) FenceAsyncProxy();
+    if (LoadsRows(LOADING)) FenceAsyncProxy();
     const uint64_t v = DescribeNMajor(SharedAddress(sm_.v[v_.stage]), Memory::kKeyPanelBytes);
     WgmmaFence();
 #pragma unroll
@@ -181,8 +172,8 @@ class AttendMath {
 
   // Weights of a tile's first step: references are its maxima.
   __device__ __forceinline__ void FirstWeights(const KeyTile& key_tile) {
-    if (key_tile.mode != KeyMode::kPlain) Mask(key_tile, key_tile.mode);
-    const bool means = key_tile.mode == KeyMode::kMeans;
+    if (ModeOf(key_tile) != KeyMode::kPlain) Mask(key_tile, ModeOf(key_tile));
+    const bool means = IsMeans(ModeOf(key_tile));
     float grow[2], reference[2], part[2] = {0, 0};
     Follow(3, grow, means);
     ReferencesOf(reference, means);
@@ -199,7 +190,7 @@ class AttendMath {
     float reference[2] = {max_[0] * p_.exponent_scale, max_[1] * p_.exponent_scale};
     if (mode != KeyMode::kPlain) {
       Mask(key_tile, mode);
-      if (mode == KeyMode::kMeans) {
+      if (IsMeans(mode)) {
         reference[0] -= p_.mean_bias_log2;
         reference[1] -= p_.mean_bias_log2;
       }
@@ -219,7 +210,7 @@ class AttendMath {
       large |= __shfl_xor_sync(~0u, large, 1);
       large |= __shfl_xor_sync(~0u, large, 2);
       float grow[2];
-      const bool means = KeyTileBefore(1).mode == KeyMode::kMeans; // asked again: no register holds it till here
+      const bool means = IsMeans(KeyTileBefore(1).mode); // asked again: no register holds it till here
       Follow(large, grow, means);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
@@ -253,111 +244,38 @@ class AttendMath {
     return sm_.key_tiles[(k_.stage + k_.parity * SHAPE::kStages - steps) % Memory::kKeyTiles];
   }
 
+  __device__ __forceinline__ static KeyMode ModeOf(const KeyTile& key_tile) {
+    return kGathers ? key_tile.ModeOfBoth() : key_tile.mode;
+  }
+  __device__ __forceinline__ static bool IsMeans(KeyMode mode) { return !kGathers && mode == KeyMode::kMeans; }
+
   __device__ __forceinline__ void Mask(const KeyTile& key_tile, KeyMode mode) {
-    if (mode == KeyMode::kMasked) {
-      MaskKeys(key_tile);
+    if constexpr (kGathers) {
+      if (mode != KeyMode::kListed) MaskKeys<kKeys>(s_, key_tile, last_key_, lane_);
+      if (mode != KeyMode::kMasked) MaskUnwanted<kKeys>(s_, key_tile, lane_);
+    } else if (mode == KeyMode::kMasked) {
+      MaskKeys<kKeys>(s_, key_tile, last_key_, lane_);
     } else {
-      MaskMeans(key_tile);
+      MaskUnwanted<kKeys>(s_, key_tile, lane_);
+      if (key_tile.short_column >= 0) WeighShortMean(key_tile);
     }
   }
 
-  __device__ __forceinline__ void MaskKeys(const KeyTile& key_tile) {
+  __device__ __forceinline__ void WeighShortMean(const KeyTile& key_tile) {
 #pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
-      const int position = key_tile.position[i / 2] + i % 2 * 8 + lane_ % 4 * 2;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (position + e % 2 > last_key_[e / 2]) s_[4 * i + e] = -INFINITY;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void MaskMeans(const KeyTile& key_tile) {
-    const uint32_t wanted = key_tile.wanted[lane_ % 4];
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) { // of columns 8 (i / 2) + i % 2 from this lane's first on, both rows
+    for (int i = 0; i < kKeys / 4; ++i) {
       float* const s = s_ + i / 2 * 4 + i % 2;
-      if ((wanted >> i & 1) == 0) s[0] = s[2] = -INFINITY;
-    }
-    if (key_tile.short_column >= 0) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) {
-        float* const s = s_ + i / 2 * 4 + i % 2;
-        const float bias = i / 2 * 8 + lane_ % 4 * 2 + i % 2 == key_tile.short_column ? key_tile.short_bias : 0;
-        s[0] += bias;
-        s[2] += bias;
-      }
+      const float bias = i / 2 * 8 + lane_ % 4 * 2 + i % 2 == key_tile.short_column ? key_tile.short_bias : 0;
+      s[0] += bias;
+      s[2] += bias;
     }
   }
 
-  // ---------------------------------------------------------------- out
-
-  // O leaves by bulk copies, 16 rows per warp. A tile that is not full would write over what follows it, so its rows go
-  // one by one, as do those of groups that 16 rows don't hold whole.
-  __device__ __forceinline__ void StoreTile(const TileInfo& tile) {
-    constexpr int kColumns = SHAPE::kOutColumns;
-    constexpr int kPanelBytes = 16 * Memory::kPanelRowsBytes;
-    const int thread = ThreadAgain(), lane = thread % 32, warp = thread / 32 - kMathWarp0;
-    const uint32_t stage = SharedAddress(sm_.out[warp]);
-    const int first_row = warp * 16;
-    const bool bulk = tile.rows == kTileRowsSm90 && p_.bulk_out;
-    const auto at = [&](int row, int piece) { // 16 bytes of a row, in panels as everywhere
-      return stage + piece / 8 * kPanelBytes + row * Memory::kPanelRowsBytes + ((piece % 8 ^ row % 8) << 4);
-    };
-#pragma unroll
-    for (int pass = 0; pass < kHeadDim / kColumns; ++pass) {
-      if (ElectOne()) BulkStoresRead(); // of the tile or pass before
-      __syncwarp();
-      const int matrix_row = lane % 8 + lane / 8 % 2 * 8;
-#pragma unroll
-      for (int c = 0; c < kColumns / 8; c += 2) { // 16 columns at once: four 8x8 matrices
-        const uint32_t* o = out_ + (pass * kColumns / 8 + c) * 2;
-        StoreMatrix4(at(matrix_row, c + lane / 16), o[0], o[1], o[2], o[3]);
-      }
-      if (bulk) {
-        FenceAsyncProxy();
-        __syncwarp();
-        if (ElectOne()) {
-#pragma unroll
-          for (int i = 0; i < kColumns / kPanelColumns; ++i) {
-            BulkStore(&p_.out_map, stage + i * kPanelBytes, pass * kColumns + i * kPanelColumns, tile.head,
-                      tile.token + TokenOf(first_row), tile.batch);
-          }
-          BulkStoresCommit();
-        }
-      } else {
-        __syncwarp();
-        StoreRows(tile, at, lane, first_row, pass * kColumns);
-      }
-    }
-    // Of four lanes that share two rows the first two write a row each.
-    const int r = lane % 4, tile_row = first_row + lane / 4 + 8 * r;
-    if (p_.lse != nullptr && r < 2 && tile_row < tile.rows) {
-      const int token = TokenOf(tile_row);
-      const int head = tile.head + tile_row - token * p_.heads_per_tile;
+  __device__ __forceinline__ void Store(const TileInfo& tile) {
+    StoreTile<T, SHAPE>(p_, sm_, tile, out_, [&](int r) {
       const float sum = r == 0 ? sum_[0] : sum_[1], reference = r == 0 ? max_[0] : max_[1];
-      p_.lse[tile.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + (tile.token + token) * p_.lse_stride[2]] =
-          LogSum(reference, sum, p_.exponent_scale);
-    }
-  }
-
-  // A warp's 16 rows, columns from `first_column` on, whole rows at a time, 16 bytes per lane.
-  template <class At>
-  __device__ __forceinline__ void StoreRows(const TileInfo& tile, At at, int lane, int first_row, int first_column) {
-    constexpr int kPieces = SHAPE::kOutColumns / 8;
-    T* const out = static_cast<T*>(p_.out) + tile.batch * p_.out_stride[0] + tile.head * p_.out_stride[2];
-#pragma unroll 1
-    for (int i = lane; i < 16 * kPieces; i += 32) {
-      const int row = i / kPieces, piece = i % kPieces;
-      const int tile_row = first_row + row;
-      const int column = first_column + piece * 8;
-      if (tile_row < tile.rows && column < p_.head_dim) {
-        const int token = TokenOf(tile_row);
-        T* const to = out + (tile.token + token) * p_.out_stride[1] +
-                      (tile_row - token * p_.heads_per_tile) * p_.out_stride[2] + column;
-        *reinterpret_cast<uint4*>(to) = LoadShared16(at(row, piece));
-      }
-    }
+      return LogSum(reference, sum, p_.exponent_scale);
+    });
   }
 
   const AttendParams& p_;
@@ -376,16 +294,29 @@ class AttendMath {
   float max_[2], sum_[2]; // the reference maximum, raw; this lane's part of the sum
 };
 
+template <class SHAPE, Loading LOADING>
+struct LoadingSide {
+  using Producer = AttendProducer<SHAPE, LOADING>;
+  using Memory = SharedMemory<SHAPE>;
+};
+template <class SHAPE>
+struct LoadingSide<SHAPE, Loading::kGather> {
+  using Producer = GatherProducer<SHAPE>;
+  using Memory = GatherMemory<SHAPE>;
+};
+
 template <class T, class SHAPE, Loading LOADING>
 __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
+  using Producer = typename LoadingSide<SHAPE, LOADING>::Producer;
   extern __shared__ uint8_t raw[];
-  auto& sm = *reinterpret_cast<SharedMemory<SHAPE>*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
+  auto& sm = *reinterpret_cast<typename LoadingSide<SHAPE, LOADING>::Memory*>(
+      raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
   // Set up barriers.
   if (threadIdx.x == 0) {
     constexpr int kMathWarps = kMathThreads / 32;
-    constexpr int kFullArrivals = AttendProducer<SHAPE, LOADING>::kFullArrivals;
+    constexpr int kFullArrivals = Producer::kFullArrivals;
     BarrierInit(&sm.work_full, 32);
-    BarrierInit(&sm.work_empty, AttendProducer<SHAPE, LOADING>::kLoaders * 32);
+    BarrierInit(&sm.work_empty, Producer::kLoaders * 32);
     for (int i = 0; i < SHAPE::kQStages; ++i) {
       BarrierInit(&sm.q_full[i], 1);
       BarrierInit(&sm.q_empty[i], kMathThreads);
@@ -403,7 +334,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   // Split up: one warpgroup loads, two compute.
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
-    if (threadIdx.x < AttendProducer<SHAPE, LOADING>::kThreads) AttendProducer<SHAPE, LOADING>(p, sm).Run();
+    if (threadIdx.x < Producer::kThreads) Producer(p, sm).Run();
   } else {
     GrowRegisters<SHAPE::kMathRegisters>();
     AttendMath<T, SHAPE, LOADING>(p, sm).Run();
@@ -417,11 +348,25 @@ AttendKernelSet KernelsOf() {
           AttendSm90<T, SHAPE, Loading::kRows>, static_cast<int>(sizeof(SharedMemory<SHAPE>)) + kOperandAlign};
 }
 
+template <class T, class SHAPE>
+GatherKernel GatherKernelOf() {
+  constexpr int kBytes = static_cast<int>(sizeof(GatherMemory<SHAPE>)) + kOperandAlign;
+  static_assert(kBytes <= 227 * 1024, "the shared memory that a CTA may have");
+  return {AttendSm90<T, SHAPE, Loading::kGather>, kBytes};
+}
+
 // The content of an instantiation file: a dtype's kernels for a head dimension.
 #define FLASHPREFILL_INSTANTIATE_ATTEND(T, HEAD_DIM) \
   template <>                                        \
   AttendKernelSet AttendKernels<T, HEAD_DIM>() {     \
     return KernelsOf<T, AttendShape<HEAD_DIM>>();    \
+  }
+
+// The same for masks with key lists.
+#define FLASHPREFILL_INSTANTIATE_GATHER(T, HEAD_DIM)   \
+  template <>                                          \
+  GatherKernel AttendGatherKernel<T, HEAD_DIM>() {     \
+    return GatherKernelOf<T, AttendShape<HEAD_DIM>>(); \
   }
 
 } // namespace flashprefill::cuda

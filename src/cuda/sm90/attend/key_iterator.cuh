@@ -36,6 +36,7 @@ class KeyIterator {
   __device__ __forceinline__ int chunks() const { return chunks_; } // a tile
   __device__ __forceinline__ int key_tiles() const { return key_tiles_; }
   __device__ __forceinline__ int mean_tiles() const { return mean_tiles_; }
+  __device__ __forceinline__ bool keeps_all() const { return keeps_all_; } // whether no visible block is left out
 
   // The next key tile: the position of chunk c in lane c, in those past the last chunk the last one's.
   __device__ __forceinline__ int NextKeys() {
@@ -101,6 +102,7 @@ class KeyIterator {
 #pragma unroll 1
     for (int group = 0; group < group_; ++group) kept += __popcll(MaskWord(p_, work_, group * 32 + lane_));
     kept = __reduce_add_sync(~0u, kept);
+    keeps_all_ = kept >= work_.visible;
     const int last = work_.visible - 1;
     const bool has_last = last >= 0 && (__shfl_sync(~0u, word_, (last >> 6) & 31) >> (last & 63) & 1);
     last_chunks_ = (VisibleKeys(p_, work_) - last * p_.block_size + (1 << p_.chunk_shift) - 1) >> p_.chunk_shift;
@@ -161,6 +163,7 @@ class KeyIterator {
 
   Work work_;
   int key_tiles_, mean_tiles_;
+  bool keeps_all_;
   uint64_t word_; // of the mask: lane l holds word 32 group_ + l
   int group_;
   uint64_t bits_; // of word word_index_ that are still to come

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "core/key_list.h"
 #include "cuda/common/attend/plan.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/sm90/attend/params.h"
@@ -23,10 +24,11 @@ struct Loads {
   bool by_rows;
   int chunk; // keys that lie together
 
-  static Loads Of(const Problem& p, int block_size) {
-    const int keys = KeysPerStep(p.head_dim);
+  static Loads Of(const Problem& p, const BlockMask& mask) {
+    const int keys = KeysPerStep(p.head_dim), block_size = mask.block_size;
+    if (HasKeyLists(mask)) return {true, ChunkKeys(block_size, keys)};
     const int chunk = ChunkKeys(p.block_table ? block_size | p.page_size : block_size, keys);
-    if (p.block_table && chunk < 16) return {true, ChunkKeys(block_size, keys)};
+    if (p.block_table && chunk < kBulkPageKeys) return {true, ChunkKeys(block_size, keys)};
     return {false, chunk};
   }
 };
@@ -41,6 +43,29 @@ AttendKernelSet PickKernels(int head_dim) {
     default:
       return AttendKernels<T, 256>();
   }
+}
+
+template <class T>
+GatherKernel PickGatherKernel(int head_dim) {
+  switch (PaddedHeadDim(head_dim)) {
+    case 64:
+      return AttendGatherKernel<T, 64>();
+    case 128:
+      return AttendGatherKernel<T, 128>();
+    default:
+      return AttendGatherKernel<T, 256>();
+  }
+}
+
+ListArgs ListsOf(const BlockMask& mask) {
+  ListArgs a{};
+  a.lists = mask.key_lists;
+  a.segment_rows = mask.segment_rows;
+  a.stride = KeyListStride(mask);
+  a.max_keys = mask.max_keys;
+  a.by_segment_tokens = Divider::Of(SegmentTokens(mask));
+  a.by_segment_tiles = Divider::Of(mask.segment_tiles);
+  return a;
 }
 
 TensorMapShape KeyShape(const Problem& p, const fp_tensor& t, int chunk) {
@@ -58,25 +83,8 @@ TensorMapShape KeyShape(const Problem& p, const fp_tensor& t, int chunk) {
   return shape;
 }
 
-cudaError_t MakeMaps(const AttendCall& call, const Loads& loads, AttendParams& a) {
+cudaError_t MakeKeyMaps(const AttendCall& call, const Loads& loads, AttendParams& a) {
   const Problem& p = call.p;
-  const bool packed = p.cu_seqlens_q != nullptr;
-  TensorMapShape rows{{p.head_dim, p.q_heads, packed ? p.total_q : p.max_seqlen_q, packed ? 1 : p.batch},
-                      {p.q.stride[2], p.q.stride[1], p.q.stride[0]},
-                      a.heads_per_tile,
-                      a.tile_tokens};
-  if (cudaError_t e = MakeTensorMap(&a.q, p.q.data, p.q.dtype, rows)) return e;
-
-  // Whole tokens of 16 rows of the output, if its strides can be a tensor map's.
-  const Tensor& out = call.output.out;
-  for (int i = 0; i < 3; ++i) {
-    rows.stride[i] = out.stride[2 - i];
-    a.bulk_out &= rows.size[i + 1] <= 1 || out.stride[2 - i] > 0;
-  }
-  rows.box_tokens = 16 / a.heads_per_tile;
-  if (a.bulk_out) {
-    if (cudaError_t e = MakeTensorMap(&a.out_map, out.data, out.dtype, rows)) return e;
-  }
   if (!loads.by_rows) {
     if (cudaError_t e = MakeTensorMap(&a.k, p.k.data, p.k.dtype, KeyShape(p, p.k, loads.chunk))) return e;
     if (cudaError_t e = MakeTensorMap(&a.v, p.v.data, p.v.dtype, KeyShape(p, p.v, loads.chunk))) return e;
@@ -92,27 +100,55 @@ cudaError_t MakeMaps(const AttendCall& call, const Loads& loads, AttendParams& a
 
 } // namespace
 
+cudaError_t SetRowParams(const AttendCall& call, AttendParams& a) {
+  const Problem& p = call.p;
+  a.bulk_out = 16 % a.heads_per_tile == 0;
+  a.minus_one = -1;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  TensorMapShape rows{{p.head_dim, p.q_heads, packed ? p.total_q : p.max_seqlen_q, packed ? 1 : p.batch},
+                      {p.q.stride[2], p.q.stride[1], p.q.stride[0]},
+                      a.heads_per_tile,
+                      a.tile_tokens};
+  if (cudaError_t e = MakeTensorMap(&a.q, p.q.data, p.q.dtype, rows)) return e;
+
+  // Whole tokens of 16 rows of the output, if its strides can be a tensor map's.
+  const Tensor& out = call.output.out;
+  for (int i = 0; i < 3; ++i) {
+    rows.stride[i] = out.stride[2 - i];
+    a.bulk_out &= rows.size[i + 1] <= 1 || out.stride[2 - i] > 0;
+  }
+  rows.box_tokens = 16 / a.heads_per_tile;
+  return a.bulk_out ? MakeTensorMap(&a.out_map, out.data, out.dtype, rows) : cudaSuccess;
+}
+
 cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cudaStream_t stream) {
   const Problem& p = call.p;
   AttendParams a{};
   static_cast<AttendArgs&>(a) = args;
-  const Loads loads = Loads::Of(p, call.mask.block_size);
+  const Loads loads = Loads::Of(p, call.mask);
   while (1 << a.chunk_shift < loads.chunk) ++a.chunk_shift;
   a.absent_token = static_cast<int>(p.block_table ? p.page_size : p.cu_seqlens_k ? p.total_k : p.max_seqlen_k);
-  a.bulk_out = 16 % a.heads_per_tile == 0;
-  a.minus_one = -1;
-  if (cudaError_t e = MakeMaps(call, loads, a)) return e;
+  if (cudaError_t e = SetRowParams(call, a)) return e;
+  if (cudaError_t e = MakeKeyMaps(call, loads, a)) return e;
 
+  int processors = 0;
+  if (cudaError_t e = CountProcessors(&processors)) return e;
+  const auto launch = [&](AttendKernel kernel, int shared_bytes) {
+    if (cudaError_t e = AllowShared(kernel, shared_bytes)) return e;
+    return LaunchOverlapped(kernel, true, std::min<int64_t>(call.items, processors), kAttendThreads, shared_bytes,
+                            stream, a);
+  };
+  if (HasKeyLists(call.mask)) {
+    a.listed = ListsOf(call.mask);
+    const GatherKernel gather =
+        p.q.dtype == FP_BF16 ? PickGatherKernel<__nv_bfloat16>(p.head_dim) : PickGatherKernel<__half>(p.head_dim);
+    return launch(gather.kernel, gather.shared_bytes);
+  }
   const AttendKernelSet kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);
   // One warp needs some 100 ns per bulk copy, and a tile has two per chunk (at d128) of K and of V.
   const bool four_warps = KeysPerStep(p.head_dim) / loads.chunk >= 4;
-  const AttendKernel kernel = loads.by_rows ? kernels.rows : four_warps ? kernels.chunks : kernels.tiles;
-  int processors = 0;
-  if (cudaError_t e = CountProcessors(&processors)) return e;
-  if (cudaError_t e = AllowShared(kernel, kernels.shared_bytes)) return e;
-  return LaunchOverlapped(kernel, true, std::min<int64_t>(call.items, processors), kAttendThreads, kernels.shared_bytes,
-                          stream, a);
+  return launch(loads.by_rows ? kernels.rows : four_warps ? kernels.chunks : kernels.tiles, kernels.shared_bytes);
 }
 
 } // namespace flashprefill::cuda

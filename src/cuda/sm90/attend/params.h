@@ -21,7 +21,17 @@ constexpr int kAttendThreads = 384;
 enum class Loading {
   kTiles,  // one: a bulk copy or two bring a key tile
   kChunks, // two, which share a tile's many bulk copies
-  kRows    // two, by asynchronous copies: from pages of less than 16 rows
+  kRows,   // two, by asynchronous copies: from pages of less than 16 rows
+  kGather  // the same, for masks with key lists: rows from anywhere (gather_producer.cuh)
+};
+constexpr bool LoadsRows(Loading loading) { return loading >= Loading::kRows; }
+
+// The key lists of a mask, as fp_block_mask has them.
+struct ListArgs {
+  const int32_t* lists; // [mask heads, segment_rows, stride]: the number of keys, of those wanted, the keys
+  int64_t segment_rows, stride;
+  int max_keys;
+  Divider by_segment_tokens, by_segment_tiles;
 };
 
 // Tile sizes by padded head dimension. 227 KiB of shared memory must hold the Q stages, the K/V stages and 32 KiB (d64:
@@ -53,7 +63,12 @@ struct AttendParams : AttendArgs {
   int bulk_out;               // 16 rows of a tile are whole tokens
   uint32_t zero;              // OpaqueCopy's
   float minus_one;            // HoldBack's
+  ListArgs listed;            // last, so that the other kernels' arguments lie where they always lay
 };
+
+// Everything of a call that concerns the rows of q and of the output, the OpaqueCopy and HoldBack constants too.
+struct AttendCall;
+cudaError_t SetRowParams(const AttendCall& call, AttendParams& a);
 
 // The kernels for a dtype and a head dimension, to be launched with AttendParams.
 using AttendKernel = void (*)(AttendParams);
@@ -63,6 +78,14 @@ struct AttendKernelSet {
 };
 template <class T, int HEAD_DIM>
 AttendKernelSet AttendKernels();
+
+// The kernel for masks with key lists.
+struct GatherKernel {
+  AttendKernel kernel;
+  int shared_bytes;
+};
+template <class T, int HEAD_DIM>
+GatherKernel AttendGatherKernel();
 
 } // namespace flashprefill::cuda
 

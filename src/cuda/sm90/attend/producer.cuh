@@ -14,14 +14,15 @@
 
 #include <type_traits>
 
-#include "cuda/sm90/attend/key_iterator.cuh"
+#include "cuda/sm90/attend/loading_side.cuh"
 
 namespace flashprefill::cuda {
 
 template <class SHAPE, Loading LOADING>
 class AttendProducer {
-  static constexpr bool kRows = LOADING == Loading::kRows;
+  static constexpr bool kRows = LoadsRows(LOADING);
   static constexpr bool kTeams = LOADING != Loading::kTiles;
+  static constexpr bool kEachArrives = LOADING == Loading::kGather; // both warps of a team say what they have described
 
  public:
   static constexpr int kTeamWarps = kTeams ? 2 : 1;  // for K, and as many for V
@@ -29,7 +30,7 @@ class AttendProducer {
   static constexpr int kThreads = kTeams ? 128 : 96; // with the warp that takes tiles; teams have none to spare for it
   // Arrivals that make a K or V stage full: a warp's each, and by rows the leader's and one a thread when its own
   // copies are done.
-  static constexpr int kFullArrivals = kRows ? 1 + kTeamWarps * 32 : kTeamWarps;
+  static constexpr int kFullArrivals = kRows ? (kEachArrives ? kTeamWarps : 1) + kTeamWarps * 32 : kTeamWarps;
 
   __device__ __forceinline__ AttendProducer(const AttendParams& p, SharedMemory<SHAPE>& shared)
       : p_(p),
@@ -84,12 +85,13 @@ class AttendProducer {
     if (!is_v_ && rank_ == 0) Finish();
   }
 
- private:
+ protected: // the gathering producer's too
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kPanels = SHAPE::kPanels;
   static constexpr int kPieces = SHAPE::kHeadDim / 8;           // 16-byte pieces of a row
   static constexpr int kRowsPerWarp = kKeys / 2;                // by rows
   static constexpr int kPlaces = kRows ? kRowsPerWarp / 32 : 1; // that a lane looks up: of its chunk, or of its rows
+  static constexpr uint32_t kNowhere = ~0u;
   using Memory = SharedMemory<SHAPE>;
 
   // ---------------------------------------------------------------- tiles of keys
@@ -242,12 +244,8 @@ class AttendProducer {
   }
 
   // Keys row by row, half of them each warp, whatever the pages are like. A lane finds the addresses of one or
-  // two rows. Eight lanes copy per row's panel, so that an address serves all panels of four rows; the swizzle repeats
-  // every 8 rows, so that there are two addresses to write to, but for constants. Addresses go from the lanes that know
-  // them to those that copy through shared memory, four at once: by shuffles each needs an index of its own.
+  // two rows.
   __device__ __forceinline__ void SendRows(const int (&token)[kPlaces], const int (&page)[kPlaces]) {
-    constexpr uint32_t kNowhere = ~0u;
-    constexpr int kBatches = kRowsPerWarp / 16; // of 16 rows, four a lane
     const uint32_t* const units = is_v_ ? p_.v_units : p_.k_units;
     uint32_t offset[kPlaces]; // in units of 16 bytes
     bool all = true;
@@ -258,16 +256,26 @@ class AttendProducer {
       offset[r] = page[r] * units[0] + token[r] * units[1];
       if (!there) offset[r] = is_v_ ? kNowhere : 0; // K's are masked, so that any row serves
     }
-    const bool checked = is_v_ && __any_sync(~0u, !all);
+    CopyFrom([&] { return data_ + keys_.work().kv_head * stride_[2]; }, offset, is_v_ && __any_sync(~0u, !all));
+  }
+
+  // Copies the rows that this warp's lanes have found, `offset` from first(), which is asked when the stage is free; if
+  // `checked`, some are nowhere, and get zeros. Eight lanes copy per row's panel, so that an address serves all panels
+  // of four rows; the swizzle repeats every 8 rows, so that there are two addresses to write to, but for constants.
+  // Addresses go from the lanes that know them to those that copy through shared memory, four at once: by shuffles each
+  // needs an index of its own.
+  template <class First>
+  __device__ __forceinline__ void CopyFrom(First&& first, const uint32_t (&offset)[kPlaces], bool checked) {
+    constexpr int kBatches = kRowsPerWarp / 16; // of 16 rows, four a lane
     BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
     uint64_t* const full = &full_[ring_position_.stage];
-    if (lane_ == 0 && rank_ == 0) BarrierArrive(full);
+    if (lane_ == 0 && (kEachArrives || rank_ == 0)) BarrierArrive(full);
     uint32_t* const offsets = sm_.row_offsets[warp_];
 #pragma unroll
     for (int r = 0; r < kPlaces; ++r) offsets[r * 32 + lane_ / 16 * 16 + lane_ % 4 * 4 + lane_ / 4 % 4] = offset[r];
     __syncwarp();
     const int piece = lane_ % 8, row = lane_ / 8;
-    const uint16_t* const from = data_ + keys_.work().kv_head * stride_[2] + piece * 8;
+    const uint16_t* const from = first() + piece * 8;
     const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Memory::kKeyBytes) +
                         (rank_ * kRowsPerWarp + row) * Memory::kPanelRowsBytes;
     const uint32_t address[2] = {to + ((piece ^ row) << 4), to + ((piece ^ (row + 4)) << 4)};
@@ -363,21 +371,12 @@ class AttendProducer {
   __device__ __forceinline__ void DescribeMeans(int block, int before) {
     KeyTile& tile = sm_.key_tiles[ring_position_.stage + ring_position_.parity * SHAPE::kStages];
     const uint32_t wanted = keys_.WantedMeans(before);
-    if (lane_ < kKeys / 32) {
-      auto* const bytes = reinterpret_cast<uint8_t*>(tile.wanted);
-#pragma unroll
-      for (int l = 0; l < 4; ++l) { // of each 8 bits the two from 2 l on, together in a byte
-        uint32_t x = wanted >> 2 * l & 0x03030303;
-        x |= x >> 6;
-        bytes[4 * l + lane_] = static_cast<uint8_t>((x & 15) | (x >> 12 & 240));
-      }
-    }
+    SpreadColumns<kKeys>(wanted, lane_, tile.wanted);
     if (lane_ == 0) {
-      // The sequence's last block may be shorter than the others, and counts where rows see all of it: not causal.
-      const int k_len = keys_.work().k_len, last = p_.by_block(k_len - 1), keys = k_len - last * p_.block_size;
-      const bool shorter = last < keys_.work().full && keys < p_.block_size && last >= block && last < block + kKeys;
+      int column, keys;
+      const bool shorter = HasShortBlock<kKeys>(p_, keys_.work(), block, &column, &keys);
       tile.mode = KeyMode::kMeans;
-      tile.short_column = shorter ? last - block : -1;
+      tile.short_column = column;
       if (shorter) tile.short_bias = log2f(static_cast<float>(keys)) / p_.exponent_scale - p_.mean_bias;
     }
     __syncwarp();
@@ -404,19 +403,10 @@ class AttendProducer {
   }
 
   __device__ __forceinline__ void SendQueries(int steps) {
-    const Work& work = keys_.work();
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
     if (ElectOne()) {
-      const int token = work.q_begin + work.begin;
-      const int batch = p_.cu_seqlens_q ? 0 : work.sequence;
-      uint64_t* const full = &sm_.q_full[q_.stage];
-      sm_.tiles[q_.stage] = TileInfo{
-          steps, work.tokens * p_.heads_per_tile, work.first_position, work.k_len - 1, batch, token, work.head, 0};
-      BarrierArriveExpect(full, kPanels * Memory::kPanelRowsBytes * p_.tile_tokens * p_.heads_per_tile);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i) {
-        BulkLoad(sm_.q[q_.stage] + i * Memory::kQPanelBytes, &p_.q, full, i * kPanelColumns, work.head, token, batch);
-      }
+      sm_.tiles[q_.stage] = InfoOf(p_, keys_.work(), steps);
+      LoadQueries<SHAPE>(p_, sm_, keys_.work(), q_.stage, 0);
     }
     q_.Advance(SHAPE::kQStages);
   }

@@ -24,7 +24,9 @@ struct TileInfo {
 enum class KeyMode : int {
   kPlain = 0,  // every row sees every key
   kMasked = 1, // the positions decide
-  kMeans = 2   // columns are block means, of which `wanted` are corrected for
+  kMeans = 2,  // columns are block means, of which `wanted` are corrected for
+  kListed = 3, // of the columns `wanted` are there, and every row sees those
+  kNear = 4    // of the columns `wanted` are there, and the positions decide
 };
 
 // A key tile: the meaning of its columns. Sixteen consecutive columns always lie together.
@@ -32,8 +34,14 @@ struct alignas(64) KeyTile {
   KeyMode mode;
   float short_bias;   // kMeans: is added to the score of this
   int short_column;   // column, a block that is shorter than the others; -1: there is none
-  int position[8];    // kMasked: of columns 16 i
-  uint32_t wanted[4]; // kMeans: [l]: bits of columns 8 i + 2 l and the next, for all i: those that lane l of four holds
+  int position[8];    // kMasked, kNear: of columns 16 i
+  uint32_t wanted[4]; // [l]: bits of columns 8 i + 2 l and the next, for all i: those that lane l of four holds
+
+  // Loading::kGather, which has no means: the second half's columns are described by a warp of its own.
+  __device__ __forceinline__ void SetSecondMode(KeyMode its) { short_column = static_cast<int>(its); }
+  __device__ __forceinline__ KeyMode ModeOfBoth() const {
+    return static_cast<KeyMode>(max(static_cast<int>(mode), short_column));
+  }
 };
 
 template <class SHAPE>
@@ -64,6 +72,20 @@ struct SharedMemory {
   uint64_t work_full, work_empty;
   int next_item, next_parity, tiles_of_batch; // of the warp that takes tiles
   float never_written;                        // HoldBack's
+};
+
+// The list of a query tile, from the warp that takes tiles to those that load them.
+struct TileList {
+  const int32_t* keys;
+  int safe;  // keys that every row of the tile sees: the list's first ones
+  int end;   // and with those behind them that only some rows see
+  int check; // whether some of them may lie in kept blocks
+};
+
+// Of Loading::kGather.
+template <class SHAPE>
+struct GatherMemory : SharedMemory<SHAPE> {
+  TileList list;
 };
 
 // Named barriers; 0 is __syncthreads.

@@ -1,0 +1,8 @@
+// The attend kernel for masks with key lists, fp16, head_dim up to 64.
+#include "cuda/sm90/attend/attend.cuh"
+
+namespace flashprefill::cuda {
+
+FLASHPREFILL_INSTANTIATE_GATHER(__half, 64)
+
+} // namespace flashprefill::cuda

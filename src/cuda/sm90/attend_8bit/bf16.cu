@@ -1,0 +1,8 @@
+// The 8-bit attend kernel for bf16 queries.
+#include "cuda/sm90/attend_8bit/attend.cuh"
+
+namespace flashprefill::cuda {
+
+FLASHPREFILL_INSTANTIATE_ATTEND_8BIT(__nv_bfloat16)
+
+} // namespace flashprefill::cuda

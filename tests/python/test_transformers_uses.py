@@ -120,7 +120,7 @@ def offloads_on_cpu(monkeypatch):
 def generated_offloaded(model, ids, kind, policy, patched):
     """Tokens under a cache in place, and under an offloaded one; with statistics of the latter."""
     patched(model, policy)
-    inputs = dict(max_new_tokens=4, do_sample=False, cache_implementation=None)
+    inputs = dict(max_new_tokens=4, do_sample=False, cache_implementation=None, disable_compile=True)
     wanted = model.generate(ids, **inputs)
     with fp.collect_stats(model) as stats:
         got = model.generate(ids, **{**inputs, "cache_implementation": kind})
@@ -141,7 +141,7 @@ def test_offloaded_caches(kind, policy, patched, offloads_on_cpu):
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("policy", [fp.FlashPrefill(alpha=0.0), fp.Streaming()], ids=["keep", "streaming"])
 def test_offloaded_caches_on_a_gpu(kind, policy, patched):
-    """5,000 tokens, since a GPU keeps everything of up to 3,072."""
+    """Of 5,000 tokens, since a GPU keeps everything of up to 3,072; decoding is not compiled."""
     model = make("llama", head_dim=64, num_hidden_layers=3, max_position_embeddings=8192)
     model, ids = model.to("cuda", torch.bfloat16), tokens(1, 5000).to("cuda")
     wanted, got, stats = generated_offloaded(model, ids, kind, policy, patched)

@@ -2,7 +2,8 @@
 
     python tools/check_spills.py [--architectures 80,90,120] [--jobs 2]
 
-A spilled register is a load in the innermost loop, which nothing but the clock would show. Needs nvcc, and no
+Attention's kernels: the portable ones for each of the architectures, Hopper's for sm_90a. A spilled
+register is a load in the innermost loop, which nothing but the clock would show. Needs nvcc, and no
 GPU. Prints registers and spills per kernel.
 """
 
@@ -17,7 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "src/cuda/sm80/attend").glob("*.cu"))
+PORTABLE = sorted((ROOT / "src/cuda/sm80/attend").glob("*.cu"))
+# Hopper's own but those of head_dim 256, whose output alone fills the registers.
+HOPPER = sorted(
+    path
+    for folder in ("attend", "attend_8bit")
+    for path in (ROOT / "src/cuda/sm90" / folder).glob("*.cu")
+    if not path.stem.endswith("d256") and path.stem != "images"
+)
+MAY_SPILL = re.compile("LoadingE1")  # two warps that share many copies keep some of their state in memory
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
@@ -55,7 +64,12 @@ def compiled(path: Path, architecture: str) -> list[tuple[str, int, int]]:
 def short(name: str) -> str:
     """Return a kernel's template arguments out of its mangled name."""
     found = re.search(r"PortableShapeILi(\d+)ELb(\d)", name)
-    return f"head_dim {found[1]}{', small' if found[2] == '1' else ''}" if found else name
+    if found:
+        return f"head_dim {found[1]}{', small' if found[2] == '1' else ''}"
+    found = re.search(r"AttendShapeILi(\d+)E.*LoadingE(\d)", name)
+    if found:
+        return f"head_dim {found[1]}, {('tiles', 'chunks', 'rows', 'lists')[int(found[2])]}"
+    return re.sub(r"^_ZN12flashprefill4cuda\d+|I.*", "", name)
 
 
 def main() -> int:
@@ -66,16 +80,17 @@ def main() -> int:
     parser.add_argument("--architectures", default="80,90,120")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    work = [(path, arch) for path in FILES for arch in options.architectures.split(",")]
+    work = [(path, arch) for path in PORTABLE for arch in options.architectures.split(",")]
+    work += [(path, "90a") for path in HOPPER]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda one: compiled(*one), work))
     bad = 0
     for (path, arch), found in zip(work, results, strict=True):
         bad += not found
         for name, registers, spilled in found:
-            bad += spilled > 0
+            bad += spilled > 0 and not MAY_SPILL.search(name)
             said = f"{spilled} bytes spilled" if spilled else "no spills"
-            print(f"{path.stem:10s} sm_{arch:4s} {short(name):20s} {registers} registers, {said}")
+            print(f"{path.stem:12s} sm_{arch:4s} {short(name):20s} {registers} registers, {said}")
     print("spills: clean" if not bad else f"spills: {bad} faults")
     return 1 if bad else 0
 

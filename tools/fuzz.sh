@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs fuzz targets so many seconds each (60) and stops at the first finding, which is left in build/fuzz/findings. What was
-# learned stays in build/fuzz/corpus for the next run.
+# learned stays in build/fuzz/corpus for the next run, which also begins with the small corpus of tests/fuzz/corpus.
 #   tools/fuzz.sh [SECONDS [TARGET...]]      all targets if none is named
 # Targets in C++ run under libFuzzer with ASan and UBSan; readers in Python under atheris where PyPI has it for this
 # Python, else under their own mutator alone.
@@ -31,7 +31,7 @@ for name in "${targets[@]}"; do
   options=(-max_total_time="$seconds" -len_control=0 -rss_limit_mb=6000 -verbosity=0 -print_final_stats=1
     -artifact_prefix="build/fuzz/findings/$name-")
   if [ -x "build/fuzz/tests/fuzz/$name" ]; then
-    "build/fuzz/tests/fuzz/$name" "${options[@]}" -max_len=512 -timeout=20 "$corpus"
+    "build/fuzz/tests/fuzz/$name" "${options[@]}" -max_len=512 -timeout=20 "$corpus" "tests/fuzz/corpus/$name"
   else
     $python tests/fuzz/readers.py --seconds "$seconds" "$name" -- "${options[@]}" -max_len=4096 -timeout=60 "$corpus"
   fi

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ._layout import Layout, check_bool
-from .errors import refuse, refuse_type
+from .errors import refuse, refuse_type, shown
 
 
 def _scale(softmax_scale: Any, q: Any) -> float:
@@ -16,7 +16,7 @@ def _scale(softmax_scale: Any, q: Any) -> float:
     if isinstance(softmax_scale, float):
         return softmax_scale
     if isinstance(softmax_scale, (bool, str)) or not hasattr(softmax_scale, "__float__"):
-        refuse_type("softmax_scale", repr(softmax_scale), "a number")
+        refuse_type("softmax_scale", shown(softmax_scale), "a number")
     return float(softmax_scale)
 
 
@@ -25,7 +25,7 @@ def final_chunk_of(final_chunk: Any, batch: int) -> list[bool]:
     if isinstance(final_chunk, (bool, np.bool_)):
         return [bool(final_chunk)]
     if not hasattr(final_chunk, "__len__") or isinstance(final_chunk, str):
-        refuse_type("final_chunk", repr(final_chunk), "True or False, or one of them for each sequence")
+        refuse_type("final_chunk", shown(final_chunk), "True or False, or one of them for each sequence")
     chunks = [bool(chunk) for chunk in final_chunk]
     if len(chunks) != batch:
         refuse("final_chunk", f"a list of {len(chunks)}", f"one bool for each of {batch} sequences")
@@ -36,7 +36,7 @@ def _threads(threads: Any) -> int:
     if threads is None:
         return -1
     if isinstance(threads, bool) or not hasattr(threads, "__index__"):
-        refuse_type("threads", repr(threads), "an integer or None")
+        refuse_type("threads", shown(threads), "an integer or None")
     if not 0 <= int(threads) <= 4096:
         refuse("threads", threads, "from 0 (as many as OpenMP would use) to 4096")
     return int(threads)
@@ -44,7 +44,7 @@ def _threads(threads: Any) -> int:
 
 def _name(argument: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        refuse_type(argument, repr(value), "a string or None")
+        refuse_type(argument, shown(value), "a string or None")
     return value
 
 

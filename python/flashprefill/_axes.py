@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from .errors import refuse, refuse_type
+from .errors import refuse, refuse_type, shown
 
 LAYOUTS = ("bthd", "bhtd")
 
@@ -18,14 +18,14 @@ def heads_first(layout: Any, **where: Any) -> bool:
         **where: the arguments of packed and paged inputs, which have one order only.
     """
     if layout is not None and not isinstance(layout, str):
-        refuse_type("layout", repr(layout), '"bthd" or "bhtd"')
+        refuse_type("layout", shown(layout), '"bthd" or "bhtd"')
     if layout not in (None, *LAYOUTS):
-        refuse("layout", repr(layout), '"bthd", [batch, tokens, heads, head_dim], or "bhtd"')
+        refuse("layout", shown(layout), '"bthd", [batch, tokens, heads, head_dim], or "bhtd"')
     if layout != "bhtd":
         return False
     for name, value in where.items():
         if value is not None:
-            refuse("layout", repr(layout), f'"bthd" with {name}: packed and paged inputs have tokens first')
+            refuse("layout", shown(layout), f'"bthd" with {name}: packed and paged inputs have tokens first')
     return True
 
 

@@ -18,6 +18,7 @@ start here:
 
 for methods that need something made for a model:
   flashprefill train-indexer         the weights of VSPrefill
+  flashprefill train-adapter         a model that reads 32K tokens, to judge policies with
   flashprefill plan-reuse            which layers can take the masks of earlier ones
 
 `flashprefill VERB --help` explains each of them, with examples.
@@ -168,6 +169,24 @@ examples:
 then, in Python or wherever a policy is written:
   fp.patch_model(model, fp.VSPrefill(weights="indexer.safetensors"))
   flashprefill lab --text code --method vsprefill --method streaming --indexer indexer.safetensors
+"""
+
+ADAPTER = """\
+Teach a model to answer from prompts that are longer than it was trained for, so that policies can be judged
+there: its rotary base is scaled, and a low-rank adapter of its attention (LoRA) learns to find needles,
+pairs, variables and frequent words in long texts. Texts are those of this machine. The adapter is a folder
+of a few MB that PEFT reads too. Needles in a text that was not learnt from are counted at the beginning and
+at every save; a run that was stopped goes on with --resume.
+"""
+
+ADAPTER_EXAMPLES = """\
+examples:
+  flashprefill train-adapter --device cuda          SmolLM2 to 32K tokens, 25 minutes on one GPU
+  flashprefill train-adapter --tokens 16K --minutes 10 --checkpoint     on a GPU with less memory
+  flashprefill train-adapter --resume ...           the same options again
+
+then:
+  flashprefill eval ruler --adapter out/adapter --lengths 8K,16K,32K --pattern all
 """
 
 REUSE = """\

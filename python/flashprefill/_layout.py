@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _axes
-from .errors import refuse, refuse_type
+from .errors import refuse, refuse_type, shown
 
 TILE_ROWS = 128  # rows of a query tile, as in the library
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
@@ -102,7 +102,7 @@ def _length(name: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value  # under torch.compile perhaps a symbol, which int() would fix to one number
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        refuse_type(name, repr(value), "an integer")
+        refuse_type(name, shown(value), "an integer")
     return int(value)
 
 
@@ -111,7 +111,7 @@ def check_bool(name: str, value: Any) -> None:
     if value is True or value is False:
         return
     if not isinstance(value, int) or value not in (0, 1):
-        refuse_type(name, repr(value), "True or False")
+        refuse_type(name, shown(value), "True or False")
 
 
 def layout_of(

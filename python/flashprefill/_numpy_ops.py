@@ -139,9 +139,14 @@ def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
     return np.zeros(shape, np.int32)
 
 
-def host_zeros(shape: tuple[int, ...], dtype: str) -> Any:
-    """Return zeros in host memory."""
+def zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return zeros."""
     return np.zeros(shape, dtype)
+
+
+def on_gpu(x: Any) -> bool:
+    """Return whether an array lies in a GPU's memory."""
+    return False
 
 
 def same_device(x: Any, like: Any) -> bool:

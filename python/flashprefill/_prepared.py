@@ -102,6 +102,7 @@ class PreparedPrefill:
         (readable,) = all_cuda_reads(q, cached=True)
         self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
         self._problem, self._output = _engine.problem_of(call, readable, k, v), _engine.output_of(call)
+        self._q = tensor_of(q)
         _engine.set_final_chunk(self._problem, chunks)
         self._policy, self._mask = struct_of(policy.text), _abi.sized(_abi.BlockMask)
         _abi.check(_abi.lib.fp_mask_describe(byref(self._problem), byref(self._policy), byref(self._mask)))
@@ -143,7 +144,8 @@ class PreparedPrefill:
                 refuse_overlap(out, q=q, k=k, v=v)
         (readable,) = all_cuda_reads(q, cached=True)
         problem, output, mask = self._problem, self._output, self._mask
-        problem.q = tensor_of(readable)
+        self._q.data = addresses[0]
+        problem.q = self._q if readable is q else tensor_of(readable)
         problem.k.data, problem.v.data, output.out.data = addresses[1:]
         mask.counts = None if counts is None else counts.data_ptr()
         execution = _engine.exec_of(q, -1, None, None)

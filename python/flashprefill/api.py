@@ -17,6 +17,7 @@ from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
 from ._given_mask import fitting, places_of_mask
 from ._layout import Layout, check_bool, layout_of
+from ._lines import join_lines, selects_in_torch
 from ._ops import ops_of
 from ._prototype import join_function
 from ._reused import mask_of
@@ -53,13 +54,10 @@ def _select(
         raise UnsupportedError(
             f"{policy.kind} drops tokens and has no mask: it is for prefill_attention alone"
         )
-    if isinstance(policy, MaskPolicy):
-        if ops.is_fp8(k):
-            raise UnsupportedError(
-                "FP8 keys are not for a MaskPolicy, whose function would miss their scales"
-            )
+    if isinstance(policy, MaskPolicy) or selects_in_torch(policy, k):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
-        ops.in_python(join_function, mask, policy, q, k, layout)
+        join = join_function if isinstance(policy, MaskPolicy) else join_lines
+        ops.in_python(join, mask, policy, (q, k, v), layout)
         return mask
     mask = BlockMask._for_policy(ops, q, k, layout, policy)
     ops.select(
@@ -184,7 +182,7 @@ def prefill_attention(
             ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
-            :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
+            :class:`SpargeAttn`, :class:`XAttention` (this one on the CPU), :class:`Dense` and a
             :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
             and are refused.
         cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
@@ -207,7 +205,7 @@ def prefill_attention(
         final_chunk: whether q ends its prompt, so that the policy's dense tail applies; or one bool per
             sequence.
         guard: measure how much of the attention is kept, in the stats' ``guard``, and perhaps act on it: a
-            :class:`Guard` or a text of one ("observe", "repair(target=0.95)", "strict"). CPU only; with a
+            :class:`Guard` or a text of one ("observe", "repair(target=0.95)", "strict"). With a
             :class:`MaskPolicy` heads that keep too little become dense in the mode "repair" too.
         out: where to write the result: of q's shape and dtype, in memory of its own.
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [batch, heads,
@@ -218,9 +216,8 @@ def prefill_attention(
         backend: the name of one of :func:`flashprefill.backends`; the default is the best.
         target: one of the backend's instruction sets, or on CUDA whose kernels run (``"portable"``); the
             default is the best.
-        math: "input": products in q's own dtype. "8bit" permits 8-bit ones where there are any, which err by
-            about 4 %: on a Hopper GPU for head_dim above 64 up to 128 and blocks of a multiple of 128.
-            Everything else goes on as with "input", without a warning.
+        math: "input" is products in q's own dtype. "8bit" permits 8-bit ones, which err by about 4 %, where
+            there are any: on a Hopper GPU, for head_dim above 64 up to 128 and blocks of a multiple of 128.
 
     Returns:
         out, of q's shape and dtype; or a tuple of out and the other results, in the order lse, stats.
@@ -257,7 +254,7 @@ def prefill_attention(
     shared = shared_of(q, places, softmax_scale, threads, backend, target, math, **scales)
     check_bool("return_stats", return_stats)
     guard = guard_of(guard)
-    report = None if guard is None else GuardReport(ops, guard, places.batch, q.shape[-2])
+    report = None if guard is None else GuardReport(ops, guard, q, places.batch)
     guarded = NO_GUARD if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
@@ -270,7 +267,7 @@ def prefill_attention(
         stats = ops.in_python(
             _tokens.prefill, ops, (q, k, v), (out, lse), policy, places, final_chunk, shared
         )
-    elif isinstance(policy, (MaskPolicy, Reuse)):
+    elif isinstance(policy, (MaskPolicy, Reuse)) or selects_in_torch(policy, k):
         values = v if policy.reads_values else None
         mask = _select(ops, q, k, places, policy, final_chunk, shared, values)
         if report is not None:
@@ -336,7 +333,7 @@ def select(
         v: values, of k's shape. Only a policy with ``reads_values`` (:class:`VSPrefill`) needs them.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
-            :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
+            :class:`SpargeAttn`, :class:`XAttention` (this one on the CPU), :class:`Dense` and a
             :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
             and are refused.
         cu_seqlens_q: as in :func:`prefill_attention`.

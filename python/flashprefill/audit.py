@@ -9,7 +9,7 @@ from ._axes import heads_first, swapped
 from ._calls import AUDIT
 from ._given_mask import fitting, places_of_mask
 from ._ops import ops_of
-from .errors import refuse, refuse_type
+from .errors import refuse, refuse_type, shown
 from .guard import Guard, GuardReport, guard_of
 from .mask import BlockMask
 
@@ -41,7 +41,7 @@ def audit(
     backend: str | None = None,
     target: str | None = None,
 ) -> GuardReport:
-    """Measure how much of the attention a mask keeps, by a few exact rows of each head. CPU only.
+    """Measure how much of the attention a mask keeps, by a few exact rows of each head.
 
     Args:
         q: queries, as in :func:`prefill_attention`.
@@ -83,11 +83,11 @@ def audit(
     given = fitting(ops, mask, q, k)
     own = given["bits"] is mask.bits
     if wanted.mode != "observe" and not own:
-        refuse("guard's mode", repr(wanted.mode), "observe for a mask of one head, or of another library")
+        refuse("guard's mode", shown(wanted.mode), "observe for a mask of one head, or of another library")
     scales: dict[str, Any] = {"q_descale": q_descale, "k_scale": k_scale, "k_descale": k_descale}
     q, scales = scaled(ops, (given_q, q, k, None), places, scales)
     shared = shared_of(q, places, softmax_scale, threads, backend, target, **scales)
-    report = GuardReport(ops, wanted, places.batch, q.shape[-2])
+    report = GuardReport(ops, wanted, q, places.batch)
     counts = mask.counts if own else None
     ops.audit(*AUDIT.pack(q=q, k=k, counts=counts, **given, **shared, **report.arguments()))
     return report

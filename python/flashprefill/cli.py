@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_bench(verbs)
     _add_inspect(verbs)
     _add_train_indexer(verbs)
+    _add_train_adapter(verbs)
     _add_plan_reuse(verbs)
     return parser
 
@@ -121,12 +122,17 @@ def _add_texts(add: Callable[..., Any]) -> None:
     add("--held-out", type=Path, metavar="PATH", help=what)
 
 
+def _add_adapter(add: Callable[..., Any]) -> None:
+    what = "what train-adapter wrote for the model: it reads longer prompts with it"
+    add("--adapter", type=Path, metavar="DIR", help=what)
+
+
 def _add_policy(add: Callable[..., Any], what: str) -> None:
     add("--policy", action="append", default=[], help=f"{what}; may be repeated")
 
 
 def _add_guard(add: Callable[..., Any], when: str) -> None:
-    what = f"observe, repair, strict (fields in brackets), or off (default: observe{when}); off on a GPU"
+    what = f"observe, repair, strict (fields in brackets), or off (default: observe{when})"
     add("--guard", default="observe", metavar="MODE", help=what)
 
 
@@ -185,6 +191,7 @@ def _add_eval(verbs: Any) -> None:
     what = "ruler, infinitebench, longbench2, or tasks of them, separated by commas (default: ruler)"
     add("suites", nargs="?", default="ruler", metavar="SUITES", help=what)
     _add_model(add)
+    _add_adapter(add)
     what = "names of policies, separated by commas, or all (default: dense,flashprefill,sketch)"
     add("--pattern", type=_list_of(str), default=[], metavar="NAME,NAME", help=what)
     _add_policy(add, "a policy with its fields, besides those of --pattern")
@@ -283,6 +290,31 @@ def _add_train_indexer(verbs: Any) -> None:
     add("--out", type=Path, default=Path("indexer.safetensors"), metavar="FILE", help=what)
 
 
+def _add_train_adapter(verbs: Any) -> None:
+    add = _verb(verbs, "train-adapter", "a model for longer prompts", texts.ADAPTER, texts.ADAPTER_EXAMPLES)
+    _add_model(add)
+    add("--text", type=Path, metavar="PATH", help="learn from this file or folder of text")
+    what = "tokens of the longest sequences; others have a half and a quarter (default: 32K)"
+    add("--tokens", type=_length, default=32768, metavar="N", help=what)
+    what = "tokens of a step, in sequences of one length (default: 32K)"
+    add("--batch", type=_length, default=32768, metavar="N", help=what)
+    add("--minutes", type=float, default=25.0, metavar="X", help="how long to train (default: 25)")
+    add("--steps", type=int, default=20000, metavar="N", help="but no more steps than these (default: 20000)")
+    what = "the rotary base (default: the model's, times twice the growth of its context)"
+    add("--base", type=float, metavar="X", help=what)
+    add("--rank", type=int, default=16, metavar="N", help="of the adapter (default: 16)")
+    add(
+        "--alpha", type=float, default=32.0, metavar="X", help="its scale is this over the rank (default: 32)"
+    )
+    add("--rate", type=float, default=1e-3, metavar="X", help="peak learning rate (default: 0.001)")
+    what = "needles that are looked for at each save, at three lengths (default: 10)"
+    add("--needles", type=int, default=10, metavar="N", help=what)
+    add("--checkpoint", action="store_true", help="compute activations twice: less memory, a third more time")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and sequences (default: 0)")
+    add("--resume", action="store_true", help="go on with the run that --out is of")
+    _add_folder(add, "out/adapter")
+
+
 def _add_plan_reuse(verbs: Any) -> None:
     epilog = texts.REUSE_EXAMPLES + _policies()
     add = _verb(verbs, "plan-reuse", "which layers can reuse masks", texts.REUSE, epilog)
@@ -331,7 +363,18 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "eval":
         from .apps.eval import run as evaluation
 
-        same = ("model", "device", "dtype", "threads", "lengths", "samples", "seed", "text", "data")
+        same = (
+            "model",
+            "adapter",
+            "device",
+            "dtype",
+            "threads",
+            "lengths",
+            "samples",
+            "seed",
+            "text",
+            "data",
+        )
         same += ("last_token", "max_tokens", "chat", "stretch", "fresh", "out")
         chosen = {name: given[name] for name in same}
         evaluation.run(
@@ -374,6 +417,14 @@ def _run(arguments: argparse.Namespace) -> int:
         same += ("hidden", "rate", "kl", "pool", "seed", "resume", "out")
         chosen = {name: given[name] for name in same}
         indexer.run(indexer.Options(**chosen, layers=tuple(arguments.layers)))
+    elif arguments.verb == "train-adapter":
+        packages = ("torch", "transformers", "safetensors", "tqdm")
+        checks.need("train-adapter", *packages, *checks.modules_of(arguments.model))
+        from .apps.adapter import run as adapter
+
+        same = ("model", "device", "dtype", "threads", "text", "tokens", "batch", "minutes", "steps", "base")
+        same += ("rank", "alpha", "rate", "needles", "checkpoint", "seed", "resume", "out")
+        adapter.run(adapter.Options(**{name: given[name] for name in same}))
     elif arguments.verb == "plan-reuse":
         checks.need("plan-reuse", "torch", "transformers", "tqdm", *checks.modules_of(arguments.model))
         from .apps import reuse

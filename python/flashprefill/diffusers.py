@@ -26,7 +26,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from .api import prefill_attention
-from .errors import FlashPrefillError, refuse, refuse_type
+from .errors import FlashPrefillError, refuse, refuse_type, shown
 from .policies import Policy
 from .policies.text import parse
 from .stats import Stats
@@ -89,7 +89,7 @@ def patch_model(model: Any, policy: Policy | str = "xattention") -> Any:
     """
     policy = parse(policy) if isinstance(policy, str) else policy
     if not isinstance(policy, Policy):
-        refuse_type("policy", repr(policy), "a policy, or a text of one")
+        refuse_type("policy", shown(policy), "a policy, or a text of one")
     tiny = torch.zeros(1, 1, 1, 16)
     prefill_attention(tiny, tiny, tiny, policy, causal=False)  # refuses what needs causality
     member = _member_of(policy)

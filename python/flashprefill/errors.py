@@ -19,6 +19,7 @@ __all__ = [
     "UnsupportedError",
     "refuse",
     "refuse_type",
+    "shown",
 ]
 
 
@@ -50,18 +51,31 @@ class InternalError(FlashPrefillError, RuntimeError):
     """A mistake in the library."""
 
 
+def shown(value: Any) -> str:
+    """Return a value as a message has it: its repr, cut to a line's length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        size = f"of {value.bit_length()} bits" if isinstance(value, int) else "too long to write"
+        return f"a {type(value).__name__} {size}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+_MOST_SHOWN = 200  # characters
+
+
 def refuse(argument: str, value: Any, must_be: str) -> NoReturn:
     """Raise the one form of refusal for a bad value."""
-    raise InvalidArgumentError(f"{argument} is {_in_digits(value)}; it must be {must_be}")
+    raise InvalidArgumentError(f"{argument} is {_worded(value)}; it must be {must_be}")
 
 
-def _in_digits(value: Any) -> str:
+def _worded(value: Any) -> str:
     try:
         return f"{value}"
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return f"an integer of {value.bit_length()} bits"
+    except ValueError:
+        return shown(value)
 
 
 def refuse_type(argument: str, value: Any, must_be: str) -> NoReturn:
     """Raise the one form of refusal for a bad type."""
-    raise ArgumentTypeError(f"{argument} is {value}; it must be {must_be}")
+    raise ArgumentTypeError(f"{argument} is {_worded(value)}; it must be {must_be}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from .errors import refuse, refuse_type
+from .errors import refuse, refuse_type, shown
 from .policies.checks import MAX_TOKENS, check_integer
 
 if TYPE_CHECKING:
@@ -102,5 +102,5 @@ def example_inputs(
     import torch
 
     if not isinstance(dtype, torch.dtype):
-        refuse_type("dtype", repr(dtype), "a torch dtype, or None for NumPy arrays")
+        refuse_type("dtype", shown(dtype), "a torch dtype, or None for NumPy arrays")
     return tuple(torch.from_numpy(part).to(device, dtype) for part in made)

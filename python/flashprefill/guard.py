@@ -22,7 +22,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .errors import ArgumentTypeError, InvalidArgumentError, refuse, refuse_type
+from .errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    UnsupportedError,
+    refuse,
+    refuse_type,
+    shown,
+)
 
 __all__ = ["Guard", "GuardReport", "GuardState"]
 
@@ -30,6 +37,7 @@ MODES = ("observe", "repair", "strict")  # fp_guard_mode
 WHOLE, HELD, REPAIRED, DENSE, LOW = range(5)  # fp_guard_outcome
 OUTCOMES = ("whole", "held", "repaired", "dense", "low")
 HIGHEST_LEVEL = 4.0
+NO_STATE = "on a GPU, where all heads are selected for by one budget"
 
 
 class GuardState:
@@ -111,24 +119,24 @@ class Guard:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            refuse("guard's mode", repr(self.mode), f"one of {', '.join(MODES)}")
+            refuse("guard's mode", shown(self.mode), f"one of {', '.join(MODES)}")
         for name in ("rows", "seed", "layer"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                refuse_type(f"guard's {name}", repr(value), "an integer")
+                refuse_type(f"guard's {name}", shown(value), "an integer")
             most = 2**63 - 1 if name == "seed" else 2**31 - 1
             if not 0 <= value <= most:
                 refuse(f"guard's {name}", value, f"from 0 to {most}")
         for name in ("target", "risk"):
             value = getattr(self, name)
             if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-                refuse_type(f"guard's {name}", repr(value), "a number")
+                refuse_type(f"guard's {name}", shown(value), "a number")
         if not 0 < self.target <= 1:
             refuse("guard's target", self.target, "above 0 and at most 1")
         if not 0 < self.risk < 1:
             refuse("guard's risk", self.risk, "above 0 and below 1")
         if self.state is not None and not isinstance(self.state, GuardState):
-            refuse_type("guard's state", repr(self.state), "a GuardState or None")
+            refuse_type("guard's state", shown(self.state), "a GuardState or None")
         settings = {"mode": MODES.index(self.mode), **{name: getattr(self, name) for name in self._numbers}}
         object.__setattr__(self, "text", json.dumps(settings, default=float))  # here: no graph holds it
 
@@ -142,7 +150,7 @@ def guard_of(guard: Any) -> Guard | None:
     if guard is None or isinstance(guard, Guard):
         return guard
     if not isinstance(guard, str):
-        refuse_type("guard", repr(guard), "a Guard, a text of one, or None")
+        refuse_type("guard", shown(guard), "a Guard, a text of one, or None")
     return _parsed(guard)
 
 
@@ -162,9 +170,9 @@ def _parsed(guard: str) -> Guard:
     except (InvalidArgumentError, ArgumentTypeError):
         raise
     except TypeError:
-        refuse_type("guard", repr(guard), f"made of {', '.join(Guard._numbers)}")
+        refuse_type("guard", shown(guard), f"made of {', '.join(Guard._numbers)}")
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        refuse("guard", repr(guard), f"one of {', '.join(MODES)}, with fields in brackets if any")
+        refuse("guard", shown(guard), f"one of {', '.join(MODES)}, with fields in brackets if any")
 
 
 def certificate(moments: np.ndarray, risk: float) -> float:
@@ -186,18 +194,24 @@ def certificate(moments: np.ndarray, risk: float) -> float:
 
 
 class GuardReport:
-    """What a guard found in one call. Arrays are of the call's array library, in host memory.
+    """What a guard found in one call. Arrays are of the call's array library, where q is.
+
+    On a GPU they are filled in on the call's stream, so that making a report waits for nothing; printing it,
+    `summary` and `certificate` copy them to the host.
 
     Attributes:
         guard: its settings.
     """
 
-    def __init__(self, ops: Any, guard: Guard, batch: int, heads: int) -> None:
+    def __init__(self, ops: Any, guard: Guard, q: Any, batch: int) -> None:
+        heads = q.shape[-2]
         self.guard = guard
         self._ops = ops
-        self._shares = ops.host_zeros((3, batch, heads), "float32")
-        self._numbers = ops.host_zeros((3, batch, heads), "int32")
-        self._moments = ops.host_zeros((batch, 3), "float64")
+        self._shares = ops.zeros(q, (3, batch, heads), "float32")
+        self._numbers = ops.zeros(q, (3, batch, heads), "int32")
+        self._moments = ops.zeros(q, (batch, 3), "float64")
+        if guard.state is not None and ops.on_gpu(q):
+            raise UnsupportedError(f"guard's state is given; it must be None {NO_STATE}")
         levels = guard.state.of(guard.layer, heads) if guard.state is not None else None
         self._levels = None if levels is None else ops.from_host(levels)
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from . import _key_lists, _numpy_ops
+from ._arrays import on_cuda
 from ._layout import TILE_ROWS, Layout, ceil_div, check_bool, tile_tokens_of
 from ._ops import ops_of
-from .errors import refuse, refuse_type
+from .errors import refuse, refuse_type, shown
 from .policies.checks import CORRECTIONS, MAX_TOKENS, check_choice, check_integer
 from .stats import Stats
 
@@ -96,7 +97,7 @@ class BlockMask:
         tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
         heads = k.shape[-2] if policy.share_heads else q.shape[-2]
         shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
-        room = policy._vertical_slash_room(layout.max_seqlen_k)
+        room = (0, 0) if on_cuda(q) else policy._vertical_slash_room(layout.max_seqlen_k)
         list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
         segment_rows = _key_lists.rows_of(layout, segment_tiles * tile_tokens)
         return cls(
@@ -155,7 +156,7 @@ class BlockMask:
         check_bool("causal", causal)
         mean_correction = check_choice("mean_correction", mean_correction, CORRECTIONS)
         if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)):
-            refuse_type("block_size", repr(block_size), "an integer")
+            refuse_type("block_size", shown(block_size), "an integer")
         if not 16 <= block_size <= 1024 or block_size % 16:
             refuse("block_size", block_size, "a multiple of 16 from 16 to 1024")
         if share_heads and not 1 <= group <= TILE_ROWS:
@@ -460,7 +461,7 @@ def _dense_layout(
         if value is None:
             refuse_type(name, "None", "given, an integer, where cu_seqlens_q is not")
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            refuse_type(name, repr(value), "an integer")
+            refuse_type(name, shown(value), "an integer")
         if value < 0:
             refuse(name, value, "at least 0")
     assert q_len is not None and k_len is not None

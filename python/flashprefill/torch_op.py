@@ -178,9 +178,14 @@ def zero_counts(like: Any, shape: tuple[int, ...]) -> Any:
     return torch.zeros(shape, dtype=torch.int32, device=_device(like))
 
 
-def host_zeros(shape: tuple[int, ...], dtype: str) -> Any:
-    """Return zeros in host memory."""
-    return torch.zeros(shape, dtype=getattr(torch, dtype))
+def zeros(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return zeros on the device of `like`."""
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device)
+
+
+def on_gpu(x: Any) -> bool:
+    """Return whether a tensor lies in a GPU's memory."""
+    return bool(x.device.type == "cuda")
 
 
 def same_device(x: Any, like: Any) -> bool:

@@ -49,9 +49,8 @@ Exec ExecOf(const Exec* exec) {
 // Refuses a guard where there is no code for it.
 void CheckGuard(const Backend& backend, const Problem& p, const Exec& e) {
   ValidateGuard(e.guard, p);
-  if (e.guard && !backend.audit) {
-    Refuse("guard", "given", "NULL for the backend " + std::string(backend.name) + ": guards work on the CPU alone",
-           FP_UNSUPPORTED);
+  if (e.guard && !backend.audit && !backend.guard) {
+    Refuse("guard", "given", "NULL for the backend " + std::string(backend.name), FP_UNSUPPORTED);
   }
 }
 

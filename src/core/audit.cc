@@ -3,20 +3,9 @@
 #include <cmath>
 
 #include "core/guard.h"
-#include "core/philox.h"
 
 namespace flashprefill {
 namespace {
-
-constexpr int64_t kRowsPerAudit = 1024; // of a prompt
-constexpr int64_t kLeastPerPrompt = 32, kLeastPerCall = 8;
-constexpr double kBadRecall = 0.5, kBadShare = 0.05;
-
-// Student's t at 95 %, one-sided, from the normal quantile (Abramowitz and Stegun 26.7.5): within 1 % from 3 on.
-double TQuantile(double freedom) {
-  constexpr double z = 1.6448536269514722, z3 = z * z * z, z5 = z3 * z * z;
-  return z + (z3 + z) / (4 * freedom) + (5 * z5 + 16 * z3 + 3 * z) / (96 * freedom * freedom);
-}
 
 bool LeavesOut(const Geometry& g, const BlockMask& mask, const Tile& tile, int64_t row) {
   int64_t kept = 0;
@@ -36,12 +25,10 @@ void ForSparseTiles(const Problem& p, const Geometry& g, const BlockMask& mask, 
   }
 }
 
-// The percentile as NumPy has it: between neighbours by the distance from them.
-double Percentile(float* values, int64_t count, double share) {
+double Percentile(float* values, int64_t count, double percentile) {
   std::sort(values, values + count);
-  const double at = share * static_cast<double>(count - 1);
-  const int64_t below = static_cast<int64_t>(at), above = std::min(below + 1, count - 1);
-  return values[below] + (at - static_cast<double>(below)) * (values[above] - values[below]);
+  const PercentilePlace at = PercentilePlace::Of(percentile, count);
+  return values[at.below] + at.share * (values[at.above(count)] - values[at.below]);
 }
 
 // Of the blocks that weigh most in some row, the one that weighs most over all of them; the lower index among equals.
@@ -57,28 +44,19 @@ int32_t HeaviestMissed(std::span<const AuditRow> rows) {
   return heaviest;
 }
 
-// Student's t with one row more than was audited, which loses half as much again as the worst of them. Recalls are
-// skewed: most rows lose little and a few lose much, and a plain t misses those that were not drawn. Over 22,680 audits
-// of 32 rows of real heads (bench/lab/guard.py's) it was right in 88 %, and with that row in 97 %.
-double LowerBound(std::span<const AuditRow> rows, double recall) {
+double LowerBoundOf(std::span<const AuditRow> rows, double recall) {
   const double count = static_cast<double>(rows.size());
-  if (count < 2) return 0;
-  double worst = 1;
+  double worst = 1, squares = 0;
   for (const AuditRow& row : rows) worst = std::min(worst, double{row.recall});
-  const double unseen = std::max(0.0, 1 - 1.5 * (1 - worst)), mean = (recall * count + unseen) / (count + 1);
-  double squares = (unseen - mean) * (unseen - mean);
-  for (const AuditRow& row : rows) squares += (row.recall - mean) * (row.recall - mean);
-  return std::max(0.0, mean - TQuantile(count) * std::sqrt(squares / count / (count + 1)));
+  const LowerBound bound = LowerBound::Of(count, recall, worst);
+  for (const AuditRow& row : rows) squares += (row.recall - bound.mean) * (row.recall - bound.mean);
+  return bound.From(count, squares);
 }
 
 } // namespace
 
 int64_t GuardRows(const Problem& p, const fp_guard& guard, const Sequence& s) {
-  if (guard.rows > 0) return std::min<int64_t>(guard.rows, s.q_len);
-  // A prompt's rows, shared out to its chunks.
-  const int64_t prompt = std::max(kLeastPerPrompt, s.k_len / kRowsPerAudit);
-  const int64_t share = p.causal && s.k_len > 0 ? DivUp(prompt * s.q_len, s.k_len) : prompt;
-  return std::min(std::max(kLeastPerCall, share), s.q_len);
+  return GuardRowsOf(guard.rows, p.causal, s.q_len, s.k_len);
 }
 
 int64_t SparseRows(const Problem& p, const BlockMask& mask, const Sequence& s, int64_t mask_head) {
@@ -94,15 +72,9 @@ int64_t DrawRows(const Problem& p, const BlockMask& mask, const fp_guard& guard,
   const int64_t mask_head = head / g.heads_per_tile;
   *sparse = SparseRows(p, mask, s, mask_head);
   const int64_t strata = std::min(GuardRows(p, guard, s), *sparse);
-  const uint64_t key = guard.seed ^ static_cast<uint64_t>(s.prefix) << 32;
+  const GuardSeed seed{guard.seed, guard.layer, draw};
   int64_t j = 0, before = 0; // rows of sparse tiles before this one
-  const auto drawn = [&] {   // the row of stratum j, counted over sparse tiles
-    const int64_t begin = j * *sparse / strata, end = (j + 1) * *sparse / strata;
-    const uint32_t words[] = {static_cast<uint32_t>(j), static_cast<uint32_t>(head), static_cast<uint32_t>(s.index),
-                              static_cast<uint32_t>(guard.layer) * 2 + static_cast<uint32_t>(draw)};
-    const uint32_t random = Philox({words[0], words[1], words[2], words[3]}, key)[0];
-    return begin + static_cast<int64_t>(static_cast<uint64_t>(random) * static_cast<uint64_t>(end - begin) >> 32);
-  };
+  const auto drawn = [&] { return DrawnRow(seed, s.index, s.prefix, head, j, *sparse, strata); };
   ForSparseTiles(p, g, mask, s, mask_head, [&](const Tile& tile) {
     for (int64_t row; j < strata && (row = drawn() - before) < tile.end - tile.begin; ++j) {
       rows[j] = {s.index, head, static_cast<int32_t>(tile.begin + row), -1, 0, 1};
@@ -121,35 +93,21 @@ HeadAudit Summarise(std::span<const AuditRow> rows, int64_t sparse, double targe
   int64_t bad = 0;
   for (int64_t j = 0; j < count; ++j) {
     const double recall = scratch[j] = rows[j].recall;
-    // Strata differ by a row at most; with their sizes as weights, all rows audited give the mean of all rows.
-    weighted += recall * static_cast<double>((j + 1) * sparse / count - j * sparse / count);
+    weighted += recall * static_cast<double>(StratumRows(j, sparse, count));
     bad += recall < kBadRecall;
   }
   head.recall = weighted / static_cast<double>(sparse);
-  head.low = count < sparse ? LowerBound(rows, head.recall) : head.recall; // if all are audited, nothing is left out
+  head.low = count < sparse ? LowerBoundOf(rows, head.recall) : head.recall; // if all are audited, nothing is left out
   head.p05 = Percentile(scratch, count, 0.05);
   head.missed_block = HeaviestMissed(rows);
-  head.is_low = head.low < target || static_cast<double>(bad) > kBadShare * static_cast<double>(count);
+  head.is_low = KeepsTooLittle(head.low, target, bad, count);
   return head;
 }
 
-Moments Moments::Of(std::span<const AuditRow> rows) {
+Moments MomentsOf(std::span<const AuditRow> rows) {
   Moments m;
-  for (const AuditRow& row : rows) {
-    ++m.count;
-    m.sum += row.recall;
-    m.squares += double{row.recall} * row.recall;
-  }
+  for (const AuditRow& row : rows) m.Add({1, row.recall, double{row.recall} * row.recall});
   return m;
-}
-
-double Certificate(const Moments& m, double risk) {
-  if (m.count == 0) return 1;
-  if (m.count < 2) return 0;
-  const double mean = m.sum / m.count;
-  const double variance = std::max(0.0, m.squares - m.sum * mean) / (m.count - 1);
-  const double log = std::log(2 / risk);
-  return std::max(0.0, mean - std::sqrt(2 * variance * log / m.count) - 7 * log / (3 * (m.count - 1)));
 }
 
 } // namespace flashprefill

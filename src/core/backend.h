@@ -40,9 +40,14 @@ struct Backend {
   void (*prefill)(const Problem&, const Policy&, const Exec&, BlockMask&, const Output&, void* workspace);
   // Keys up to which prefill keeps everything, because a selection would not pay; null: it always selects.
   int64_t (*dense_keys)(const Policy&, const Exec&);
-  // Fills in what the mask keeps of these rows of queries, by sequence and head in order; null: no guard works here.
+  // Fills in what the mask keeps of these rows of queries, by sequence and head in order; null: no guard works here, or
+  // one of the backend's own.
   size_t (*audit_workspace)(const Problem&, const BlockMask&, const Exec&, int64_t rows);
   void (*audit)(const Problem&, const BlockMask&, const Exec&, std::span<AuditRow> rows, void* workspace);
+  // The guard of a mask that somebody gave, where core cannot look at what it finds (core/guard.h); prefill has its
+  // own.
+  size_t (*guard_workspace)(const Problem&, const BlockMask&, const Exec&) = nullptr;
+  void (*guard)(const Problem&, BlockMask&, const Exec&, void* workspace) = nullptr;
 };
 
 // All of this build, in no order.

@@ -309,7 +309,7 @@ void GuardRun::Report() {
       if (guard_.missed_block) guard_.missed_block[i] = head.missed_block;
       if (guard_.outcome) guard_.outcome[i] = outcomes_[i];
     }
-    const Moments moments = Moments::Of({begin, static_cast<size_t>(rows)});
+    const Moments moments = MomentsOf({begin, static_cast<size_t>(rows)});
     if (guard_.certificate) guard_.certificate[b] = static_cast<float>(Certificate(moments, guard_.risk));
     if (guard_.moments) {
       guard_.moments[3 * b] = moments.count;
@@ -324,12 +324,14 @@ void GuardRun::Report() {
 
 size_t GuardWorkspace(const Backend& backend, const Problem& p, const Policy* policy, const BlockMask& mask,
                       const Exec& exec) {
+  if (backend.guard) return backend.guard_workspace(p, mask, exec);
   BlockMask described = mask;
   return GuardRun(backend, p, policy, described, exec, nullptr).bytes();
 }
 
 void RunGuard(const Backend& backend, const Problem& p, const Policy* policy, BlockMask& mask, const Exec& exec,
               void* workspace) {
+  if (backend.guard) return backend.guard(p, mask, exec, workspace);
   GuardRun(backend, p, policy, mask, exec, workspace).Run();
 }
 

@@ -4,6 +4,7 @@
 #define FLASHPREFILL_CORE_GUARD_H_
 
 #include "core/backend.h"
+#include "core/guard_math.h"
 #include "core/types.h"
 
 namespace flashprefill {
@@ -30,20 +31,13 @@ struct HeadAudit {
 // `sparse` rows have been cut into rows.size() strata. `scratch` has room for as many floats.
 HeadAudit Summarise(std::span<const AuditRow> rows, int64_t sparse, double target, float* scratch);
 
-struct Moments {
-  double count = 0, sum = 0, squares = 0; // of the rows' recalls
-
-  static Moments Of(std::span<const AuditRow> rows);
-};
-
-// Lower bound of the mean of independent values in [0, 1] (Maurer and Pontil, "Empirical Bernstein bounds and sample
-// variance penalization", COLT 2009, theorem 11); 0 where there are too few of them, 1 where there are none.
-double Certificate(const Moments& moments, double risk);
+Moments MomentsOf(std::span<const AuditRow> rows);
 
 // Scratch memory of RunGuard. Without a policy the mask is one that somebody gave.
 size_t GuardWorkspace(const Backend& backend, const Problem& p, const Policy* policy, const BlockMask& mask,
                       const Exec& exec);
-// Audits a mask by exec's guard, repairs it, and writes the guard's results.
+// Audits a mask by exec's guard, repairs it, and writes the guard's results. A backend with a guard of its own does
+// that itself.
 void RunGuard(const Backend& backend, const Problem& p, const Policy* policy, BlockMask& mask, const Exec& exec,
               void* workspace);
 

@@ -3,12 +3,15 @@
 #include "core/backend.h"
 
 #include <algorithm>
+#include <functional>
+#include <optional>
 
 #include "core/error.h"
 #include "core/method.h"
 #include "cuda/common/attend/plan.h"
 #include "cuda/common/energies/forced.h"
 #include "cuda/devices.h"
+#include "cuda/guard.h"
 #include "cuda/selector.h"
 
 namespace flashprefill {
@@ -106,13 +109,14 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
   };
   same("k.dtype", p.k.dtype);
   same("v.dtype", p.v.dtype);
-  if (policy && !p.causal && !flashprefill::KeepsEverything(*policy)) {
-    Refuse("causal", 0, "1 on CUDA, where no policy selects without causality", FP_UNSUPPORTED);
+  if (policy && !p.causal && !SelectorFor(*policy).without_causal) {
+    Refuse("causal", 0, "1 with this policy on CUDA: it does not select without causality there", FP_UNSUPPORTED);
   }
   if (p.final_chunks && policy && p.batch > kMaxFinalChunks) {
     SelectorFor(*policy); // first: whether there is one at all
     Demand("final_chunks is given for more than 4096 sequences");
   }
+  if (exec.guard) DeviceGuard::Check(p, policy, *exec.guard);
   if (policy) Demand(SelectorFor(*policy).unsupported(p, *policy, gpu));
   if (!policy && mask) Demand(AttendPlan::Of(p, *mask, gpu, exec.math).Unsupported(nullptr));
 }
@@ -159,11 +163,24 @@ void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Out
   CheckCuda(attend.Launch(output, means, false, true, StreamOf(exec)), "attend");
 }
 
+// Scratch memory of prefill's selection, and of a guard's, which makes the same means at the same place.
+void TakeSelection(Workspace& workspace, const Problem& p, const Policy& policy, const DeviceGuard* guard,
+                   const Gpu& gpu, bool correction) {
+  Workspace again = workspace;
+  SelectorFor(policy).select(p, policy, gpu, correction, workspace, nullptr);
+  if (!guard || !guard->larger()) return;
+  SelectorFor(*guard->larger()).select(p, *guard->larger(), gpu, correction, again, nullptr);
+  if (again.used() > workspace.used()) workspace = again;
+}
+
 size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
+  const Gpu gpu = GpuOf(p, exec);
+  AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   attend.Take(layout);
-  SelectorFor(policy).select(p, policy, GpuOf(p, exec), mask.mean_correction != 0, layout, nullptr);
+  std::optional<DeviceGuard> guard;
+  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  TakeSelection(layout, p, policy, guard ? &*guard : nullptr, gpu, mask.mean_correction != 0);
   return layout.used();
 }
 
@@ -182,13 +199,36 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
   attend.Take(layout);
+  std::optional<DeviceGuard> guard;
+  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
   const Selector& selector = SelectorFor(policy);
   const Gpu gpu = GpuOf(p, exec);
+  const bool correction = mask.mean_correction != 0;
   const int dense_up_to_keys = selector.dense_up_to_keys ? selector.dense_up_to_keys(gpu) : 0;
-  const SelectTarget target{mask, StreamOf(exec), {attend.counter(), dense_up_to_keys}};
-  const Means means = selector.select(p, policy, gpu, mask.mean_correction != 0, layout, &target);
-  CheckCuda(attend.Launch(output, means, true, Uneven(p, policy, selector, dense_up_to_keys), StreamOf(exec)),
-            "attend");
+  const auto select = [&](const Policy& by, BlockMask& to) {
+    Workspace scratch = layout;
+    const SelectTarget target{to, StreamOf(exec), {attend.counter(), dense_up_to_keys}};
+    return SelectorFor(by).select(p, by, gpu, correction, scratch, &target);
+  };
+  const Means means = select(policy, mask);
+  if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
+  const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
+  CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
+}
+
+size_t GuardWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
+  Workspace layout(nullptr);
+  DeviceGuard(p, nullptr, mask, exec).Take(layout);
+  return layout.used();
+}
+
+// Of a mask that somebody gave: no budget to enlarge.
+void Guard(const Problem& p, BlockMask& mask, const Exec& exec, void* workspace) {
+  const OnDevice on(p.device_index);
+  Workspace layout(workspace);
+  DeviceGuard guard(p, nullptr, mask, exec);
+  guard.Take(layout);
+  guard.Run(StreamOf(exec), nullptr);
 }
 
 // Of the current device, since no problem names one.
@@ -218,7 +258,9 @@ extern const Backend kCudaBackend = {"cuda",
                                      cuda::PrefillWorkspace,
                                      cuda::Prefill,
                                      cuda::DenseKeys,
-                                     nullptr, // no guard here yet
-                                     nullptr};
+                                     nullptr, // the guard is the device's
+                                     nullptr,
+                                     cuda::GuardWorkspace,
+                                     cuda::Guard};
 
 } // namespace flashprefill

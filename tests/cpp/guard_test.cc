@@ -91,7 +91,7 @@ TEST(Guard, CertificateByHand) {
   std::vector<AuditRow> rows(4001);
   for (size_t i = 0; i < rows.size(); ++i) rows[i].recall = i % 2 ? 1.0f : 0.9f;
   const double log = std::log(2000.0), n = 4001;
-  EXPECT_NEAR(Certificate(Moments::Of(rows), 1e-3), 0.95 - std::sqrt(2 * 0.0025 * log / n) - 7 * log / (3 * (n - 1)),
+  EXPECT_NEAR(Certificate(MomentsOf(rows), 1e-3), 0.95 - std::sqrt(2 * 0.0025 * log / n) - 7 * log / (3 * (n - 1)),
               1e-4);
   EXPECT_EQ(Certificate({}, 1e-3), 1);
   EXPECT_EQ(Certificate({1, 1, 1}, 1e-3), 0);

@@ -51,6 +51,17 @@ class Bytes {
 
 // A heap block of exactly this many bytes, so that the sanitizer guards both ends.
 struct Buffer {
+  // Other numbers of 8, 16 or 32 bits than the first ones: between 2e-3 and 4 in size if `sane`, else anything, NaN and
+  // infinities too.
+  void Scatter(uint32_t seed, bool sane) {
+    constexpr uint8_t kHigh[] = {0x3c, 0xbc, 0x3b, 0x40, 0xc0, 0x3a, 0xb9, 0x38}; // sign, exponent
+    for (size_t i = 0; i < size; ++i) {
+      seed = seed * 1664525 + 1013904223;
+      const auto any = static_cast<uint8_t>(seed >> 24);
+      data[i] = !sane ? any : i % 2 == 1 ? kHigh[any % 8] : any & 0x3f; // no NaN of 8 bits either
+    }
+  }
+
   explicit Buffer(size_t bytes)
       : size(bytes), data(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
     std::memset(data, 0x3c, (bytes + 63) / 64 * 64); // fp16 1.06, bf16 0.0115, fp32 0.0115

@@ -4,8 +4,11 @@
 //
 // Built by the preset `fuzz` for libFuzzer, and with standalone.cc as a short run among the tests.
 #include <cmath>
+#include <optional>
+#include <sstream>
 #include <vector>
 
+#include "core/half.h"
 #include "fuzz.h"
 #include "random_policy.h"
 
@@ -23,7 +26,7 @@ fp_tensor TensorOver(const Buffer& buffer, int dtype, int64_t tokens, int64_t he
   return t;
 }
 
-size_t SizeOf(int dtype) { return dtype == FP_F32 ? 4 : 2; }
+size_t SizeOf(int dtype) { return dtype == FP_F32 ? 4 : dtype == FP_E4M3 ? 1 : 2; }
 
 // A problem with all its memory.
 class Call {
@@ -36,7 +39,8 @@ class Call {
         q_len_(in.Upto(70)),
         k_len_(q_len_ + in.Upto(70)),
         dtype_(in.Upto(2)),
-        kv_dtype_(in.OneIn(4) ? in.Upto(2) : dtype_),
+        k_dtype_(in.OneIn(3) ? in.Upto(FP_E4M3) : dtype_),
+        v_dtype_(in.OneIn(8) ? in.Upto(FP_E4M3) : k_dtype_),
         packed_q_(in.OneIn(2)),
         packed_k_(in.OneIn(2)),
         paged_(in.OneIn(3)),
@@ -48,15 +52,33 @@ class Call {
     q_ = Take(TotalQ() * q_heads() * dim_ * SizeOf(dtype_));
     out_ = Take(TotalQ() * q_heads() * dim_ * SizeOf(dtype_));
     lse_ = Take(TotalQ() * q_heads() * sizeof(float));
-    k_ = Take(k_rows * kv_heads_ * dim_ * SizeOf(kv_dtype_));
-    v_ = Take(k_rows * kv_heads_ * dim_ * SizeOf(kv_dtype_));
+    k_ = Take(k_rows * kv_heads_ * dim_ * SizeOf(k_dtype_));
+    v_ = Take(k_rows * kv_heads_ * dim_ * SizeOf(v_dtype_));
+    const int numbers = in.Upto(4); // 0, 1: all the same
+    for (Buffer* const each : {q_, k_, v_}) {
+      if (numbers > 1) each->Scatter(in.Raw<uint8_t>(), numbers < 4);
+    }
+    finite_ = numbers < 4;
     FillProblem(in);
+    if (k_dtype_ == FP_E4M3 || in.OneIn(64)) AddScale(in, problem_.k_scale, problem_.k_scale_stride);
+    if (v_dtype_ == FP_E4M3 || in.OneIn(64)) AddScale(in, problem_.v_scale, problem_.v_scale_stride);
     FillOutput(in);
   }
 
   int q_heads() const { return kv_heads_ * group_; }
   const fp_problem& problem() const { return problem_; }
   const fp_output& output() const { return output_; }
+  int dim() const { return dim_; }
+  bool finite() const { return finite_; } // in q, k and v
+
+  // Finite numbers make finite outputs, whatever the mask holds.
+  void CheckOutput() const {
+    if (!finite_) return;
+    for (size_t i = 0; i < out_->size / SizeOf(dtype_); ++i) {
+      if (!std::isfinite(LoadElement(out_->data, dtype_, static_cast<int64_t>(i))))
+        Finding("an output that is not finite");
+    }
+  }
 
   // Copies of out and lse, to see whether a refused call wrote any of them.
   std::vector<uint8_t> Outputs() const {
@@ -66,7 +88,7 @@ class Call {
   }
 
  private:
-  const Buffer* Take(size_t bytes) {
+  Buffer* Take(size_t bytes) {
     buffers_.push_back(std::make_unique<Buffer>(bytes));
     return buffers_.back().get();
   }
@@ -101,14 +123,20 @@ class Call {
     p.causal = in.Mostly(in.OneIn(8) ? 0 : 1);
     p.final_chunk = in.Mostly(in.Upto(1));
     p.softmax_scale = in.Mostly(0.3f);
+    finite_ = finite_ && p.softmax_scale == 0.3f;
     p.total_q = total_q_;
     p.total_k = total_k_;
     p.max_seqlen_q = q_len_;
     p.max_seqlen_k = k_len_;
     p.q = TensorOver(*q_, in.Mostly(dtype_), q_len_, q_heads(), dim_);
-    p.k = TensorOver(*k_, kv_dtype_, paged_ ? page_size_ : k_len_, kv_heads_, dim_);
-    p.v = TensorOver(*v_, kv_dtype_, paged_ ? page_size_ : k_len_, kv_heads_, dim_);
-    if (p.q.dtype != dtype_ && SizeOf(p.q.dtype) != SizeOf(dtype_)) p.q.dtype = 99; // it would claim more than there is
+    p.k = TensorOver(*k_, in.Mostly(k_dtype_), paged_ ? page_size_ : k_len_, kv_heads_, dim_);
+    p.v = TensorOver(*v_, in.Mostly(v_dtype_), paged_ ? page_size_ : k_len_, kv_heads_, dim_);
+    // Another type of the same size at most: it would claim more than there is.
+    const auto limit = [](int32_t& dtype, int is) {
+      if (dtype != is && SizeOf(dtype) != SizeOf(is)) dtype = 99;
+    };
+    limit(p.q.dtype, dtype_), limit(p.k.dtype, k_dtype_), limit(p.v.dtype, v_dtype_);
+    if (p.q.dtype != dtype_ || p.k.dtype != k_dtype_ || p.v.dtype != v_dtype_) finite_ = false;
     if (packed_q_) p.cu_seqlens_q = cu_q_.data();
     if (packed_k_) p.cu_seqlens_k = cu_k_.data();
     if (paged_ || in.OneIn(4)) p.seqused_k = in.OneIn(16) ? nullptr : used_.data();
@@ -119,10 +147,32 @@ class Call {
       p.page_size = page_size_;
       p.page_count = page_count_;
     }
+    if (in.OneIn(8)) {
+      final_chunks_.resize(batch_);
+      for (uint8_t& each : final_chunks_) each = in.Mostly(static_cast<uint8_t>(in.Upto(1)));
+      p.final_chunks = final_chunks_.data();
+    }
     if (in.OneIn(32)) p.k.data = nullptr;
     for (auto* array : {&cu_q_, &cu_k_, &used_, &table_}) {
       if (!array->empty() && in.OneIn(32)) (*array)[in.Upto(255) % array->size()] = in.Raw<int32_t>();
     }
+  }
+
+  // Scales of 8-bit numbers: one for all, for each KV head, or for each sequence and head; or none.
+  void AddScale(Bytes& in, const float*& scale, int64_t (&stride)[2]) {
+    const int by = in.Upto(3);
+    if (by == 0) return;
+    stride[0] = by == 3 ? kv_heads_ : 0;
+    stride[1] = by >= 2 ? 1 : 0;
+    const int64_t count = by == 1 ? 1 : by == 2 ? kv_heads_ : int64_t{batch_} * kv_heads_;
+    Buffer* const scales = Take(count * sizeof(float));
+    float* const values = reinterpret_cast<float*>(scales->data);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto sane = static_cast<float>(1 + in.Upto(20)) / 10;
+      values[i] = in.Mostly(sane);
+      finite_ = finite_ && values[i] == sane;
+    }
+    scale = values;
   }
 
   void FillOutput(Bytes& in) {
@@ -140,13 +190,15 @@ class Call {
 
   const int batch_, kv_heads_, group_, dim_;
   const int64_t q_len_, k_len_;
-  const int dtype_, kv_dtype_;
+  const int dtype_, k_dtype_, v_dtype_;
   const bool packed_q_, packed_k_, paged_;
   const int page_size_, pages_per_seq_, page_count_;
   int64_t total_q_ = 0, total_k_ = 0;
+  bool finite_ = true;
   std::vector<int32_t> cu_q_, cu_k_, used_, table_;
+  std::vector<uint8_t> final_chunks_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
-  const Buffer *q_, *k_, *v_, *out_, *lse_;
+  Buffer *q_, *k_, *v_, *out_, *lse_;
   fp_problem problem_;
   fp_output output_;
 };
@@ -185,7 +237,8 @@ void UseMask(const Call& call, const Mask& mask, const fp_exec& exec) {
   size_t bytes = 0;
   if (Refused(fp_attend_workspace(&call.problem(), &mask.view, &exec, &bytes), call, before)) return;
   const Buffer workspace(bytes);
-  Refused(fp_attend(&call.problem(), &mask.view, &exec, &call.output(), workspace.data, bytes), call, before);
+  if (!Refused(fp_attend(&call.problem(), &mask.view, &exec, &call.output(), workspace.data, bytes), call, before))
+    call.CheckOutput();
   std::vector<int64_t> kept(static_cast<size_t>(call.problem().batch) * mask.view.heads), overflowed(kept.size());
   fp_stats stats;
   fp_stats_init(&stats);
@@ -267,8 +320,9 @@ class RandomGuard {
       view.levels[h] = in.Mostly(static_cast<float>(in.Upto(4)));
   }
 
-  // What must hold of results.
-  void Check() const {
+  // What must hold of results, unless NaN or infinity went in.
+  void Check(const Call& call) const {
+    if (!call.finite()) return;
     for (size_t i = 0; view.recall && i < heads_; ++i) {
       if (!(view.recall[i] >= 0 && view.recall[i] <= 1.0001f)) Finding("a recall that is no share");
       if (!(view.recall_low[i] <= view.recall[i])) Finding("a bound that is above its recall");
@@ -289,18 +343,72 @@ void AuditMask(const Call& call, Mask& mask, fp_exec exec, RandomGuard& guard) {
   size_t bytes = 0;
   if (Refused(fp_audit_workspace(&call.problem(), &mask.view, &exec, &bytes), call, before)) return;
   const Buffer workspace(bytes);
-  if (!Refused(fp_audit(&call.problem(), &mask.view, &exec, workspace.data, bytes), call, before)) guard.Check();
+  if (!Refused(fp_audit(&call.problem(), &mask.view, &exec, workspace.data, bytes), call, before)) guard.Check(call);
 }
+
+// One of the backend's instruction sets, or "" for the best.
+std::string RandomTarget(Bytes& in, const char* backend) {
+  char all[256] = "";
+  fp_backend_targets(backend, all, sizeof all);
+  std::istringstream names(all);
+  std::string name;
+  for (int i = in.Upto(7); i > 0; --i) {
+    if (!(names >> name)) return "";
+  }
+  return name;
+}
+
+// An indexer for VSPrefill: weights in exactly the room that the policy tells, and perhaps logits, of nothing or of
+// anything.
+class RandomIndexer {
+ public:
+  RandomIndexer(Bytes& in, const Call& call, fp_vsprefill& v)
+      : hidden_(in.Upto(6)),
+        up_(Floats(call, 2 * call.dim())),
+        bias_(Floats(call, 1)),
+        vertical_(Floats(call, 1)),
+        slash_(Floats(call, 1)),
+        logit_tokens_(in.OneIn(3) ? in.Upto(200) : 0),
+        logits_(static_cast<size_t>(std::max(0, call.problem().batch)) * KvHeads(call) * logit_tokens_ *
+                sizeof(fp_vsprefill_logits)) {
+    for (Buffer* each : {&up_, &bias_, &vertical_, &slash_}) each->Scatter(in.Raw<uint8_t>(), true);
+    if (in.OneIn(2)) std::memset(logits_.data, 0, logits_.size);
+    if (in.OneIn(32)) return; // no weights
+    v.kv_heads = in.Mostly(call.problem().kv_heads);
+    v.head_dim = in.Mostly(call.dim());
+    v.hidden = hidden_;
+    v.up = reinterpret_cast<const float*>(up_.data);
+    v.bias = reinterpret_cast<const float*>(bias_.data);
+    v.vertical = reinterpret_cast<const float*>(vertical_.data);
+    v.slash = in.OneIn(64) ? nullptr : reinterpret_cast<const float*>(slash_.data);
+    v.logit_tokens = logit_tokens_;
+    if (logit_tokens_ > 0) v.logits = reinterpret_cast<fp_vsprefill_logits*>(logits_.data);
+  }
+
+ private:
+  static size_t KvHeads(const Call& call) { return static_cast<size_t>(std::max(0, call.problem().kv_heads)); }
+  size_t Floats(const Call& call, int per_unit) const { return KvHeads(call) * hidden_ * per_unit * sizeof(float); }
+
+  const int hidden_;
+  Buffer up_, bias_, vertical_, slash_;
+  const int64_t logit_tokens_;
+  Buffer logits_;
+};
 
 void Run(Bytes in) {
   Call call(in);
   RandomPolicy random(in, call.q_heads());
+  std::optional<RandomIndexer> indexer;
+  if (random.policy.common.kind == FP_VSPREFILL && random.policy.common.struct_size == sizeof(fp_vsprefill))
+    indexer.emplace(in, call, random.policy.As<fp_vsprefill>());
   const fp_policy* policy = random.policy.get();
   fp_exec exec;
   fp_exec_init(&exec);
   exec.threads = in.Mostly(1);
   if (exec.threads > 64) return;
   exec.backend = in.OneIn(2) ? "cpu" : in.OneIn(2) ? "reference" : nullptr;
+  const std::string target = exec.backend ? RandomTarget(in, exec.backend) : "";
+  if (!target.empty()) exec.target = target.c_str();
   if (in.OneIn(4)) UseMaskByHand(in, call, exec);
 
   const std::vector<uint8_t> before = call.Outputs();
@@ -321,7 +429,8 @@ void Run(Bytes in) {
               before))
     return;
   ++accepted;
-  if (exec.guard) guard.Check();
+  call.CheckOutput();
+  if (exec.guard) guard.Check(call);
 
   // The mask that select wrote, with some bits and list entries changed.
   for (int i = in.Upto(3); i > 0 && mask.bits.size > 0; --i) {

@@ -1,6 +1,7 @@
-"""Fuzzes what reads text and files in Python: policies as text, MInference's and XAttention's tables, vLLM's
-options, names of models, dumps in three formats, and GGUF files. An input is read, or refused by an error
-that its reader documents; any other exception is a finding. Cases that were findings are among the seeds.
+"""Fuzzes what reads text and files in Python: policies as text, tables of MInference and XAttention, plans of
+Reuse, weights of VSPrefill, vLLM's options, names of models, dumps in three formats, and GGUF files. An
+input is read, or refused by an error that its reader documents; any other exception is a finding. Cases that
+were findings are among the seeds.
 
     python tests/fuzz/readers.py --seconds 60                # all targets, a minute each
     python tests/fuzz/readers.py --seconds 3600 dump_npz     # one of them
@@ -64,6 +65,38 @@ def _table(method: str) -> Callable[[bytes, Path], None]:
                 raise AssertionError("a policy without a text")
 
     return read
+
+
+def reuse_plan(data: bytes, folder: Path) -> None:
+    """A plan's file, and the policies of its layers; what is read is written, and read back the same."""
+    from flashprefill.policies.reuse import Reuse, ReusePlan
+
+    path = folder / "plan.json"
+    path.write_bytes(data)
+    plan = ReusePlan.load(path)
+    policy = Reuse(plan, "streaming")
+    for layer in (0, len(plan.layers)):
+        if not policy.at_layer(layer).text:
+            raise AssertionError("a policy without a text")
+    plan.save(path)
+    if ReusePlan.load(path) != plan:
+        raise AssertionError("a plan reads back as another")
+
+
+def indexer(data: bytes, folder: Path) -> None:
+    """A file of VSPrefill's weights: whole, or its header alone."""
+    import flashprefill as fp
+    from flashprefill.policies.indexer import Indexer
+
+    path = folder / "indexer.safetensors"
+    if data.startswith(b"{"):
+        data = struct.pack("<Q", len(data)) + data + bytes(4096)
+    path.write_bytes(data)
+    weights = Indexer.load(path)
+    fp.VSPrefill(weights=weights).at_layer(min(weights.layers))
+    weights.save(path, "fp32")
+    if Indexer.load(path) != weights:
+        raise AssertionError("weights read back as others")
 
 
 def vllm_options(data: bytes, _folder: Path) -> bool:
@@ -253,6 +286,33 @@ def _gguf() -> bytes:
         return path.read_bytes()
 
 
+def _indexer() -> bytes:
+    """Weights of one layer with one KV head."""
+    import numpy as np
+
+    from flashprefill.policies.indexer import Indexer, LayerWeights
+
+    draw = np.random.default_rng(0)
+    shapes = ((1, 3, 8), (1, 3), (1, 3), (1, 3))
+    parts = (draw.standard_normal(shape).astype(np.float32) for shape in shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "indexer"
+        Indexer({2: LayerWeights(*parts)}, "a model", 1e4).save(path)
+        return path.read_bytes()
+
+
+def _header(safetensors: bytes) -> bytes:
+    return safetensors[8 : 8 + struct.unpack("<Q", safetensors[:8])[0]]
+
+
+PLAN = {
+    "schema": "flashprefill-reuse/1",
+    "model": "a model",
+    "policy": "streaming",
+    "layers": [None, {"source": 0, "heads": [1, 0]}, {"source": 0, "heads": None}],
+}
+
+
 def _policy_words() -> tuple[list[bytes], list[bytes]]:
     from flashprefill.policies.library import FIELDS
 
@@ -273,7 +333,9 @@ def _policy_words() -> tuple[list[bytes], list[bytes]]:
         b"ashape(",
     ]
     words += [b"json:dumps", b".x:f", b"no_such_module:f", b"maskpolicy", b"tri-shape(n_last=", b"n_init="]
+    words += [b"reuse(", b"plan=", b"inner=", b"tokensparse(", b"layers=", b"coverage=", b"weights="]
     seeds = [b"ashape(n_init=128, n_local=256)", b"json:dumps(block_size=64)"]
+    seeds += [b"tokensparse(inner=sketch(mass=0.9), layers=[1, 2])", b"vsprefill(weights='no_such_file')"]
     for name, fields in FIELDS.items():
         words.append(name.encode())
         seeds.append(name.encode())
@@ -351,6 +413,18 @@ def targets() -> dict[str, Target]:
         "xattention_table": Target(
             _table("XAttention"), ours, [b"[[0.9, 0.8], [0.7, 1]]", *TABLE_CASES], JSON_WORDS
         ),
+        "reuse_plan": Target(
+            reuse_plan,
+            ours,
+            [json.dumps(PLAN).encode(), *TABLE_CASES],
+            [*JSON_WORDS, b'"layers": ', b'"source": ', b'"heads": ', b'"policy": ', b'"streaming"'],
+        ),
+        "indexer": Target(
+            indexer,
+            ours,
+            [*files, _indexer(), _header(_indexer()), *INDEXER_CASES],
+            [*JSON_WORDS, b'"F32"', b'"BF16"', b'"shape":', b'"hidden":', b"layers.2.kv.0.up"],
+        ),
         "vllm_options": Target(
             vllm_options,
             ours,
@@ -411,6 +485,33 @@ TEXT_CASES = [
     b"sketch(outliers=0x" + b"f" * 4000 + b")",
 ]
 TEXT_CASES += [b"sketch(mass={[]})", b"sketch(mass=1" + b"0" * 400 + b")", b"dense(a=" + b"-" * 3000 + b"1)"]
+TEXT_CASES += [b"reuse", b"reuse(plan='.')", b"reuse(plan='no_such_file')", b"tokensparse(inner=reuse)"]
+TEXT_CASES += [
+    b"minference(mean_correction=0x" + b"f" * 4000 + b")",
+    b"dense(skip=(0x" + b"f" * 4000 + b",))",
+]
+INDEXER_CASES = [
+    b'{"__metadata__": {"method": "vsprefill", "version": "1", "slash": "offset", "n_kv_heads": "1", '
+    b'"head_dim": "1", "hidden": "1", "rope_theta": '
+    + theta
+    + b"}, "
+    + b", ".join(
+        b'"layers.0.kv.0.%b": {"dtype": "F32", "shape": %b, "data_offsets": [0, %b]}' % tensor
+        for tensor in (
+            (b"up", b"[1, 2]", b"8"),
+            (b"bias", b"[1]", b"4"),
+            (b"vertical", shape, b"4"),
+            (b"slash", b"[1]", b"4"),
+        )
+    )
+    + b"}"
+    for theta, shape in (
+        (b'"1e4"', b"[1]"),
+        (b"[]", b"[1]"),
+        (b"1" + b"0" * 400, b"[1]"),
+        (b"1", b"[1" + b"0" * 30 + b"]"),
+    )
+]
 TABLE_CASES = [
     b"",
     b"[" * 4000,

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 import mutations
 import readers
 
-NAMES = ("policy_text", "minference_table", "xattention_table", "vllm_options", "model_name", "length")
-NAMES += ("dump_npz", "dump_safetensors", "dump_pt", "gguf")
+NAMES = ("policy_text", "minference_table", "xattention_table", "reuse_plan", "indexer", "vllm_options")
+NAMES += ("model_name", "length", "dump_npz", "dump_safetensors", "dump_pt", "gguf")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,62 @@ def test_names(model, alpha):
         assert fp.FlashPrefill.for_model(config) == fp.FlashPrefill(alpha=alpha)
 
 
-@pytest.mark.parametrize("kind", [fp.FlashPrefill, fp.FlexPrefill, fp.MInference])
+KINDS = {kind.kind: kind for kind in fp.Policy.__subclasses__() if kind.kind in PRESETS}
+# Ways to say which family a model is of: names, and what its config holds.
+FAMILIES = {
+    "llama-3.1": (
+        ["llama-3.1", "llama3.1", "meta-llama/Llama-3.1-8B-Instruct", "/models/Meta-Llama-3.1-8B/"],
+        [{"model_type": "llama", "rope_scaling": LLAMA}, {"model_type": "llama", "rope_parameters": LLAMA}],
+    ),
+    "qwen2": (["qwen2", "Qwen-2", "Qwen/Qwen2-7B-Instruct"], [{"model_type": "qwen2"}]),
+    "qwen2.5": (["qwen2.5", "Qwen/Qwen2.5-7B-Instruct-1M"], []),  # its config's type is qwen2
+    "qwen2-vl": (["qwen2-vl", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl"], [{"model_type": "qwen2_vl"}]),
+    "qwen2.5-vl": (["qwen2.5-vl", "Qwen/Qwen2.5-VL-7B-Instruct"], [{"model_type": "qwen2_5_vl"}]),
+    "qwen3-30b": (["qwen3-30b", "Qwen/Qwen3-30B-A3B"], []),
+    "qwen3-moe": (["qwen3-moe", "qwen3_moe"], [{"model_type": "qwen3_moe"}]),
+    "qwen3-vl-30b": (["qwen3-vl-30b", "Qwen/Qwen3-VL-30B-A3B-Instruct"], [{"model_type": "qwen3_vl_moe"}]),
+    "glm-4": (
+        ["glm-4", "THUDM/glm-4-9b-chat-1m"],
+        [{"model_type": "glm", "vocab_size": 151552}, {"model_type": "chatglm", "padded_vocab_size": 151552}],
+    ),
+    "yi-9b-200k": (["yi-9b-200k", "01-ai/Yi-9B-200K"], []),
+    "mistral-nemo": (["mistral-nemo", "mistralai/Mistral-Nemo-Instruct-2407"], []),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_policies_agree_on_families(family):
+    """Every way to say a family gives a policy's values for it, or is refused by a policy without any."""
+    names, configs = FAMILIES[family]
+    given = [*names, *(SimpleNamespace(**config) for config in configs)]
+    given += [SimpleNamespace(model_type="", _name_or_path=name) for name in names if "_" not in name]
+    given += [SimpleNamespace(config=SimpleNamespace(**config)) for config in configs]
+    for method, kind in KINDS.items():
+        preset = PRESETS[method].get(family)
+        for model in given:
+            if preset is None:
+                with pytest.raises(ValueError, match="of a family with published values"):
+                    kind.for_model(model)
+                continue
+            policy = kind.for_model(model)
+            assert policy == kind(**preset.values) and policy.source == preset.source
+    assert any(family in presets for presets in PRESETS.values())
+
+
+def test_all_families_are_tried():
+    assert set(FAMILIES) == {family for presets in PRESETS.values() for family in presets}
+
+
+def test_xattention():
+    """The papers' values, other fields beside them, and a repeated source."""
+    assert fp.XAttention.for_model("llama-3.1") == fp.XAttention(threshold=0.9, stride=8)
+    policy = fp.XAttention.for_model("Qwen/Qwen2-VL-7B-Instruct", dense_tail_blocks=2)
+    assert policy == fp.XAttention(threshold=0.9, stride=16, dense_tail_blocks=2)
+    assert policy.source.startswith("threshold and stride of XAttention's paper for Qwen2-VL-7B-Instruct")
+    assert fp.XAttention.for_model("llama-3.1", stride=16).stride == 16
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
 @pytest.mark.parametrize("name", ["llama-3.1", "llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"])
 def test_policies_agree_on_names(kind, name):
     assert kind.for_model(name) == kind.for_model("llama-3.1") and kind.for_model(name).source

@@ -76,17 +76,77 @@ def test_quantised_caches(chunk, patched):
     assert torch.equal(got, wanted) and stats.sparse_calls == (2 if chunk is None else 4)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Transformers' offloaded caches need a GPU")
-@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
-def test_offloaded_caches(kind, patched):
-    model, ids = make("llama", head_dim=64).to("cuda", torch.bfloat16), tokens().to("cuda")
-    inputs = dict(max_new_tokens=3, do_sample=False, cache_implementation=kind)
-    model.generate(ids, **inputs)
-    patched(model, KEEP)
+class StandInStream:
+    """A stream for a machine without a GPU, where work is done when the call returns."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+
+@pytest.fixture
+def offloads_on_cpu(monkeypatch):
+    """Let Transformers' offloaded caches run on a CPU: what is offloaded is NaN until it is fetched again.
+
+    They ask for CUDA's streams, and on a CPU their copies would be no copies.
+    """
+    from transformers import cache_utils
+
+    def offload(layer):
+        if layer.is_initialized:
+            layer.away = layer.keys, layer.values
+            layer.keys, layer.values = (torch.full_like(x, torch.nan) for x in layer.away)
+            offloads.append(layer)
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.away is not None:
+            layer.keys, layer.values = layer.away
+            layer.away = None
+
+    offloads: list[object] = []
+    monkeypatch.setattr(torch, "Stream", StandInStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: StandInStream())
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "away", None, raising=False)
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(cache_utils.CacheLayerMixin, "prefetch", prefetch)
+    return offloads
+
+
+def generated_offloaded(model, ids, kind, policy, patched):
+    """Tokens under a cache in place, and under an offloaded one; with statistics of the latter."""
+    patched(model, policy)
+    inputs = dict(max_new_tokens=4, do_sample=False, cache_implementation=None, disable_compile=True)
+    wanted = model.generate(ids, **inputs)
     with fp.collect_stats(model) as stats:
-        model.generate(ids, **inputs)
-    assert stats.sparse_calls
+        got = model.generate(ids, **{**inputs, "cache_implementation": kind})
+    return wanted, got, stats
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("policy", [KEEP, STREAMING], ids=["keep", "streaming"])
+def test_offloaded_caches(kind, policy, patched, offloads_on_cpu):
+    model, ids = make("llama", num_hidden_layers=3), tokens(2)
+    wanted, got, stats = generated_offloaded(model, ids, kind, policy, patched)
+    assert torch.equal(got, wanted) and stats.sparse_calls == 3 and len(offloads_on_cpu) >= 3
+    assert (stats.density.mean() < 0.8) == (policy is STREAMING)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the copies are true ones on a GPU alone")
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("policy", [fp.FlashPrefill(alpha=0.0), fp.Streaming()], ids=["keep", "streaming"])
+def test_offloaded_caches_on_a_gpu(kind, policy, patched):
+    """Of 5,000 tokens, since a GPU keeps everything of up to 3,072; decoding is not compiled."""
+    model = make("llama", head_dim=64, num_hidden_layers=3, max_position_embeddings=8192)
+    model, ids = model.to("cuda", torch.bfloat16), tokens(1, 5000).to("cuda")
+    wanted, got, stats = generated_offloaded(model, ids, kind, policy, patched)
+    assert torch.equal(got, wanted) and stats.sparse_calls == 3
+    assert (stats.density.mean() < 0.8) == isinstance(policy, fp.Streaming)
 
 
 def test_decoding_with_drafts(patched):

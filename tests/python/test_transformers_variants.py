@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import threading
 
 import pytest
@@ -192,3 +193,126 @@ def test_workers_of_a_data_loader(method):
     loader = torch.utils.data.DataLoader(Prompts(model), num_workers=1, multiprocessing_context=method)
     for got, expected in zip(loader, wanted, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_forks_while_other_threads_compute(models, patched):
+    model, ids = patched(models("llama"), STREAMING), tokens()
+    done, codes = threading.Event(), []
+
+    def work(number):
+        if number > 0:
+            while not done.is_set():
+                logits(model, ids)
+            return
+        try:
+            for _ in range(4):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(120)
+                    os._exit(0 if torch.equal(logits(model, ids), wanted) else 3)
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        finally:
+            done.set()
+
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's own threads do not live on in a forked child
+    try:
+        wanted = logits(model, ids)
+        assert not in_threads(3, work) and codes == [0] * 4
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def learned_prefix(model):
+    """Keys and values of 20 tokens that are trained, as in prefix tuning, and a cache that begins so."""
+    draw = torch.Generator().manual_seed(3)
+    prefix = [torch.randn(1, 2, 20, 16, generator=draw).requires_grad_() for _ in range(4)]
+    cache = transformers.DynamicCache(config=model.config)
+    for layer in range(2):
+        cache.update(prefix[2 * layer], prefix[2 * layer + 1], layer)
+    return prefix, {CACHE: cache}
+
+
+TRAINED = {
+    "norms": lambda model: [layer.input_layernorm.weight for layer in model.model.layers],
+    "embedding": lambda model: [model.model.embed_tokens.weight],
+    "last layer's mlp": lambda model: list(model.model.layers[1].mlp.parameters()),
+    "prefix": lambda model: [],
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_what_is_trained_gets_its_gradient(what):
+    def gradients(patch):
+        model, ids = make("llama").requires_grad_(False).train(), tokens()
+        trained, inputs = TRAINED[what](model), {}
+        for weight in trained:
+            weight.requires_grad_()
+        if what == "prefix":
+            trained, inputs = learned_prefix(model)
+        if patch:
+            fp.patch_model(model, STREAMING)
+        loss = model(ids, labels=ids, **inputs).loss
+        return torch.autograd.grad(loss, trained)
+
+    for got, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bfloat16, torch.float64])
+def test_masks_of_other_dtypes(dtype, models, patched):
+    model, ids, mask = models("llama"), tokens(2), padding([LENGTH, 170], "left")
+    wanted = logits(model, ids, attention_mask=mask.to(dtype))
+    patched(model, KEEP)
+    with fp.collect_stats(model) as stats:
+        got = logits(model, ids, attention_mask=mask.to(dtype))
+    assert stats.sparse_calls == 2
+    torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_sequences_that_positions_alone_tell_apart(use_cache, models, patched):
+    model, ids = models("llama"), tokens()
+    places = torch.cat([torch.arange(120), torch.arange(LENGTH - 120)])[None]
+    wanted = logits(model, ids, position_ids=places, use_cache=use_cache)
+    got = logits(patched(model, KEEP), ids, position_ids=places, use_cache=use_cache)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+class Passes(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatches(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Passes, Dispatches, lambda: torch.device("cpu"), torch.profiler.profile])
+def test_modes_of_the_users_own(mode, models, patched):
+    model, ids = models("llama"), tokens()
+    wanted = logits(model, ids)
+    patched(model, KEEP)
+    with fp.collect_stats(model) as stats, mode():
+        got = logits(model, ids)
+    assert stats.sparse_calls == (0 if mode is Dispatches else 2)  # it may want to see the operators
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_part_of_a_model_that_sees_and_its_copy():
+    model = make("qwen2_5_vl")
+    fp.patch_model(model.model.language_model, STREAMING)
+    other = copy.deepcopy(model)
+    fp.unpatch_model(model.model.language_model)
+    assert is_sparse(other) and not is_sparse(model)
+    fp.unpatch_model(other.model.language_model)
+    assert not is_sparse(other)
+
+
+def test_another_dtype_after_the_patch():
+    model = fp.patch_model(make("llama"), STREAMING)
+    assert is_sparse(model.to(torch.bfloat16)) and is_sparse(model.half())
+    with pytest.warns(fp.transformers.FlashPrefillWarning, match="float64"):
+        assert not is_sparse(model.double())

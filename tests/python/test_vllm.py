@@ -438,6 +438,26 @@ def test_backend(installed):
     assert builder.built == [False, True, True]
 
 
+def test_a_cache_that_is_replaced_or_moves_is_read_where_it_is(installed):
+    common = common_of(BATCHES["one-shot"])
+    metadata = builder_of(fp.Dense()).build(0, common)
+    query, k, v = inputs(common)
+    impl, layer = impl_of(), SimpleNamespace(layer_name="model.layers.0.attn")
+    cache = cpu_cache(k, v)
+    for new in (cache, cache.flip(1).contiguous(), cache):
+        results = []
+        for each in (impl, impl_of()):
+            each.engine = Engine(k, v)
+            results.append(torch.full_like(query, float("nan")))
+            each.forward(layer, query, None, None, new, metadata, results[-1])
+        assert torch.equal(*results) and not torch.isnan(results[0]).any()
+    before = results[0].clone()
+    cache.set_(cache.flip(1).contiguous())  # the same object, elsewhere
+    impl.forward(layer, query, None, None, cache, metadata, results[0])
+    impl_of().forward(layer, query, None, None, cache, metadata, results[1])
+    assert torch.equal(*results) and not torch.equal(results[0], before)
+
+
 def test_other_groups_have_pages_of_their_own(installed):
     builder = builder_of(fp.Dense())
     common = common_of(BATCHES["scattered"])

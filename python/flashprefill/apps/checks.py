@@ -44,6 +44,14 @@ def can_run(model: Path | None, where: str, dtype: str, prompt: Path | None = No
     can_read("--prompt", prompt)
 
 
+def adapter(path: Path | None) -> None:
+    """Refuse an adapter that is not there or is none."""
+    if path is not None:
+        from .adapter import lora
+
+        lora.load(path)
+
+
 def can_read(option: str, file: Path | None) -> None:
     """Refuse a file that can't be read."""
     if file is None:
@@ -80,12 +88,11 @@ def can_make(folder: Path, shown: Path | None = None) -> None:
         raise UsageError(f"--out {shown}: there is no directory {folder.parent}")
 
 
-def guard(text: str, cuda: bool = False) -> Guard | None:
-    """Return the guard of a command line; None for "off", and on a GPU, which has none yet."""
+def guard(text: str) -> Guard | None:
+    """Return the guard of a command line; None for "off"."""
     if text == "off":
         return None
     try:
-        found = guard_of(text)
+        return guard_of(text)
     except FlashPrefillError as error:
         raise UsageError(f"--guard {text}: {error}") from error
-    return None if cuda else found

@@ -80,7 +80,7 @@ class Runner:
 
     def __init__(self, loaded: models.Loaded, methods: list[Method], options: Options, bar: Any) -> None:
         self.loaded, self.methods, self.options, self.bar = loaded, methods, options, bar
-        self.guard = checks.guard(options.guard, loaded.device.cuda)
+        self.guard = checks.guard(options.guard)
         layers = loaded.model.config.get_text_config().num_hidden_layers
         self.layers = layers
         self.capture = frozenset(int(layer) for layer in np.linspace(1, layers - 1, min(6, layers)).round())

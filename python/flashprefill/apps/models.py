@@ -107,8 +107,18 @@ def no_bar_in_logs() -> None:
         gguf.tqdm = partial(gguf.tqdm, disable=True)  # type: ignore[attr-defined]
 
 
-def load(path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1.0) -> Loaded:
-    """Load a model with PyTorch's own attention; `stretch` scales its rotary base."""
+def load(
+    path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1.0, adapter: Path | None = None
+) -> Loaded:
+    """Load a model with PyTorch's own attention.
+
+    Args:
+        path: a Hugging Face directory or a GGUF file; None for the packaged model.
+        dtype: one of DTYPES.
+        device: where to.
+        stretch: scales the rotary base.
+        adapter: what `train-adapter` wrote; it is multiplied out into the weights and sets the rotary base.
+    """
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -133,7 +143,13 @@ def load(path: Path | None, dtype: str, device: Device = CPU, stretch: float = 1
             [] if reason and isinstance(error, (OSError, ValueError, ImportError)) else [type(error).__name__]
         )
         raise UsageError(f"--model {path}: {': '.join(kind + reason)}") from error
+    if adapter is not None:
+        from .adapter import lora
+
+        lora.attach(model, adapter)
     name = BUNDLED_NAME if path.name.startswith(BUNDLED_NAME) else path.stem if path.is_file() else path.name
+    if adapter is not None:
+        name += f" with {adapter.name}"
     return Loaded(model.to(device.kind), tokenizer, name, dtype, device, stretch)
 
 

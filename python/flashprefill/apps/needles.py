@@ -186,7 +186,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     where = device.resolve(options.device, options.dtype)
-    guard = checks.guard(options.guard, where.cuda)
+    guard = checks.guard(options.guard)
     cases: list[dict[str, Any]] = []
     busy = machine.busy()
     print("loading the model ...", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from .. import torch_op
 from .._arguments import final_chunk_of
 from .._layout import check_bool
-from ..errors import FlashPrefillError, InvalidArgumentError, refuse, refuse_type
+from ..errors import FlashPrefillError, InvalidArgumentError, refuse, refuse_type, shown
 from ..policies import FlashPrefill, Policy
 from ..policies.text import policy_of
 from .shards import Shards
@@ -112,7 +112,7 @@ def _checked(
     final = final * len(shards.tokens) if len(final) == 1 else final
     groups = options.pop("head_groups")
     if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int)):
-        refuse_type("head_groups", repr(groups), "an integer or None")
+        refuse_type("head_groups", shown(groups), "an integer or None")
     if groups is not None and groups < 1:
         refuse("head_groups", groups, "at least 1")
     for name in ("return_lse", "return_stats"):

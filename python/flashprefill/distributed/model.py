@@ -26,7 +26,7 @@ import torch.distributed as dist
 from transformers.cache_utils import DynamicCache
 
 from .._layout import TILE_ROWS, tile_tokens_of
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from ..policies import Dense, Policy
 from ..transformers import patch as local
 from ..transformers import stats
@@ -167,7 +167,7 @@ def patch_model(
             "torch.distributed.init_process_group first"
         )
     if not (isinstance(layout, type) and issubclass(layout, Shards)):
-        refuse_type("layout", repr(layout), "Zigzag or Ulysses")
+        refuse_type("layout", shown(layout), "Zigzag or Ulysses")
     inner = local._model(model)
     get_decoder = getattr(inner, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else inner
@@ -179,7 +179,7 @@ def patch_model(
     least = 2 * dist.get_world_size(group) * unit
     if min_tokens is not None:
         if isinstance(min_tokens, bool) or not isinstance(min_tokens, int):
-            refuse_type("min_tokens", repr(min_tokens), "an integer")
+            refuse_type("min_tokens", shown(min_tokens), "an integer")
         if min_tokens < least:
             refuse("min_tokens", min_tokens, f"at least {least}: {unit} rows for each of two chunks per rank")
     door = _Door(layout, group, unit, dense, min_tokens or least, inspect.signature(decoder.forward))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from . import collectives
 from .stats import ShardStats
 
@@ -35,7 +35,7 @@ def _lengths(name: str, value: Any, count: int | None) -> tuple[int, ...]:
     elif isinstance(value, Sequence) and all(isinstance(n, int) for n in value):
         lengths = list(value)
     else:
-        refuse_type(name, repr(value), "an integer, or one per prompt")
+        refuse_type(name, shown(value), "an integer, or one per prompt")
     if count is not None and len(lengths) != count:
         refuse(name, f"a list of {len(lengths)}", f"one integer, or one for each of {count} prompts")
     for n in lengths:
@@ -82,7 +82,7 @@ class Shards:
         if rank < 0 or ranks < 1 or rank >= ranks:
             refuse("rank", rank, f"a rank of the group, from 0 to {ranks - 1}")
         if isinstance(unit, bool) or not isinstance(unit, int):
-            refuse_type("unit", repr(unit), "an integer")
+            refuse_type("unit", shown(unit), "an integer")
         if unit < 1:
             refuse("unit", unit, "at least 1")
         self.ranks, self.rank, self.unit = ranks, rank, unit

@@ -24,7 +24,7 @@ import torch
 
 from .._layout import ceil_div, tile_tokens_of
 from ..api import attend, prefill_attention, select
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from ..torch_op import empty_like
 from . import collectives
 from .pages import Pages
@@ -119,7 +119,7 @@ class Zigzag(Shards):
         rank: int | None = None,
     ) -> None:
         if isinstance(tail, bool) or not isinstance(tail, int):
-            refuse_type("tail", repr(tail), "an integer")
+            refuse_type("tail", shown(tail), "an integer")
         if tail < 0:
             refuse("tail", tail, "at least 0")
         self.tail = tail

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse, refuse_type, shown
 from ..policies import FlashPrefill, Policy, Reuse, TokenSparse, VSPrefill
 from ..policies.text import parse as parse_policy
 
@@ -95,18 +95,18 @@ def parse(value: Any) -> Options:
     if isinstance(value, str):
         value = {"policy": value}
     if not isinstance(value, Mapping):
-        refuse_type(KEY, repr(value), "true, a text of a policy, or a mapping")
+        refuse_type(KEY, shown(value), "true, a text of a policy, or a mapping")
     known = {"parameters"} | {field.name for field in fields(Options)}
     for name in value:
         if name not in known:
-            refuse(f"{KEY}'s option", repr(name), "one of " + ", ".join(sorted(known)))
+            refuse(f"{KEY}'s option", shown(name), "one of " + ", ".join(sorted(known)))
     policy = _policy(value.get("policy", FlashPrefill.kind), value.get("parameters") or {})
     hook = value.get("metrics_hook")
     if hook is not None and (not isinstance(hook, str) or hook.count(":") != 1):
-        refuse("metrics_hook", repr(hook), '"module:function"')
+        refuse("metrics_hook", shown(hook), '"module:function"')
     seconds = value.get("log_seconds", 10.0)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        refuse("log_seconds", repr(seconds), "a number of at least 0")
+        refuse("log_seconds", shown(seconds), "a number of at least 0")
     return Options(
         policy,
         _integer("first_dense_layers", value.get("first_dense_layers", 0), 0),
@@ -118,9 +118,9 @@ def parse(value: Any) -> Options:
 
 def _policy(text: Any, parameters: Any) -> Policy:
     if not isinstance(text, str):
-        refuse_type("policy", repr(text), "a text, such as 'flashprefill(alpha=0.12)'")
+        refuse_type("policy", shown(text), "a text, such as 'flashprefill(alpha=0.12)'")
     if not isinstance(parameters, Mapping):
-        refuse_type("parameters", repr(parameters), "a mapping from a policy's fields to values")
+        refuse_type("parameters", shown(parameters), "a mapping from a policy's fields to values")
     return _alone(parse_policy(text, parameters))
 
 
@@ -139,5 +139,5 @@ def _alone(policy: Policy) -> Policy:
 
 def _integer(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        refuse(name, repr(value), f"an integer of at least {low}")
+        refuse(name, shown(value), f"an integer of at least {low}")
     return int(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse, refuse_type, shown
 
 MAX_TOKENS = (1 << 31) - 1
 
@@ -13,19 +13,19 @@ MAX_TOKENS = (1 << 31) - 1
 def check_number(name: str, value: Any) -> float:
     """Return a number of any kind as a float."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        refuse_type(name, repr(value), "a number")
+        refuse_type(name, shown(value), "a number")
     try:
         return float(value)
     except OverflowError:
         refuse(name, value, f"at most {sys.float_info.max:g}")
     except (TypeError, ValueError):  # an array, for one
-        refuse_type(name, repr(value), "a number")
+        refuse_type(name, shown(value), "a number")
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
     """Return an integer from low to high."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        refuse_type(name, repr(value), "an integer")
+        refuse_type(name, shown(value), "an integer")
     number = int(value)
     if not low <= number <= high:
         refuse(name, number, f"from {low} to {high}")
@@ -35,7 +35,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
 def check_list(name: str, value: Any, of: str) -> tuple[Any, ...]:
     """Return what is listed, or refuse what is no list."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        refuse_type(name, repr(value), of)
+        refuse_type(name, shown(value), of)
     if not (listed := tuple(value)):
         refuse(name, (), of)
     return listed
@@ -44,14 +44,14 @@ def check_list(name: str, value: Any, of: str) -> tuple[Any, ...]:
 def check_bool(name: str, value: Any) -> bool:
     """Return a bool."""
     if not isinstance(value, bool):
-        refuse_type(name, repr(value), "True or False")
+        refuse_type(name, shown(value), "True or False")
     return value
 
 
 def check_choice(name: str, value: Any, choices: tuple[bool | str, ...]) -> bool | str:
     """Return one of the choices. 0 and 1 are not the bools that they equal."""
     if not any(value is each if isinstance(each, bool) else value == each for each in choices):
-        refuse(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+        refuse(name, shown(value), "one of " + ", ".join(map(repr, choices)))
     return value  # type: ignore[no-any-return]
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidArgumentError, refuse
+from ..errors import InvalidArgumentError, refuse, shown
 
 METHOD, VERSION, SLASH = "vsprefill", "1", "offset"
 PARTS = ("up", "bias", "vertical", "slash")
@@ -157,7 +157,7 @@ class Indexer:
             path: where to.
             dtype: "bf16", rounded to nearest, or "fp32".
         """
-        name = {"bf16": "BF16", "fp32": "F32"}.get(dtype) or refuse("dtype", repr(dtype), "bf16 or fp32")
+        name = {"bf16": "BF16", "fp32": "F32"}.get(dtype) or refuse("dtype", shown(dtype), "bf16 or fp32")
         header: dict[str, Any] = {"__metadata__": self.metadata()}
         chunks, at = [], 0
         for number in sorted(self.layers):
@@ -191,12 +191,12 @@ class Indexer:
             refuse("weights", f"{name!r} without metadata", "a file of `flashprefill train-indexer`")
         for key, ours in (("method", METHOD), ("version", VERSION), ("slash", SLASH)):
             if metadata.get(key) != ours:
-                refuse(f"weights: {name!r}'s {key}", repr(metadata.get(key)), repr(ours))
+                refuse(f"weights: {name!r}'s {key}", shown(metadata.get(key)), shown(ours))
         found: dict[int, dict[tuple[int, str], Floats]] = {}
         for key, entry in header.items():
             match = _NAME.fullmatch(key)
             if not match or match[3] not in PARTS:
-                refuse(f"weights: a tensor of {name!r}", repr(key[:60]), "named like layers.3.kv.0.up")
+                refuse(f"weights: a tensor of {name!r}", shown(key[:60]), "named like layers.3.kv.0.up")
             found.setdefault(int(match[1]), {})[int(match[2]), match[3]] = _tensor(
                 entry, data, f"{name!r}'s {key}"
             )
@@ -207,8 +207,8 @@ class Indexer:
         theta = metadata.get("rope_theta")
         try:
             base = None if theta is None else float(theta)
-        except ValueError:
-            refuse(f"weights: {name!r}'s rope_theta", repr(theta), "a number")
+        except (TypeError, ValueError, OverflowError):
+            refuse(f"weights: {name!r}'s rope_theta", shown(theta)[:60], "a number")
         known = ("method", "version", "model", "n_kv_heads", "head_dim", "hidden", "slash", "rope_theta")
         notes = {key: str(value) for key, value in metadata.items() if key not in known}
         return cls(layers, str(metadata.get("model", "")), base, notes)
@@ -243,7 +243,7 @@ def _tensor(entry: Any, data: memoryview, name: str) -> Floats:
         values: npt.NDArray[Any] = np.frombuffer(data[begin:end], dtype=kind).reshape(shape)
     except KeyError:
         refuse(f"weights: {name}", "of another dtype", "BF16 or F32")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         refuse(f"weights: {name}", "damaged", "as long as its shape says")
     wide: Floats = values.astype(np.uint32 if kind == _DTYPES["BF16"] else np.float32)
     return (wide.view(np.uint32) << 16).view(np.float32) if kind == _DTYPES["BF16"] else wide
@@ -252,7 +252,7 @@ def _tensor(entry: Any, data: memoryview, name: str) -> Floats:
 def _whole(metadata: Mapping[str, Any], key: str, name: str) -> int:
     text = str(metadata.get(key))
     if not (text.isascii() and text.isdecimal() and 0 < len(text) < 8 and int(text) > 0):
-        refuse(f"weights: {name!r}'s {key}", repr(metadata.get(key)), "a whole number above 0")
+        refuse(f"weights: {name!r}'s {key}", shown(metadata.get(key)), "a whole number above 0")
     return int(text)
 
 

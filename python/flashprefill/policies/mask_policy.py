@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from .base import Policy
 from .streaming import Streaming
 
-_FORCED = (
+FORCED = (
     "sink_blocks",
     "window_blocks",
     "dense_tail_blocks",
@@ -92,14 +92,14 @@ class MaskPolicy(Policy):
         if isinstance(function, str):
             function = function_named(function)
         if not callable(function):
-            refuse_type("function", repr(function), 'a function of (layer, q, k), or "module:function"')
+            refuse_type("function", shown(function), 'a function of (layer, q, k), or "module:function"')
         object.__setattr__(self, "function", function)
         super().__post_init__()
 
     @functools.cached_property
     def forced(self) -> Streaming:
         """The policy that keeps the forced blocks alone."""
-        return Streaming(**{name: getattr(self, name) for name in _FORCED})
+        return Streaming(**{name: getattr(self, name) for name in FORCED})
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse, refuse_type, shown
 from .base import Policy
 from .checks import MAX_TOKENS, check_integer, check_list, check_number
 from .library import DEFAULT, vertical_slash_room
@@ -18,12 +18,12 @@ _PATTERNS = ("vertical_and_slash", "stream_llm", "block_sparse")  # by fp_minfer
 
 def _pattern(name: str, entry: Any) -> tuple[str, int, int]:
     if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-        refuse_type(name, repr(entry), "(pattern, a, b)")
+        refuse_type(name, shown(entry), "(pattern, a, b)")
     pattern, a, b = entry
     if isinstance(pattern, int) and 0 <= pattern < len(_PATTERNS):  # as the library's text has it
         pattern = _PATTERNS[pattern]
     if pattern not in _PATTERNS:
-        refuse(f"{name}'s pattern", repr(pattern), "one of " + ", ".join(_PATTERNS))
+        refuse(f"{name}'s pattern", shown(pattern), "one of " + ", ".join(_PATTERNS))
     return (
         pattern,
         check_integer(f"{name}'s a", a, 0, MAX_TOKENS),
@@ -54,8 +54,8 @@ class MInference(Policy):
         heads: a (pattern, a, b) for each query head, instead of vertical and slash: ("vertical_and_slash",
             verticals, slashes), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
         rounding: "blocks" rounds verticals and slashes out to the blocks that hold some of them, which every
-            backend can attend to; "tokens" keeps them as they are, as published: on the CPU only, and without
-            mean_correction.
+            backend can attend to; "tokens" keeps them as they are, as published: on the CPU, for on a GPU
+            they become blocks all the same; and without mean_correction.
         block_size: keys per block; 64 are the authors' kernels'.
         sink_blocks: blocks at the beginning that are always kept.
         window_blocks: blocks before and at the diagonal that are always kept.

@@ -46,6 +46,17 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "qwen2": _flexprefill(0.9, "Qwen2-7B"),
         "yi-9b-200k": _flexprefill(0.9, "Yi-9B-200K"),
     },
+    "xattention": {
+        "llama-3.1": Preset(
+            {"threshold": 0.9, "stride": 8},
+            "threshold and stride of XAttention's paper for Llama-3.1-8B-Instruct, one threshold for all "
+            "heads (its table by layer and head is in the authors' repository: XAttention.from_config)",
+        ),
+        "qwen2-vl": Preset(
+            {"threshold": 0.9, "stride": 16},
+            "threshold and stride of XAttention's paper for Qwen2-VL-7B-Instruct (Table 3)",
+        ),
+    },
     "tokensparse": {
         "llama-3.1": Preset(
             {"coverage": 0.005, "layers": tuple(range(15, 31))},
@@ -100,6 +111,7 @@ def _by_config(config: Any) -> tuple[str, ...]:
         return ("glm-4",) if _number(config, "vocab_size", "padded_vocab_size") > 150_000 else ()
     return {
         "qwen2": ("qwen2", "qwen2.5"),
+        "qwen2_vl": ("qwen2-vl",),
         "qwen2_5_vl": ("qwen2.5-vl",),
         "qwen3_moe": ("qwen3-moe",),
         "qwen3_vl_moe": ("qwen3-vl-30b",),
@@ -138,9 +150,12 @@ def preset_of(method: str, model: Any) -> Preset:
     return known[family]
 
 
+_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_moe", "qwen3_vl_moe")  # each is one family's alone
+
+
 def _by_config_type(text: str) -> tuple[str, ...]:
     """Return the families of a config's type, where that alone tells."""
-    return _by_config(_Typed(text)) if text in ("qwen2_5_vl", "qwen3_moe", "qwen3_vl_moe") else ()
+    return _by_config(_Typed(text)) if text in _TYPES else ()
 
 
 class _Typed(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._masks_held import HeldMasks
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from .base import Policy
 from .checks import check_integer
 
@@ -112,14 +112,14 @@ def _borrowed(number: int, entry: Any) -> Borrowed | None:
     if entry is None:
         return None
     if not isinstance(entry, Mapping) or "source" not in entry:
-        refuse_type(f"plan's layer {number}", repr(entry)[:60], 'None, or {"source": layer, "heads": [...]}')
+        refuse_type(f"plan's layer {number}", shown(entry)[:60], 'None, or {"source": layer, "heads": [...]}')
     source = check_integer(f"plan's layer {number}'s source", entry["source"], 0, _MAX_LAYERS)
     heads = entry.get("heads")
     if heads is None:
         return Borrowed(source)
     if not isinstance(heads, Sequence) or isinstance(heads, str) or not heads:
         refuse_type(
-            f"plan's layer {number}'s heads", repr(heads)[:60], "a list of the source's heads, or None"
+            f"plan's layer {number}'s heads", shown(heads)[:60], "a list of the source's heads, or None"
         )
     return Borrowed(
         source, tuple(check_integer(f"a head of layer {number}", h, 0, _MAX_HEADS) for h in heads)
@@ -166,14 +166,14 @@ class Reuse(Policy):
 
             inner = parse(inner)
         if not isinstance(inner, Policy):
-            refuse_type("inner", repr(inner), "a policy, or a text of one")
+            refuse_type("inner", shown(inner), "a policy, or a text of one")
         if isinstance(inner, Reuse):
             refuse("inner", inner.text, "a policy that selects")
         if self.layer is not None:
             check_integer("layer", self.layer, 0, _MAX_LAYERS)
-        shown = "" if self.layer is None else f", layer={self.layer}"
+        layer = "" if self.layer is None else f", layer={self.layer}"
         own = {"plan": plan, "inner": inner, "block_size": inner.block_size, "source": ""}
-        own["text"] = f"reuse(inner={inner.text}, share={plan.share:.2f}{shown})"
+        own["text"] = f"reuse(inner={inner.text}, share={plan.share:.2f}{layer})"
         own["share_heads"] = inner.share_heads
         for name in ("sink_blocks", "window_blocks", "dense_tail_blocks"):
             own[name] = getattr(inner, name, 0)

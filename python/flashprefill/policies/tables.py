@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import refuse, refuse_type
+from ..errors import refuse, refuse_type, shown
 
 MAX_HEADS = 4096  # more than any model has; a damaged table must not become a list of millions
 
@@ -28,5 +28,5 @@ def read_table(config: Any, layer_type: type | tuple[type, ...], must_be: str) -
         except ValueError as error:
             refuse("config", f"{os.fspath(path)!r}, which cannot be read ({error})", "a JSON file")
     if not isinstance(config, list) or not all(isinstance(layer, layer_type) for layer in config):
-        refuse_type("config", repr(config)[:60], f"{must_be}, or a path to it")
+        refuse_type("config", shown(config)[:60], f"{must_be}, or a path to it")
     return config

@@ -8,11 +8,12 @@ numbers, booleans, None, strings or tuples get through. "module:function" import
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import ArgumentTypeError, FlashPrefillError, InvalidArgumentError, refuse_type
+from ..errors import ArgumentTypeError, FlashPrefillError, InvalidArgumentError, refuse_type, shown
 from .base import Policy
 from .library import FIELDS
 from .mask_policy import MaskPolicy
@@ -40,14 +41,16 @@ def parse(text: str, options: Mapping[str, Any] | None = None) -> Policy:
         options: more fields.
 
     Raises:
-        InvalidArgumentError, ArgumentTypeError: the text cannot be read, or a field is unknown or wrong. The
-            message is one line.
+        InvalidArgumentError, ArgumentTypeError: the text cannot be read, a field is unknown, wrong or
+            missing, or a file that it names cannot be opened. The message is one line.
     """
     try:
         name, fields = _read(text)
         return make(name, {**fields, **(options or {})})
     except FlashPrefillError as error:
         raise type(error)(f"policy {text!r}: {error}") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"policy {text!r}: {error.filename!r}: {error.strerror}") from None
 
 
 def make(name: str, fields: Mapping[str, Any]) -> Policy:
@@ -62,6 +65,7 @@ def make(name: str, fields: Mapping[str, Any]) -> Policy:
     for wrapper in (Reuse, TokenSparse):
         if plain == wrapper.kind:
             _check_names(name, fields, wrapper._names())
+            _check_given(wrapper, fields)
             return wrapper(**fields)
     if plain not in known:
         names = ", ".join([*known, *_SHAPES, Reuse.kind, TokenSparse.kind])
@@ -78,7 +82,7 @@ def policy_of(value: Any, argument: str = "policy") -> Policy:
     if isinstance(value, type) and issubclass(value, Policy):
         refuse_type(argument, f"the class {value.__name__}", f"called: flashprefill.{value.__name__}()")
     if not isinstance(value, Policy):
-        refuse_type(argument, repr(value), "a policy, such as flashprefill.FlashPrefill(), or a text of one")
+        refuse_type(argument, shown(value), "a policy, such as flashprefill.FlashPrefill(), or a text of one")
     return value
 
 
@@ -91,6 +95,13 @@ def _check_names(name: str, given: Iterable[str], known: list[str]) -> None:
     for field in given:
         if field not in known:
             raise ArgumentTypeError(f"{field} is unknown; {name} takes {', '.join(known)}")
+
+
+def _check_given(kind: type[Policy], given: Mapping[str, Any]) -> None:
+    """Refuse fields of which one is missing that has no default."""
+    for field in dataclasses.fields(kind):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in given:
+            raise ArgumentTypeError(f"{field.name} is missing; {kind.kind} needs it")
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedError, refuse, refuse_type
+from ..errors import UnsupportedError, refuse, refuse_type, shown
 from .base import Policy
 from .checks import MAX_TOKENS, check_bool, check_integer, check_number
 from .presets import preset_of
@@ -17,7 +17,9 @@ _SHARE_BELOW_1 = "at least 0 and below 1"
 
 @dataclass(frozen=True, repr=False)
 class TokenSparse(Policy):
-    """Token Sparse Attention (arXiv 2602.03216): tokens are left out before any policy selects. On the CPU.
+    """Token Sparse Attention (arXiv 2602.03216): tokens are left out before any policy selects.
+
+    On a GPU the host decides which, so a call waits for the device and can't be captured in a graph.
 
     Each query head looks at the exact softmax of its prompt's last rows, drops the tokens that hold least of
     it, and attends over the rest, queries as well as keys, by ``inner``. Rows of dropped tokens are zeros,
@@ -62,7 +64,7 @@ class TokenSparse(Policy):
 
             inner = parse(inner)
         if not isinstance(inner, Policy):
-            refuse_type("inner", repr(inner), "a policy, or a text of one")
+            refuse_type("inner", shown(inner), "a policy, or a text of one")
         if isinstance(inner, TokenSparse):
             refuse("inner", inner.text, "a policy that selects: tokens are dropped once")
         values: dict[str, Any] = {
@@ -87,7 +89,7 @@ class TokenSparse(Policy):
     @staticmethod
     def _numbers(layers: Any) -> tuple[int, ...]:
         if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
-            refuse_type("layers", repr(layers), "a list of layers' numbers, or None")
+            refuse_type("layers", shown(layers), "a list of layers' numbers, or None")
         return tuple(check_integer("a layer of layers", layer, 0, MAX_TOKENS) for layer in layers)
 
     def _spelled(self, values: dict[str, Any]) -> str:

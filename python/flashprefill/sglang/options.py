@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from ..engines.options import MIN_CHUNK, Options, of_value, value_of
-from ..errors import refuse
+from ..errors import refuse, shown
 from ..policies import Policy
 
 VARIABLE = "FLASHPREFILL_SGLANG"
@@ -68,5 +68,5 @@ def of_environment() -> Options | None:
     try:
         value = json.loads(text)
     except ValueError as error:
-        refuse(VARIABLE, repr(text), f"1, the text of a policy, or JSON ({error})")
+        refuse(VARIABLE, shown(text), f"1, the text of a policy, or JSON ({error})")
     return of_value(value)

@@ -24,7 +24,7 @@ import torch
 from .. import _timings
 from ..api import prefill_attention
 from ..errors import UnsupportedError
-from ..guard import Guard
+from ..guard import NO_STATE, Guard
 from ..policies import FlashPrefill, Policy, Reuse
 from ..stats import Stats
 from ..torch_op import empty_like
@@ -113,9 +113,10 @@ def _attention(
     ranks = None if compiling else over_ranks.get()  # a model over ranks then refuses its results
     guard = layer.guard if layer is not None else None
     math = layer.math if layer is not None else "input"
-    if guard is not None and (ranks is not None or query.is_cuda):  # not to be left out in silence
-        where = "over several ranks" if ranks is not None else "on a GPU"
-        raise UnsupportedError(f"guard is given; it must be None for a model {where}")
+    if guard is not None and ranks is not None:  # not to be left out in silence
+        raise UnsupportedError("guard is given; it must be None for a model over several ranks")
+    if guard is not None and guard.state is not None and query.is_cuda:
+        raise UnsupportedError(f"guard's state is given; it must be None {NO_STATE}")
     if ranks is not None:
         return ranks(module, (query, key, value), layer, dropout, scaling, kwargs), None
     eager = layer.eager if layer is not None else not supports_sdpa(module)

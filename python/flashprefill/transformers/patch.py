@@ -16,7 +16,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from .._arguments import math_of
-from ..errors import refuse, refuse_type
+from ..errors import refuse, refuse_type, shown
 from ..guard import Guard, guard_of
 from ..policies import Policy
 from ..policies.text import parse
@@ -32,9 +32,11 @@ def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | No
     if isinstance(value, str):
         return parse(value, options)
     if options is not None:
-        refuse_type("options", repr(dict(options)), f"None where the policy is not a name but {value!r}")
+        refuse_type(
+            "options", shown(dict(options)), f"None where the policy is not a name but {shown(value)}"
+        )
     if value is not None and not isinstance(value, Policy):
-        refuse_type("policy", repr(value), "a policy, a name of one, or a mapping from layers to policies")
+        refuse_type("policy", shown(value), "a policy, a name of one, or a mapping from layers to policies")
     return value
 
 
@@ -42,13 +44,13 @@ def _by_layer(policy: Any, options: Mapping[str, Any] | None, layers: int) -> li
     if not isinstance(policy, Mapping):
         return _at_layers([_policy(policy, options)] * layers)
     if options is not None:
-        refuse_type("options", repr(dict(options)), "None where the policy is a mapping")
+        refuse_type("options", shown(dict(options)), "None where the policy is a mapping")
     result = [_policy(policy.get("default"))] * layers
     for key, value in policy.items():
         if key == "default":
             continue
         if isinstance(key, bool) or not isinstance(key, int):
-            refuse_type("a layer of policy", repr(key), 'an integer, or "default"')
+            refuse_type("a layer of policy", shown(key), 'an integer, or "default"')
         if not -layers <= key < layers:
             refuse("a layer of policy", key, f"from {-layers} to {layers - 1}")
         result[key] = _policy(value)

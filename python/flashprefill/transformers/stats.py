@@ -170,8 +170,8 @@ class ModelStats:
         for call in self.calls:
             for report in (part.guard for part in call.parts):
                 if report is not None:
-                    audited = np.asarray(report.rows_audited)
-                    total[call.layer, : call.heads] += (np.asarray(report.recall) * audited).sum(axis=0)
+                    recall, audited = map(report._ops.to_host, (report.recall, report.rows_audited))
+                    total[call.layer, : call.heads] += (recall * audited).sum(axis=0)
                     rows[call.layer, : call.heads] += audited.sum(axis=0)
         mean = np.full(rows.shape, np.nan)
         np.divide(total, rows, out=mean, where=rows > 0)

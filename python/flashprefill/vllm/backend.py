@@ -101,6 +101,7 @@ class ImplMixin:
     scale: float
     _is_sparse: bool | None = None  # not yet known
     _number = 0  # the layer's
+    _pages: tuple[Any, int, tuple[torch.Tensor, torch.Tensor]] | None = None  # of which cache, lying where
 
     def pages_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a cache as [pages, page_size, kv_heads, head_dim], without copying."""
@@ -132,11 +133,18 @@ class ImplMixin:
             )
 
         if output_scale is None and self._wants(layer, plan.options):
-            k_pages, v_pages = self.pages_of(kv_cache)
+            k_pages, v_pages = self._pages_of(kv_cache)
             if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense, self._number):
                 return output
         dense(query, attn_metadata, output)
         return output
+
+    def _pages_of(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `pages_of`; a layer's cache stays where it is, and each step asks again."""
+        place = kv_cache.data_ptr()
+        if self._pages is None or self._pages[0] is not kv_cache or self._pages[1] != place:
+            self._pages = kv_cache, place, self.pages_of(kv_cache)
+        return self._pages[2]
 
     def _wants(self, layer: Any, wanted: Options) -> bool:
         if self._is_sparse is None:

@@ -25,7 +25,7 @@ def config(
             own (:class:`flashprefill.MaskPolicy`), which each of the engine's processes imports.
         first_dense_layers: layers at the model's beginning that stay dense.
         min_chunk: rows; shorter pieces of prompts stay dense. 1: none does, not even what a prefix cache
-            leaves of a prompt. The default is 128 on CPUs and 1024 on GPUs.
+            leaves of a prompt. The default is 128 on CPUs and 448 on GPUs.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
         **parameters: fields of the policy, where it is given as text.

@@ -7,6 +7,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
 
 import models  # noqa: E402
 import pytest  # noqa: E402
+from started import engines  # noqa: E402, F401
 
 FOLDER = Path(
     os.environ.get("FLASHPREFILL_MODELS", Path(__file__).resolve().parents[3] / "build/engines/vllm/models")
@@ -31,19 +32,3 @@ def llama(folder):
 @pytest.fixture(scope="session")
 def smollm2(folder):
     return models.smollm2(folder / "smollm2")
-
-
-@pytest.fixture
-def engines():
-    """Start engines that end with the test."""
-    from engine import Engine
-
-    started = []
-
-    def start(*arguments, **keywords):
-        started.append(Engine(*arguments, **keywords))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()

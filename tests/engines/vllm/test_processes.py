@@ -1,44 +1,22 @@
 """What needs processes of their own: tensor parallelism, a missing library, a server's workers."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+import apart
 
 import flashprefill.vllm
 
-SCRIPT = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-def main():
-    model, options, ids = json.loads(sys.argv[1])
-    llm = LLM(model, dtype="float32", max_model_len=4096, kv_cache_memory_bytes=1 << 27, enforce_eager=True,
-              skip_tokenizer_init=True, max_num_batched_tokens=600, max_num_seqs=4, **options)
-    sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": one} for one in ids], sampling, use_tqdm=False)
-    stats = llm.collective_rpc("flashprefill_stats") if "worker_extension_cls" in options else None
-    print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], stats]))
-
-if __name__ == "__main__":
-    main()
-"""
+OPTIONS = {
+    "dtype": "float32", "max_model_len": 4096, "kv_cache_memory_bytes": 1 << 27, "max_num_batched_tokens": 600
+}  # fmt: skip
 
 
 def run(folder, model, options, ids, **environment):
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, script, json.dumps([str(model), options, ids])],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    answers, stats = json.loads(line.removeprefix("RESULT"))
-    return answers, stats, log
+    """`apart.run`, and of the answers the tokens."""
+    answers, stats, log = apart.run(folder, model, {**OPTIONS, **options}, ids, 6, **environment)
+    return [tokens for tokens, _ in answers], stats, log
 
 
 def prompts():
@@ -53,7 +31,7 @@ def test_tensor_parallel_and_its_workers_counters(tmp_path, llama):
     stock, _, _ = run(tmp_path, llama, {}, prompts(), VLLM_PLUGINS="none")
     options = {
         "tensor_parallel_size": 2,
-        "worker_extension_cls": "flashprefill.vllm.WorkerExtension",
+        **apart.COUNTED,
         "additional_config": flashprefill.vllm.config("dense"),
     }
     ours, stats, log = run(tmp_path, llama, options, prompts(), **more)
@@ -71,7 +49,7 @@ def test_speculative_rows(tmp_path, llama):
         "prompt_lookup_min": 1,
         "prompt_lookup_max": 3,
     }
-    options = {"speculative_config": speculative, "worker_extension_cls": "flashprefill.vllm.WorkerExtension"}
+    options = {"speculative_config": speculative, **apart.COUNTED}
     repeated = prompts()[1][:50] * 20
     ids = [repeated, prompts()[0]]
     stock, _, _ = run(tmp_path, llama, {"speculative_config": speculative}, ids, VLLM_PLUGINS="none")

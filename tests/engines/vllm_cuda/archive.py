@@ -1,12 +1,12 @@
 """Packs vLLM for a machine with a Hopper GPU where nothing can be installed: python archive.py FOLDER
 
-Writes FOLDER/site.tar.xz (58 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
+Writes FOLDER/site.tar.xz (39 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
 torch for CUDA, Transformers and what they bring. With the archive unpacked and in PYTHONPATH, `import vllm`
 works there, and run.sh of this folder runs the tests. Wheels named after FOLDER go in too: flashprefill's.
 
 Downloads 350 MB and takes 1 GB in FOLDER and some minutes. Left out are FlashAttention 2, kernels of
-DeepSeek's models and of quantised mixtures, the Rust front end, and machine code for other GPUs and for head
-dimensions and types that the tests do not use (fatbin.py).
+DeepSeek's models and of mixtures of experts, the Rust front end, tokenizers and translations that come as
+data, and machine code for other GPUs and for head dimensions and types that the tests do not use (fatbin.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 26, 27, 28, 31, 34, 35)
 ]
 LIBRARIES = {  # of vLLM's wheel, and what of their kernels is kept
     "vllm/_C_stable_libtorch.abi3.so": "",
-    "vllm/_moe_C_stable_libtorch.abi3.so": "-",  # no kernel: the library only has to load
+    "vllm/_moe_C_stable_libtorch.abi3.so": None,  # no kernel: the library only has to load
     "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": r"fwd_hdim(128|64)_bf16|fwd_hdim128_e4m3|combine|scheduler",
     "vllm/cumem_allocator.abi3.so": "",
     "vllm/spinloop.abi3.so": "",
@@ -38,6 +38,7 @@ LIBRARIES = {  # of vLLM's wheel, and what of their kernels is kept
 LEFT_OUT = re.compile(
     r"\.so$|vllm-rs$|third_party/(deep_gemm|fmha_sm100|tml_fa4|flashmla)/|\.(h|hpp|cuh|cu|cc|cpp)$|/cutlass/|/cute/"
 )
+DATA = re.compile(r"^mistral_common/data/tekken|^pycountry/locales/")
 
 
 def fetch(folder: Path) -> None:
@@ -49,9 +50,11 @@ def fetch(folder: Path) -> None:
     subprocess.run([*command, "-r", str(HERE / "requirements.txt")], check=True)
 
 
-def kept(name: str, pattern: str) -> bool:
-    """Return whether a source file's kernels stay."""
-    return not pattern or (re.search(pattern, name) is not None and "softcap" not in name)
+def kept(name: str, pattern: str | None) -> bool:
+    """Return whether a source file's kernels stay; "" is one whose name is not known."""
+    if not pattern or not name:
+        return pattern is not None
+    return re.search(pattern, name) is not None and "softcap" not in name
 
 
 def unpack(wheel: Path, site: Path) -> None:
@@ -59,8 +62,10 @@ def unpack(wheel: Path, site: Path) -> None:
     ours = wheel.name.startswith("vllm-")
     with zipfile.ZipFile(wheel) as archive:
         for item in archive.infolist():
-            pattern = LIBRARIES.get(item.filename) if ours else None
-            if item.is_dir() or (ours and pattern is None and LEFT_OUT.search(item.filename)):
+            library = ours and item.filename in LIBRARIES
+            if item.is_dir() or DATA.search(item.filename):
+                continue
+            if ours and not library and LEFT_OUT.search(item.filename):
                 continue
             name = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", item.filename)
             if ".data/" in name:
@@ -68,7 +73,8 @@ def unpack(wheel: Path, site: Path) -> None:
             target = site / name
             target.parent.mkdir(parents=True, exist_ok=True)
             data = archive.read(item)
-            if pattern is not None:
+            if library:
+                pattern = LIBRARIES[item.filename]
                 data = prune(data, lambda source, pattern=pattern: kept(source, pattern))
             target.write_bytes(data)
 

@@ -13,6 +13,7 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # needs a compiler on
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("vllm", "common")]
 
 import pytest  # noqa: E402
+from started import engines  # noqa: E402, F401
 
 REHEARSE = "--rehearse" in sys.argv
 
@@ -55,19 +56,3 @@ def llama(folder):
         "initializer_range": 0.1,  # scores of a standard deviation of 5: peaked, and bf16 is not drowned
     }
     return models.llama(folder / "llama-d128", **changes)
-
-
-@pytest.fixture
-def engines():
-    """Start engines that end with the test."""
-    from engine import Engine
-
-    started = []
-
-    def start(*arguments, **keywords):
-        started.append(Engine(*arguments, **keywords))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()

@@ -50,13 +50,14 @@ def prune(library: bytes, wanted: Callable[[str], bool] = lambda name: True, arc
 
     Args:
         library: the file's bytes.
-        wanted: whether to keep a source file's kernels, by its name ("flash_fwd_hdim128_bf16_paged_sm90_cu").
+        wanted: whether to keep a source file's kernels, by its name ("flash_fwd_hdim128_bf16_paged_sm90_cu");
+            "" where its symbols do not tell it.
         architecture: 90 for Hopper. Where a fat binary has none for it, its PTX stays.
     """
     data = bytearray(library)
     for entries in _fat_binaries(data):
         found = _NAME.search(bytes(data[entries[0][2] : entries[-1][3]]))
-        keep = found is None or wanted(found.group(1).decode())
+        keep = wanted(found.group(1).decode() if found else "")
         native = any((kind, arch) == (_CUBIN, architecture) for kind, arch, _, _ in entries)
         for kind, arch, begin, end in entries:
             if not keep or ((kind, arch) != (_CUBIN, architecture) if native else kind != _PTX):

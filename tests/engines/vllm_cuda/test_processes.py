@@ -1,72 +1,42 @@
 """What needs processes of its own: a separate engine, a server, several GPUs, an engine of another version.
 
-Each starts `SCRIPT` or vLLM's server with a model's folder and compares its tokens with those of an engine
-whose process has no plugin (VLLM_PLUGINS).
+Each starts a script (../vllm/apart.py) or vLLM's server with a model's folder, and compares its tokens with
+those of an engine whose process has no plugin (VLLM_PLUGINS).
 """
 
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
+import apart
 import pytest
 from answers import tokens
 from engine import CUDA, KIND
-from test_layers import DTYPE, length
+from test_layers import DTYPE, NEAR, length
 
+import flashprefill
 from flashprefill import vllm as plugin
 
-SCRIPT = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-def main():
-    model, options, ids = json.loads(sys.argv[1])
-    llm = LLM(model, skip_tokenizer_init=True, max_num_seqs=4, **options)
-    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=2)
-    outputs = llm.generate([{"prompt_token_ids": one} for one in ids], sampling, use_tqdm=False)
-    answers = [
-        [list(o.outputs[0].token_ids), [sorted((v.logprob for v in d.values()), reverse=True)[:2]
-                                        for d in o.outputs[0].logprobs]]
-        for o in outputs
-    ]
-    stats = llm.collective_rpc("flashprefill_stats") if "worker_extension_cls" in options else None
-    print("RESULT", json.dumps([answers, stats]))
-
-if __name__ == "__main__":
-    main()
-"""
-NEAR = 0.25 if CUDA else 1e-3  # as in test_layers.py
 IDS = [tokens(length(7000), 1), tokens(length(5000), 2)]
 OPTIONS = {
-    "dtype": DTYPE, "max_model_len": length(16000), "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True,
+    "dtype": DTYPE, "max_model_len": length(16000), "kv_cache_memory_bytes": 1 << 28,
     "max_num_batched_tokens": 4096 if CUDA else 2048, **KIND,
 }  # fmt: skip
-OURS = {
-    "worker_extension_cls": "flashprefill.vllm.WorkerExtension",
-    "additional_config": plugin.config("dense"),
-}
+OURS = {**apart.COUNTED, "additional_config": plugin.config("dense")}
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 if not CUDA:
     ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
 def run(folder, model, options, **environment):
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, script, json.dumps([str(model), {**OPTIONS, **options}, IDS])],
-        env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-6000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    answers, stats = json.loads(line.removeprefix("RESULT"))
-    return answers, stats, log
+    return apart.run(folder, model, {**OPTIONS, **options}, IDS, 8, **{**ENVIRONMENT, **environment})
 
 
 def assert_alike(stock, ours):
@@ -102,10 +72,11 @@ def test_two_workers(tmp_path, llama, stock):
 
 
 def test_an_engine_of_another_version(tmp_path, llama, stock):
-    """One line, and a working dense engine."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import flashprefill.vllm.host as ours\nours.host.supported = ('0.31',)\n"
-    )
+    """One line, and a working dense engine: the package, but for the versions that it knows."""
+    package = Path(flashprefill.__file__).parent
+    shutil.copytree(package, tmp_path / "flashprefill", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    host = tmp_path / "flashprefill/vllm/host.py"
+    host.write_text(host.read_text() + '\nhost.supported = ("0.31",)\n')
     paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     config = {"additional_config": {"flashprefill": True}}
     ours, _, log = run(tmp_path, llama, config, PYTHONPATH=paths)

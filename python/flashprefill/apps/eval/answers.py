@@ -32,9 +32,13 @@ def _of_file(path: Path) -> str:
     return f"{path.name} {size} {taken.hexdigest()}"
 
 
-def of_model(path: Path) -> str:
-    """A hash of a model's files: their names, sizes, beginnings and ends."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _WEIGHTS)
+def of_model(path: Path, adapter: Path | None = None) -> str:
+    """A hash of a model's files, and of an adapter's: their names, sizes, beginnings and ends."""
+    files: list[Path] = []
+    for one in (path, adapter):
+        if one is not None:
+            one = one.expanduser()
+            files += [one] if one.is_file() else sorted(p for p in one.iterdir() if p.suffix in _WEIGHTS)
     return digest([_of_file(file) for file in files])
 
 

@@ -20,7 +20,8 @@ from .harvest import Harvest, read
 from .trainer import KINDS, Trainer
 
 SCHEMA = "flashprefill-indexer/1"
-SAVE_EVERY = 120.0  # seconds
+SAVE_EVERY = 30.0  # seconds
+GPU_SHARE = 0.5  # of a GPU's free memory, for the sequences of the pool
 HELD_OUT_TOKENS = 4096
 LENGTHS = (1.0, 0.5, 0.25)  # of a sequence, by turns, as shares of --tokens
 
@@ -92,13 +93,22 @@ class Pool:
     ) -> None:
         self.loaded, self.texts, self.layers, self.options = loaded, texts, layers, options
         self.kept: OrderedDict[int, Harvest] = OrderedDict()
+        self.store = None if self.bytes() < GPU_SHARE * loaded.device.free_bytes() else "cpu"
+
+    def bytes(self) -> int:
+        """What all sequences of the pool take: keys, values and fp32 masses of every layer."""
+        config = self.loaded.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = heads * (2 * dim * self.loaded.model.dtype.itemsize + 2 * 4)
+        return int(per_token * len(self.layers) * self.options.tokens * self.options.pool)
 
     def at(self, number: int) -> Harvest:
         """A sequence, read now if it is not there; the oldest makes room."""
         if number not in self.kept:
             tokens = int(self.options.tokens * LENGTHS[number % len(LENGTHS)])
             ids = self.texts.cut(number, self.options.seed, tokens)
-            self.kept[number] = read(self.loaded, ids, self.layers, "cpu")
+            self.kept[number] = read(self.loaded, ids, self.layers, self.store)
             while len(self.kept) > self.options.pool:
                 self.kept.popitem(last=False)
         return self.kept[number]
@@ -159,7 +169,7 @@ def run(options: Options) -> dict[str, Any]:
     print(f"{len(texts.ids)} tokens of {len(texts.names)} texts; reading ...", file=sys.stderr, flush=True)
     pool = Pool(loaded, texts, layers, options)
     ids = corpus.held_out(loaded.tokenizer, options.held_out, min(options.tokens, HELD_OUT_TOKENS))
-    unseen = read(loaded, ids, layers, "cpu")
+    unseen = read(loaded, ids, layers, pool.store)
     trainer = Trainer(pool.at(0), options.hidden, options.rate, options.steps, options.seed, where.kind)
     if options.resume:
         resume(trainer, options)

@@ -120,14 +120,13 @@ class Sums:
     corrected: list[torch.Tensor] = field(default_factory=list)
     select_seconds: float = 0.0
     attend_seconds: float = 0.0
-    guards: list[GuardReport] = field(default_factory=list)  # one per layer; none on a GPU
+    guards: list[GuardReport] = field(default_factory=list)  # one per layer
 
     def add(self, layer: Layer, mask: BlockMask) -> None:
         """Attend under the mask, without the mean correction and with it."""
         tokens = by_tile(torch.ones(layer.query.shape[0], 1, device=layer.query.device))
-        if not layer.device.cuda:
-            guard = Guard(layer=layer.number)
-            self.guards.append(audit(layer.query, layer.key, mask, guard, softmax_scale=layer.scale))
+        guard = Guard(layer=layer.number)
+        self.guards.append(audit(layer.query, layer.key, mask, guard, softmax_scale=layer.scale))
         mask.mean_correction = False
         (out, lse), seconds = layer.device.timed(lambda: layer.attend(mask))
         self.attend_seconds += seconds

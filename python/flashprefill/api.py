@@ -332,10 +332,7 @@ def select(
             ``FlashPrefill()``.
         v: values, of k's shape. Only a policy with ``reads_values`` (:class:`VSPrefill`) needs them.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
-        causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
-            :class:`SpargeAttn`, :class:`XAttention` (this one on the CPU), :class:`Dense` and a
-            :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
-            and are refused.
+        causal: as in :func:`prefill_attention`.
         cu_seqlens_q: as in :func:`prefill_attention`.
         cu_seqlens_k: as in :func:`prefill_attention`.
         max_seqlen_q: as in :func:`prefill_attention`.

@@ -1,16 +1,18 @@
 """Gathered keys on a GPU: attention over lists beside blocks, and the operator at equal recall.
 
-    python3 bench/cuda/gather_bench.py [--tokens 32768,65536,131072] [--sharp 1,2] [--out FILE]
+    python3 bench/cuda/gather_bench.py [--tokens 32768,65536,131072] [--sharp 1,2] [--runs 256,1] [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs are operator_bench.py's, queries times
-`sharp`. Recall is the share of exact attention that a mask keeps, over sampled rows of all heads outside the
-dense tail: mean and 5th percentile. For each length first attention alone over lists of ranked keys, lists of
-neighbouring keys and blocks, as many keys each; then select, attend and operator for some values of each
-method's parameter, and the operator at equal recall by interpolation. Calls are captured in CUDA graphs
-and timed with events, by turns, medians.
+`sharp`. Topics of keys come in runs: of 256 keys, which suits blocks, or of 1, so that a topic's keys lie
+scattered, as in many heads of real models. Recall is the share of exact attention that a mask keeps, over
+sampled rows of all heads outside the dense tail: mean and 5th percentile. For each length first attention
+alone over lists of ranked keys, lists of neighbouring keys and blocks, as many keys each; then select, attend
+and operator for some values of each method's parameter, and the operator at equal recall by interpolation.
+Calls are captured in CUDA graphs and timed with events, by turns, medians.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 
@@ -125,9 +127,9 @@ def tuned_blocks(q, k, density):
     return fp.FlashPrefill(alpha=(low + high) / 2, query_pool=16, share_heads=True)
 
 
-def operators(tokens, sharp, turns):
+def operators(tokens, sharp, run, turns):
     """Every method's values: recall, density, times."""
-    q, k, v = inputs(tokens)
+    q, k, v = inputs(tokens, run)
     q = (q * sharp).to(q.dtype)
     rows = []
     for name, policies in METHODS.items():
@@ -141,6 +143,7 @@ def operators(tokens, sharp, turns):
                 {
                     "tokens": tokens,
                     "sharp": sharp,
+                    "run": run,
                     "name": name,
                     "policy": repr(policy),
                     "density": mask.density,
@@ -185,6 +188,7 @@ def main():
     )
     parser.add_argument("--tokens", default="32768,65536,131072")
     parser.add_argument("--sharp", default="1,2")
+    parser.add_argument("--runs", default="256,1", help="keys of a topic that lie together")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", choices=("attend", "operator"))
     parser.add_argument("--out")
@@ -199,11 +203,15 @@ def main():
                     flush=True,
                 )
                 rows.append(row)
-            for sharp in map(float, arguments.sharp.split(",") if arguments.only != "attend" else []):
-                some = operators(tokens, sharp, arguments.turns)
+            if arguments.only == "attend":
+                continue
+            for sharp, run in itertools.product(
+                map(float, arguments.sharp.split(",")), map(int, arguments.runs.split(","))
+            ):
+                some = operators(tokens, sharp, run, arguments.turns)
                 for row in some:
                     print(
-                        f"{tokens:7d} x{sharp:g} {row['policy']:70.70s} {row['density']:.4f} "
+                        f"{tokens:7d} x{sharp:g} run {run} {row['policy']:70.70s} {row['density']:.4f} "
                         f"recall {row['recall']:.3f} {row['recall_p05']:.3f} select {row['select_ms']:.3f} "
                         f"attend {row['attend_ms']:.3f} operator {row['ms']:.3f} ms, "
                         f"{row['overflowed']} overflow, {row['clock_mhz']} MHz",

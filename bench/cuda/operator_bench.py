@@ -25,8 +25,8 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 DENSITY = {1024: 1.0, 2048: 0.9, 4096: 0.74, 8192: 0.53, 16384: 0.33, 32768: 0.18, 65536: 0.09, 131072: 0.047}
 
 
-def inputs(tokens):
-    """q, k, v on the device, [tokens, heads, dim], with topics of 256 tokens."""
+def inputs(tokens, run=256):
+    """q, k, v on the device, [tokens, heads, dim], with topics of `run` keys that lie together."""
     make = torch.Generator("cuda").manual_seed(tokens)
     topics = torch.randn(64, DIM, generator=make, device="cuda")
 
@@ -38,7 +38,7 @@ def inputs(tokens):
         return topics[which.repeat_interleave(run, 0)]
 
     q = noise(HEADS) + 0.5 * topic(HEADS, 128)
-    k = noise(KV_HEADS) + 0.5 * topic(KV_HEADS, 256)
+    k = noise(KV_HEADS) + 0.5 * topic(KV_HEADS, run)
     return [x.bfloat16() for x in (q, k, noise(KV_HEADS))]
 
 

@@ -1,15 +1,15 @@
 """Selection alone on a GPU, and the attend kernel's share of an operator over even lists of blocks.
 
-    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --strided] [--out FILE]
+    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --pooled | --strided] [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs and thresholds as operator_bench.py
 makes them. Calls are captured in CUDA graphs, several in one timing so that the host's launches are not
 measured, medians. A graph of a selection holds ten calls into one mask, whose zeros are not made again. "even
 lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as large a
 share of what it sees, however the made-up text spreads its topics. --alone leaves all but selections out, so
-that they run on a cooler chip. --strided is XAttention and RRAttention next to FlashPrefill instead,
-thresholds tuned to one density, and cuDNN's dense attention; a graph of a selection holds one call there,
-zeros with it.
+that they run on a cooler chip. --pooled are the methods of pooled or sampled rows, alone. --strided is
+XAttention and RRAttention next to FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense
+attention; a graph of a selection holds one call there, zeros with it.
 """
 
 import argparse
@@ -123,20 +123,33 @@ def measure_strided(tokens, turns):
     ]
 
 
-def measure(tokens, turns, alone):
+def measure(tokens, turns, alone, of_pooled_rows):
     """All rows of one length."""
     q, k, v = inputs(tokens)
     pooled = tuned(q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), DENSITIES[tokens])
-    policies = {
+    of_pooled = {
         "query_pool=16": pooled,
-        "query_pool=1": fp.FlashPrefill(alpha=pooled.alpha),
-        "shared, query_pool=16": fp.FlashPrefill(alpha=pooled.alpha, query_pool=16, share_heads=True),
-        "Sketch by alpha": fp.Sketch(mass=None, alpha=pooled.alpha),
-        "Sketch by mass": fp.Sketch(),
-        "Sketch by gain": fp.Sketch(gain=0.0025),
-        "Sketch by mass, query_metric": fp.Sketch(query_metric=True),
-        "Streaming": fp.Streaming(),
+        "Prism": fp.Prism(),
+        "SpargeAttn, cdf": fp.SpargeAttn(similarity=0.1, cdf=0.9),
+        "SpargeAttn, topk": fp.SpargeAttn(cdf=None, topk=DENSITIES[tokens]),
+        "SampleAttention": fp.SampleAttention(),
+        "MInference, block-sparse": fp.MInference(heads=[("block_sparse", 100, 0)] * HEADS),
+        "MInference": fp.MInference(),
     }
+    policies = (
+        of_pooled
+        if of_pooled_rows
+        else {
+            "query_pool=16": pooled,
+            "query_pool=1": fp.FlashPrefill(alpha=pooled.alpha),
+            "shared, query_pool=16": fp.FlashPrefill(alpha=pooled.alpha, query_pool=16, share_heads=True),
+            "Sketch by alpha": fp.Sketch(mass=None, alpha=pooled.alpha),
+            "Sketch by mass": fp.Sketch(),
+            "Sketch by gain": fp.Sketch(gain=0.0025),
+            "Sketch by mass, query_metric": fp.Sketch(query_metric=True),
+            "Streaming": fp.Streaming(),
+        }
+    )
     made = {f"select, {name}": graph_of_selections(q, k, policy) for name, policy in policies.items()}
     graphs = {name: graph for name, (graph, _) in made.items()}
     inside = dict.fromkeys(graphs, CALLS)
@@ -179,6 +192,7 @@ def main():
     parser.add_argument("--tokens", default=",".join(map(str, DENSITIES)))
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--alone", action="store_true", help="selections and nothing else")
+    parser.add_argument("--pooled", action="store_true", help="methods of pooled or sampled rows, alone")
     parser.add_argument("--strided", action="store_true", help="XAttention and RRAttention")
     parser.add_argument("--out")
     arguments = parser.parse_args()
@@ -190,7 +204,7 @@ def main():
             for row in (
                 measure_strided(tokens, arguments.turns)
                 if arguments.strided
-                else measure(tokens, arguments.turns, arguments.alone)
+                else measure(tokens, arguments.turns, arguments.alone or arguments.pooled, arguments.pooled)
             ):
                 rows.append(row)
                 rate = f" {row['tflops']:6.1f} TFLOP/s" if "tflops" in row else ""

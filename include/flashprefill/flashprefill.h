@@ -84,7 +84,7 @@ typedef struct fp_tensor {
  *
  * causal is aligned bottom-right: query row i of a sequence with Lq rows and Lk keys sits at position P + i, P = Lk -
  * Lq, and sees the keys at positions 0 .. P + i. P must not be negative. Without causal every row sees every key;
- * then dense, xattention and spargeattn select (the last two on FP_CPU), and window_blocks may be at most 1 and
+ * then dense, xattention (on FP_CPU) and spargeattn select, and window_blocks may be at most 1 and
  * dense_tail_blocks 0, since there is no diagonal to count them from.
  *
  * On FP_CUDA q, k, v, out, masks, workspaces and the four index arrays are device memory; on FP_CPU all is host memory.
@@ -156,7 +156,7 @@ typedef enum fp_guard_outcome {
   FP_GUARD_LOW = 4       /* it keeps too little, and was left as it is (observe) */
 } fp_guard_outcome;
 
-/* The guard: it measures how much of the attention a mask keeps, and may act on it. CPU problems only.
+/* The guard: it measures how much of the attention a mask keeps, and may act on it.
  *
  * The *recall* of a query row is the share of its softmax that lies on keys which the mask keeps, without its mean
  * correction. An *audit* computes it exactly, for a sample of rows: those of a head whose tile leaves something out, in
@@ -167,8 +167,8 @@ typedef enum fp_guard_outcome {
  * A head keeps too little if recall_low is below target, or if more than 1 in 20 of its audited rows have a recall
  * below 0.5. After a repair all heads are audited once more, with rows drawn afresh, and these are reported.
  *
- * The arrays are the caller's, in host memory; any of them may be NULL. Heads are query heads. With share_heads a KV
- * head's query heads are repaired together, as they have one list. */
+ * The arrays are the caller's, device memory on FP_CUDA, else host memory, or NULL. Heads are query heads; those that
+ * share a list are repaired together. On FP_CUDA, where nothing is read back, FP_GUARD_REPAIR always selects twice. */
 typedef struct fp_guard {
   uint32_t struct_size;
   int32_t mode;  /* fp_guard_mode */
@@ -179,7 +179,7 @@ typedef struct fp_guard {
   float risk;   /* in (0, 1): the probability with which a certificate may be wrong */
   /* What is learned from call to call, [q_heads], from 0 on; NULL: nothing. Of repair and strict. A head whose level is
    * x is selected for with 4^x times the budget (gain / 4^x, 1 - (1 - mass) / 4^x, ...). A head that keeps too little
-   * rises by 1, up to 4; a head that keeps enough sinks by a tenth. */
+   * rises by 1, up to 4; a head that keeps enough sinks by a tenth. On FP_CPU. */
   float* levels;
   float* recall;         /* [batch, q_heads]: mean over the rows whose tile leaves something out */
   float* recall_low;     /* [batch, q_heads]: one-sided lower bound at 95 %, approximate */

@@ -126,7 +126,7 @@ typedef struct fp_minference_head {
 
 typedef enum fp_rounding {
   FP_ROUND_BLOCKS = 0, /* columns and diagonals become the blocks that hold some of them */
-  FP_ROUND_TOKENS = 1  /* they stay tokens: the mask's verticals and slashes. Without mean_correction; on FP_CPU */
+  FP_ROUND_TOKENS = 1  /* they stay tokens: the mask's verticals and slashes; on FP_CUDA blocks. No mean_correction */
 } fp_rounding;
 
 typedef struct fp_minference {

@@ -84,9 +84,14 @@ def refuse_overlap(out: Any, **inputs: Any) -> None:
             refuse("out", f"in the same memory as {name}", "memory of its own")
 
 
+def on_cuda(x: Any) -> bool:
+    """Return whether an array is in a GPU's memory."""
+    return not is_numpy(x) and x.device.type == "cuda"
+
+
 def _cuda_reads(x: Any) -> Any:
     """Return x, or a contiguous copy if its rows are not contiguous or not 16-byte aligned, as CUDA wants."""
-    if is_numpy(x) or x.device.type != "cuda":
+    if not on_cuda(x):
         return x
     *others, column = x.stride()
     size = x.element_size()

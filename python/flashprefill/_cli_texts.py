@@ -173,10 +173,10 @@ then, in Python or wherever a policy is written:
 
 ADAPTER = """\
 Teach a model to answer from prompts that are longer than it was trained for, so that policies can be judged
-there: its rotary base is scaled, and a low-rank adapter of its attention (LoRA) learns to find needles, pairs,
-variables and frequent words in long texts. Texts are those of this machine. The adapter is a folder of a few
-MB that PEFT reads too. Needles in a text that was not learnt from are counted at the beginning and at every
-save; a run that was stopped goes on with --resume.
+there: its rotary base is scaled, and a low-rank adapter of its attention (LoRA) learns to find needles,
+pairs, variables and frequent words in long texts. Texts are those of this machine. The adapter is a folder
+of a few MB that PEFT reads too. Needles in a text that was not learnt from are counted at the beginning and
+at every save; a run that was stopped goes on with --resume.
 """
 
 ADAPTER_EXAMPLES = """\

@@ -10,22 +10,24 @@ import numpy as np
 from . import _timings
 from ._layout import Layout, ceil_div
 from ._ops import ops_of
-from .errors import refuse, shown
+from .errors import UnsupportedError, refuse, shown
 from .mask import BlockMask
 from .policies import MaskPolicy
 
 
-def join_function(mask: BlockMask, policy: MaskPolicy, q: Any, k: Any, layout: Layout) -> None:
+def join_function(mask: BlockMask, policy: MaskPolicy, tensors: tuple[Any, Any, Any], layout: Layout) -> None:
     """Add the blocks that a policy's function keeps to the forced blocks of a mask, in place.
 
     Args:
         mask: the forced blocks, as ``policy.forced`` selects them.
         policy: whose function is called, once for each sequence that has queries.
-        q: the call's queries.
-        k: the call's keys.
+        tensors: the call's q, k and v. The last is not read.
         layout: where the sequences lie in them.
     """
+    q, k, _ = tensors
     ops, begin_time = mask._ops, time.perf_counter()
+    if ops.is_fp8(k):
+        raise UnsupportedError("FP8 keys are not for a MaskPolicy, whose function would miss their scales")
     starts = None if layout.cu_seqlens_k is None else ops.to_host(layout.cu_seqlens_k)
     for seq, (begin, rows, keys) in enumerate(layout.sequences(ops)):
         if rows <= 0 or keys < rows:  # the library has refused lengths that are impossible

@@ -3,17 +3,20 @@
 The scores are exact: the softmax of the last rows. Kept tokens stay in their order, and their positions are
 in q and k already, so attention over them is causal attention over fewer tokens, by any policy. Rows are
 gathered for one sequence at a time, as [kept tokens, heads, head_dim], and scattered to where they came from.
+On a GPU scores are made there, and the few numbers per token come to the host, which decides.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from typing import Any
 
 import numpy as np
 
 from . import _timings
-from ._arrays import refuse_overlap
+from ._arrays import on_cuda, refuse_overlap
 from ._layout import TILE_ROWS, Layout
 from ._prototype import _keys_of
 from .errors import UnsupportedError
@@ -30,12 +33,14 @@ def scores(q: Any, k: Any, scale: float, window: int, pool: int) -> np.ndarray:
     count for nothing.
 
     Args:
-        q: queries [tokens, heads, head_dim], NumPy or torch, in host memory.
+        q: queries [tokens, heads, head_dim], NumPy or torch, in host memory or a GPU's.
         k: keys [tokens, kv_heads, head_dim].
         scale: factor of the scores.
         window: rows.
         pool: tokens, odd.
     """
+    if on_cuda(q):
+        return _scores_on_device(q, k, scale, window, pool)
     tokens, heads = q.shape[:2]
     group, before = heads // k.shape[1], tokens - window
     result = np.zeros((heads, before))
@@ -51,6 +56,28 @@ def scores(q: Any, k: Any, scale: float, window: int, pool: int) -> np.ndarray:
         weights = np.divide(1, total, out=np.zeros(window), where=total > 0) / window
         result[h] = np.convolve(weights @ z[:, :before], ones)[pool // 2 : pool // 2 + before]
     return result
+
+
+def _scores_on_device(q: Any, k: Any, scale: float, window: int, pool: int) -> np.ndarray:
+    """Return the same of tensors in a GPU's memory, the query heads of a KV head at a time."""
+    torch = sys.modules["torch"]
+    tokens, heads = q.shape[:2]
+    group, before = heads // k.shape[1], tokens - window
+    future = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)
+    means = []
+    for kv in range(k.shape[1]):
+        rows = q[before:, kv * group : (kv + 1) * group].detach().float().transpose(0, 1)
+        z = scale * rows @ k[:, kv].detach().float().T
+        z.masked_fill_(~z.isfinite(), -math.inf)
+        z[..., before:].masked_fill_(future, -math.inf)
+        top = z.amax(-1, keepdim=True)
+        z = (z - top.masked_fill(~top.isfinite(), 0)).exp_()
+        total = z.sum(-1, keepdim=True, dtype=torch.float64)
+        weights = torch.where(total > 0, 1 / total, 0).float() / window
+        means.append((z[..., :before] * weights).sum(1, dtype=torch.float64))
+    mean = torch.cat(means)
+    pooled = torch.nn.functional.avg_pool1d(mean[:, None], pool, stride=1, padding=pool // 2)[:, 0]
+    return np.asarray(pooled.cpu().numpy())
 
 
 def kept_tokens(scored: np.ndarray, policy: TokenSparse, group: int) -> np.ndarray | None:
@@ -99,8 +126,6 @@ def prefill(
     """
     q, k, v = tensors
     out, lse = results
-    if getattr(q, "is_cuda", False):
-        raise UnsupportedError(f"{policy.kind}: tokens are dropped on the CPU only")
     if not layout.causal:
         raise UnsupportedError(f"{policy.kind} takes causal attention only")
     heads = q.shape[-2]
@@ -150,16 +175,21 @@ def _attend(
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     begin_time = time.perf_counter()
     tokens = None
+
+    def index(x: np.ndarray) -> Any:
+        there = ops.from_host(x)
+        return there.to(q.device) if on_cuda(q) else there
+
     if fallback == SELECTED:
         scored = scores(q, k, options["softmax_scale"], policy.window, policy.pool)
         tokens = kept_tokens(scored, policy, group)
     where = None
     if tokens is not None:
         each = np.repeat(tokens, heads // len(tokens), axis=0).T
-        where = ops.from_host(np.ascontiguousarray(each)), ops.from_host(np.arange(heads))
+        where = index(np.ascontiguousarray(each)), index(np.arange(heads))
         kv = each if len(tokens) == heads else np.ascontiguousarray(tokens.T)
         of_kv = np.arange(heads) // group if len(tokens) == heads else np.arange(len(tokens))
-        from_kv = ops.from_host(np.ascontiguousarray(kv)), ops.from_host(of_kv)
+        from_kv = index(np.ascontiguousarray(kv)), index(of_kv)
         q, k, v = q[where], k[from_kv], v[from_kv]
     timings = _timings.active()
     if timings is not None:

@@ -17,6 +17,7 @@ from ._axes import as_given, heads_first, swapped
 from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
 from ._given_mask import fitting, places_of_mask
 from ._layout import Layout, check_bool, layout_of
+from ._lines import join_lines, selects_in_torch
 from ._ops import ops_of
 from ._prototype import join_function
 from ._reused import mask_of
@@ -53,13 +54,10 @@ def _select(
         raise UnsupportedError(
             f"{policy.kind} drops tokens and has no mask: it is for prefill_attention alone"
         )
-    if isinstance(policy, MaskPolicy):
-        if ops.is_fp8(k):
-            raise UnsupportedError(
-                "FP8 keys are not for a MaskPolicy, whose function would miss their scales"
-            )
+    if isinstance(policy, MaskPolicy) or selects_in_torch(policy, k):
         mask = _select(ops, q, k, layout, policy.forced, final_chunk, shared)
-        ops.in_python(join_function, mask, policy, q, k, layout)
+        join = join_function if isinstance(policy, MaskPolicy) else join_lines
+        ops.in_python(join, mask, policy, (q, k, v), layout)
         return mask
     mask = BlockMask._for_policy(ops, q, k, layout, policy)
     ops.select(
@@ -183,7 +181,7 @@ def prefill_attention(
             ``FlashPrefill()``.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
-            :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
+            :class:`SpargeAttn`, :class:`XAttention` (this one on the CPU), :class:`Dense` and a
             :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
             and are refused.
         cu_seqlens_q: cumulative query lengths of packed sequences, [batch + 1], integers of any kind.
@@ -266,7 +264,7 @@ def prefill_attention(
         stats = ops.in_python(
             _tokens.prefill, ops, (q, k, v), (out, lse), policy, places, final_chunk, shared
         )
-    elif isinstance(policy, (MaskPolicy, Reuse)):
+    elif isinstance(policy, (MaskPolicy, Reuse)) or selects_in_torch(policy, k):
         values = v if policy.reads_values else None
         mask = _select(ops, q, k, places, policy, final_chunk, shared, values)
         if report is not None:
@@ -332,7 +330,7 @@ def select(
         v: values, of k's shape. Only a policy with ``reads_values`` (:class:`VSPrefill`) needs them.
         softmax_scale: factor of the scores; the default is head_dim**-0.5.
         causal: False: every query sees every key, as in encoders and in image or video diffusion. Then
-            :class:`XAttention`, :class:`SpargeAttn` (both on the CPU), :class:`Dense` and a
+            :class:`SpargeAttn`, :class:`XAttention` (this one on the CPU), :class:`Dense` and a
             :class:`MaskPolicy` select; a window of more than one block and a dense tail have no meaning
             and are refused.
         cu_seqlens_q: as in :func:`prefill_attention`.

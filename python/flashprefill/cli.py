@@ -303,7 +303,9 @@ def _add_train_adapter(verbs: Any) -> None:
     what = "the rotary base (default: the model's, times twice the growth of its context)"
     add("--base", type=float, metavar="X", help=what)
     add("--rank", type=int, default=16, metavar="N", help="of the adapter (default: 16)")
-    add("--alpha", type=float, default=32.0, metavar="X", help="its scale is this over the rank (default: 32)")
+    add(
+        "--alpha", type=float, default=32.0, metavar="X", help="its scale is this over the rank (default: 32)"
+    )
     add("--rate", type=float, default=1e-3, metavar="X", help="peak learning rate (default: 0.001)")
     what = "needles that are looked for at each save, at three lengths (default: 10)"
     add("--needles", type=int, default=10, metavar="N", help=what)
@@ -361,7 +363,18 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "eval":
         from .apps.eval import run as evaluation
 
-        same = ("model", "adapter", "device", "dtype", "threads", "lengths", "samples", "seed", "text", "data")
+        same = (
+            "model",
+            "adapter",
+            "device",
+            "dtype",
+            "threads",
+            "lengths",
+            "samples",
+            "seed",
+            "text",
+            "data",
+        )
         same += ("last_token", "max_tokens", "chat", "stretch", "fresh", "out")
         chosen = {name: given[name] for name in same}
         evaluation.run(

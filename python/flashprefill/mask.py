@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from . import _key_lists, _numpy_ops
+from ._arrays import on_cuda
 from ._layout import TILE_ROWS, Layout, ceil_div, check_bool, tile_tokens_of
 from ._ops import ops_of
 from .errors import refuse, refuse_type, shown
@@ -96,7 +97,7 @@ class BlockMask:
         tile_tokens = tile_tokens_of(policy.share_heads, q.shape[-2] // k.shape[-2])
         heads = k.shape[-2] if policy.share_heads else q.shape[-2]
         shape = layout.mask_shape(heads, tile_tokens, policy.block_size)
-        room = policy._vertical_slash_room(layout.max_seqlen_k)
+        room = (0, 0) if on_cuda(q) else policy._vertical_slash_room(layout.max_seqlen_k)
         list_room, segment_tiles = policy._key_list_room(layout.max_seqlen_k, tile_tokens)
         segment_rows = _key_lists.rows_of(layout, segment_tiles * tile_tokens)
         return cls(

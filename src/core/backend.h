@@ -44,7 +44,8 @@ struct Backend {
   // one of the backend's own.
   size_t (*audit_workspace)(const Problem&, const BlockMask&, const Exec&, int64_t rows);
   void (*audit)(const Problem&, const BlockMask&, const Exec&, std::span<AuditRow> rows, void* workspace);
-  // The guard of a mask that somebody gave, where core cannot look at what it finds (core/guard.h); prefill has its own.
+  // The guard of a mask that somebody gave, where core cannot look at what it finds (core/guard.h); prefill has its
+  // own.
   size_t (*guard_workspace)(const Problem&, const BlockMask&, const Exec&) = nullptr;
   void (*guard)(const Problem&, BlockMask&, const Exec&, void* workspace) = nullptr;
 };

@@ -165,6 +165,7 @@ int32_t FallbackOf(const Problem& p, const Geometry& g, const Policy& policy, co
 
 VerticalSlashRoom VerticalSlashRoomOf(const Problem& p, const Policy& policy) {
   const Method& method = MethodOf(policy);
+  if (p.device == FP_CUDA) return {}; // attention over single keys of a slash is the CPU's: they become blocks
   return method.vertical_slash_room ? method.vertical_slash_room(p, policy) : VerticalSlashRoom{};
 }
 

@@ -40,7 +40,7 @@ struct Method {
   void (*check_problem)(const Policy&, const Problem&) = nullptr;              // fields against the problem
   bool (*keeps_everything)(const Policy&) = nullptr;                           // whatever the scores are: a share of 1
   bool (*too_short)(const Problem&, const Policy&, const Sequence&) = nullptr; // to select for
-  VerticalSlashRoom (*vertical_slash_room)(const Problem&, const Policy&) = nullptr;
+  VerticalSlashRoom (*vertical_slash_room)(const Problem&, const Policy&) = nullptr; // on the CPU
   KeyListRoom (*key_list_room)(const Problem&, const Policy&) = nullptr;
   float (*skip)(const Policy&) = nullptr; // of fp_block_mask
 };

@@ -3,6 +3,7 @@
 #include "core/backend.h"
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 
 #include "core/error.h"
@@ -108,8 +109,8 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
   };
   same("k.dtype", p.k.dtype);
   same("v.dtype", p.v.dtype);
-  if (policy && !p.causal && !flashprefill::KeepsEverything(*policy)) {
-    Refuse("causal", 0, "1 on CUDA, where no policy selects without causality", FP_UNSUPPORTED);
+  if (policy && !p.causal && !SelectorFor(*policy).without_causal) {
+    Refuse("causal", 0, "1 with this policy on CUDA: it does not select without causality there", FP_UNSUPPORTED);
   }
   if (p.final_chunks && policy && p.batch > kMaxFinalChunks) {
     SelectorFor(*policy); // first: whether there is one at all
@@ -210,7 +211,7 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
     return SelectorFor(by).select(p, by, gpu, correction, scratch, &target);
   };
   const Means means = select(policy, mask);
-  if (guard) guard->Run(StreamOf(exec), select);
+  if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
   const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
   CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
 }

@@ -41,6 +41,8 @@ struct Selector {
   int (*dense_up_to_keys)(const Gpu&) = nullptr;
   // Whether blocks are kept for their scores. If not, tiles keep equally many but for those of a dense tail.
   bool scores = true;
+  // Whether it selects too where every query sees every key. If not, such a problem is refused.
+  bool without_causal = false;
 };
 
 // Null for a method without CUDA kernels.

@@ -1,7 +1,7 @@
 """The guard on a GPU against the CPU's, for the same mask, on every target.
 
-Both draw the same rows and add up in fp32, so recalls agree to a few units of 1e-5; what they hold of the true
-recall the CPU's tests say. The small cases are for compute-sanitizer as well: `-k small` (CONTRIBUTING.md).
+Both draw the same rows and add up in fp32, so recalls agree to a few units of 1e-5; what they are of the true
+recall the CPU's tests say. The small cases are for compute-sanitizer too: `-k small` (CONTRIBUTING.md).
 """
 
 import copy
@@ -162,7 +162,11 @@ def test_key_lists_agree_with_the_cpu(kind, share, target):
 def test_strict_agrees_with_the_cpu(goal, target):
     """The same heads are made whole, in the mask too, and audited once more."""
     for share in (False, True):
-        for make in (lambda: (inputs(700, 1500, 8, 2), {}), lambda: packed(RAGGED), lambda: paged(RAGGED, 16)):
+        for make in (
+            lambda: (inputs(700, 1500, 8, 2), {}),
+            lambda: packed(RAGGED),
+            lambda: paged(RAGGED, 16),
+        ):
             (q, k), layout = make()
             mask = random_mask(q, k, 64, share, 0.7, **layout)
             compare(q, k, mask, fp.Guard("strict", goal), target, **layout)
@@ -286,7 +290,7 @@ def test_what_has_no_budget_becomes_dense(target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mode", ["observe", "strict", "repair"])
 def test_a_graph_replays_with_other_inputs(mode, target):
-    """A captured call audits and repairs what it finds at each replay, and its bits are the same every time."""
+    """A captured call audits and repairs what it finds at each replay, with the same bits every time."""
     policy, guard = fp.FlashPrefill(alpha=0.6, query_pool=16, **LOW), fp.Guard(mode, target=0.8)
     q, k, v = operands()
 

@@ -1,4 +1,4 @@
-"""train-adapter: its sequences, that it learns and goes on where it stopped, that its file is read everywhere."""
+"""train-adapter: its sequences, that it learns, goes on where it stopped, and is read everywhere."""
 
 import json
 import random
@@ -11,7 +11,6 @@ pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("safetensors")
 
 import demo_model  # noqa: E402
-
 import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
 from flashprefill.apps import models  # noqa: E402
@@ -37,7 +36,7 @@ def maker():
 
 @pytest.mark.parametrize("kind", list(tasks.KINDS))
 def test_sequences(maker, kind):
-    """They are of the length asked for, all that is learnt stands in the facts before, and the draw decides."""
+    """Of the length asked for, the same for one draw; all that is learnt stands in the facts before."""
     for number in range(12):
         tokens = 4000 + 37 * number
         made = maker.make(random.Random(number), tokens, kind)

@@ -98,7 +98,7 @@ def test_bench(tmp_path, capsys):
     assert 0 < sketch["select_seconds"] < sketch["seconds"]["median"]
     printed = capsys.readouterr().out
     assert "TFLOP/s" in printed and f"SDPA picks {picked}" in printed
-    assert cli.main(["bench", "--device", "cuda", "--policy", "prism", "--shape", "8/2x64x8K"]) == 2
+    assert cli.main(["bench", "--device", "cuda", "--policy", "s2o", "--shape", "8/2x64x8K"]) == 2
     assert "selects on the CPU only" in capsys.readouterr().err
 
 
@@ -117,12 +117,12 @@ def test_lab_has_every_method(model, tmp_path, capsys):
         for point in curve["points"]:
             assert 0 < point["density"] <= 1 and 0 < point["recall"] <= 1.0001 and point["error"] >= 0
     where = {curve["method"]: curve["selected_on"] for curve in text["methods"]}
-    assert where["flashprefill"] == where["xattention"] == where["minference"] == "cuda"
-    assert where["prism"] == where["spargeattn"] == "cpu" and where["oracle"] is None
+    on_device = ("flashprefill", "xattention", "minference", "prism", "spargeattn", "sampleattention")
+    assert all(where[name] == "cuda" for name in on_device) and where["oracle"] is None
     by_label = {row["label"]: row for row in text["times"]}
-    assert by_label["Prism"]["seconds"] is None and by_label["Prism"]["select_seconds"] > 0
+    assert by_label["Prism"]["seconds"] > by_label["Prism"]["select_seconds"] > 0
     assert by_label["Sketch, mass"]["seconds"] > by_label["Sketch, mass"]["select_seconds"] > 0
-    assert "on the CPU" in capsys.readouterr().out
+    capsys.readouterr()
     assert torch.cuda.get_device_name() in (out / "report.html").read_text()
     again = [
         "lab",

@@ -236,16 +236,6 @@ def test_interleaved_heads():
     assert torch.equal(out[:, :, order], straight)
 
 
-def test_what_it_does_not_do_it_says():
-    q, k, v = (x.cuda() for x in data(1500, 1500, 2, 2, 64, torch.bfloat16))
-    for policy, words in (
-        (fp.MInference(vertical=40, slash=120, rounding="tokens"), "rounding by tokens"),
-        (fp.MInference(heads=[("block_sparse", 10, 0), ("stream_llm", 9, 9)]), "block_sparse"),
-    ):
-        with pytest.raises(fp.UnsupportedError, match=words):
-            fp.select(q, k, policy)
-
-
 def test_keys_that_the_kernels_cannot_read_are_packed_anew():
     q, k, _ = (x.cuda() for x in data(1500, 1500, 2, 2, 64, torch.bfloat16))
     odd = torch.cat([k, k[..., :4]], -1)[..., :64]  # rows of 136 bytes

@@ -23,6 +23,7 @@ from flashprefill import cli  # noqa: E402
 from flashprefill.apps import models, spec  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 from flashprefill.apps.eval import draw, figures, harness, ruler, run, suites  # noqa: E402
+from flashprefill.apps.eval.model import Job  # noqa: E402
 
 # From the first samples of each task, made by lm-eval 0.4.13 and wonderwords 3.0.1 with a tokenizer that
 # splits at spaces.
@@ -216,21 +217,24 @@ def test_dense_and_keep_all_are_the_stock_model(ours, stock, policy, last_token)
         assert a == pytest.approx(b, abs=2e-3) and greedy_a == greedy_b
 
 
-def test_a_batch_of_methods_answers_as_each_alone(ours):
+@pytest.mark.parametrize("prompts", [PROMPTS[2:], PROMPTS], ids=["one length", "three lengths"])
+def test_a_batch_answers_as_each_alone(ours, prompts):
     policies = [
         None,
         fp.FlashPrefill(alpha=0.0, dense_tail_blocks=0),
         spec.parse_policy(HALF),
         fp.Streaming(),
     ]
-    lm, request = ours(), asked(PROMPTS[2:])[0]
-    together = lm.answer_together(request, policies)
+    lm = ours()
+    jobs = [Job(request, policy, True) for policy in policies for request in asked(prompts)]
+    together = lm.answer_together(jobs)
     assert lm.can_batch and not ours(last_token="policy").can_batch and lm.policy is None
-    for policy, (said, reading) in zip(policies, together, strict=True):
-        lm.use(policy)
-        assert lm.generate_until([request], disable_tqdm=True) == [said]
+    assert lm.model.config._attn_implementation == "sdpa"
+    for job, (said, reading) in zip(jobs, together, strict=True):
+        lm.use(job.policy)
+        assert lm.generate_until([job.request], disable_tqdm=True) == [said]
         assert lm.reading.density == reading.density and lm.reading.tokens == reading.tokens
-    assert together[0][0] != together[2][0]
+    assert together[len(prompts) - 1][0] != together[3 * len(prompts) - 1][0]
     assert (
         lm.cache_bytes(100) == 2 * 3 * 2 * 16 * 100 * 4
     )  # K and V, layers, KV heads, head_dim, tokens, fp32
@@ -328,6 +332,43 @@ def test_a_second_run_reads_the_answers(finished, capsys, monkeypatch):
     assert before["prompts_hash"] == after["prompts_hash"]
     with pytest.raises(AssertionError, match="asked for again"):  # another policy is not on disk
         cli.main([*arguments, "--policy", "streaming"])
+
+
+def test_prompts_beside_each_other_are_answered_as_one_by_one(finished, tmp_path, monkeypatch):
+    """As on a GPU: batches of three answers of two prompts."""
+    _, arguments, whole = finished
+    monkeypatch.setattr(run, "PROMPTS_TOGETHER", {"cpu": 2})
+    monkeypatch.setattr(run, "MOST_TOGETHER", 3)
+    there = [*arguments[: arguments.index("--out")], "--out", str(tmp_path), *ARGUMENTS]
+    assert cli.main([*there, "--policy", HALF]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    texts = [{label: said["text"] for label, said in case["answers"].items()} for case in results["cases"]]
+    assert texts == [{k: said["text"] for k, said in case["answers"].items()} for case in whole["cases"]]
+    assert [case["prompt"] for case in results["cases"]] == [case["prompt"] for case in whole["cases"]]
+
+
+def test_runs_of_single_tasks_are_joined(finished, tmp_path):
+    """The joined results are those of one run over all tasks, but for the times."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    import join_eval
+
+    _, _, whole = finished
+    parts = []
+    for task in whole["settings"]["tasks"]:
+        cases = [case for case in whole["cases"] if case["task"] == task]
+        settings = whole["settings"] | {"tasks": [task], "suites": [task], "from_disk": 0}
+        rows = figures.summaries(cases, list(whole["methods"]))
+        parts.append(whole | {"cases": cases, "settings": settings, "rows": rows})
+    joined = join_eval.joined(parts)
+    assert len(parts) == 2 and joined["settings"]["tasks"] == whole["settings"]["tasks"]
+    for ours, theirs in zip(joined["rows"], whole["rows"], strict=True):
+        assert ours == theirs | {"ttft_seconds": None, "ttft_speedup": None}
+    parts[1]["settings"] = parts[1]["settings"] | {"seed": 7}
+    with pytest.raises(SystemExit, match="seed"):
+        join_eval.joined(parts)
 
 
 def test_a_run_that_was_stopped_goes_on(finished, model, prose, tmp_path, monkeypatch):

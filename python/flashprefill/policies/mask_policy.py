@@ -13,7 +13,7 @@ from ..errors import UnsupportedError, refuse, refuse_type, shown
 from .base import Policy
 from .streaming import Streaming
 
-_FORCED = (
+FORCED = (
     "sink_blocks",
     "window_blocks",
     "dense_tail_blocks",
@@ -99,7 +99,7 @@ class MaskPolicy(Policy):
     @functools.cached_property
     def forced(self) -> Streaming:
         """The policy that keeps the forced blocks alone."""
-        return Streaming(**{name: getattr(self, name) for name in _FORCED})
+        return Streaming(**{name: getattr(self, name) for name in FORCED})
 
     @property
     def name(self) -> str:

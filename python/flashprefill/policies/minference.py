@@ -54,8 +54,8 @@ class MInference(Policy):
         heads: a (pattern, a, b) for each query head, instead of vertical and slash: ("vertical_and_slash",
             verticals, slashes), ("stream_llm", first tokens, nearest tokens) or ("block_sparse", blocks, 0).
         rounding: "blocks" rounds verticals and slashes out to the blocks that hold some of them, which every
-            backend can attend to; "tokens" keeps them as they are, as published: on the CPU only, and without
-            mean_correction.
+            backend can attend to; "tokens" keeps them as they are, as published: on the CPU, for on a GPU
+            they become blocks all the same; and without mean_correction.
         block_size: keys per block; 64 are the authors' kernels'.
         sink_blocks: blocks at the beginning that are always kept.
         window_blocks: blocks before and at the diagonal that are always kept.

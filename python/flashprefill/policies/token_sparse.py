@@ -17,7 +17,9 @@ _SHARE_BELOW_1 = "at least 0 and below 1"
 
 @dataclass(frozen=True, repr=False)
 class TokenSparse(Policy):
-    """Token Sparse Attention (arXiv 2602.03216): tokens are left out before any policy selects. On the CPU.
+    """Token Sparse Attention (arXiv 2602.03216): tokens are left out before any policy selects.
+
+    On a GPU the host decides which, so a call waits for the device and can't be captured in a graph.
 
     Each query head looks at the exact softmax of its prompt's last rows, drops the tokens that hold least of
     it, and attends over the rest, queries as well as keys, by ``inner``. Rows of dropped tokens are zeros,

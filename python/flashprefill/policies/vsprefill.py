@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from .checks import check_integer
 from .dense import Dense
 from .indexer import Indexer
 from .library import DEFAULT
+from .mask_policy import FORCED
+from .streaming import Streaming
 from .weights import UNBOUND, number_of
 
 _MAX_LAYER = 1 << 20
@@ -104,6 +107,11 @@ class VSPrefill(Policy):
             return text
         number = UNBOUND if self.layer is None else number_of(self.weights, self.layer)
         return f"{text.removesuffix(')')}, indexer={number})"
+
+    @functools.cached_property
+    def forced(self) -> Streaming:
+        """The policy that keeps the forced blocks alone."""
+        return Streaming(**{name: getattr(self, name) for name in FORCED})
 
     def at_layer(self, layer: int) -> Policy:
         """Return the policy for one layer of a model: dense attention for a layer without weights."""

@@ -13,7 +13,7 @@
 namespace flashprefill::methods::gather {
 namespace {
 
-constexpr int64_t kCodeBytes = int64_t{256} << 20; // of a round, unless one slot needs more
+constexpr int64_t kCodeBytes = int64_t{512} << 20; // of a round, unless one slot needs more
 constexpr int64_t kWantedCtas = 6336; // of sums: 16 for each place of 132 multiprocessors with room for three
 constexpr int64_t kLeastChunk = 512, kMostChunk = 8192, kMostChunks = 128; // keys; of a sequence
 constexpr int64_t kMostCodeChunk = 2048;                                   // of codes, of which a round has few slots

@@ -1,8 +1,10 @@
 // MInference on CUDA: the best verticals and slashes of tokens of vertical-slash heads, first and nearest tokens of
-// A-shape heads.
+// A-shape heads, and for block-sparse heads the best blocks of each block of query rows, whose bits come first.
+// Verticals and slashes become blocks, whichever rounding is asked for: attention over single ones is the CPU's.
 #include <limits>
 #include <numeric>
 
+#include "cuda/common/pooled/plan.h"
 #include "cuda/common/vertical_slash/plan.h"
 #include "methods/minference/patterns.h"
 
@@ -14,8 +16,10 @@ int64_t DenseUpToKeys(const Problem& p, const fp_minference& m) {
   int64_t least = std::numeric_limits<int32_t>::max();
   for (int h = 0; h < PatternCount(m, p); ++h) {
     const fp_minference_head head = PatternOf(m, h);
-    const bool fixed = head.pattern == FP_A_SHAPE;
-    least = std::min(least, fixed ? int64_t{head.a} + head.b : std::max(VerticalsOf(head), SlashesOf(head)));
+    const int64_t all = head.pattern == FP_A_SHAPE        ? int64_t{head.a} + head.b
+                        : head.pattern == FP_BLOCK_SPARSE ? int64_t{head.a} * m.common.block_size
+                                                          : std::max(VerticalsOf(head), SlashesOf(head));
+    least = std::min(least, all);
   }
   return least;
 }
@@ -24,25 +28,22 @@ class Plan {
  public:
   static Plan Of(const Problem& p, const Policy& policy, const cuda::Gpu& gpu) {
     const auto& m = reinterpret_cast<const fp_minference&>(policy);
-    return {m, cuda::VerticalSlashPlan::Of(p, policy, gpu, static_cast<int>(kRows), DenseUpToKeys(p, m))};
+    return {m, cuda::VerticalSlashPlan::Of(p, policy, gpu, static_cast<int>(kRows), DenseUpToKeys(p, m)),
+            cuda::PooledPlan::Of(p, policy, gpu, policy.block_size, 1)};
   }
 
   const char* Unsupported() const {
     if (const char* unsupported = family_.Unsupported()) return unsupported;
-    if (policy_.rounding == FP_ROUND_TOKENS) return "MInference's rounding by tokens is for the CPU: give blocks";
     if (policy_.head_count > cuda::kMaxTableHeads) return "MInference takes a list of at most 256 heads on CUDA";
-    for (int h = 0; h < Patterns(); ++h) {
-      if (PatternOf(policy_, h).pattern == FP_BLOCK_SPARSE) {
-        return "MInference's block_sparse heads select on the CPU only";
-      }
-    }
-    return nullptr;
+    return HasBlockSparse() ? pooled_.Unsupported() : nullptr;
   }
 
   void Take(Workspace& workspace, bool correction) {
     const int phases = policy_.common.block_size / PhaseStep();
-    family_.Take(workspace, correction, false, phases, family_.block_room + cuda::kCrossingsBefore);
-    means = family_.means;
+    const bool pools = HasBlockSparse() && !family_.keeps_everything; // which makes the means too
+    if (pools) pooled_.Take(workspace, correction);
+    family_.Take(workspace, correction && !pools, false, phases, family_.block_room + cuda::kCrossingsBefore);
+    means = pools ? pooled_.means : family_.means;
     if (family_.keeps_everything) return;
     vertical_tokens_ = workspace.Take<uint32_t>(family_.heads * family_.token_words);
     slash_tokens_ = workspace.Take<uint32_t>(family_.heads * family_.token_words);
@@ -55,12 +56,15 @@ class Plan {
     mask.slash_tokens = slash_tokens_;
     mask.phase_step = PhaseStep();
     mask.table = HasTable();
+    cuda::PooledKeepArgs keep = pooled_.Keep(target);
     bool any_sums = false;
     for (int h = 0; h < Patterns(); ++h) {
       const fp_minference_head head = PatternOf(policy_, h);
-      const bool needs_sums = head.pattern == FP_VERTICAL_SLASH;
+      const bool needs_sums = head.pattern == FP_VERTICAL_SLASH, block_sparse = head.pattern == FP_BLOCK_SPARSE;
       any_sums |= needs_sums;
-      mask.pattern[h] = needs_sums ? cuda::kVerticalSlash : cuda::kAShape;
+      mask.pattern[h] = needs_sums ? cuda::kVerticalSlash : block_sparse ? cuda::kGivenBits : cuda::kAShape;
+      keep.numbers[h] = head.a;
+      if (!block_sparse) keep.shape.skipped[h / 64] |= uint64_t{1} << (h % 64);
       mask.first[h] = head.a;
       mask.nearest[h] = head.b;
       if (!needs_sums && HasTable()) sums.skipped[h / 64] |= uint64_t{1} << (h % 64);
@@ -69,13 +73,36 @@ class Plan {
       if (cudaError_t error = cuda::LaunchSums(sums, family_.gpu, target.stream)) return error;
       if (cudaError_t error = cuda::LaunchTokenChoice(Choice(sums), target.stream)) return error;
     }
+    if (!family_.keeps_everything && HasBlockSparse()) {
+      if (cudaError_t error = LaunchBlockSparse(keep, target.stream)) return error;
+    }
     return cuda::LaunchVerticalSlashMask(mask, target.stream);
   }
 
   cuda::Means means;
 
  private:
-  Plan(const fp_minference& policy, const cuda::VerticalSlashPlan& family) : policy_(policy), family_(family) {}
+  Plan(const fp_minference& policy, const cuda::VerticalSlashPlan& family, const cuda::PooledPlan& pooled)
+      : policy_(policy), family_(family), pooled_(pooled) {}
+
+  bool HasBlockSparse() const {
+    for (int h = 0; h < Patterns(); ++h) {
+      if (PatternOf(policy_, h).pattern == FP_BLOCK_SPARSE) return true;
+    }
+    return false;
+  }
+
+  // The bits of block-sparse heads, without forced blocks.
+  cudaError_t LaunchBlockSparse(cuda::PooledKeepArgs& keep, cudaStream_t stream) const {
+    keep.shape.rules.dense_up_to_keys = family_.shape.rules.dense_up_to_keys;
+    keep.rule = cuda::PooledRule::kNumber;
+    keep.choice_alone = true;
+    keep.fallback = nullptr; // the mask's kernel writes these
+    keep.attend_counter = nullptr;
+    if (cudaError_t error = pooled_.LaunchKeyMeans(nullptr, stream)) return error;
+    if (cudaError_t error = cuda::LaunchPooledRows(keep.shape, stream)) return error;
+    return pooled_.LaunchRounds(keep, stream);
+  }
 
   bool HasTable() const { return policy_.head_count > 0; }
   int Patterns() const { return static_cast<int>(PatternCount(policy_, family_.p)); }
@@ -106,6 +133,7 @@ class Plan {
 
   fp_minference policy_;
   cuda::VerticalSlashPlan family_;
+  cuda::PooledPlan pooled_; // of block-sparse heads; without scratch memory where there are none
   uint32_t *vertical_tokens_ = nullptr, *slash_tokens_ = nullptr; // scratch memory
 };
 

@@ -83,7 +83,7 @@ class Selection {
     const int64_t blocks = call_.g.Blocks(s);
     float* verticals = SumsOf(frame, s, unit);
     std::fill_n(verticals, 2 * blocks, 0.f);
-    const RowSample sample = RowSample::Of(policy_, s);
+    const RowSample sample = SampleOf(policy_, s);
     for (int64_t panel = unit % kPairs; panel < sample.segments * panels_per_segment_; panel += kPairs) {
       const int64_t segment = panel / panels_per_segment_;
       const int64_t begin = sample.Begin(segment) + panel % panels_per_segment_ * kStridedLanes;

@@ -18,7 +18,7 @@ class SampleAttention : public HeadSelector {
     const Matrix& queries = head.queries.front();
     const int64_t blocks = head.geometry.Blocks(s), size = head.geometry.block_size;
     std::vector<double> columns(static_cast<size_t>(blocks)), diagonals(columns.size());
-    const RowSample sample = RowSample::Of(policy_, s);
+    const RowSample sample = SampleOf(policy_, s);
     for (int64_t segment = 0; segment < sample.segments; ++segment) {
       for (int64_t i = sample.Begin(segment); i < sample.End(segment); ++i) {
         const int64_t own = (s.prefix + i) / size;

@@ -6,23 +6,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/row_sample.h"
 #include "core/types.h"
 
 namespace flashprefill::methods::sample_attention {
 
-// The rows of a sequence are cut into equal segments, as many as make the last sample_rows of each about sample_ratio
-// of all rows.
-struct RowSample {
-  int64_t rows, segments, tail;
-
-  static RowSample Of(const fp_sample_attention& policy, const Sequence& s) {
-    const double wanted = static_cast<double>(s.q_len) * policy.sample_ratio / policy.sample_rows;
-    return {s.q_len, std::clamp<int64_t>(std::llround(wanted), 1, std::max<int64_t>(s.q_len, 1)), policy.sample_rows};
-  }
-
-  int64_t End(int64_t segment) const { return (segment + 1) * rows / segments; }
-  int64_t Begin(int64_t segment) const { return std::max(segment * rows / segments, End(segment) - tail); }
-};
+inline RowSample SampleOf(const fp_sample_attention& policy, const Sequence& s) {
+  return RowSample::Of(s.q_len, policy.sample_ratio, policy.sample_rows);
+}
 
 // The first block of the window of a tile: tokens less than ceil(window_ratio * keys) before its first row.
 inline int64_t WindowBegin(const fp_sample_attention& policy, const Sequence& s, const Tile& tile, int block_size) {

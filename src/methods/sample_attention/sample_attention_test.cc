@@ -37,20 +37,20 @@ TEST(SampleAttentionByHand, RowsAreSampledAtTheEndsOfEqualSegments) {
   fp_sample_attention policy = SampleAttention(64, 0.95f, 0.05f, 0, 32).As<fp_sample_attention>();
   Sequence s{};
   s.q_len = 6400; // 320 rows are 10 times 32: segments of 640
-  const methods::sample_attention::RowSample sample = methods::sample_attention::RowSample::Of(policy, s);
+  const RowSample sample = methods::sample_attention::SampleOf(policy, s);
   EXPECT_EQ(sample.segments, 10);
   EXPECT_EQ(sample.Begin(0), 608);
   EXPECT_EQ(sample.End(0), 640);
   EXPECT_EQ(sample.Begin(9), 6368);
   EXPECT_EQ(sample.End(9), 6400);
   s.q_len = 10; // less than one: the last rows, as far as there are any
-  EXPECT_EQ(methods::sample_attention::RowSample::Of(policy, s).segments, 1);
-  EXPECT_EQ(methods::sample_attention::RowSample::Of(policy, s).Begin(0), 0);
+  EXPECT_EQ(methods::sample_attention::SampleOf(policy, s).segments, 1);
+  EXPECT_EQ(methods::sample_attention::SampleOf(policy, s).Begin(0), 0);
   policy.sample_ratio = 1;
   s.q_len = 100; // three segments of 33, 33 and 34 rows: all but a few rows
-  EXPECT_EQ(methods::sample_attention::RowSample::Of(policy, s).segments, 3);
-  EXPECT_EQ(methods::sample_attention::RowSample::Of(policy, s).Begin(1), 34);
-  EXPECT_EQ(methods::sample_attention::RowSample::Of(policy, s).End(2), 100);
+  EXPECT_EQ(methods::sample_attention::SampleOf(policy, s).segments, 3);
+  EXPECT_EQ(methods::sample_attention::SampleOf(policy, s).Begin(1), 34);
+  EXPECT_EQ(methods::sample_attention::SampleOf(policy, s).End(2), 100);
 }
 
 TEST(SampleAttentionByHand, VerticalsAndSlashes) {

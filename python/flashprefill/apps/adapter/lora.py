@@ -1,8 +1,8 @@
 """A low-rank adapter of a model's attention (LoRA; Hu et al., arXiv 2106.09685) and its file.
 
-Every projection of the attention, W [out, in], becomes W + scale B A with A [rank, in] and B [out, rank]. Only A
-and B are trained. The folder that is saved is one that PEFT reads: adapter_model.safetensors with PEFT's
-names, and adapter_config.json. PEFT has no place for a rotary base, so the file's metadata has it:
+Every projection of the attention, W [out, in], becomes W + scale B A with A [rank, in] and B [out, rank].
+Only A and B are trained. The folder that is saved is one that PEFT reads: adapter_model.safetensors with
+PEFT's names, and adapter_config.json. PEFT has no place for a rotary base, so the file's metadata has it:
 `attach` puts both into a model, with A and B multiplied out, after which it is an ordinary model.
 """
 

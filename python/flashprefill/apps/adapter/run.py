@@ -226,7 +226,9 @@ def unseen_ids(tokenizer: Any) -> list[int]:
         if name.startswith(corpus.LIKE_THE_LABS) or name == corpus.HELD_OUT:
             ids += tokenizer(text.strip() + "\n\n", add_special_tokens=False)["input_ids"]
     if not ids:
-        raise UsageError("found none of the texts on this machine that needles are looked for in; or --needles 0")
+        raise UsageError(
+            "found none of the texts on this machine that needles are looked for in; or --needles 0"
+        )
     return ids
 
 

@@ -5,7 +5,7 @@ questions and their answers, several per sequence, since a long text is dear to 
 Only answers are learnt from, and a little of the text. The kinds, in the words of RULER (Hsieh et al., arXiv
 2404.06654), whose prompts the model is to answer in the end:
 
-    needles     "The special magic number for black-fox is: 7381920.", several keys or one key with several values
+    needles     "The special magic number for black-fox is: 7381920.", several keys, some with several values
     pairs       lines of a key and a value, all of them asked for alike: no text between them
     variables   "VAR XQA = 41782", "VAR BTR = VAR XQA", ...: all names that hold a value
     words       a list of words, few of them often: which are the most common
@@ -32,20 +32,144 @@ Encode = Callable[[str], Ids]
 
 REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 ADJECTIVES = (
-    "quick lazy bright silent brave gentle ancient modern golden silver hollow narrow distant hidden frozen "
-    "warm bitter sweet heavy light rapid calm noisy clever honest polite rough smooth steep shallow round "
-    "square red blue green yellow purple orange black white early late young old tall short rich poor proud"
-).split()
+    "quick",
+    "lazy",
+    "bright",
+    "silent",
+    "brave",
+    "gentle",
+    "ancient",
+    "modern",
+    "golden",
+    "silver",
+    "hollow",
+    "narrow",
+    "distant",
+    "hidden",
+    "frozen",
+    "warm",
+    "bitter",
+    "sweet",
+    "heavy",
+    "light",
+    "rapid",
+    "calm",
+    "noisy",
+    "clever",
+    "honest",
+    "polite",
+    "rough",
+    "smooth",
+    "steep",
+    "shallow",
+    "round",
+    "square",
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "purple",
+    "orange",
+    "black",
+    "white",
+    "early",
+    "late",
+    "young",
+    "old",
+    "tall",
+    "short",
+    "rich",
+    "poor",
+    "proud",
+)
 NOUNS = (
-    "river mountain garden window engine bottle castle letter market forest island bridge candle mirror "
-    "pocket ribbon saddle temple tunnel valley wagon anchor basket button carpet dragon eagle feather goose "
-    "hammer insect jacket kettle ladder magnet needle oyster pencil quartz rabbit shovel ticket umbrella "
-    "violin walnut yogurt zebra barrel camera desert"
-).split()
+    "river",
+    "mountain",
+    "garden",
+    "window",
+    "engine",
+    "bottle",
+    "castle",
+    "letter",
+    "market",
+    "forest",
+    "island",
+    "bridge",
+    "candle",
+    "mirror",
+    "pocket",
+    "ribbon",
+    "saddle",
+    "temple",
+    "tunnel",
+    "valley",
+    "wagon",
+    "anchor",
+    "basket",
+    "button",
+    "carpet",
+    "dragon",
+    "eagle",
+    "feather",
+    "goose",
+    "hammer",
+    "insect",
+    "jacket",
+    "kettle",
+    "ladder",
+    "magnet",
+    "needle",
+    "oyster",
+    "pencil",
+    "quartz",
+    "rabbit",
+    "shovel",
+    "ticket",
+    "umbrella",
+    "violin",
+    "walnut",
+    "yogurt",
+    "zebra",
+    "barrel",
+    "camera",
+    "desert",
+)
 WORDS = (
-    "number special apple stone paper horse chair water music light story field cloud dance earth flame grain "
-    "house index judge knife lemon money night ocean piano queen radio smile table uncle voice wheel youth"
-).split()
+    "number",
+    "special",
+    "apple",
+    "stone",
+    "paper",
+    "horse",
+    "chair",
+    "water",
+    "music",
+    "light",
+    "story",
+    "field",
+    "cloud",
+    "dance",
+    "earth",
+    "flame",
+    "grain",
+    "house",
+    "index",
+    "judge",
+    "knife",
+    "lemon",
+    "money",
+    "night",
+    "ocean",
+    "piano",
+    "queen",
+    "radio",
+    "smile",
+    "table",
+    "uncle",
+    "voice",
+    "wheel",
+    "youth",
+)
 INTRO = {
     "numbers": "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards.\n",
@@ -96,9 +220,13 @@ def needles(draw: random.Random, _tokens: int, _encode: Encode) -> Asked:
     kind = "numbers" if draw.random() < 0.7 else "uuids"
     value = number if kind == "numbers" else uuid
     keys = list(dict.fromkeys(key(draw) for _ in range(draw.choice((1, 4, 8, 12, 16)))))
-    held = {one: [value(draw) for _ in range(1 if draw.random() < 0.8 else draw.randint(2, 4))] for one in keys}
+    held = {
+        one: [value(draw) for _ in range(1 if draw.random() < 0.8 else draw.randint(2, 4))] for one in keys
+    }
     what = kind[:-1]
-    facts = [f"One of the special magic {kind} for {one} is: {v}." for one, values in held.items() for v in values]
+    facts = [
+        f"One of the special magic {kind} for {one} is: {v}." for one, values in held.items() for v in values
+    ]
     draw.shuffle(keys)
     questions = []
     for one in keys[:8]:
@@ -148,7 +276,9 @@ def variables(draw: random.Random, _tokens: int, _encode: Encode) -> Asked:
         chain = [next(names) for _ in range(draw.choice((2, 3, 5)))]
         facts.append(f"VAR {chain[0]} = {value}")
         facts += [f"VAR {new} = VAR {old}" for old, new in zip(chain, chain[1:], strict=False)]
-        ask = f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
+        ask = (
+            f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
+        )
         begin = f"According to the chain(s) of variable assignment in the text above, {len(chain)} variables "
         questions.append((f"{ask}{begin}are assigned the value {value}, they are:", f" {' '.join(chain)}\n"))
     return Asked(INTRO["variables"], facts, questions, "text" if draw.random() < 0.3 else "repeated")
@@ -164,10 +294,10 @@ def words(draw: random.Random, tokens: int, encode: Encode) -> Asked:
     entries = common * times + draw.choices(rare, k=max(1, count - 10 * times))
     draw.shuffle(entries)
     facts = [f"{place}. {word}" for place, word in enumerate(entries, 1)]
-    ask = "\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 words that appear"
+    ask = "\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 words"
     order = sorted(common, key=entries.index)
     answer = " " + " ".join(f"{place}. {word}" for place, word in enumerate(order, 1)) + "\n"
-    return Asked(INTRO["words"], facts, [(f"{ask} most often in the list are:", answer)], "facts")
+    return Asked(INTRO["words"], facts, [(f"{ask} that appear most often in the list are:", answer)], "facts")
 
 
 def single(draw: random.Random) -> Asked:
@@ -222,7 +352,7 @@ class Maker:
         return self.filled(draw, tokens, KINDS[kind][0](draw, tokens, self.encode))
 
     def filled(self, draw: random.Random, tokens: int, asked: Asked, depth: float | None = None) -> Made:
-        """A sequence of exactly `tokens` ids with these facts, at random places or all at `depth` of the text."""
+        """A sequence of exactly `tokens` ids with these facts, at random places or all at one depth."""
         tail, tail_learnt = self._tail(asked, tokens // 2)
         head = self.begin + self.encode(asked.intro)
         room = tokens - len(head) - len(tail)
@@ -230,7 +360,11 @@ class Maker:
             raise UsageError(f"--tokens {tokens}: a question alone takes {len(head) + len(tail)} tokens")
         separator = "\n" if asked.among == "facts" or asked.intro == INTRO["variables"] else " "
         facts = [self.encode(f"{separator}{fact}{separator}".replace("\n\n", "\n")) for fact in asked.facts]
-        middle = self._facts_alone(facts, room) if asked.among == "facts" else self._hidden(draw, asked, facts, room, depth)
+        middle = (
+            self._facts_alone(facts, room)
+            if asked.among == "facts"
+            else self._hidden(draw, asked, facts, room, depth)
+        )
         ids = np.concatenate([np.asarray(head, dtype=np.int64), middle, np.asarray(tail, dtype=np.int64)])
         learnt = np.zeros(tokens, dtype=bool)
         learnt[tokens - len(tail) :] = tail_learnt
@@ -263,9 +397,7 @@ class Maker:
         while facts and sum(map(len, kept)) + len(facts[0]) <= room:
             kept.append(facts.pop(0))
         hay = self._hay(draw, asked.among, room - sum(map(len, kept)))
-        places = [
-            draw.randint(0, len(hay)) if depth is None else round(depth * len(hay)) for _ in kept
-        ]
+        places = [draw.randint(0, len(hay)) if depth is None else round(depth * len(hay)) for _ in kept]
         places.sort()
         parts, last = [], 0
         for place, fact in zip(places, kept, strict=True):

@@ -31,6 +31,7 @@ from .. import device as devices
 from .. import measure, models
 from ..errors import UsageError
 from ..spec import parse_policy
+from . import padded
 
 LAST_TOKEN = ("dense", "policy")
 CUTS = ("left", "middle")
@@ -45,6 +46,15 @@ class Reading:
     ttft: float = 0.0  # seconds from the prompt to the logits of the first token
     density: float | None = 1.0  # None where it was not counted
     fallbacks: dict[str, int] | None = None
+
+
+@dataclass
+class Job:
+    """One prompt for one policy: lm-eval's request, and whether what the policy keeps is counted."""
+
+    request: Any
+    policy: Policy | None
+    count: bool
 
 
 class FirstToken:
@@ -216,9 +226,15 @@ class FlashPrefillLM(HFLM):
         return answers
 
     def _write(
-        self, ids: torch.Tensor, most: int, options: dict[str, Any], cache: Any = None, processors: Any = ()
+        self,
+        ids: torch.Tensor,
+        most: int,
+        options: dict[str, Any],
+        cache: Any = None,
+        processors: Any = (),
+        mask: torch.Tensor | None = None,
     ) -> list[str]:
-        """Continue prompts of one length [batch, tokens], whose beginning may be in a cache."""
+        """Continue prompts [batch, tokens], whose beginning may be in a cache; the mask has 0 for padding."""
         stop = handle_stop_sequences(
             options.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         )
@@ -227,7 +243,7 @@ class FlashPrefillLM(HFLM):
         with torch.inference_mode():
             written = self._model_generate(
                 context=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=torch.ones_like(ids) if mask is None else mask,
                 stop=stop,
                 max_length=ids.shape[1] + most,
                 logits_processor=list(processors),
@@ -252,35 +268,35 @@ class FlashPrefillLM(HFLM):
         self.reading.ttft = (first.at or self.timer.now()) - start
         return answer
 
-    def answer_together(self, request: Any, policies: Sequence[Policy | None]) -> list[tuple[str, Reading]]:
-        """One prompt, read by one policy after the other, then answered as one batch.
+    def answer_together(self, jobs: Sequence[Job]) -> list[tuple[str, Reading]]:
+        """Prompts, each read by its policy one after the other, then answered as one batch.
 
-        The caches are of one length, and what is written is dense for all: a step of the batch takes little
-        more than a step of one. Only where the last token is dense, and for caches without sliding windows.
+        Shorter prompts are padded on the left. What is written is dense for all, and a step of the batch
+        takes little more than a step of one. Only where the last token is dense, for caches without sliding
+        windows, and for prompts of one task, whose answers end alike.
         """
-        context, options = request.args
-        options = normalize_gen_kwargs(options, self.max_gen_toks)
+        options = normalize_gen_kwargs(jobs[0].request.args[1], self.max_gen_toks)
         most = options.pop("max_gen_toks")
         most = most if self.limit is None else min(most, self.limit)
-        prompt = self.tok_batch_encode([context])[0]
-        caches, readings = [], []
-        for policy in policies:
-            self.use(policy)
-            ids = self._fit(prompt, self.max_length - most)
-            caches.append(self._read(ids)[1])
+        asked, readings = [], []
+        for job in jobs:
+            asked.append(self._fit(self.tok_batch_encode([job.request.args[0]])[0], self.max_length - most))
             readings.append(self.reading)
+        longest = max(ids.shape[1] for ids in asked)
+        merged: Any = None
+        counted = self.count
+        for row, (job, ids) in enumerate(zip(jobs, asked, strict=True)):
+            self.use(job.policy)
+            self.reading, self.count = readings[row], job.count
+            cache = self._read(ids)[1]
+            merged = merged or padded.Rows(cache, len(jobs), longest - 1)
+            merged.put(row, cache, ids.shape[1] - 1)  # the last token is read again, by the batch
         self.use(None)
-        merged = caches[0]
-        for number, layer in enumerate(merged.layers):  # the last token is read again, by the batch
-            keys, values = zip(
-                *((c.layers[number].keys, c.layers[number].values) for c in caches), strict=True
-            )
-            layer.keys = torch.cat([each[:, :, : ids.shape[1] - 1] for each in keys])
-            layer.values = torch.cat([each[:, :, : ids.shape[1] - 1] for each in values])
-        del caches
-        return list(
-            zip(self._write(ids.repeat(len(policies), 1), most, options, merged), readings, strict=True)
-        )
+        self.count = counted
+        batch, mask = padded.left(asked, longest, int(self.eot_token_id or 0))
+        with padded.attention(self.model):
+            texts = self._write(batch, most, options, merged.cache(), mask=mask)
+        return list(zip(texts, readings, strict=True))
 
     @functools.cached_property
     def can_batch(self) -> bool:

@@ -1,12 +1,13 @@
 """The order of work: all prompts first, then each prompt through every method, then tables, pictures, files.
 
-A prompt is answered by all methods before the next one comes. So a run that is stopped has pairs to compare,
-and a slow minute of a shared machine hits all methods alike. It also lets the methods share the longest part
-of the work: each reads the prompt by itself, and then all write their answers as one batch.
+A few prompts are answered by all methods before the next ones come. So a run that is stopped has pairs to
+compare, and a slow minute of a shared machine hits all methods alike. It also lets them share the longest
+part of the work: each method reads each prompt by itself, and then all answers are written as one batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,8 @@ PATTERNS = ("dense", "flashprefill", "sketch")
 SLACK = 256  # tokens over RULER's length, for what the answer begins with and a chat template
 COUNTED = 5  # on a GPU: prompts of a task and length of which is counted what a policy keeps
 WARM_UP = 1024  # tokens
-MOST_TOGETHER = 16  # answers that are written as one batch
+MOST_TOGETHER = 32  # answers that are written as one batch
+PROMPTS_TOGETHER = {"cuda": 4}  # prompts that are answered beside each other; elsewhere one by one
 MEMORY_SHARE = 0.3  # of the free memory, for their caches
 LIST_PACKAGES = ("lm_eval", "datasets", "wonderwords")
 
@@ -183,50 +185,56 @@ class Asker:
         )
 
     def ask(
-        self, prompt: suites.Prompt, methods: dict[str, Policy | None]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield every method's answer to one prompt, as it is kept on disk: first what is there."""
-        keys = {label: self.key(prompt, policy) for label, policy in methods.items()}
-        for label, key in keys.items():
-            record = self.known.get(key)
-            if record is not None:
-                yield label, record
-        rest = [label for label, key in keys.items() if self.known.get(key) is None]
+        self, prompts: Sequence[suites.Prompt], methods: dict[str, Policy | None]
+    ) -> Iterator[tuple[suites.Prompt, str, dict[str, Any]]]:
+        """Yield every method's answer to prompts of one task, as it is kept on disk: first what is there."""
+        rest = []
+        for label, policy in methods.items():
+            for prompt in prompts:
+                key = self.key(prompt, policy)
+                record = self.known.get(key)
+                if record is None:
+                    rest.append((prompt, label, key))
+                else:
+                    yield prompt, label, record
         if not rest:
             return
-        lm = self._lm(prompt)
-        for label in rest:
+        lm = self._lm(prompts[0])
+        for label in {label: None for _, label, _ in rest}:
             if (id(lm), label) not in self.warm:
                 lm.use(methods[label])
                 lm.read_some(WARM_UP)
                 self.warm.add((id(lm), label))
-        lm.count = not self.loaded.device.cuda or prompt.index < COUNTED
-        step = self._together(lm, prompt)
+        step = self._together(lm, prompts[0])
         for start in range(0, len(rest), step):
             some = rest[start : start + step]
-            for label, (said, reading) in zip(some, self._answers(lm, prompt, some, methods), strict=True):
+            said = self._answers(lm, [(prompt, methods[label]) for prompt, label, _ in some])
+            for (prompt, label, key), (answer, reading) in zip(some, said, strict=True):
                 self.asked += 1
-                yield label, self.known.put(keys[label], self._record(prompt, label, said, reading))
+                yield prompt, label, self.known.put(key, self._record(prompt, label, answer, reading))
 
     def _together(self, lm: FlashPrefillLM, prompt: suites.Prompt) -> int:
-        """How many methods write as one batch: as many as their caches have room for."""
+        """How many answers are written as one batch: as many as their caches have room for."""
         if prompt.requests[0].request_type != "generate_until" or not lm.can_batch:
             return 1
         room = MEMORY_SHARE * self.loaded.device.free_bytes()
         return int(min(MOST_TOGETHER, max(1, room // lm.cache_bytes(lm.max_length))))
 
+    def _counted(self, prompt: suites.Prompt) -> bool:
+        return not self.loaded.device.cuda or prompt.index < COUNTED
+
     def _answers(
-        self,
-        lm: FlashPrefillLM,
-        prompt: suites.Prompt,
-        labels: Sequence[str],
-        methods: dict[str, Policy | None],
+        self, lm: FlashPrefillLM, some: Sequence[tuple[suites.Prompt, Policy | None]]
     ) -> list[tuple[list[Any], Reading]]:
-        """What some methods say to a prompt, and what was measured."""
-        if len(labels) > 1:
-            together = lm.answer_together(prompt.requests[0], [methods[label] for label in labels])
-            return [([answer], reading) for answer, reading in together]
-        lm.use(methods[labels[0]])
+        """What is said to prompts by their policies, and what was measured."""
+        from .model import Job
+
+        if len(some) > 1:
+            jobs = [Job(prompt.requests[0], policy, self._counted(prompt)) for prompt, policy in some]
+            return [([answer], reading) for answer, reading in lm.answer_together(jobs)]
+        ((prompt, policy),) = some
+        lm.use(policy)
+        lm.count = self._counted(prompt)
         generating = prompt.requests[0].request_type == "generate_until"
         said = (lm.generate_until if generating else lm.loglikelihood)(prompt.requests, disable_tqdm=True)
         return [(said, lm.reading)]
@@ -294,6 +302,14 @@ def make_prompts(
     return prompts
 
 
+def grouped(prompts: Sequence[suites.Prompt], most: int) -> Iterator[list[suites.Prompt]]:
+    """Neighbours of one task and length, at most so many."""
+    for _, same in itertools.groupby(prompts, key=lambda prompt: (prompt.task, prompt.length)):
+        left = list(same)
+        for start in range(0, len(left), most):
+            yield left[start : start + most]
+
+
 def answer_all(
     prompts: Sequence[suites.Prompt], methods: dict[str, Policy | None], asker: Asker
 ) -> list[dict[str, Any]]:
@@ -307,14 +323,15 @@ def answer_all(
         disable=None,
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
-        for prompt in prompts:
-            case = case_of(prompt)
-            bar.set_description(f"{prompt.task}, {prompt.length} tokens, prompt {prompt.index + 1}")
-            for label, record in asker.ask(prompt, methods):
-                add_answer(case, prompt, label, record)
+        for some in grouped(prompts, PROMPTS_TOGETHER.get(asker.loaded.device.kind, 1)):
+            here = {prompt.index: case_of(prompt) for prompt in some}
+            bar.set_description(f"{some[0].task}, {some[0].length} tokens, prompt {some[0].index + 1}")
+            for prompt, label, record in asker.ask(some, methods):
+                add_answer(here[prompt.index], prompt, label, record)
                 bar.update()
-            case["answers"] = {label: case["answers"][label] for label in methods}
-            cases.append(case)
+            for case in here.values():
+                case["answers"] = {label: case["answers"][label] for label in methods}
+                cases.append(case)
         bar.set_description("done")
     return cases
 

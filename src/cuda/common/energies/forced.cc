@@ -7,7 +7,8 @@
 
 namespace flashprefill::cuda {
 
-// The last tile before the dense tail begins at most at position max_seqlen_k - 1 - (rows of the tail).
+// The last tile before the dense tail begins at most at position max_seqlen_k - 1 - (rows of the tail). Without
+// causality all tiles see all keys.
 bool KeepsEverything(const Problem& p, const Policy& policy) {
   const Geometry g = Geometry::Of(p, policy);
   bool tail_everywhere = p.final_chunk != 0;
@@ -15,6 +16,11 @@ bool KeepsEverything(const Problem& p, const Policy& policy) {
     tail_everywhere = (b == 0 || tail_everywhere) && p.final_chunks[b];
   const int64_t tail =
       tail_everywhere ? DivUp<int64_t>(int64_t{policy.dense_tail_blocks} * policy.block_size, g.tile_tokens) : 0;
+  if (!p.causal && p.total_q > 0) {
+    const int64_t blocks = DivUp<int64_t>(p.max_seqlen_k, policy.block_size);
+    return tail * g.tile_tokens >= p.max_seqlen_q ||
+           policy.sink_blocks >= blocks - std::max(0, policy.window_blocks - 1);
+  }
   const int64_t begin = p.max_seqlen_k - 1 - tail * g.tile_tokens;
   return p.total_q == 0 || begin < 0 ||
          policy.sink_blocks >= begin / policy.block_size - std::max(0, policy.window_blocks - 1);

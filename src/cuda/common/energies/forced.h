@@ -58,6 +58,7 @@ cudaError_t LaunchMeans(const DeviceProblem& d, const TileRules& rules, const Me
 constexpr Selector ForcedSelector() {
   Selector selector = SelectorOver<ForcedPlan::Of>();
   selector.scores = false;
+  selector.without_causal = true;
   return selector;
 }
 

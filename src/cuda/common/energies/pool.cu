@@ -340,7 +340,9 @@ __device__ void PoolKeys(const PoolArgs& a, const Jobs& jobs, uint32_t job, bool
   BlockReader<T, VECTOR> reader(a, jobs, of_v ? a.d.p.v : a.d.p.k, block, head);
   const float mean = MeanOfBlock<T, VECTOR>(reader, shared);
   void* const means = of_v ? a.v_means : a.k_means;
-  if (means) StoreMean<T>(means, a, head * a.mean_rows + block.row, mean);
+  const int64_t row = head * a.mean_rows + block.row;
+  if (means) StoreMean<T>(means, a, row, mean);
+  if (!of_v && a.k_floats && threadIdx.x < a.pitch) a.k_floats[row * a.pitch + threadIdx.x] = mean;
   if constexpr (SKETCH) {
     if (!of_v) SketchBlock<T, VECTOR, METRIC>(a, reader, mean, shared);
   }

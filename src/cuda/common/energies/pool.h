@@ -12,7 +12,9 @@ constexpr int kMaxOutliers = 16;
 constexpr int kMetricParts = 16; // sums that make a metric
 
 // Everything that one pooling pass reads and writes. Pointers that are null are not wanted.
-//   means  [kv_heads, mean_rows, pitch]: block j of sequence b is row MeanBase(b) + j (common/means.h)
+//   means  [kv_heads, mean_rows, pitch]: block j of sequence b is row MeanBase(b) + j (common/means.h); of K also
+//   before
+//          they are rounded
 //   planes of Sketch, each of that shape, one after another: mean and variance of the keys that are no outliers, then
 //          the outliers, the farthest first
 //   metric [batch, kv_heads, kMetricParts, pitch]: added up over parts, the weight of each dimension in distances
@@ -36,13 +38,14 @@ struct PoolArgs {
   int pitch;         // head_dim rounded up to 8 elements
   void* k_means;
   void* v_means;
-  void* sketch;   // planes of Sketch
-  int outliers;   // Sketch's, 0 .. kMaxOutliers
-  float* metric;  // or null: every dimension counts 1
-  void* q_rows;   // pooled rows of q
-  int query_pool; // tokens per row
-  int unit_rows;  // rows that a tile of a mask head has room for
-  bool squares;   // also q^2 * square_scale, rounded
+  float* k_floats; // means of K, not rounded
+  void* sketch;    // planes of Sketch
+  int outliers;    // Sketch's, 0 .. kMaxOutliers
+  float* metric;   // or null: every dimension counts 1
+  void* q_rows;    // pooled rows of q
+  int query_pool;  // tokens per row
+  int unit_rows;   // rows that a tile of a mask head has room for
+  bool squares;    // also q^2 * square_scale, rounded
   float square_scale;
   bool skip_forced;    // sequences in which everything is forced need no means
   int32_t* fallback;   // [batch]

@@ -18,9 +18,10 @@ namespace flashprefill::cuda {
 constexpr int kRankColumns = 128; // mean queries per product
 constexpr int kRankStep = 64;     // keys per product
 
-// An energy as 16 bits: 0 for less than 2^-63, else 1 + floor of its logarithm in units of 1/1024 octave above 2^-63.
-// Energies order as their codes do, but for 0.07 %, and the upper 8 bits are bins of a quarter octave.
-constexpr int kCodesPerOctave = 1024, kCodeOctaves = 63;
+// An energy as 16 bits: of the sum of its heads' squared shares, an fp32 number, the 7 lower bits of the exponent and
+// the 9 upper ones of the fraction; 0 for less than 2^-118. Energies order as their codes do, but for 0.1 %. The upper
+// 8 bits of a code are bins of half an octave of the sum, a quarter of an octave of energies.
+constexpr int kCodeShift = 14, kCodeBase = 9 << 9;
 
 struct RankShape {
   DeviceProblem d;
@@ -102,6 +103,14 @@ __device__ inline DeviceSegment SegmentAt(const RankShape& a, const DeviceSequen
   if (segment.first_tile >= FirstDenseTile(r, s)) segment.first_key = segment.end_key;
   segment.seen = s.prefix + segment.end;
   return segment;
+}
+
+__device__ inline int CodeOf(float squares) { // from 0 to below 2^10
+  return max((__float_as_int(squares) >> kCodeShift) - kCodeBase, 0);
+}
+// The middle of a code's energies. inverse_heads: 1 / query heads of the list.
+__device__ inline float EnergyOf(int code, float inverse_heads) {
+  return sqrtf(__int_as_float((code + kCodeBase) << kCodeShift | 1 << (kCodeShift - 1)) * inverse_heads);
 }
 
 __device__ inline int SegmentsOf(const RankShape& a, const DeviceSequence& s) {

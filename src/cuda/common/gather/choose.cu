@@ -9,7 +9,8 @@
 //
 // A warp counts in bins of its own: a word has 12 bits of count and 20 of what keys hold beyond the bin's lower end, in
 // 1/1024 of it, so that one atomic addition does both. It is emptied into the CTA's bins before the count is full.
-// Sums are of integers: they have no order.
+// Sums are of integers: they have no order. The first sweep's arithmetic is too, since conversions and roots are done
+// by a unit that is four times as slow.
 #include "cuda/common/gather/args.h"
 #include "cuda/common/grid_control.cuh"
 #include "cuda/common/numbers.cuh"
@@ -22,8 +23,9 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kBins = 256, kFine = 256;         // codes are 256 bin + fine
 constexpr int kEach = 8;                        // codes of a thread: 16 bytes
 constexpr int kAtOnce = kThreads * kEach;       // keys of a sweep's step
+constexpr int kAhead = 3;                       // steps
 constexpr int kCountShift = 20;                 // of a warp's bins
-constexpr int kFullSteps = 4095 / (32 * kEach); // a warp's steps until a count may be full
+constexpr int kFullSteps = 4095 / (32 * kEach); // a warp's steps until a count may be full; 230 of excess each fit
 
 struct Threshold {
   int code;  // keys with more are in, and of those with this
@@ -35,36 +37,49 @@ struct ChooseShared {
   uint32_t warp_bins[kWarps][kBins];
   uint32_t count[kBins], excess[kBins]; // of all warps
   uint32_t fine[kFine];
-  float below[kBins]; // energies of the bins below each
-  uint32_t scan[kWarps];
+  float below[kBins];       // energies of the bins below each
+  uint32_t scan[2][kWarps]; // of a step and the next
   Threshold threshold;
   int bin; // that is looked at; -1: done
 };
 
-// The energy at a bin's lower end, and that of a code in it relative to this.
-__device__ inline float LowerEnd(int bin) {
-  return Exp2(static_cast<float>(bin) * (1.f * kFine / kCodesPerOctave) - (kCodeOctaves + 0.5f / kCodesPerOctave));
+// The energy of bin 2 i + `odd`'s code `fine` beyond that of its first one, in 1/1024 of this: to 0.57. Energies are
+// roots, so that with x = fine / 512.5, where the fraction begins at 1, or fine / 768.5, where it does at 1.5, it is
+// 1024 (sqrt(1 + x) - 1).
+__device__ inline uint32_t ExcessOf(uint32_t fine, bool odd) {
+  const uint32_t linear = odd ? 2808682 : 4180869, square = odd ? 1085 : 1874;
+  return (fine * (linear - fine * (square - fine)) + (1u << 21)) >> 22;
 }
-__device__ inline float Relative(int fine) { return Exp2(static_cast<float>(fine) * (1.f / kCodesPerOctave)); }
 
 // The codes of a list's ranked keys, 8 per thread and step. body(first key, codes) for all threads of the CTA; codes of
-// keys that are not ranked come as -1.
+// keys that are not ranked come as -1. Some steps are asked for ahead: a sweep is as fast as its loads.
 template <typename Body>
 __device__ void ForCodes(const uint16_t* codes, const DeviceSegment& segment, Body&& body) {
-  const int begin = segment.first_key / kEach * kEach;
-#pragma unroll 2
-  for (int base = begin; base < segment.end_key; base += kAtOnce) {
-    const int key = base + static_cast<int>(threadIdx.x) * kEach;
-    uint4 raw = {0, 0, 0, 0};
-    if (key < segment.end_key) raw = __ldcg(reinterpret_cast<const uint4*>(codes + key));
-    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
-    int code[kEach];
+  const int begin = segment.first_key / kEach * kEach + static_cast<int>(threadIdx.x) * kEach;
+  const int steps = (segment.end_key - segment.first_key / kEach * kEach + kAtOnce - 1) / kAtOnce;
+  const auto load = [&](int step) {
+    const int key = begin + step * kAtOnce;
+    return key < segment.end_key ? __ldcg(reinterpret_cast<const uint4*>(codes + key)) : uint4{0, 0, 0, 0};
+  };
+  uint4 ahead[kAhead];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const bool ranked = key + i >= segment.first_key && key + i < segment.end_key;
-      code[i] = ranked ? static_cast<int>(word[i / 2] >> (i % 2 * 16) & 0xffff) : -1;
+  for (int i = 0; i < kAhead; ++i) ahead[i] = load(i);
+#pragma unroll 1
+  for (int first = 0; first < steps; first += kAhead) {
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (first + n >= steps) break;
+      const int key = begin + (first + n) * kAtOnce;
+      const uint32_t word[4] = {ahead[n].x, ahead[n].y, ahead[n].z, ahead[n].w};
+      ahead[n] = load(first + n + kAhead);
+      int code[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const bool ranked = key + i >= segment.first_key && key + i < segment.end_key;
+        code[i] = ranked ? static_cast<int>(word[i / 2] >> (i % 2 * 16) & 0xffff) : -1;
+      }
+      body(key, code);
     }
-    body(key, code);
   }
 }
 
@@ -72,7 +87,13 @@ class Chooser {
  public:
   __device__ Chooser(const KeyChoiceArgs& args, const DeviceSegment& segment, const uint16_t* codes,
                      ChooseShared& shared)
-      : args_(args), segment_(segment), codes_(codes), sm_(shared), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {}
+      : args_(args),
+        segment_(segment),
+        codes_(codes),
+        sm_(shared),
+        inverse_heads_(1.f / static_cast<float>(args.shape.heads)),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32) {}
 
   __device__ void Choose(int32_t* list) {
     CountBins();
@@ -120,8 +141,8 @@ class Chooser {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (code[i] < 0) continue;
-        const uint32_t excess = static_cast<uint32_t>(fmaf(Relative(code[i] % kFine), 1024.f, -1023.5f)); // rounded
-        atomicAdd(&bins[code[i] / kFine], (1u << kCountShift) + excess);
+        const uint32_t fine = code[i] % kFine, bin = code[i] / kFine;
+        atomicAdd(&bins[bin], (1u << kCountShift) + ExcessOf(fine, bin % 2));
       }
       if (++steps == kFullSteps) {
         empty();
@@ -178,6 +199,8 @@ class Chooser {
     return __reduce_max_sync(~0u, highest);
   }
 
+  __device__ float Energy(int code) const { return EnergyOf(code, inverse_heads_); }
+  __device__ float LowerEnd(int bin) const { return Energy(bin * kFine); }
   __device__ float EnergyOfBin(int bin) const {
     return LowerEnd(bin) * fmaf(static_cast<float>(sm_.excess[bin]), 1.f / 1024, static_cast<float>(sm_.count[bin]));
   }
@@ -214,12 +237,11 @@ class Chooser {
 
   // Where in the bin the gain ends; if it doesn't, the next bin is to be looked at. One warp.
   __device__ void EndGainIn(int bin) {
-    const float lower = LowerEnd(bin);
     float x[8], below[8], energy[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int fine = lane_ * 8 + i;
-      energy[i] = lower * Relative(fine);
+      energy[i] = Energy(bin * kFine + fine);
       x[i] = energy[i] * static_cast<float>(sm_.fine[fine]);
     }
     SumBelow(x, below);
@@ -243,7 +265,7 @@ class Chooser {
     for (int i = 0; i < 8; ++i) left = lane_ * 8 + i == fine ? sm_.below[bin] + below[i] + x[i] : left;
     if (lane_ != fine / 8) return;
     // Key n of the code has n fewer than all of them left: it is in as long as that is enough.
-    const float each = lower * Relative(fine), enough = args_.gain / each;
+    const float each = Energy(bin * kFine + fine), enough = args_.gain / each;
     const float in = floorf((left - enough * enough) / each) + 1;
     const int equal = static_cast<int>(fminf(fmaxf(in, 0), static_cast<float>(sm_.fine[fine])));
     sm_.threshold = {bin * kFine + fine, equal, above + equal};
@@ -295,7 +317,7 @@ class Chooser {
 
   __device__ void Write(int32_t* keys) {
     const Threshold threshold = sm_.threshold;
-    int above = 0, equal = 0; // before this step
+    int above = 0, equal = 0, turn = 0; // before this step
     ForCodes(codes_, segment_, [&](int key, const int(&code)[kEach]) {
       uint32_t in = 0, tie = 0;
 #pragma unroll
@@ -317,13 +339,13 @@ class Chooser {
         const uint32_t lower = __shfl_up_sync(~0u, sum, d);
         if (lane_ >= d) sum += lower;
       }
-      __syncthreads(); // the sums of the step before are read
-      if (lane_ == 31) sm_.scan[warp_] = sum;
+      turn ^= 1; // the other sums may still be read
+      if (lane_ == 31) sm_.scan[turn][warp_] = sum;
       __syncthreads();
       uint32_t before = sum - own, all = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const uint32_t its = sm_.scan[w];
+        const uint32_t its = sm_.scan[turn][w];
         before += w < warp_ ? its : 0;
         all += its;
       }
@@ -346,10 +368,11 @@ class Chooser {
   const DeviceSegment& segment_;
   const uint16_t* const codes_;
   ChooseShared& sm_;
+  const float inverse_heads_;
   const int warp_, lane_;
 };
 
-__global__ void __launch_bounds__(kThreads, 3) ChooseKernel(const __grid_constant__ KeyChoiceArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) ChooseKernel(const __grid_constant__ KeyChoiceArgs args) {
   __shared__ ChooseShared shared;
   const RankShape& a = args.shape;
   const int of_round = static_cast<int>(blockIdx.x) >> a.log2_lists;

@@ -11,7 +11,9 @@
 //
 // Second launch: shares, their squares added up over the heads of a list, and the code of the energy (args.h), 16 bits
 // for each key and list. Where a list has four heads or more its columns are spread over two lanes of four: they swap
-// halves, so that each finishes one key. Codes leave through shared memory, 128 bytes per list and step.
+// halves, so that each finishes one key. The number of columns is a template argument: asked at run time between the
+// sums it made this launch three times as long as the first. Codes leave through shared memory, 128 bytes per list and
+// step.
 //
 // Every sum has one order, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_
@@ -269,7 +271,8 @@ __device__ inline float RankDenominator(const RankArgs& args, const RankUnit& un
   return largest + log2f(total);
 }
 
-template <class PRODUCT, typename T, int PANELS>
+// COLUMNS: the shape's columns; 0: more than 8.
+template <class PRODUCT, typename T, int PANELS, int COLUMNS>
 __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
     RankCodesKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
@@ -286,11 +289,9 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
   const int key = 16 * warp + lane / 4; // of the step, and the one 8 on
-  // code = 1024 * (log2 of the energy + 63) + 1, the energy the root of the mean of squares.
-  const float code_base = kCodesPerOctave * (kCodeOctaves - 0.5f * log2f(static_cast<float>(a.heads))) + 1;
   const auto emit = [&](int column, int at, float squares) {
-    const int code = static_cast<int>(fmaf(__log2f(squares), kCodesPerOctave / 2, code_base)); // of 0: very negative
-    codes[(column >> a.log2_columns) * kCodePitch + at] = static_cast<uint16_t>(ClampTo(code, 65535));
+    const int list = COLUMNS > 0 ? column / COLUMNS : column >> a.log2_columns;
+    codes[list * kCodePitch + at] = static_cast<uint16_t>(CodeOf(squares));
   };
 
   uint16_t* const out =
@@ -313,31 +314,28 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
         }
       }
       const int column = 8 * c + pair;
-      if (a.columns == 1) {
+      const float lower = square[0][0] + square[0][1], upper = square[1][0] + square[1][1];
+      if constexpr (COLUMNS == 1) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           emit(column, key + 8 * half, square[half][0]);
           emit(column + 1, key + 8 * half, square[half][1]);
         }
-        continue;
-      }
-      const float lower = square[0][0] + square[0][1], upper = square[1][0] + square[1][1];
-      if (a.columns == 2) {
+      } else if constexpr (COLUMNS == 2) {
         emit(column, key, lower);
         emit(column, key + 8, upper);
-        continue;
+      } else { // even lanes finish the lower key, odd ones the upper
+        const bool odd = lane & 1;
+        float own = (odd ? upper : lower) + __shfl_xor_sync(~0u, odd ? lower : upper, 1);
+        if (COLUMNS != 4) own += __shfl_xor_sync(~0u, own, 2);
+        if constexpr (COLUMNS == 0) {
+          joined += own;
+          if ((c + 1) % (a.columns / 8) != 0) continue;
+          own = joined;
+          joined = 0;
+        }
+        emit(column, key + 8 * odd, own); // where two lanes have the same sum, both write it
       }
-      // Even lanes finish the lower key, odd ones the upper.
-      const bool odd = lane & 1;
-      float own = (odd ? upper : lower) + __shfl_xor_sync(~0u, odd ? lower : upper, 1);
-      if (a.columns > 4) own += __shfl_xor_sync(~0u, own, 2);
-      if (a.columns > 8) {
-        joined += own;
-        if ((c + 1) % (a.columns / 8) != 0) continue;
-        own = joined;
-        joined = 0;
-      }
-      emit(column, key + 8 * odd, own); // where two lanes have the same sum, both write it
     }
     __syncthreads();
     // Write out: 16 bytes per thread.
@@ -350,13 +348,29 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
 }
 
 template <class PRODUCT, typename T, int PANELS>
+auto CodesKernelFor(int columns) {
+  switch (columns) {
+    case 1:
+      return RankCodesKernel<PRODUCT, T, PANELS, 1>;
+    case 2:
+      return RankCodesKernel<PRODUCT, T, PANELS, 2>;
+    case 4:
+      return RankCodesKernel<PRODUCT, T, PANELS, 4>;
+    case 8:
+      return RankCodesKernel<PRODUCT, T, PANELS, 8>;
+    default:
+      return RankCodesKernel<PRODUCT, T, PANELS, 0>;
+  }
+}
+
+template <class PRODUCT, typename T, int PANELS>
 cudaError_t LaunchRank(const RankArgs& args, bool sums, cudaStream_t stream) {
   using Product = RankProduct<PRODUCT, T, PANELS>;
   const RankShape& a = args.shape;
   const int64_t grid = int64_t{args.end_slot - args.first_slot} * DivUp<int64_t>(a.d.p.max_seqlen_k, args.chunk);
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
-  const auto kernel = sums ? RankSumsKernel<PRODUCT, T, PANELS> : RankCodesKernel<PRODUCT, T, PANELS>;
+  const auto kernel = sums ? RankSumsKernel<PRODUCT, T, PANELS> : CodesKernelFor<PRODUCT, T, PANELS>(a.columns);
   const int codes = sums ? 0 : kCodePitch * 2 << a.log2_lists;
   const int bytes = Product::kBytes + kPanelAlign + codes;
   if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;

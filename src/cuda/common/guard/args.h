@@ -1,8 +1,8 @@
 // What the guard's launches read and write. Plain C++; plan.h has their order.
 //
-// A *unit* is the audited rows of a sequence and KV head, those of its query heads' same stratum next to each other: row
-// j * group + g is stratum j of the group's g-th head. A *row tile* is as many of them as a CTA takes, a *piece* a run
-// of the keys that a row tile sees. All scratch memory has room for `most_rows` rows per sequence and query head.
+// A *unit* is the audited rows of a sequence and KV head, those of its query heads' same stratum next to each other:
+// row j * group + g is stratum j of the group's g-th head. A *row tile* is as many of them as a CTA takes, a *piece* a
+// run of the keys that a row tile sees. All scratch memory has room for `most_rows` rows per sequence and query head.
 #ifndef FLASHPREFILL_CUDA_COMMON_GUARD_ARGS_H_
 #define FLASHPREFILL_CUDA_COMMON_GUARD_ARGS_H_
 
@@ -34,9 +34,9 @@ struct GuardArgs {
   uint64_t* bits;
   int32_t* counts; // or null
   int64_t words;
-  int32_t* key_lists; // or null
-  int64_t list_stride;      // int32 of a list
-  int64_t segment_tokens;   // of a list's queries
+  int32_t* key_lists;     // or null
+  int64_t list_stride;    // int32 of a list
+  int64_t segment_tokens; // of a list's queries
   int segment_tiles, segment_rows, max_keys;
   int mask_heads, group;
   // The guard.

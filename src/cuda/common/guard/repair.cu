@@ -78,9 +78,8 @@ __global__ void __launch_bounds__(kThreads)
   if (*a.any_wanted == 0) return;
   const int mask_head = static_cast<int>(blockIdx.x) / a.segment_rows;
   const int row = static_cast<int>(blockIdx.x) - mask_head * a.segment_rows;
-  const int b = SequenceOfSlot(a.d.p.batch, row, [&](int i) {
-    return static_cast<int>(QueryBegin(a.d.p, i) / a.segment_tokens) + i;
-  });
+  const int b = SequenceOfSlot(a.d.p.batch, row,
+                               [&](int i) { return static_cast<int>(QueryBegin(a.d.p, i) / a.segment_tokens) + i; });
   if (!a.wanted[b * a.mask_heads + mask_head]) return;
   const int64_t from = int64_t{blockIdx.x} * a.list_stride;
   const int count = 2 + ClampTo(more[from], a.max_keys);
@@ -125,7 +124,8 @@ cudaError_t LaunchGuardJoinMissed(const GuardArgs& args, cudaStream_t stream) {
 
 cudaError_t LaunchGuardAdopt(const GuardArgs& args, const uint64_t* more_bits, const int32_t* more_lists,
                              cudaStream_t stream) {
-  if (cudaError_t e = Launch(AdoptKernel, DivUp<int64_t>(MaskRows(args), kWarps), stream, args, more_bits, more_lists)) {
+  if (cudaError_t e =
+          Launch(AdoptKernel, DivUp<int64_t>(MaskRows(args), kWarps), stream, args, more_bits, more_lists)) {
     return e;
   }
   if (!more_lists) return cudaSuccess;

@@ -1,4 +1,5 @@
-// What the launches of the vertical-slash family (FlexPrefill, MInference) read and write. Plain C++.
+// What the launches of the vertical-slash family (FlexPrefill, MInference, the mask of SampleAttention) read and write.
+// Plain C++.
 // docs/hopper-select.md has the order of the launches.
 //
 // A head's *probe rows* are its last `rows` query rows (all of a shorter sequence), counted from the last one: row r
@@ -24,6 +25,7 @@ struct VerticalSlashShape {
   DeviceProblem d;
   TileRules rules;
   float exponent_scale; // softmax_scale * log2(e)
+  int least_rows;       // of a sequence that is selected for
   int rows, columns, parts;
   int chunk;           // keys: a multiple of 64, and at least `columns`
   int slot_count;      // of all sequences
@@ -122,7 +124,7 @@ cudaError_t LaunchMapSm90(const MapArgs& args, cudaStream_t stream);
 cudaError_t LaunchMapPortable(const MapArgs& args, cudaStream_t stream);
 
 // From choices to the mask.
-enum HeadPattern : uint8_t { kVerticalSlash, kAShape };
+enum HeadPattern : uint8_t { kVerticalSlash, kAShape, kGivenBits }; // the last: bits that the mask has already
 struct VerticalSlashMaskArgs {
   VerticalSlashShape shape;
   VerticalSlashChoice choice;
@@ -135,6 +137,7 @@ struct VerticalSlashMaskArgs {
   bool table;
   uint8_t pattern[kMaxTableHeads];
   int first[kMaxTableHeads], nearest[kMaxTableHeads]; // tokens, of kAShape
+  double window_ratio; // tokens before a tile that are kept, as a share of the sequence's keys
   uint64_t* bits;
   int32_t* counts;   // or null
   int32_t* fallback; // or null
@@ -146,7 +149,7 @@ cudaError_t LaunchVerticalSlashMask(const VerticalSlashMaskArgs& args, cudaStrea
 #ifdef __CUDACC__
 
 __device__ inline bool KeepsEverything(const VerticalSlashShape& a, const DeviceSequence& s) {
-  return s.q_len <= 1 || KeepsEverything(a.d.p, a.rules, s);
+  return s.q_len < a.least_rows || KeepsEverything(a.d.p, a.rules, s);
 }
 
 // First slot of a sequence.

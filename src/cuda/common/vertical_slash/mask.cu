@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     return word;
   };
+  uint32_t* const bits = reinterpret_cast<uint32_t*>(args.bits + row * args.words);
   auto chosen = [&](int group) {
+    if (args.pattern[own] == kGivenBits) return bits[group];
     if (args.pattern[own] == kAShape) {
       const int near = max(0, first - args.nearest[own] + 1) / size; // positions are below 2^30
       const int until = min(rules.by_block(min(args.first[own], 1 << 30) + size - 1), tile.visible);
@@ -84,8 +86,11 @@ __global__ void __launch_bounds__(kThreads)
     return columns | (args.slash_tokens ? by_tokens(group) : by_blocks(group));
   };
 
-  uint32_t* const bits = reinterpret_cast<uint32_t*>(args.bits + row * args.words);
-  const int window = WindowBegin(rules, tile);
+  int window = WindowBegin(rules, tile);
+  if (args.window_ratio > 0) {
+    const int64_t tokens = static_cast<int64_t>(ceil(args.window_ratio * s.k_len));
+    window = min(window, rules.by_block(static_cast<int>(max(int64_t{0}, first - tokens + 1))));
+  }
   int kept = 0;
   for (int group = threadIdx.x % 32; group < static_cast<int>(2 * args.words); group += 32) {
     uint32_t word = ~0u;

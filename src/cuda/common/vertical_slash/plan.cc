@@ -16,6 +16,7 @@ VerticalSlashShape ShapeOf(const Problem& p, const TileRules& rules, const Gpu& 
   a.d = DeviceProblem::Of(p);
   a.rules = rules;
   a.exponent_scale = ExponentScale(p);
+  a.least_rows = 2;
   a.rows = rows;
   const bool small = p.head_dim > 128 && gpu.shared_bytes < kMediumShared; // 128 rows would not fit
   a.columns = a.rows <= 64 || small ? 64 : 128;

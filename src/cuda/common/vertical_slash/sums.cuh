@@ -5,9 +5,7 @@
 //     D[64 keys, 64 or 128 rows] = K[64, d] . Q[rows, d]^T
 //
 // First launch: the rows' denominators. A thread adds up its own two keys per step for each of its columns and meets
-// the others once a chunk. Exponentials need a common reference, and any will do that keeps the sum in range: a warp's
-// own, the largest score of its first keys; where a sum gets too large or is no number the step is done again with a
-// new one, and without non-finite scores. Results are logarithms, so references need not agree.
+// the others once a chunk (key_product.cuh). Results are logarithms, so the warps' references need not agree.
 //
 // Second launch: shares. Columns are sums over a row of D: inside a thread, then over four lanes. Distances run across
 // D, so shares go through shared memory, sheared: row t of it has at y = t + r the share of row r of Q at key t, and a
@@ -20,9 +18,8 @@
 
 #include <limits>
 
+#include "cuda/common/key_product.cuh"
 #include "cuda/common/launch.h"
-#include "cuda/common/numbers.cuh"
-#include "cuda/common/swizzled_rows.cuh"
 #include "cuda/common/vertical_slash/args.h"
 
 namespace flashprefill::cuda {
@@ -36,12 +33,10 @@ constexpr int kShareRows = 32; // 8 warp + lane / 4: a thread's lower key, whose
 constexpr int SharePitch(int columns) { return columns + 71; }
 
 // The work of a CTA.
-struct SumsUnit {
-  DeviceSequence sequence;
-  int kv, head, first_row; // the first of its rows
-  int slot, first_slot;    // of the sequence
-  int begin, steps;        // first key; times 64 keys
-  int64_t index;           // (head, part)
+struct SumsUnit : KeySpan {
+  int head, first_row;  // the first of its rows
+  int slot, first_slot; // of the sequence
+  int64_t index;        // (head, part)
 };
 
 __device__ inline bool PlaceUnit(const SumsArgs& args, SumsUnit& unit) {
@@ -68,94 +63,32 @@ __device__ inline bool PlaceUnit(const SumsArgs& args, SumsUnit& unit) {
   return true;
 }
 
-// The ring of keys and the rows, in shared memory. A thread copies the same 16 bytes of keys a fixed number apart, so
-// that where keys lie evenly it finds the next one by an addition.
+// The product of a unit's rows with its keys.
 template <class PRODUCT, typename T, int PANELS, int COLUMNS>
-struct SumsProduct {
-  static constexpr int kRingStages = PRODUCT::template kStages<PANELS>;
-  static constexpr int kRowBytes = kPanelBytes<PANELS, COLUMNS>, kStageBytes = kPanelBytes<PANELS, kProductRows>;
-  static constexpr int kBytes = kRowBytes + kRingStages * kStageBytes;
-  static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
+struct SumsProduct : KeyProduct<PRODUCT, T, PANELS, COLUMNS> {
+  int first_row;
 
-  const VerticalSlashShape& a;
-  const SumsUnit& unit;
-  char* shared;
-  int chunk, key;       // of 16 bytes; the next key to be copied
-  bool wanted;          // whether rows have that chunk
-  const T* next;        // where keys lie evenly, the next source; else the chunk of the first page's first key
-  int64_t apart;        // elements
-  uint32_t ring, place; // of shared memory; of the first key's chunk in a stage, but for the swizzle
-  int swizzle;
-
-  __device__ SumsProduct(const VerticalSlashShape& shape, const SumsUnit& u, char* memory)
-      : a(shape), unit(u), shared(memory) {
-    const Problem& p = a.d.p;
-    const int first = threadIdx.x / kChunks;
-    chunk = threadIdx.x % kChunks;
-    key = unit.begin + first;
-    wanted = chunk * 8 < p.head_dim;
-    apart = kKeysAtOnce * p.k.stride[1];
-    next = static_cast<const T*>(p.k.data) + (wanted ? chunk * 8 : 0);
-    next += p.block_table ? unit.kv * p.k.stride[2] : KeyOffsetAt(p, p.k.stride, unit.sequence, key, unit.kv);
-    ring = SharedAddress(shared) + kRowBytes;
-    place = chunk / 8 * (kProductRows * kPanelRowBytes) + first * kPanelRowBytes;
-    swizzle = chunk % 8 ^ first % 8;
-
-    const T* const queries = static_cast<const T*>(p.q.data);
-    const int last = unit.sequence.q_len - 1 - unit.first_row, rows = min(a.rows, unit.sequence.q_len);
-    CopyRows<PANELS, COLUMNS>(shared, p.head_dim, p.q.data, [&](int r) -> const T* {
-      if (unit.first_row + r >= rows) return nullptr;
-      return queries + RowOffsetAt(p, p.q.stride, unit.sequence, last - r, unit.head);
-    });
-    CopyKeys(0);
-  }
-
-  // Of each step once, in order.
-  __device__ __forceinline__ void CopyKeys(int step) {
-    const Problem& p = a.d.p;
-    const uint32_t to = ring + step % kRingStages * kStageBytes + place;
-    auto copy = [&](int i, const T* from) {
-      const int row = i * kKeysAtOnce;
-      AsyncCopy16(to + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted && key < unit.sequence.k_len);
-    };
-    if (p.block_table == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce, next += apart) copy(i, next);
-      return;
-    }
-#pragma unroll 8
-    for (int i = 0; i < kProductRows / kKeysAtOnce; ++i, key += kKeysAtOnce) {
-      const int index = a.by_page(min(key, unit.sequence.k_len - 1));
-      copy(i,
-           next + PageAt(p, unit.sequence.index, index) * p.k.stride[0] + (key - index * p.page_size) * p.k.stride[1]);
-    }
-  }
-
-  // The product of a step, while the next one's keys come. One barrier, which all other shared memory may count on.
-  __device__ __forceinline__ void Step(int step, float (&d)[COLUMNS / 2]) {
-    AsyncCopyWaitAll();
-    PRODUCT::Fence();
-    __syncthreads();
-    const char* const keys = shared + kRowBytes + step % kRingStages * kStageBytes;
-    const auto next = [&] {
-      if (step + 1 < unit.steps) CopyKeys(step + 1);
-    };
-    if constexpr (kRingStages > 1) {
-      PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, keys, shared, next);
-    } else {
-      PRODUCT::template Multiply<T, PANELS, COLUMNS>(d, keys, shared, [] {});
-      __syncthreads();
-      next();
-    }
-  }
+  __device__ SumsProduct(const VerticalSlashShape& a, const SumsUnit& unit, char* memory)
+      : KeyProduct<PRODUCT, T, PANELS, COLUMNS>(a.d.p, a.by_page, unit, memory, RowsOf(a, unit)),
+        first_row(unit.first_row) {}
 
   // Whether every row sees every key of a step.
   __device__ __forceinline__ bool Whole(int step) const {
-    return unit.begin + step * kProductRows + kProductRows + unit.first_row + COLUMNS - 1 <= unit.sequence.k_len;
+    const KeySpan& span = this->span;
+    return span.begin + step * kProductRows + kProductRows + first_row + COLUMNS - 1 <= span.sequence.k_len;
+  }
+
+ private:
+  static __device__ auto RowsOf(const VerticalSlashShape& a, const SumsUnit& unit) {
+    const int last = unit.sequence.q_len - 1 - unit.first_row, rows = min(a.rows, unit.sequence.q_len);
+    return [=, &a, &unit](int r) -> const T* {
+      if (unit.first_row + r >= rows) return nullptr;
+      return static_cast<const T*>(a.d.p.q.data) +
+             RowOffsetAt(a.d.p, a.d.p.q.stride, unit.sequence, last - r, unit.head);
+    };
   }
 };
 
-// Value 4 c + 2 half + e of a thread is row 16 warp + lane / 4 + 8 half of D, column 8 c + 2 (lane % 4) + e.
 template <class PRODUCT, typename T, int PANELS, int COLUMNS>
 __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
                                                  : COLUMNS == 64 ? 4
@@ -167,64 +100,23 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4     ? 1
   SumsUnit unit;
   if (!PlaceUnit(args, unit)) return;
   SumsProduct<PRODUCT, T, PANELS, COLUMNS> product(a, unit, AlignedPanels(raw));
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
-  float* const mine = reference[warp];
-  for (int j = lane; j < COLUMNS; j += 32) mine[j] = -INFINITY;
-  __syncwarp();
-
-  float sum[COLUMNS / 4] = {};
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  RowSums<COLUMNS> sums{reference[warp], a.exponent_scale};
+  sums.Start();
 #pragma unroll 1
   for (int step = 0; step < unit.steps; ++step) {
     float d[COLUMNS / 2];
     product.Step(step, d);
-    // Add up against the references, as far as that goes.
-    float x[COLUMNS / 4], check = 0;
-#pragma unroll
-    for (int c = 0; c < COLUMNS / 8; ++c) {
-      const float2 base = *reinterpret_cast<const float2*>(&mine[8 * c + pair]);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float offset = e ? -base.y : -base.x;
-        x[2 * c + e] =
-            Exp2(fmaf(d[4 * c + e], a.exponent_scale, offset)) + Exp2(fmaf(d[4 * c + 2 + e], a.exponent_scale, offset));
-        check += x[2 * c + e];
-      }
-    }
-    if (__all_sync(~0u, product.Whole(step) && check < kLargeSum)) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 4; ++i) sum[i] += x[i];
-      continue;
-    }
-    // Else again, with a mask and new references.
     const int seen = unit.sequence.k_len - unit.first_row - (unit.begin + step * kProductRows + 16 * warp + lane / 4);
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 4; ++i) {
-      const int j = i / 2 * 8 + pair + i % 2;
-      float z[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.exponent_scale;
-        z[half] = j + 8 * half < seen && IsFinite(score) ? score : -INFINITY;
-      }
-      const float old = mine[j];
-      float largest = fmaxf(z[0], z[1]);
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-      largest = fmaxf(largest, old);
-      const float base = largest == -INFINITY ? 0.f : largest; // nothing finite yet: this leads here again
-      sum[i] = sum[i] * Exp2(old - base) + (Exp2(z[0] - base) + Exp2(z[1] - base));
-      __syncwarp();
-      if (lane < 4) mine[j] = largest;
-    }
-    __syncwarp();
+    sums.Add(d, product.Whole(step), [&](int j, int half) { return j + 8 * half < seen; });
   }
 
   // Join lanes, then warps.
 #pragma unroll
   for (int i = 0; i < COLUMNS / 4; ++i) {
 #pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
-    if (lane < 4) partial[warp][i / 2 * 8 + pair + i % 2] = sum[i];
+    for (int offset = 4; offset < 32; offset *= 2) sums.sum[i] += __shfl_xor_sync(~0u, sums.sum[i], offset);
+    if (lane < 4) partial[warp][sums.RowOfSum(i)] = sums.sum[i];
   }
   __syncthreads();
   const int j = threadIdx.x;

@@ -2,53 +2,29 @@
 // leaves out. For every GPU since Ampere; on Hopper too, since the rows are so few that reading the keys is the larger
 // part.
 //
-// A CTA takes the rows of one KV head's query heads, up to 256 of them, and a run of keys, so that each key is read once
-// or twice for all rows, and every multiprocessor has some. Keys stream through two stages of shared memory, a barrier
-// per step; a warp has 32 rows and holds their queries in registers, so that shared memory is read for keys alone.
-// Weights are exponentials against a reference that a row keeps, the largest of its first scores, while its sums stay in
-// range: the common step has no maximum. Rows of a warp are neighbours in the prompt, so that only a few steps need a
-// mask, and a warp whose rows see no more keys is done.
+// A CTA takes the rows of one KV head's query heads, up to 256 of them, and a run of keys, so that each key is read
+// once or twice for all rows, and every multiprocessor has some. Keys stream through two stages of shared memory, a
+// barrier per step; a warp has 32 rows and holds their queries in registers, so that shared memory is read for keys
+// alone. Weights are exponentials against a reference that a row keeps, the largest of its first scores, while its sums
+// stay in range: the common step has no maximum. Rows of a warp are neighbours in the prompt, so that only a few steps
+// need a mask, and a warp whose rows see no more keys is done.
 //
-// Of each row three sums leave the kernel (RowPart): all weights, those of keys left out, and of the blocks left out the
-// heaviest one's. Their order is fixed, whatever else runs: no atomics.
+// Of each row three sums leave the kernel (RowPart): all weights, those of keys left out, and of the blocks left out
+// the heaviest one's. Their order is fixed, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_SM80_GUARD_AUDIT_CUH_
 #define FLASHPREFILL_CUDA_SM80_GUARD_AUDIT_CUH_
 
 #include "cuda/common/grid_control.cuh"
-#include "cuda/common/guard/args.h"
 #include "cuda/common/numbers.cuh"
+#include "cuda/sm80/guard/audit_plan.cuh"
 #include "cuda/sm80/mma.cuh"
 
 namespace flashprefill::cuda {
 
-constexpr int kPartKeys = 64;              // whose scores are in registers at a time
+constexpr int kPartKeys = 64;               // whose scores are in registers at a time
 constexpr int kGroups = 4, kGroupKeys = 16; // of a part: no block ends inside of 16 keys
 constexpr int kNoLimit = 0x7fffffff;
-constexpr float kMostOfPart = 0x1p40f;     // of a lane's sum over a part: fp32 bears many of them
-
-template <int HEAD_DIM, int WARPS>
-struct AuditShape {
-  static constexpr int kHeadDim = HEAD_DIM;
-  static constexpr int kWarps = WARPS, kThreads = 32 * WARPS;
-  static constexpr int kRowTiles = HEAD_DIM <= 128 ? 2 : 1; // of 16 rows, per warp
-  static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarpRows * WARPS;
-  static constexpr int kPanels = HEAD_DIM / 64;
-  static constexpr int kKeys = HEAD_DIM <= 128 ? 128 : 64; // of a step
-  static constexpr int kStageBytes = kKeys * HEAD_DIM * 2;
-  static constexpr int kQueryBytes = kRows * HEAD_DIM * 2;
-  static constexpr int kMemory = 2 * kStageBytes; // queries come through the stages
-  static_assert(kQueryBytes <= kMemory && kQueryBytes % kStageBytes == 0);
-};
-
-// Rows of a CTA, in shared memory.
-template <class SHAPE>
-struct AuditRows {
-  int seen[SHAPE::kRows]; // keys; 0 for a row that is not there
-  int head[SHAPE::kRows], row[SHAPE::kRows];
-  int64_t mask_row[SHAPE::kRows];
-  int64_t list[SHAPE::kRows]; // of GuardArgs::listed
-  int most_seen[SHAPE::kWarps];
-};
+constexpr float kMostOfPart = 0x1p40f; // of a lane's sum over a part: fp32 bears many of them
 
 template <class T, class SHAPE>
 class AuditRun {
@@ -72,9 +48,10 @@ class AuditRun {
 #pragma unroll
     for (int w = 0; w < SHAPE::kWarps; ++w) most = max(most, rows_.most_seen[w]);
     if (most == 0) return; // no row is there
-    PlaceSteps(most);
+    most_seen_ = most;
+    steps_ = AuditSteps<kKeys>::Of(a_, most, piece_);
     Start();
-    if (begin_ < end_) Steps();
+    if (steps_.begin < steps_.end) Steps();
     Store();
   }
 
@@ -82,7 +59,7 @@ class AuditRun {
   static constexpr int kRowTiles = SHAPE::kRowTiles;
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kSlices = SHAPE::kHeadDim / 16;
-  static constexpr int kKeyPanel = kKeys * kRowBytes;        // bytes
+  static constexpr int kKeyPanel = kKeys * kRowBytes; // bytes
   static constexpr int kQueryPanel = SHAPE::kRows * kRowBytes;
   static constexpr int kPieces = SHAPE::kHeadDim / 8; // of 16 bytes per row
   static constexpr int kRowsAtOnce = SHAPE::kThreads / kPieces;
@@ -113,39 +90,15 @@ class AuditRun {
     if (lane_ == 0) rows_.most_seen[warp_] = warp_most_;
   }
 
-  // A step is of kKeys keys of a block, the last one of a large block of fewer; or of as many small blocks as fit it.
-  __device__ __forceinline__ void PlaceSteps(int most_seen) {
-    const int size = a_.rules.block_size;
-    blocks_per_step_ = max(1, kKeys / size);
-    steps_per_block_ = (size + kKeys - 1) / kKeys;
-    most_seen_ = most_seen;
-    const int blocks = a_.rules.by_block(most_seen + size - 1);
-    const int runs = (blocks + blocks_per_step_ - 1) / blocks_per_step_; // of whole blocks
-    const int per_piece = (runs + a_.pieces - 1) / a_.pieces;
-    begin_ = min(piece_ * per_piece, runs) * steps_per_block_;
-    end_ = min((piece_ + 1) * per_piece, runs) * steps_per_block_;
-  }
-
-  struct Step {
-    int key; // the first
-    int keys;
-  };
-  __device__ __forceinline__ Step StepAt(int i) const {
-    const int size = a_.rules.block_size;
-    if (steps_per_block_ == 1) return {i * blocks_per_step_ * size, blocks_per_step_ * size};
-    const int block = i / steps_per_block_, in_block = (i - block * steps_per_block_) * kKeys;
-    return {block * size + in_block, min(kKeys, size - in_block)};
-  }
-
   // ---------------------------------------------------------------- copies
 
   // The stage of a step, so that the queries of few rows lie beside the first.
   __device__ __forceinline__ uint32_t StageOf(int i) const {
-    return memory_ + ((i - begin_ + 1) & 1) * SHAPE::kStageBytes;
+    return memory_ + ((i - steps_.begin + 1) & 1) * SHAPE::kStageBytes;
   }
 
   __device__ __forceinline__ void LoadKeys(int i) const {
-    const Step step = StepAt(i);
+    const AuditStep step = steps_.At(i);
     const int first = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
     const bool wanted = piece * 8 < p_.head_dim;
     const T* const data = static_cast<const T*>(p_.k.data) + (wanted ? piece * 8 : 0);
@@ -179,8 +132,8 @@ class AuditRun {
   __device__ __forceinline__ void Start() {
     constexpr bool kBeside = SHAPE::kQueryBytes == SHAPE::kStageBytes;
     LoadQueries();
-    if (kBeside && begin_ < end_) LoadKeys(begin_);
-    if (kBeside && begin_ < end_) {
+    if (kBeside && steps_.begin < steps_.end) LoadKeys(steps_.begin);
+    if (kBeside && steps_.begin < steps_.end) {
       AsyncCopyWait<1>();
     } else {
       AsyncCopyWait<0>();
@@ -201,9 +154,9 @@ class AuditRun {
       }
     }
     block_ = -1;
-    if (!kBeside && begin_ < end_) {
+    if (!kBeside && steps_.begin < steps_.end) {
       __syncthreads(); // all have their queries
-      LoadKeys(begin_);
+      LoadKeys(steps_.begin);
     }
   }
 
@@ -211,11 +164,11 @@ class AuditRun {
 
   __device__ __forceinline__ void Steps() {
 #pragma unroll 1
-    for (int i = begin_; i < end_; ++i) {
+    for (int i = steps_.begin; i < steps_.end; ++i) {
       AsyncCopyWait<0>();
       __syncthreads(); // the step's keys are there for all, and all have done with the other stage
-      if (i + 1 < end_) LoadKeys(i + 1);
-      const Step step = StepAt(i);
+      if (i + 1 < steps_.end) LoadKeys(i + 1);
+      const AuditStep step = steps_.At(i);
       if (step.key >= warp_most_) continue;
 #pragma unroll
       for (int part = 0; part < kKeys / kPartKeys; ++part) {
@@ -387,7 +340,7 @@ class AuditRun {
   __device__ __forceinline__ void Count(int key, int count, const float (&all)[kRowTiles][2],
                                         const float (&left)[kRowTiles][2][kGroups]) {
     const int size = a_.rules.block_size;
-    const bool one_block = blocks_per_step_ == 1 || size % kPartKeys == 0;
+    const bool one_block = steps_.blocks_per_step == 1 || size % kPartKeys == 0;
     BeginBlock(a_.rules.by_block(key));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -474,8 +427,7 @@ class AuditRun {
   int kv_, tile_, piece_;
   int warp_most_, warp_least_; // keys that rows of the warp see; the least of those that are there
   int most_seen_;              // keys that some row of the CTA sees
-  int begin_, end_;            // steps
-  int blocks_per_step_, steps_per_block_;
+  AuditSteps<kKeys> steps_;
   uint32_t q_[kRowTiles][kSlices][4];
   float reference_[kRowTiles][2]; // exponent; -inf: the row has seen nothing
   float total_[kRowTiles][2];     // of a lane's columns
@@ -496,14 +448,6 @@ __global__ void __launch_bounds__(SHAPE::kThreads, 256 / SHAPE::kThreads)
   if (GuardSkips(a)) return;
   AuditRun<T, SHAPE>(a, rows, SharedAddress(memory)).Run();
 }
-
-using GuardAuditKernel = void (*)(GuardArgs);
-struct GuardAuditPlan {
-  GuardAuditKernel kernel;
-  int threads, bytes;
-};
-template <class T>
-GuardAuditPlan GuardAudit(int head_dim, bool many_rows);
 
 template <class T, int HEAD_DIM>
 GuardAuditPlan GuardAuditOf(bool many_rows) {

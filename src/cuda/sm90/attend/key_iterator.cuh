@@ -36,6 +36,7 @@ class KeyIterator {
   __device__ __forceinline__ int chunks() const { return chunks_; } // a tile
   __device__ __forceinline__ int key_tiles() const { return key_tiles_; }
   __device__ __forceinline__ int mean_tiles() const { return mean_tiles_; }
+  __device__ __forceinline__ int missing_keys() const { return missing_ << p_.chunk_shift; } // of the first tile
   __device__ __forceinline__ bool keeps_all() const { return keeps_all_; } // whether no visible block is left out
 
   // The next key tile: the position of chunk c in lane c, in those past the last chunk the last one's.

@@ -267,23 +267,28 @@ class AttendProducer {
   template <class First>
   __device__ __forceinline__ void CopyFrom(First&& first, const uint32_t (&offset)[kPlaces], bool checked) {
     constexpr int kBatches = kRowsPerWarp / 16; // of 16 rows, four a lane
-    BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
-    uint64_t* const full = &full_[ring_position_.stage];
-    if (lane_ == 0 && (kEachArrives || rank_ == 0)) BarrierArrive(full);
+    constexpr bool kEarly = kEachArrives;       // offsets into registers before the stage is free, where these suffice
     uint32_t* const offsets = sm_.row_offsets[warp_];
 #pragma unroll
     for (int r = 0; r < kPlaces; ++r) offsets[r * 32 + lane_ / 16 * 16 + lane_ % 4 * 4 + lane_ / 4 % 4] = offset[r];
     __syncwarp();
     const int piece = lane_ % 8, row = lane_ / 8;
+    const auto load = [&](int b) { return LoadShared16(SharedAddress(offsets + b * 16 + row * 4)); };
+    uint4 loaded[kBatches];
+#pragma unroll
+    for (int b = 0; kEarly && b < kBatches; ++b) loaded[b] = load(b);
+    BarrierWait(&empty_[ring_position_.stage], ring_position_.parity ^ 1);
+    uint64_t* const full = &full_[ring_position_.stage];
+    if (lane_ == 0 && (kEachArrives || rank_ == 0)) BarrierArrive(full);
     const uint16_t* const from = first() + piece * 8;
     const uint32_t to = SharedAddress(stages_ + ring_position_.stage * Memory::kKeyBytes) +
                         (rank_ * kRowsPerWarp + row) * Memory::kPanelRowsBytes;
     const uint32_t address[2] = {to + ((piece ^ row) << 4), to + ((piece ^ (row + 4)) << 4)};
     const auto copy = [&](auto check) {
       constexpr bool kCheck = decltype(check)::value;
-#pragma unroll(kCheck ? 1 : kBatches)
+#pragma unroll(kCheck && !kEarly ? 1 : kBatches)
       for (int b = 0; b < kBatches; ++b) {
-        const uint4 four = LoadShared16(SharedAddress(offsets + b * 16 + row * 4));
+        const uint4 four = kEarly ? loaded[b] : load(b);
         const uint32_t at[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

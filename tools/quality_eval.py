@@ -58,6 +58,12 @@ def section(found: list[dict[str, Any]], ran: Any) -> list[str]:
         model, prompts = results["model"], f"{settings['samples']} prompts per task and length"
         hashed = f"seed {settings['seed']}, prompts {results['prompts_hash'][:16]}"
         lines.append(f"{model['name']}, {model['dtype']}; {prompts}{cut}, {hashed}; " + ran(results))
+        if settings.get("beside"):
+            lines.append(f"{settings['beside']} processes shared the machine, so there are no times.")
+        if settings.get("unanswered"):
+            lines.append(f"{settings['unanswered']} prompts had no answer yet when the run's time was up.")
+        if lines[-1][-1] == ".":
+            lines.append("")
         for length in settings["lengths"]:
             prompts = figures.one(rows, figures.DENSE, length, None)["prompts"]
             lines += _header([f"{length:,} tokens, {prompts} prompts", *LABELS[1:]])

@@ -22,6 +22,11 @@ struct Groups {
 // is idle. To fit, these go in this order: the fourth stage of keys, buffers of queries down to one a set
 // (where two products are in flight: three for two sets), floats as energies and the other buffers there, the third
 // stage of keys elsewhere, units.
+//
+// With 128 columns buffers go set by set, so that a buffer is one set's each time. Rows come by bulk copies there,
+// which may end in another order than they began in, and an item without steps has none. Would a set's next buffer be
+// another set's before, whose copy is still on its way when this set's own, later item is done, a wait for the parity
+// after the next would pass at once, and that item be done twice. Pooled rows (64 columns) are finished in order.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {
   const int columns = ScoreColumns(unit_rows);
   plan.panels = static_cast<int>(std::bit_ceil(static_cast<unsigned>(DivUp(head_dim, kScorePanelColumns))));
@@ -41,7 +46,7 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
   const int most = Groups::Of(columns, sketch).math * columns / unit_rows;
   auto fits_with = [&](size_t energy_bytes, int least_buffers) {
     plan.energy_bytes = static_cast<int>(energy_bytes);
-    for (int buffers = 2 * plan.sets; buffers >= least_buffers; --buffers) {
+    for (int buffers = 2 * plan.sets; buffers >= least_buffers; buffers -= columns == 128 ? plan.sets : 1) {
       if (fits(buffers, 4) || fits(buffers, 3)) return true;
     }
     return false;

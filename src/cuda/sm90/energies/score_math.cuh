@@ -143,10 +143,6 @@ struct Scorer : EnergyMath<COLUMNS, ROWS, SKETCH, ScoreShape<COLUMNS, SKETCH>::k
     RingPosition q_ring{set, 0};
     for (;;) {
       const int buffer = q_ring.stage;
-      // Where buffers are no multiple of the sets, this one was another set's before, and that load may still be on its
-      // way, although this set's own, later item is done: one without steps has nothing to load. A wait for the parity
-      // after the next passes at once then, and the other set's item would be done twice. So that load first.
-      BarrierWait(&control.q_full[buffer], q_ring.parity ^ 1);
       BarrierWait(&control.q_full[buffer], q_ring.parity);
       q_ring.AdvanceBy(plan.sets, plan.q_buffers);
       const ScoreItem& item = control.item[buffer];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from flashprefill.apps.eval import figures, run
@@ -14,7 +15,8 @@ Scores of `flashprefill eval` ([evaluation.md](evaluation.md)), in per cent. *Ke
 score over the prompts that dense attention answers fully; *worse* and *better* count prompts whose
 score is below and above dense attention's; *p* is McNemar's exact test on the two. *First token*
 is the median of the time to it. SmolLM2-135M is a small model: what dense attention scores near
-zero says nothing about a policy.
+zero says nothing about a policy. Where a density is 1 the policy kept everything, and what differs
+from dense attention is rounding: what a difference must exceed to mean anything.
 """
 LABELS = (
     "",
@@ -79,4 +81,7 @@ def section(found: list[dict[str, Any]], ran: Any) -> list[str]:
                     shown = ["-" if score is None else f"{100 * score:.0f}" for score in scores]
                     lines.append(_row([task, f"{row['length']:,}", *shown]))
         lines += ["", *(f"{line}." for line in results["verdict"].splitlines()), ""]
+        lines += (
+            [*textwrap.wrap(results["note"], 100, break_on_hyphens=False), ""] if "note" in results else []
+        )
     return lines

@@ -5,10 +5,10 @@
 // What differs, and why.
 //  - A step's products and its exponentials take equally long, 1,024 cycles, so one warpgroup's products must run under
 //    the other's softmax all the time. Issuing takes 130 cycles only: a turn that ends there leaves both waiting for
-//    the matrix units and then both for exponentials. So a turn ends when the first half of its scores is there.
-//  - In a turn P V of the step before comes first, then Q K^T of this one in two halves. P V is added up while Q K^T
-//    runs, and its 64 registers are free for exponentials on their way. With Q K^T first, six registers were left for
-//    them, and the exponentials waited for each other.
+//    the matrix units and then both for exponentials. So a turn ends when its scores are there.
+//  - In a turn P V of the step before comes first, then Q K^T of this one. P V is added up while Q K^T runs, and its 64
+//    registers are free for exponentials on their way. With Q K^T first, six registers were left for them, and the
+//    exponentials waited for each other.
 //  - Scores are integers: the products of a row of Q, rounded here with a scale of its own, and of keys less a center,
 //    rounded by the pass before with a scale per 128 (common/attend/images.h). The bits of 1.5 * 2^23 are added, which
 //    makes them floats, that plus the sum, exactly; one multiply-add then makes the exponent of any of them.
@@ -70,12 +70,13 @@ class Attend8Math {
         const float2 reference = Load(sm_.rows.reference);
         const float addend[2] = {Addend(reference.x, worth.scale[0], worth.bias, false),
                                  Addend(reference.y, worth.scale[1], worth.bias, false)};
-        WgmmaWait<2>();
+        WgmmaWait<1>();
         TakeValues(v_scale);
         WaitFor(sm_.v_full, step_); // now, and not in the next turn, which is to begin with products
         if (j + 1 < steps) WaitFor(sm_.k_full, step_ + 1);
-        WgmmaWait<1>();
-        PassTurn(); // half of the scores are there, and the others on their way
+        WgmmaWait<0>();
+        PassTurn();
+        TakeScores();
         NextWeights(key_tile, mode, worth, addend);
       }
       steps = NextTile(); // asked before the products are issued: ptxas serialises them if a branch lies in between
@@ -86,7 +87,7 @@ class Attend8Math {
       WaitTurn();
       IssueScores();
       PassTurn();
-      WgmmaWait<2>();
+      WgmmaWait<1>();
       TakeValues(KeyTileBefore(1).v.scale);
       Pack();
       Store(tile_ - 2);
@@ -211,20 +212,14 @@ class Attend8Math {
     BarrierWait(&full[Stage(step)], Parity(step));
   }
 
-  // S = Q K^T of the next key tile, in two halves of its keys: exponentials of the first can begin under the second.
+  // S = Q K^T of the next key tile.
   __device__ __forceinline__ void IssueScores() {
     const uint64_t q = DescribeKMajor(SharedAddress(sm_.q8) + group_ * 64 * kImageColumns);
     const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[Stage(step_)]));
     WgmmaFence();
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      int32_t(&half)[kKeys / 4] = *reinterpret_cast<int32_t(*)[kKeys / 4]>(s_ + kKeys / 4 * h);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 32; ++i) {
-        WgmmaInt8::SS(half, q + 2 * i, k + kKeys / 2 * kImageColumns / 16 * h + 2 * i, i > 0);
-      }
-      WgmmaCommit();
-    }
+    for (int i = 0; i < kHeadDim / 32; ++i) WgmmaInt8::SS(s_, q + 2 * i, k + 2 * i, i > 0);
+    WgmmaCommit();
   }
 
   // The scores are there: K's stage may be filled again.
@@ -299,16 +294,8 @@ class Attend8Math {
   __device__ __forceinline__ void NextWeights(const ScaledKeyTile& key_tile, KeyMode mode, const Worth& worth,
                                               const float (&addend)[2]) {
     float sum[2] = {0, 0};
-    if (mode != KeyMode::kPlain) {
-      WgmmaWait<0>();
-      KeepInPlace(s_);
-      Mask(key_tile, mode, worth);
-    }
-    Weights<0, kSlices / 2>(weights_, worth, addend, sum);
-    HoldBack(sum[0], sum[1], p_.minus_one, &sm_.never_written);
-    WgmmaWait<0>();
-    TakeScores();
-    Weights<kSlices / 2, kSlices>(weights_ + 2 * kSlices, worth, addend, sum);
+    if (mode != KeyMode::kPlain) Mask(key_tile, mode, worth);
+    Weights<0, kSlices>(weights_, worth, addend, sum);
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
     int large = (sum[0] < kLargestSum8 ? 0 : 1) | (sum[1] < kLargestSum8 ? 0 : 2);
     float2 sums = Load(sm_.rows.sum);

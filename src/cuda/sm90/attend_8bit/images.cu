@@ -353,7 +353,7 @@ __device__ void WriteZeros(const ImageSet& set, int64_t at) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) ImageKernel(const __grid_constant__ ImageJobs jobs) {
+__global__ void __launch_bounds__(kThreads, 3) ImageKernel(const __grid_constant__ ImageJobs jobs) {
   __shared__ ImageShared shared;
   GridRelease(); // attend may take its place as soon as there is room
   const AttendArgs& p = jobs.a;

@@ -48,6 +48,18 @@ def _name(argument: str, value: Any) -> str | None:
     return value
 
 
+_MATH = {"input": 0, "8bit": 1}  # fp_math
+
+
+def math_of(math: Any) -> int:
+    """Return the number of the products that an argument permits."""
+    if not isinstance(math, str):
+        refuse_type("math", repr(math), 'a string: "input" or "8bit"')
+    if math not in _MATH:
+        refuse("math", repr(math), '"input" or "8bit"')
+    return _MATH[math]
+
+
 def shared_of(
     q: Any,
     layout: Layout,
@@ -55,6 +67,7 @@ def shared_of(
     threads: Any,
     backend: Any,
     target: Any,
+    math: Any = "input",
     k_scale: Any = None,
     v_scale: Any = None,
 ) -> dict[str, Any]:
@@ -67,6 +80,7 @@ def shared_of(
         "threads": _threads(threads),
         "backend": _name("backend", backend),
         "target": _name("target", target),
+        "math": math_of(math),
     }
 
 

@@ -28,6 +28,7 @@ _LAYOUT = {
 }
 _SELECTION = {"final_chunk": "bool[]", "policy": "str"}
 _EXECUTION = {"threads": "int", "backend": "str?", "target": "str?"}
+_PRODUCTS = {"math": "int"}  # fp_math
 
 
 class Verb:
@@ -99,6 +100,7 @@ ATTEND = Verb(
     {"bits": "Tensor", **_MASK, "skipped": "Tensor!?"},
     _LAYOUT,
     _EXECUTION,
+    _PRODUCTS,
 )
 PREFILL = Verb(
     "prefill",
@@ -108,6 +110,7 @@ PREFILL = Verb(
     _LAYOUT,
     _SELECTION,
     _EXECUTION,
+    _PRODUCTS,
     _GUARD,
 )
 AUDIT = Verb(

@@ -61,7 +61,7 @@ def set_final_chunk(p: _abi.Problem, final_chunk: list[bool]) -> None:
         p.final_chunks = ctypes.addressof(p.keep)
 
 
-def exec_of(q: Any, threads: int, backend: str | None, target: str | None) -> _abi.Exec:
+def exec_of(q: Any, threads: int, backend: str | None, target: str | None, math: int = 0) -> _abi.Exec:
     e = _abi.sized(_abi.Exec)
     if is_numpy(q):
         e.threads = max(threads, 0)
@@ -72,6 +72,7 @@ def exec_of(q: Any, threads: int, backend: str | None, target: str | None) -> _a
             e.stream = torch.cuda.current_stream(q.device).cuda_stream
     e.backend = backend.encode() if backend is not None else None
     e.target = target.encode() if target is not None else None
+    e.math = math
     if _timings.active() is not None:
         e.timings = ctypes.pointer(_abi.Timings())
     return e
@@ -175,7 +176,7 @@ def attend(*arguments: Any) -> None:
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
     p, m, o = problem_of(call, q, k, v), _mask_given(call), output_of(call)
     m.skipped = address_of(call.skipped)
-    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    e, size = exec_of(q, call.threads, call.backend, call.target, call.math), ctypes.c_size_t()
     _abi.check(_abi.lib.fp_attend_workspace(byref(p), byref(m), byref(e), byref(size)))
     _memory, address = workspace_of(q, size.value)
     _abi.check(_abi.lib.fp_attend(byref(p), byref(m), byref(e), byref(o), address, size.value))
@@ -189,7 +190,7 @@ def prefill(*arguments: Any) -> None:
     q, k, v = all_cuda_reads(call.q, call.k, call.v, cached=call.block_table is not None)
     p, o = problem_of(call, q, k, v), output_of(call)
     set_final_chunk(p, call.final_chunk)
-    e, size = exec_of(q, call.threads, call.backend, call.target), ctypes.c_size_t()
+    e, size = exec_of(q, call.threads, call.backend, call.target, call.math), ctypes.c_size_t()
     set_guard(e, call)
     with bound(struct_of(call.policy), p, all(call.final_chunk)) as policy:
         written = None if call.bits is None else _mask_written(p, policy, call)

@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
 class PrefillOptions(Options, total=False):
     """What prefill_attention takes besides."""
 
+    math: Literal["input", "8bit"]
     causal: bool
     final_chunk: bool | Sequence[bool]
     guard: Guard | str | None
@@ -49,4 +50,5 @@ class PrefillOptions(Options, total=False):
 class AttendOptions(Options, total=False):
     """What attend takes besides."""
 
+    math: Literal["input", "8bit"]
     causal: bool | None

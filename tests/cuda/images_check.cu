@@ -184,8 +184,8 @@ void CheckBytes(const Inputs& in) {
           const float want = std::isfinite(x) ? x : 0;
           wrong_k += !(std::fabs(got - want) <= 0.5001f * k_scale[at].scale);
         }
-        const bool bit = k_scale[at].not_finite[t / 32] >> t % 32 & 1;
-        wrong_bits += bit != !finite;
+        const bool bit = k_scale[at].not_finite[t % 8 / 2] >> (t / 8 * 2 + t % 2) & 1;
+        wrong_bits += bit != !finite || (bit && !k_scale[at].any_not_finite);
       }
       for (int d = 0; d < kImageColumns; ++d) {
         for (int slot = 0; slot < kImageKeys; ++slot) {
@@ -231,7 +231,7 @@ __global__ void Products(const uint8_t* a, const uint8_t* k, const uint8_t* v, i
                  of_v = DescribeKMajor(SharedAddress(shared + 2 * kImageBytes));
   WgmmaFence();
 #pragma unroll
-  for (int i = 0; i < 4; ++i) WgmmaInt8::SS(s, q + 2 * i, of_k + 2 * i);
+  for (int i = 0; i < 4; ++i) WgmmaInt8::SS(s, q + 2 * i, of_k + 2 * i, 1);
   WgmmaCommit();
   WgmmaWait<0>();
   KeepInPlace(s);

@@ -41,6 +41,15 @@ def test_dense_equals_sdpa(engine, problem, causal):
     assert error(lse, expected_lse) < TOLERANCE[dtype]
 
 
+def test_8bit_products_change_nothing_without_a_kernel(engine):
+    """The mode permits; CPU backends have no such products."""
+    q, k, v = tensors(1, (300, 4, 128), (300, 2, 128), torch.float32)
+    mask = fp.select(q, k, fp.FlashPrefill(), **engine)
+    wanted = fp.attend(q, k, v, mask, **engine)
+    assert torch.equal(fp.attend(q, k, v, mask, math="8bit", **engine), wanted)
+    assert torch.equal(fp.prefill_attention(q, k, v, fp.FlashPrefill(), math="8bit", **engine), wanted)
+
+
 @given(problem=problems(), causal=st.booleans(), data=st.data())
 def test_any_mask_equals_masked_sdpa(engine, problem, causal, data):
     """Random masks, so many rows see nothing at all."""

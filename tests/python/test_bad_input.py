@@ -69,6 +69,8 @@ ROWS = [
     ("backend", {"backend": "abacus"}, ValueError, r"backend is abacus; it must be one of .*reference"),
     ("backend 7", {"backend": 7}, TypeError, r"backend is 7; it must be a string or None"),
     ("target", {"target": "mmx"}, ValueError, r"target is mmx; it must be one that backend"),
+    ("math", {"math": "fp8"}, ValueError, r"math is 'fp8'; it must be \"input\" or \"8bit\""),
+    ("math 8", {"math": 8}, TypeError, r"math is 8; it must be a string"),
     # policies
     ("policy number", {"policy": 3}, TypeError, r"policy is 3; it must be a policy, such as"),
     ("policy class", {"policy": fp.Dense}, TypeError, r"policy is the class Dense; it must be called: flashprefill\.Dense\(\)"),
@@ -161,7 +163,7 @@ def test_refused(library, changes, exceptions, message):
     # The other verbs refuse the same with the same words.
     for name in ("v", "out", "return_lse", "return_stats"):
         arguments.pop(name, None)
-    if not {"v", "return_lse", "return_stats"} & {*changes} or "k" in changes:
+    if not {"v", "return_lse", "return_stats", "math"} & {*changes} or "k" in changes:
         refusal(lambda: fp.select(**arguments), exceptions, message)
 
 

@@ -220,6 +220,20 @@ def test_without_causal():
     check(*inputs, fp.Dense(), causal=False)
 
 
+@pytest.mark.parametrize("name", ["published", "corrected"])
+def test_8bit_products(name):
+    """Near the inputs' own products and not they, where there is a kernel; elsewhere the same bits."""
+    there = [x.cuda() for x in data(4000, 4000, 4, 2, 128, torch.bfloat16)]
+    own = fp.prefill_attention(*there, SPARSE[name])
+    eight = fp.prefill_attention(*there, SPARSE[name], math="8bit")
+    mask = fp.select(there[0], there[1], SPARSE[name])
+    assert torch.equal(fp.attend(*there, mask, math="8bit"), eight)
+    assert torch.equal(eight, own) == (TARGET != "sm90a")
+    assert (eight.float() - own.float()).norm() < 0.06 * own.float().norm()
+    small = [x.cuda() for x in data(700, 700, 4, 2, 64, torch.bfloat16)]
+    assert torch.equal(fp.prefill_attention(*small, math="8bit"), fp.prefill_attention(*small))
+
+
 def test_the_same_bits_a_hundred_times():
     there = [x.cuda() for x in data(4000, 4000, 8, 2, 128, torch.bfloat16)]
     first = fp.prefill_attention(*there, SPARSE["shared"])

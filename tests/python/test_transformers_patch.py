@@ -89,6 +89,30 @@ def test_bad_policies_are_refused_before_anything_changes(policy, options, error
     assert model.config._attn_implementation == "sdpa" and not hasattr(model, "_flashprefill_before")
 
 
+def test_8bit_products(models, patched, monkeypatch):
+    """Every sparse layer's call permits them, and no other value is taken."""
+    model, ids = patched(models("llama"), STREAMING, math="8bit"), tokens()
+    seen = []
+    monkeypatch.setattr(attention, "prefill_attention", spy(attention.prefill_attention, seen))
+    wanted = logits(model, ids)
+    assert seen == ["8bit", "8bit"]
+    patched(model, STREAMING)
+    assert torch.equal(logits(model, ids), wanted) and seen[2:] == ["input", "input"]
+    for math, error in (("int4", ValueError), (8, TypeError)):
+        with pytest.raises(error, match="math is"):
+            fp.patch_model(model, STREAMING, math=math)
+
+
+def spy(call, seen):
+    """Return a function that notes the products asked for, and calls."""
+
+    def noted(*args, **options):
+        seen.append(options["math"])
+        return call(*args, **options)
+
+    return noted
+
+
 def test_what_is_no_model_is_refused():
     for thing in (3, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="a Transformers model"):

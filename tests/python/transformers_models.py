@@ -133,8 +133,8 @@ def patched():
     """patch_model for the length of a test."""
     seen = []
 
-    def patch(model, *args):
-        fp.patch_model(model, *args)
+    def patch(model, *args, **options):
+        fp.patch_model(model, *args, **options)
         if model not in seen:
             seen.append(model)
         return model

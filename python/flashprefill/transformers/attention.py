@@ -45,6 +45,7 @@ class Layer:
     policy: Policy | None  # None: the model's own dense attention
     eager: bool  # that is eager's, not SDPA's
     guard: Guard | None = None
+    math: str = "input"
 
 
 # What a model has that was loaded with attn_implementation="flashprefill" and not patched.
@@ -111,6 +112,7 @@ def _attention(
     compiling = torch.compiler.is_compiling()
     ranks = None if compiling else over_ranks.get()  # a model over ranks then refuses its results
     guard = layer.guard if layer is not None else None
+    math = layer.math if layer is not None else "input"
     if guard is not None and ranks is not None:  # not to be left out in silence
         raise UnsupportedError("guard is given; it must be None for a model over several ranks")
     if guard is not None and guard.state is not None and query.is_cuda:
@@ -136,7 +138,7 @@ def _attention(
 
     if packed.is_continuous(kwargs):
         out, outcome = packed.attention(
-            module, tensors, policy, eager, dropout, scaling, kwargs, bool(recorders), guard
+            module, tensors, policy, eager, dropout, scaling, kwargs, bool(recorders), guard, math
         )
         record(outcome)
         return out, None
@@ -151,7 +153,9 @@ def _attention(
             note_once("sparse in grad mode", type(module).__name__)
         try:
             cast = as_sdpa_casts(tensors)
-            out, measured = _sparse(module, cast, policy, scaling, plan, final_chunk, bool(recorders), guard)
+            out, measured = _sparse(
+                module, cast, policy, scaling, plan, final_chunk, bool(recorders), guard, math
+            )
         except UnsupportedError:
             reason = "backend"
         else:
@@ -178,6 +182,7 @@ def _sparse(
     final_chunk: bool | None,
     measure: bool,
     guard: Guard | None,
+    math: str,
 ) -> tuple[torch.Tensor, list[stats.Measured]]:
     """Run the kernel on each span of sequences with the same rows and keys. Rows of padding get zeros."""
     q, k, v = (x.transpose(1, 2) for x in tensors)
@@ -217,6 +222,7 @@ def _sparse(
                 guard=guard,
                 out=parts[3],
                 return_stats=measure,
+                math=math,
             )
         if measure:
             kept: Stats = result[1]

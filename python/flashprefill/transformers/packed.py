@@ -53,6 +53,7 @@ def attention(
     kwargs: dict[str, Any],
     measure: bool,
     guard: Guard | None = None,
+    math: str = "input",
 ) -> tuple[torch.Tensor, list[stats.Measured] | str]:
     """Return (out [1, rows, heads, head_dim], what was measured or why no request's rows were sparse)."""
     own = {name: value for name, value in kwargs.items() if name not in _OWN}
@@ -76,7 +77,7 @@ def attention(
             reason = "short"
         if reason is None and policy is not None:
             try:
-                measured += _sparse(parts, policy, scaling, out[:, rows], measure, guard)
+                measured += _sparse(parts, policy, scaling, out[:, rows], measure, guard, math)
                 continue
             except UnsupportedError:
                 reason = "backend"
@@ -101,11 +102,12 @@ def _sparse(
     out: torch.Tensor,
     measure: bool,
     guard: Guard | None,
+    math: str,
 ) -> list[stats.Measured]:
     q, k, v = (x.transpose(1, 2) for x in parts)
     with _timings.collect_timings() if measure else contextlib.nullcontext(_timings.Timings()) as timings:
         result: Any = prefill_attention(
-            q, k, v, policy, softmax_scale=scaling, guard=guard, out=out, return_stats=measure
+            q, k, v, policy, softmax_scale=scaling, guard=guard, out=out, return_stats=measure, math=math
         )
     if not measure:
         return []

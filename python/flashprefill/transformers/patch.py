@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
+from .._arguments import math_of
 from ..errors import refuse, refuse_type, shown
 from ..guard import Guard, guard_of
 from ..policies import Policy
@@ -80,6 +81,7 @@ def patch_model(
     options: Mapping[str, Any] | None = None,
     *,
     guard: Guard | str | None = None,
+    math: str = "input",
 ) -> Any:
     """Make a loaded model prefill sparsely. Patching a patched model changes its policy.
 
@@ -92,11 +94,14 @@ def patch_model(
         guard: measures how much of the attention the policy keeps, and may act on it, in every sparse layer:
             a :class:`flashprefill.Guard` or a text of one ("repair(target=0.95)"). :func:`collect_stats` has
             what it finds. CPU only: calls of a patched model on a GPU are refused.
+        math: "8bit" permits 8-bit products in every sparse layer, as in
+            :func:`flashprefill.prefill_attention`.
 
     Returns:
         The model.
     """
     guard = guard_of(guard)
+    math_of(math)
     inner = _model(model)
     layers = attention_layers(inner)
     policies = _by_layer(policy, options, max((layer.layer_idx for layer in layers), default=-1) + 1)
@@ -127,7 +132,7 @@ def patch_model(
             # Attention without a number is a vision tower's, or the like: left as it is.
             policy_here = policies[number] if isinstance(number, int) else None
             guard_here = None if guard is None or not isinstance(number, int) else guard.at_layer(number)
-            setattr(module, ATTRIBUTE, Layer(policy_here, eager, guard_here))
+            setattr(module, ATTRIBUTE, Layer(policy_here, eager, guard_here, math))
     _warn_if_useless(inner, layers)
     return model
 

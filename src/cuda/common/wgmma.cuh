@@ -127,14 +127,21 @@ struct Wgmma<__half> {
 // panel row holds 128 values, and the next 32 of them are 32 bytes on. Of A in registers lane l has four values each of
 // rows l/4, l/4 + 8, and of both again 16 columns further, from column 4 (l%4) on.
 
-// int8, sums of integers. D is always added to, so it begins as whatever it holds.
+// int8, sums of integers, 128 columns or 64 of them.
 struct WgmmaInt8 {
-  static __device__ __forceinline__ void SS(int32_t (&d)[64], uint64_t a, uint64_t b) {
+  static __device__ __forceinline__ void SS(int32_t (&d)[64], uint64_t a, uint64_t b, int accumulate) {
     asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 0, 0;\n\t"
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
         "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" FP_NAMES_N128 "}, %64, %65, p;\n\t}"
         : FP_R16(0), FP_R16(16), FP_R16(32), FP_R16(48)
-        : "l"(a), "l"(b));
+        : "l"(a), "l"(b), "r"(accumulate));
+  }
+  static __device__ __forceinline__ void SS(int32_t (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" FP_NAMES_N64 "}, %32, %33, p;\n\t}"
+        : FP_R16(0), FP_R16(16)
+        : "l"(a), "l"(b), "r"(accumulate));
   }
 };
 

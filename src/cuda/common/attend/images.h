@@ -31,7 +31,8 @@ constexpr int kImageBytes = kImageKeys * kImageColumns;
 // since int8 cannot say so: their scores are to become NaN.
 struct alignas(32) ImageScale {
   float scale;
-  uint32_t not_finite[kImageKeys / 32];
+  uint32_t any_not_finite;              // whether there is one;
+  uint32_t not_finite[kImageKeys / 32]; // word [t % 8 / 2], bit t / 8 * 2 + t % 2: of a lane's columns together
 };
 
 // Images of all KV heads, `rows` of them each; that of sequence b's keys from 128 i on is row MeanBase + i, as if they

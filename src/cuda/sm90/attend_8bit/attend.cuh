@@ -1,18 +1,24 @@
 // Attention in 8 bits over the kept blocks of a mask, for Hopper: Q K^T in int8, P V in e4m3, at twice the rate of the
-// 16-bit products and with half the bytes. The schedule is the bf16 kernel's (../attend/attend.cuh): two math
-// warpgroups that take turns, the next Q K^T and this P V in flight under the softmax, no maximum in the common step.
+// 16-bit products and with half the bytes. As in the bf16 kernel (../attend/attend.cuh) there are two math warpgroups
+// that take turns, and no maximum in the common step.
 //
 // What differs, and why.
+//  - A step's products and its exponentials take equally long, 1,024 cycles, so one warpgroup's products must run under
+//    the other's softmax all the time. Issuing takes 130 cycles only: a turn that ends there leaves both waiting for
+//    the matrix units and then both for exponentials. So a turn ends when the first half of its scores is there.
+//  - In a turn P V of the step before comes first, then Q K^T of this one in two halves. P V is added up while Q K^T
+//    runs, and its 64 registers are free for exponentials on their way. With Q K^T first, six registers were left for
+//    them, and the exponentials waited for each other.
 //  - Scores are integers: the products of a row of Q, rounded here with a scale of its own, and of keys less a center,
-//    rounded by the pass before with a scale per 128 (common/attend/images.h). They begin as the bits of 1.5 * 2^23, so
-//    that as floats they are that plus the sum, exactly, and one multiply-add makes the exponent of any of them.
+//    rounded by the pass before with a scale per 128 (common/attend/images.h). The bits of 1.5 * 2^23 are added, which
+//    makes them floats, that plus the sum, exactly; one multiply-add then makes the exponent of any of them.
 //  - Weights are e4m3, which ends at 448 and at 2^-9. A row's reference is three octaves below its first maximum, so a
 //    lane's 32 weights sum to at most 256 where all are equal; at 448 the row moves its reference.
 //  - Hopper adds up e4m3 products with some 14 bits. So every step's P V is a sum of its own, and goes to fp32
 //  registers
 //    with the scale of its values: one multiply-add per value and step, and long flat rows stay exact.
-//  - Registers are S 64, P V 64, O 64, P 16: there is no room for anything else. What a row has beside them lies in
-//    shared memory, and positions in the rings follow from one count of steps.
+//  - Registers are S 64, P V 64, O 64, P 16: what a row has beside them lies in shared memory, and positions in the
+//    rings follow from one count of steps.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_8BIT_ATTEND_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_8BIT_ATTEND_CUH_
 
@@ -25,10 +31,9 @@
 
 namespace flashprefill::cuda {
 
-constexpr int32_t kScoreBits = 0x4b400000; // as a float:
-constexpr float kScoreBias = 12582912.0f;  // 1.5 * 2^23
-constexpr float kWeightOctaves = 3;        // of the largest weight of a row's first step
-constexpr float kLargestSum8 = 448;        // of a lane's weights in a step: below it no weight is out of range
+constexpr float kScoreBias = 12582912.0f; // kScoreBits
+constexpr float kWeightOctaves = 3;       // of the largest weight of a row's first step
+constexpr float kLargestSum8 = 448;       // of a lane's weights in a step: below it no weight is out of range
 
 template <class T, class SHAPE>
 class Attend8Math {
@@ -44,40 +49,52 @@ class Attend8Math {
     int steps = NextTile();
     if (steps == 0) return;
     RoundQueries();
+    WaitFor(sm_.k_full, step_);
+    WaitTurn();
     IssueScores();
     PassTurn();
     WgmmaWait<0>();
     while (true) { // here the first scores of the tile are there, and no product is in flight
       TakeScores();
       FirstWeights();
+      WaitFor(sm_.v_full, step_ - 1);
+      if (steps > 1) WaitFor(sm_.k_full, step_);
       for (int j = 1; j < steps; ++j) {
+        WaitTurn();
+        IssueValues();
         IssueScores();
-        IssueValues<true>();
         const ScaledKeyTile& key_tile = KeyTileBefore(0);
-        const KeyMode mode = key_tile.mode; // asked while the product runs, as is what its scores are worth
+        const KeyMode mode = ModeOf(key_tile); // asked while the products run, as is what scores are worth
         const Worth worth = WorthOf(key_tile, mode);
+        const float v_scale = KeyTileBefore(1).v.scale;
         const float2 reference = Load(sm_.rows.reference);
         const float addend[2] = {Addend(reference.x, worth.scale[0], worth.bias, false),
                                  Addend(reference.y, worth.scale[1], worth.bias, false)};
+        WgmmaWait<2>();
+        TakeValues(v_scale);
+        WaitFor(sm_.v_full, step_); // now, and not in the next turn, which is to begin with products
+        if (j + 1 < steps) WaitFor(sm_.k_full, step_ + 1);
         WgmmaWait<1>();
-        TakeScores();
+        PassTurn(); // half of the scores are there, and the others on their way
         NextWeights(key_tile, mode, worth, addend);
       }
       steps = NextTile(); // asked before the products are issued: ptxas serialises them if a branch lies in between
       if (steps == 0) break;
-      IssueValues<false>();
+      IssueValues();
       RoundQueries(); // under the last products of the tile before
+      WaitFor(sm_.k_full, step_);
+      WaitTurn();
       IssueScores();
       PassTurn();
-      WgmmaWait<1>();
-      TakeValues<1>();
+      WgmmaWait<2>();
+      TakeValues(KeyTileBefore(1).v.scale);
       Pack();
       Store(tile_ - 2);
       WgmmaWait<0>();
     }
-    IssueValues<false>();
+    IssueValues();
     WgmmaWait<0>();
-    TakeValues<1>();
+    TakeValues(KeyTileBefore(1).v.scale);
     Pack();
     Store(tile_ - 1);
   }
@@ -85,6 +102,7 @@ class Attend8Math {
  private:
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
+  static constexpr int32_t kBits = kScoreBits;
   static constexpr int kSlices = kKeys / 32; // of a step: what a product of P V takes
   using Memory = SharedMemory8<SHAPE>;
 
@@ -188,19 +206,25 @@ class Attend8Math {
 
   // ---------------------------------------------------------------- products
 
-  // S = Q K^T of the next key tile, when it is this warpgroup's turn.
+  // K or V of a step.
+  __device__ __forceinline__ void WaitFor(uint64_t (&full)[SHAPE::kStages], uint32_t step) {
+    BarrierWait(&full[Stage(step)], Parity(step));
+  }
+
+  // S = Q K^T of the next key tile, in two halves of its keys: exponentials of the first can begin under the second.
   __device__ __forceinline__ void IssueScores() {
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) s_[i] = kScoreBits;
-    const int stage = Stage(step_);
-    BarrierWait(&sm_.k_full[stage], Parity(step_));
-    WaitTurn();
     const uint64_t q = DescribeKMajor(SharedAddress(sm_.q8) + group_ * 64 * kImageColumns);
-    const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[stage]));
+    const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[Stage(step_)]));
     WgmmaFence();
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 32; ++i) WgmmaInt8::SS(s_, q + 2 * i, k + 2 * i);
-    WgmmaCommit();
+    for (int h = 0; h < 2; ++h) {
+      int32_t(&half)[kKeys / 4] = *reinterpret_cast<int32_t(*)[kKeys / 4]>(s_ + kKeys / 4 * h);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 32; ++i) {
+        WgmmaInt8::SS(half, q + 2 * i, k + kKeys / 2 * kImageColumns / 16 * h + 2 * i, i > 0);
+      }
+      WgmmaCommit();
+    }
   }
 
   // The scores are there: K's stage may be filled again.
@@ -211,32 +235,29 @@ class Attend8Math {
   }
 
   // P V of the step before the next scores.
-  template <bool PASS_TURN>
   __device__ __forceinline__ void IssueValues() {
-    const int stage = Stage(step_ - 1);
-    BarrierWait(&sm_.v_full[stage], Parity(step_ - 1));
-    const uint64_t v = DescribeKMajor(SharedAddress(sm_.v[stage]));
+    const uint64_t v = DescribeKMajor(SharedAddress(sm_.v[Stage(step_ - 1)]));
     WgmmaFence();
 #pragma unroll
-    for (int i = 0; i < kSlices; ++i) {
-      if (PASS_TURN && i == kSlices - SHAPE::kEarlyTurn) PassTurn();
-      WgmmaE4M3::RS(part_, weights_ + 4 * i, v + 2 * i, i > 0);
-    }
+    for (int i = 0; i < kSlices; ++i) WgmmaE4M3::RS(part_, weights_ + 4 * i, v + 2 * i, i > 0);
     WgmmaCommit();
-    if (PASS_TURN && SHAPE::kEarlyTurn == 0) PassTurn();
   }
 
-  // O += P V, times what an integer of V is worth, of the step BEFORE the count.
-  template <int BEFORE>
-  __device__ __forceinline__ void TakeValues() {
+  // O += P V, times what an integer of V is worth, of the step before the next scores.
+  __device__ __forceinline__ void TakeValues(float scale) {
     KeepInPlace(part_);
-    Release(&sm_.v_empty[Stage(step_ - BEFORE)]);
-    const float scale = KeyTileBefore(BEFORE).v_scale;
+    Release(&sm_.v_empty[Stage(step_ - 1)]);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = fmaf(part_[i], scale, o_[i]);
   }
 
   // ---------------------------------------------------------------- softmax
+
+  // Keys that are not finite need a mask, and come with K.
+  __device__ __forceinline__ static KeyMode ModeOf(const ScaledKeyTile& key_tile) {
+    const KeyMode mode = key_tile.mode;
+    return mode == KeyMode::kPlain && key_tile.k.any_not_finite ? KeyMode::kMasked : mode;
+  }
 
   // What a step's scores are worth in exponents of two, and what its columns count for.
   struct Worth {
@@ -245,7 +266,7 @@ class Attend8Math {
   };
   __device__ __forceinline__ Worth WorthOf(const ScaledKeyTile& key_tile, KeyMode mode) const {
     const float2 scale = Load(sm_.rows.scale);
-    const float k_scale = key_tile.k_scale;
+    const float k_scale = key_tile.k.scale;
     return {{scale.x * k_scale, scale.y * k_scale}, mode == KeyMode::kMeans ? p_.mean_bias_log2 : 0.0f};
   }
 
@@ -259,7 +280,7 @@ class Attend8Math {
   // Weights of a tile's first step: references come from its maxima.
   __device__ __forceinline__ void FirstWeights() {
     const ScaledKeyTile& key_tile = KeyTileBefore(1);
-    const KeyMode mode = key_tile.mode;
+    const KeyMode mode = ModeOf(key_tile);
     const Worth worth = WorthOf(key_tile, mode);
     if (mode != KeyMode::kPlain) Mask(key_tile, mode, worth);
     const float reference[2] = {MaximumOf(0, worth), MaximumOf(1, worth)};
@@ -277,17 +298,17 @@ class Attend8Math {
   // a lane's sum too large, the step is done again with the row's maximum, for which the scores are kept.
   __device__ __forceinline__ void NextWeights(const ScaledKeyTile& key_tile, KeyMode mode, const Worth& worth,
                                               const float (&addend)[2]) {
-    constexpr int kEarly = SHAPE::kEarlySlices;
-    if (mode != KeyMode::kPlain) Mask(key_tile, mode, worth);
     float sum[2] = {0, 0};
-    uint32_t early[4 * kEarly]; // P V still reads weights_
-    Weights<0, kEarly>(early, worth, addend, sum);
+    if (mode != KeyMode::kPlain) {
+      WgmmaWait<0>();
+      KeepInPlace(s_);
+      Mask(key_tile, mode, worth);
+    }
+    Weights<0, kSlices / 2>(weights_, worth, addend, sum);
     HoldBack(sum[0], sum[1], p_.minus_one, &sm_.never_written);
     WgmmaWait<0>();
-    TakeValues<2>();
-#pragma unroll
-    for (int i = 0; i < 4 * kEarly; ++i) weights_[i] = OpaqueCopy(early[i], p_.zero);
-    Weights<kEarly, kSlices>(weights_ + 4 * kEarly, worth, addend, sum);
+    TakeScores();
+    Weights<kSlices / 2, kSlices>(weights_ + 2 * kSlices, worth, addend, sum);
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
     int large = (sum[0] < kLargestSum8 ? 0 : 1) | (sum[1] < kLargestSum8 ? 0 : 2);
     float2 sums = Load(sm_.rows.sum);
@@ -304,7 +325,7 @@ class Attend8Math {
   // What the step is worth is asked again, and where that stands: no register holds it till here.
   __device__ __forceinline__ float2 MoveReferences(int moves, float2 sums, float (&sum)[2]) {
     const ScaledKeyTile& key_tile = sm_.key_tiles[(OpaqueCopy(step_, p_.zero) - 1) % Memory::kKeyTiles];
-    const Worth worth = WorthOf(key_tile, key_tile.mode);
+    const Worth worth = WorthOf(key_tile, ModeOf(key_tile));
     const float2 before = Load(sm_.rows.reference);
     float reference[2] = {before.x, before.y}, grow[2], addend[2];
 #pragma unroll
@@ -339,7 +360,7 @@ class Attend8Math {
     return fmaf(top - kScoreBias, worth.scale[r], worth.bias - kWeightOctaves);
   }
 
-  __device__ __forceinline__ float Score(int i) const { return __int_as_float(s_[i]); }
+  __device__ __forceinline__ float Score(int i) const { return __int_as_float(s_[i] + kBits); }
 
   // Of slices BEGIN to END of 32 keys: the weights, packed as A of their product, and their sums.
   template <int BEGIN, int END>
@@ -366,9 +387,10 @@ class Attend8Math {
 
   __device__ __forceinline__ void Mask(const ScaledKeyTile& key_tile, KeyMode mode, const Worth& worth) {
     const int lane = Lane();
-    if (key_tile.any_not_finite) {
-      ForColumns<kKeys>(s_, key_tile.not_finite[lane % 4], true,
-                        [](int32_t* of_rows) { of_rows[0] = of_rows[2] = 0x7fffffff; });
+    const bool means = mode == KeyMode::kMeans; // whose V may be so too
+    if (means ? key_tile.any_not_finite : key_tile.k.any_not_finite) {
+      ForColumns<kKeys>(s_, (means ? key_tile.not_finite : key_tile.k.not_finite)[lane % 4], true,
+                        [](int32_t* of_rows) { of_rows[0] = of_rows[2] = 0x7fffffff - kBits; });
     }
     if (mode == KeyMode::kMasked) {
       const TileInfo& tile = Tile(tile_ - 1);
@@ -392,8 +414,8 @@ class Attend8Math {
     for (int i = 0; i < kKeys / 4; ++i) {
       int32_t* const s = s_ + i / 2 * 4 + i % 2;
       if (i / 2 * 8 + Lane() % 4 * 2 + i % 2 != key_tile.short_column) continue;
-      s[0] = __float_as_int(__int_as_float(s[0]) + bias[0]);
-      s[2] = __float_as_int(__int_as_float(s[2]) + bias[1]);
+      s[0] = __float_as_int(__int_as_float(s[0] + kBits) + bias[0]) - kBits;
+      s[2] = __float_as_int(__int_as_float(s[2] + kBits) + bias[1]) - kBits;
     }
   }
 

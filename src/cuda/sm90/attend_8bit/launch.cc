@@ -23,6 +23,7 @@ cudaError_t LaunchAttend8Sm90(const AttendArgs& args, const AttendCall& call, co
   a.by_mean_image = Divider::Of(mean_keys);
   a.keys_each = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, kImageKeys));
   a.means_each = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, mean_keys));
+  a.zero_image = static_cast<int>(p.kv_heads * images.keys.rows);
   a.softmax_scale = p.softmax_scale;
 
   const Attend8KernelSet set = p.q.dtype == FP_BF16 ? Attend8KernelOf<__nv_bfloat16>() : Attend8KernelOf<__half>();

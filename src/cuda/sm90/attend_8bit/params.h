@@ -13,8 +13,6 @@ struct Attend8Shape {
   static constexpr int kPanels = kHeadDim / kPanelColumns; // of Q in 16 bits
   static constexpr int kKeys = kImageKeys;
   static constexpr int kStages = 4;
-  static constexpr int kEarlyTurn = 2;   // of the 4 products of P V: still to be issued when the turn is passed
-  static constexpr int kEarlySlices = 1; // of the 4 slices of 32 keys: their weights are taken while P V runs
   static constexpr int kOutColumns = kHeadDim;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kMathRegisters = 224;
@@ -25,6 +23,7 @@ struct Attend8Params : AttendParams { // but for the maps of K, V and means
   Images images;
   Divider by_mean_image;     // keys that an image of means stands for
   int keys_each, means_each; // images of a sequence, unless K is packed
+  int zero_image;            // of keys that don't exist
   float softmax_scale;       // for the LSE
 };
 

@@ -1,6 +1,8 @@
 // The producer of the 8-bit attend kernel: a warp for K (and Q), one for V, one that takes tiles. K and V come as tile
-// images (common/attend/images.h), one bulk copy per step whatever the cache's layout is, so there are no tensor maps,
-// no page tables and no ragged ends here. What a step's integers are worth is asked for a step before it is needed.
+// images (common/attend/images.h), with what an integer of theirs is worth: two bulk copies per step whatever the
+// cache's layout is. So there are no tensor maps, no page tables, no ragged ends and no loads here. A lone warp takes
+// some 8 cycles per instruction, and two steps' worth of math leave it 1,300: what a tile's steps share is computed
+// once.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_8BIT_PRODUCER_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_8BIT_PRODUCER_CUH_
 
@@ -38,9 +40,10 @@ class ImageProducer {
       keys_.Start(work, word);
       safe_ = min(work.first_position + 1, work.k_len);
       if (!is_v_) SendTile(keys_.key_tiles() + keys_.mean_tiles());
-      if (keys_.key_tiles() > 0) LookAhead();
+      first_image_ = FirstImage(false);
 #pragma unroll 1
-      for (int left = keys_.key_tiles(); left > 0; --left) SendKeys(left > 1);
+      for (int j = 0; j < keys_.key_tiles(); ++j) SendKeys();
+      first_image_ = FirstImage(true);
 #pragma unroll 1
       for (int j = 0; j < keys_.mean_tiles(); ++j) SendMeans(j == 0);
     }
@@ -51,63 +54,43 @@ class ImageProducer {
   static constexpr int kKeys = SHAPE::kKeys;
 
   // The sequence's first image of the head: of its keys, or of its means.
-  __device__ __forceinline__ int64_t FirstImage(bool means) const {
+  __device__ __forceinline__ int FirstImage(bool means) const {
     const Work& work = keys_.work();
     const ImageSet& set = means ? p_.images.means : p_.images.keys;
     int base = work.sequence * (means ? p_.means_each : p_.keys_each);
     if (p_.cu_seqlens_k && !p_.page_size) {
       base = (means ? p_.by_mean_image(work.k_begin) : work.k_begin / kImageKeys) + work.sequence;
     }
-    return work.kv_head * set.rows + base;
+    return work.kv_head * static_cast<int>(set.rows) + base;
   }
 
-  // This lane's word of an image's scales: K's in the lanes from 0 on, V's in those from 8 on.
-  __device__ __forceinline__ uint32_t ScaleWord(const ImageSet& set, int64_t image) const {
-    const ImageScale* const scale = (lane_ & 8 ? set.v_scale : set.k_scale) + image;
-    return __ldg(reinterpret_cast<const uint32_t*>(scale) + lane_ % 8);
-  }
-
-  __device__ __forceinline__ int64_t ImageAt(int position) const {
-    if (position == kAbsent) return p_.kv_heads * p_.images.keys.rows; // of zeros
-    return FirstImage(false) + position / kImageKeys;
-  }
-
-  // The next key tile, and its scales.
-  __device__ __forceinline__ void LookAhead() {
-    position_ = keys_.NextKeys();
-    if (!is_v_) scale_word_ = ScaleWord(p_.images.keys, ImageAt(position_));
-  }
-
-  __device__ __forceinline__ void SendKeys(bool more) {
-    const int position = position_;
-    const uint32_t scale_word = scale_word_;
-    if (more) LookAhead();
+  __device__ __forceinline__ void SendKeys() {
+    const int position = keys_.NextKeys();
+    const int slot = ring_.stage + ring_.parity * SHAPE::kStages;
     if (!is_v_) {
-      ScaledKeyTile& tile = Describe(scale_word);
-      const bool any = __any_sync(~0u, lane_ >= 1 && lane_ <= 4 && scale_word != 0);
-      if (any) SpreadColumns<kKeys>(__shfl_sync(~0u, scale_word, lane_ + 1), lane_, tile.not_finite);
+      ScaledKeyTile& tile = sm_.key_tiles[slot];
       if (lane_ < kKeys / 16) tile.position[lane_] = position == kAbsent ? kAbsent : position + 16 * lane_;
-      if (lane_ == 0) {
-        tile.mode = position > safe_ - kKeys || any ? KeyMode::kMasked : KeyMode::kPlain;
-        tile.any_not_finite = any;
-      }
+      if (lane_ == 0) tile.mode = position > safe_ - kKeys ? KeyMode::kMasked : KeyMode::kPlain;
       __syncwarp();
     }
-    Send(p_.images.keys, ImageAt(position));
+    // Absent keys: the image of zeros.
+    Send(p_.images.keys, position == kAbsent ? p_.zero_image : first_image_ + position / kImageKeys, slot);
   }
 
   // Images of means begin at multiples of 128 blocks. Columns past the last block that all rows see are not wanted, and
   // what is no number in V has become zero, so nothing of them reaches a row.
   __device__ __forceinline__ void SendMeans(bool first) {
     const int block = keys_.NextMeans(first);
-    const int64_t image = FirstImage(true) + block / kImageKeys;
+    const int image = first_image_ + block / kImageKeys, slot = ring_.stage + ring_.parity * SHAPE::kStages;
     if (!is_v_) {
-      const uint32_t scale_word = ScaleWord(p_.images.means, image), wanted = keys_.WantedMeans(0);
-      ScaledKeyTile& tile = Describe(scale_word);
-      const uint32_t columns = __shfl_sync(~0u, scale_word, lane_ + 1) | __shfl_sync(~0u, scale_word, lane_ + 9);
-      const bool any = __any_sync(~0u, lane_ < 4 && columns != 0);
+      const ImageSet& set = p_.images.means;
+      const uint32_t wanted = keys_.WantedMeans(0);
+      ScaledKeyTile& tile = sm_.key_tiles[slot];
+      uint32_t columns = 0;
+      if (lane_ < 4) columns = set.k_scale[image].not_finite[lane_] | set.v_scale[image].not_finite[lane_];
       SpreadColumns<kKeys>(wanted, lane_, tile.wanted);
-      if (any) SpreadColumns<kKeys>(columns, lane_, tile.not_finite);
+      if (lane_ < 4) tile.not_finite[lane_] = columns;
+      const bool any = __any_sync(~0u, columns != 0);
       if (lane_ == 0) {
         int column, keys;
         const bool shorter = HasShortBlock<kKeys>(p_, keys_.work(), block, &column, &keys);
@@ -118,25 +101,19 @@ class ImageProducer {
       }
       __syncwarp();
     }
-    Send(p_.images.means, image);
+    Send(p_.images.means, image, slot);
   }
 
-  // The description of the step that is sent next, with its scales.
-  __device__ __forceinline__ ScaledKeyTile& Describe(uint32_t scale_word) {
-    ScaledKeyTile& tile = sm_.key_tiles[ring_.stage + ring_.parity * SHAPE::kStages];
-    if (lane_ == 0) tile.k_scale = __uint_as_float(scale_word);
-    if (lane_ == 8) tile.v_scale = __uint_as_float(scale_word);
-    return tile;
-  }
-
-  __device__ __forceinline__ void Send(const ImageSet& set, int64_t image) {
+  __device__ __forceinline__ void Send(const ImageSet& set, int image, int slot) {
     const int stage = __shfl_sync(~0u, ring_.stage, 0);
     BarrierWait(is_v_ ? &sm_.v_empty[stage] : &sm_.k_empty[stage], ring_.parity ^ 1);
     if (ElectOne()) {
       uint64_t* const full = is_v_ ? &sm_.v_full[stage] : &sm_.k_full[stage];
-      BarrierArriveExpect(full, kImageBytes);
-      BulkLoadBytes(is_v_ ? sm_.v[stage] : sm_.k[stage], (is_v_ ? set.v : set.k) + image * kImageBytes, kImageBytes,
-                    full);
+      BarrierArriveExpect(full, kImageBytes + sizeof(ImageScale));
+      BulkLoadBytes(is_v_ ? sm_.v[stage] : sm_.k[stage], (is_v_ ? set.v : set.k) + int64_t{image} * kImageBytes,
+                    kImageBytes, full);
+      BulkLoadBytes(is_v_ ? &sm_.key_tiles[slot].v : &sm_.key_tiles[slot].k,
+                    (is_v_ ? set.v_scale : set.k_scale) + image, sizeof(ImageScale), full);
     }
     __syncwarp();
     ring_.Advance(SHAPE::kStages);
@@ -172,9 +149,8 @@ class ImageProducer {
   uint32_t tiles_ = 0; // that were sent
 
   KeyIterator<SHAPE> keys_;
-  int safe_;            // keys below this position are seen by every row
-  int position_;        // of the next key tile's first key,
-  uint32_t scale_word_; // and this lane's word of its scales
+  int first_image_; // of the tile's head and sequence
+  int safe_;        // keys below this position are seen by every row
 };
 
 } // namespace flashprefill::cuda

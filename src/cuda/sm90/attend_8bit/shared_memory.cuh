@@ -10,9 +10,9 @@ namespace flashprefill::cuda {
 
 // A key tile, and what its integers are worth.
 struct alignas(128) ScaledKeyTile : KeyTile {
-  float k_scale, v_scale;
-  uint32_t not_finite[4]; // columns whose score is to be NaN, as `wanted`,
+  uint32_t not_finite[4]; // kMeans: columns whose score is to be NaN, as `wanted`,
   int any_not_finite;     // and whether there is one
+  ImageScale k, v;        // as they come, each with its image
 };
 
 // What a thread of the math side has of its two rows, in shared memory, since registers are what it has none of: what

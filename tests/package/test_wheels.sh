@@ -28,7 +28,8 @@ for package in "${packages[@]}"; do
   library=$folder/flashprefill/lib/libflashprefill.so
   others=$(nm --dynamic --defined-only --format=posix "$library" | grep -v '^fp_' || true)
   [ -z "$others" ] || fail "$package exports $others"
-  nm --dynamic --undefined-only "$library" | grep -qE ' memcpy(@|$)' || fail "$package has a memcpy that is not the system's"
+  theirs=$(nm --dynamic --undefined-only "$library")
+  grep -qE ' memcpy(@|$)' <<< "$theirs" || fail "$package has a memcpy that is not the system's"
   if [[ $package == *aarch64* ]]; then
     aarch64-linux-gnu-gcc "$source/examples/c/prefill.c" -I"$source/include" "$library" -lm -o "$work/arm"
     qemu-aarch64 -L /usr/aarch64-linux-gnu -E LD_LIBRARY_PATH="${library%/*}:/usr/aarch64-linux-gnu/lib" "$work/arm"

@@ -24,13 +24,14 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 mkdir -p "$out"
 pids=()
-parts=()
 for task in $tasks; do
   "$python" -m flashprefill eval "$task" "${arguments[@]}" --out "$out/$task" > "$out/$task.log" 2>&1 &
   pids+=($!)
-  parts+=("$out/$task/results.json")
 done
 failed=0
 for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
 [ $failed = 0 ] || tail -n 3 "$out"/*.log
+parts=()
+for task in $tasks; do [ ! -f "$out/$task/results.json" ] || parts+=("$out/$task/results.json"); done
 "$python" "$here/join_eval.py" "${parts[@]}" --out "$out"
+exit $failed

@@ -17,7 +17,7 @@ from typing import Any
 
 from flashprefill.apps.eval import answers, figures, run
 
-SAME = ("lengths", "samples", "seed", "text", "last_token", "max_tokens", "chat", "stretch")
+SAME = ("samples", "seed", "text", "last_token", "max_tokens", "chat", "stretch")
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -38,7 +38,9 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     settings = first["settings"] | {
         "suites": [name for part in parts for name in part["settings"]["suites"]],
         "tasks": [name for part in parts for name in part["settings"]["tasks"]],
+        "lengths": sorted({case["length"] for case in cases}),
         "from_disk": sum(part["settings"]["from_disk"] for part in parts),
+        "unanswered": sum(part["settings"]["unanswered"] for part in parts),
         "beside": len(parts),
     }
     results = first | {

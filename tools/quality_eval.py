@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from flashprefill.apps.eval import figures, run
@@ -14,7 +15,8 @@ Scores of `flashprefill eval` ([evaluation.md](evaluation.md)), in per cent. *Ke
 score over the prompts that dense attention answers fully; *worse* and *better* count prompts whose
 score is below and above dense attention's; *p* is McNemar's exact test on the two. *First token*
 is the median of the time to it. SmolLM2-135M is a small model: what dense attention scores near
-zero says nothing about a policy.
+zero says nothing about a policy. Where a density is 1 the policy kept everything, and what differs
+from dense attention is rounding: what a difference must exceed to mean anything.
 """
 LABELS = (
     "",
@@ -58,6 +60,12 @@ def section(found: list[dict[str, Any]], ran: Any) -> list[str]:
         model, prompts = results["model"], f"{settings['samples']} prompts per task and length"
         hashed = f"seed {settings['seed']}, prompts {results['prompts_hash'][:16]}"
         lines.append(f"{model['name']}, {model['dtype']}; {prompts}{cut}, {hashed}; " + ran(results))
+        if settings.get("beside"):
+            lines.append(f"{settings['beside']} processes shared the machine, so there are no times.")
+        if settings.get("unanswered"):
+            lines.append(f"{settings['unanswered']} prompts had no answer yet when the run's time was up.")
+        if lines[-1][-1] == ".":
+            lines.append("")
         for length in settings["lengths"]:
             prompts = figures.one(rows, figures.DENSE, length, None)["prompts"]
             lines += _header([f"{length:,} tokens, {prompts} prompts", *LABELS[1:]])
@@ -73,4 +81,7 @@ def section(found: list[dict[str, Any]], ran: Any) -> list[str]:
                     shown = ["-" if score is None else f"{100 * score:.0f}" for score in scores]
                     lines.append(_row([task, f"{row['length']:,}", *shown]))
         lines += ["", *(f"{line}." for line in results["verdict"].splitlines()), ""]
+        lines += (
+            [*textwrap.wrap(results["note"], 100, break_on_hyphens=False), ""] if "note" in results else []
+        )
     return lines

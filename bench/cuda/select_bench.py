@@ -14,6 +14,7 @@ attention; a graph of a selection holds one call there, zeros with it.
 
 import argparse
 import statistics
+from unittest.mock import patch
 
 import torch
 from operator_bench import DENSITY, HEADS, clock, graph_of, inputs, milliseconds, tuned, write_results
@@ -21,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashprefill as fp
-from flashprefill import api
 
 CALLS = 10  # of a selection, in its graph
 DENSITIES = {**DENSITY, 262144: 0.042}
@@ -43,12 +43,9 @@ def even_mask(tokens, density):
 
 def graph_of_selections(q, k, policy):
     """A graph of ten selections into one mask, and the mask, which must live as long as the graph."""
-    mask, new_mask = fp.select(q, k, policy), api._new_mask
-    api._new_mask = lambda *_: mask
-    try:
+    mask = fp.select(q, k, policy)
+    with patch.object(fp.BlockMask, "_for_policy", lambda *_: mask):
         return graph_of(lambda: [fp.select(q, k, policy) for _ in range(CALLS)]), mask
-    finally:
-        api._new_mask = new_mask
 
 
 def copy_rate():

@@ -206,6 +206,8 @@ def _add_eval(verbs: Any) -> None:
     what = "who reads the prompt's last token (default: dense)"
     add("--last-token", choices=("dense", "policy"), default="dense", help=what)
     add("--max-tokens", type=int, metavar="N", help="cut answers here (default: as each task says)")
+    what = "ask no more after so long; what was answered is shown, and a second run goes on"
+    add("--minutes", type=float, metavar="X", help=what)
     add("--chat", action="store_true", help="ask in the model's chat template")
     what = "beyond the model's context, scale its rotary base by a power of two"
     add("--stretch", action="store_true", help=what)
@@ -375,7 +377,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "text",
             "data",
         )
-        same += ("last_token", "max_tokens", "chat", "stretch", "fresh", "out")
+        same += ("last_token", "max_tokens", "minutes", "chat", "stretch", "fresh", "out")
         chosen = {name: given[name] for name in same}
         evaluation.run(
             evaluation.Options(

@@ -284,14 +284,14 @@ class BlockMask:
         _, rows, keys = self._sequence(seq)
         keep = self._blocks(seq % self.batch)
         if self.vertical_slash is not None:
-            keep = keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys))
+            keep = keep | self._ops.from_host(self._on_vertical_slash(seq % self.batch, rows, keys), keep)
         if self.key_lists is not None:
             visible = self._layout.visible(rows, keys, self.tile_tokens, self.block_size)
             blocks = ceil_div(keys, self.block_size)
             listed = _key_lists.blocks_of(
                 self.keys(seq), visible, blocks, self.block_size, self.segment_tiles
             )
-            keep = keep | self._ops.from_host(listed)
+            keep = keep | self._ops.from_host(listed, keep)
         return keep
 
     def _blocks(self, seq: int) -> Any:

@@ -227,9 +227,9 @@ def to_host(x: Any) -> np.ndarray:
     return x.numpy(force=True)  # type: ignore[no-any-return]
 
 
-def from_host(x: np.ndarray) -> Any:
-    """Return host values as this library's."""
-    return torch.from_numpy(x)
+def from_host(x: np.ndarray, like: Any = None) -> Any:
+    """Return host values as this library's, on the device of `like` if it is given."""
+    return torch.from_numpy(x) if like is None else torch.from_numpy(x).to(like.device)
 
 
 def words_of(bits: np.ndarray) -> Any:

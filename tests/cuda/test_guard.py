@@ -340,7 +340,7 @@ def test_a_model_is_guarded():
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
     ids = torch.randint(128, (1, 4096), device="cuda")
-    fp.patch_model(model, fp.FlashPrefill(alpha=0.9, **LOW), guard="observe(target=1)")
+    fp.patch_model(model, fp.Streaming(1, 2, 0), guard="observe(target=1)")
     with torch.no_grad(), fp.collect_stats(model) as stats:
         model(ids, logits_to_keep=1)
     assert stats.guard.heads == 8 and stats.guard.outcomes["low"] == 8
@@ -356,6 +356,6 @@ def test_refusals():
     with pytest.raises(fp.UnsupportedError, match="guard's state is given; it must be None on a GPU"):
         fp.prefill_attention(q, k, v, fp.Sketch(), guard=fp.Guard("repair", state=fp.GuardState()))
     if LISTS:
-        mask = fp.select(q, k, fp.Gather(gain=0.1))
+        mask = fp.select(q, k, fp.Gather(gain=0.1), target=LISTS[0])
         with pytest.raises(fp.UnsupportedError, match="Hopper"):
             fp.audit(q, k, mask, target="portable")

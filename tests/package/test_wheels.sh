@@ -28,6 +28,8 @@ for package in "${packages[@]}"; do
   library=$folder/flashprefill/lib/libflashprefill.so
   others=$(nm --dynamic --defined-only --format=posix "$library" | grep -v '^fp_' || true)
   [ -z "$others" ] || fail "$package exports $others"
+  theirs=$(nm --dynamic --undefined-only "$library")
+  grep -qE ' memcpy(@|$)' <<< "$theirs" || fail "$package has a memcpy that is not the system's"
   if [[ $package == *aarch64* ]]; then
     aarch64-linux-gnu-gcc "$source/examples/c/prefill.c" -I"$source/include" "$library" -lm -o "$work/arm"
     qemu-aarch64 -L /usr/aarch64-linux-gnu -E LD_LIBRARY_PATH="${library%/*}:/usr/aarch64-linux-gnu/lib" "$work/arm"
@@ -36,6 +38,9 @@ for package in "${packages[@]}"; do
 import flashprefill as fp
 import numpy as np
 q = np.random.default_rng(0).standard_normal((1024, 4, 64), dtype=np.float32)
-assert np.isfinite(fp.prefill_attention(q, q[:, :2], q[:, :2], fp.FlashPrefill())).all()'
+assert np.isfinite(fp.prefill_attention(q, q[:, :2], q[:, :2], fp.FlashPrefill())).all()
+targets = next(backend.targets for backend in fp.backends() if backend.name == "cpu")
+flags = open("/proc/cpuinfo").read().split()
+assert ("avx2" in targets) == ("avx2" in flags) and ("avx512" in targets) == ("avx512dq" in flags), targets'
   fi
 done

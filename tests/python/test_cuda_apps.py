@@ -158,7 +158,7 @@ def test_figures_of_both_devices_agree(layer):
     assert torch.allclose(layer.mass.cpu(), host.mass, atol=1e-5)
     assert torch.allclose(baselines.bounds(layer).cpu(), baselines.bounds(host), atol=1e-3)
     mask, selects = layer.select(fp.Prism())
-    assert selects == "cpu" and mask.bits.is_cuda and layer.select(fp.FlashPrefill())[1] == "cuda"
+    assert selects == "cuda" and mask.bits.is_cuda
     sums = [figures.Sums(), figures.Sums()]
     sums[0].add(layer, mask)
     sums[1].add(host, mask.to("cpu"))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import socket
+import types
 
 import pytest
 
@@ -22,7 +23,7 @@ import flashprefill as fp  # noqa: E402
 from flashprefill import cli  # noqa: E402
 from flashprefill.apps import models, spec  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
-from flashprefill.apps.eval import draw, figures, harness, ruler, run, suites  # noqa: E402
+from flashprefill.apps.eval import asker, draw, figures, harness, ruler, run, suites  # noqa: E402
 from flashprefill.apps.eval.model import Job  # noqa: E402
 
 # From the first samples of each task, made by lm-eval 0.4.13 and wonderwords 3.0.1 with a tokenizer that
@@ -338,13 +339,29 @@ def test_prompts_beside_each_other_are_answered_as_one_by_one(finished, tmp_path
     """As on a GPU: batches of three answers of two prompts."""
     _, arguments, whole = finished
     monkeypatch.setattr(run, "PROMPTS_TOGETHER", {"cpu": 2})
-    monkeypatch.setattr(run, "MOST_TOGETHER", 3)
+    monkeypatch.setattr(asker, "MOST_TOGETHER", 3)
     there = [*arguments[: arguments.index("--out")], "--out", str(tmp_path), *ARGUMENTS]
     assert cli.main([*there, "--policy", HALF]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     texts = [{label: said["text"] for label, said in case["answers"].items()} for case in results["cases"]]
     assert texts == [{k: said["text"] for k, said in case["answers"].items()} for case in whole["cases"]]
     assert [case["prompt"] for case in results["cases"]] == [case["prompt"] for case in whole["cases"]]
+
+
+def test_the_time_is_up(finished, tmp_path, monkeypatch, capsys):
+    """After the first group of prompts: its answers are shown, and a second run asks the rest alone."""
+    _, arguments, whole = finished
+    clock = iter([0.0, 0.0])
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: next(clock, 100.0)))
+    there = [*arguments[: arguments.index("--out")], "--out", str(tmp_path), *ARGUMENTS, "--policy", HALF]
+    assert cli.main([*there, "--minutes", "1"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "time is up after 1 prompts" in capsys.readouterr().err
+    assert len(results["cases"]) == 1 and results["settings"]["unanswered"] == 3
+    assert results["cases"][0]["prompt"] == whole["cases"][0]["prompt"]
+    assert cli.main(there) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["from_disk"] == 2 and results["settings"]["unanswered"] == 0
 
 
 def test_runs_of_single_tasks_are_joined(finished, tmp_path):

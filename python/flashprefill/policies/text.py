@@ -97,7 +97,7 @@ def _check_names(name: str, given: Iterable[str], known: list[str]) -> None:
             raise ArgumentTypeError(f"{field} is unknown; {name} takes {', '.join(known)}")
 
 
-def _check_given(kind: type[Policy], given: Mapping[str, Any]) -> None:
+def _check_given(kind: Any, given: Mapping[str, Any]) -> None:
     """Refuse fields of which one is missing that has no default."""
     for field in dataclasses.fields(kind):
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in given:

@@ -19,7 +19,9 @@ struct RingPosition {
     }
   }
 
-  // At most once round.
+  // At most once round. Parity tells one phase from the next only, so who leaves stages out must know that loads end in
+  // order, or come back to its own stages alone (stages a multiple of count): else a wait for a stage's second phase
+  // passes while its first is still under way.
   __device__ __forceinline__ void AdvanceBy(int count, int stages) {
     stage += count;
     if (stage >= stages) {

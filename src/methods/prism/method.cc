@@ -10,15 +10,16 @@ namespace flashprefill::methods::prism {
 namespace {
 
 constexpr int kMostDims = 512; // the largest head_dim
+constexpr int kMostPairs = kMostDims / 2;
 
 constexpr Field kFields[] = {
     ShareField("mass", offsetof(fp_prism, mass), 0.95, FP_FIELD_DECIDES | FP_FIELD_ABOVE_LEAST | FP_FIELD_KEEPS_MASS,
                "keep the smallest set of blocks with this share of a band's probability"),
     IntField("rotary_dim", offsetof(fp_prism, rotary_dim), 0, 0, kMostDims,
              "dimensions that are rotated, the first ones; 0: head_dim"),
-    IntField("high_pairs", offsetof(fp_prism, high_pairs), 0, 0, kMostDims / 2,
+    IntField("high_pairs", offsetof(fp_prism, high_pairs), 0, 0, kMostPairs,
              "rotary pairs in the high band, fastest first; 0: half of them"),
-    IntField("low_pairs", offsetof(fp_prism, low_pairs), 0, 0, kMostDims / 2,
+    IntField("low_pairs", offsetof(fp_prism, low_pairs), 0, 0, kMostPairs,
              "rotary pairs in the low band, slowest first; 0: three quarters of them"),
     BoolField("interleaved", offsetof(fp_prism, interleaved), false,
               "dimension 2i is paired with 2i + 1, not i with i + rotary_dim / 2"),

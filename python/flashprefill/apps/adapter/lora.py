@@ -48,7 +48,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """W x + scale B A x, the factors in x's dtype."""
         low = nn.functional.linear(x, self.A.to(x.dtype))
-        return self.base(x) + nn.functional.linear(low, (self.B * self.scale).to(x.dtype))
+        plain: torch.Tensor = self.base(x)
+        return plain + nn.functional.linear(low, (self.B * self.scale).to(x.dtype))
 
 
 def reach_of(config: Any) -> Reach:

@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...policies import Dense, Policy
 from ...policies.text import named
-from .. import checks, device, machine, models, needles, table
+from .. import checks, device, machine, models, table
 from ..errors import UsageError
 from ..spec import parse_policy
 from . import answers, figures, harness, ruler, suites, text
-
-if TYPE_CHECKING:
-    from .model import FlashPrefillLM, Reading
+from .asker import Asker
 
 SCHEMA = "flashprefill-eval/1"
 LENGTHS = (4096, 8192)
 PATTERNS = ("dense", "flashprefill", "sketch")
-SLACK = 256  # tokens over RULER's length, for what the answer begins with and a chat template
-COUNTED = 5  # on a GPU: prompts of a task and length of which is counted what a policy keeps
-WARM_UP = 1024  # tokens
-MOST_TOGETHER = 32  # answers that are written as one batch
 PROMPTS_TOGETHER = {"cuda": 4}  # prompts that are answered beside each other; elsewhere one by one
-MEMORY_SHARE = 0.3  # of the free memory, for their caches
 LIST_PACKAGES = ("lm_eval", "datasets", "wonderwords")
 
 
@@ -53,6 +48,7 @@ class Options:
     data: Path | None = None
     last_token: str = "dense"
     max_tokens: int | None = None
+    minutes: float | None = None
     chat: bool = False
     stretch: bool = False
     fresh: bool = False
@@ -102,6 +98,8 @@ def check(options: Options) -> tuple[list[str], dict[str, str]]:
     ):
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
+    if options.minutes is not None and not options.minutes > 0:
+        raise UsageError(f"--minutes {options.minutes:g}: must be above 0")
     checks.need(
         "eval",
         "torch",
@@ -137,125 +135,6 @@ def lengths_for(task: str, options: Options, context: int | None) -> list[int]:
         return list(LENGTHS)
     within = [length for length in LENGTHS if length <= context]
     return within if task in ruler.TASKS and within else [context]
-
-
-class Asker:
-    """Asks the model, unless the answer is on disk."""
-
-    def __init__(self, options: Options, loaded: models.Loaded, known: answers.Answers, model: str) -> None:
-        self.options, self.loaded, self.known, self.model_hash = options, loaded, known, model
-        self.library = answers.of_library()
-        self.lms: dict[int, FlashPrefillLM] = {}
-        self.warm: set[tuple[int, str]] = set()
-        self.asked = 0
-
-    def _lm(self, prompt: suites.Prompt) -> FlashPrefillLM:
-        """The model for prompts of a length; one is kept, since a stretched model has weights of its own."""
-        from .model import FlashPrefillLM
-
-        most = prompt.length + (SLACK if prompt.task in ruler.TASKS else 0)
-        if most not in self.lms:
-            for lm in self.lms.values():
-                lm.use(None)  # the model itself goes on
-            self.lms.clear()
-            factor = needles.stretch_for(prompt.length, self.loaded.context) if self.options.stretch else 1.0
-            self.loaded = models.stretched(self.loaded, factor)
-            with harness.quiet():
-                self.lms[most] = FlashPrefillLM(
-                    pretrained=self.loaded.model,
-                    tokenizer=self.loaded.tokenizer,
-                    last_token=self.options.last_token,
-                    cut="middle",
-                    max_gen_toks_limit=self.options.max_tokens,
-                    max_length=most,
-                    device=self.loaded.device.kind,
-                )
-        return self.lms[most]
-
-    def key(self, prompt: suites.Prompt, policy: Policy | None) -> str:
-        """What an answer depends on."""
-        return answers.digest(
-            {
-                "model": [self.model_hash, self.loaded.dtype, self.loaded.device.kind],
-                "stretch": self.options.stretch,
-                "policy": None if policy is None else [policy.text, self.options.last_token, self.library],
-                "most": [prompt.length, self.options.max_tokens],
-                "prompt": prompt.hash,
-            }
-        )
-
-    def ask(
-        self, prompts: Sequence[suites.Prompt], methods: dict[str, Policy | None]
-    ) -> Iterator[tuple[suites.Prompt, str, dict[str, Any]]]:
-        """Yield every method's answer to prompts of one task, as it is kept on disk: first what is there."""
-        rest = []
-        for label, policy in methods.items():
-            for prompt in prompts:
-                key = self.key(prompt, policy)
-                record = self.known.get(key)
-                if record is None:
-                    rest.append((prompt, label, key))
-                else:
-                    yield prompt, label, record
-        if not rest:
-            return
-        lm = self._lm(prompts[0])
-        for label in {label: None for _, label, _ in rest}:
-            if (id(lm), label) not in self.warm:
-                lm.use(methods[label])
-                lm.read_some(WARM_UP)
-                self.warm.add((id(lm), label))
-        step = self._together(lm, prompts[0])
-        for start in range(0, len(rest), step):
-            some = rest[start : start + step]
-            said = self._answers(lm, [(prompt, methods[label]) for prompt, label, _ in some])
-            for (prompt, label, key), (answer, reading) in zip(some, said, strict=True):
-                self.asked += 1
-                yield prompt, label, self.known.put(key, self._record(prompt, label, answer, reading))
-
-    def _together(self, lm: FlashPrefillLM, prompt: suites.Prompt) -> int:
-        """How many answers are written as one batch: as many as their caches have room for."""
-        if prompt.requests[0].request_type != "generate_until" or not lm.can_batch:
-            return 1
-        room = MEMORY_SHARE * self.loaded.device.free_bytes()
-        return int(min(MOST_TOGETHER, max(1, room // lm.cache_bytes(lm.max_length))))
-
-    def _counted(self, prompt: suites.Prompt) -> bool:
-        return not self.loaded.device.cuda or prompt.index < COUNTED
-
-    def _answers(
-        self, lm: FlashPrefillLM, some: Sequence[tuple[suites.Prompt, Policy | None]]
-    ) -> list[tuple[list[Any], Reading]]:
-        """What is said to prompts by their policies, and what was measured."""
-        from .model import Job
-
-        if len(some) > 1:
-            jobs = [Job(prompt.requests[0], policy, self._counted(prompt)) for prompt, policy in some]
-            return [([answer], reading) for answer, reading in lm.answer_together(jobs)]
-        ((prompt, policy),) = some
-        lm.use(policy)
-        lm.count = self._counted(prompt)
-        generating = prompt.requests[0].request_type == "generate_until"
-        said = (lm.generate_until if generating else lm.loglikelihood)(prompt.requests, disable_tqdm=True)
-        return [(said, lm.reading)]
-
-    def _record(self, prompt: suites.Prompt, label: str, said: list[Any], reading: Reading) -> dict[str, Any]:
-        choices = not isinstance(said[0], str)
-        best = str(max(range(len(said)), key=lambda choice: said[choice][0])) if choices else said[0]
-        return {
-            "task": prompt.task,
-            "length": prompt.length,
-            "index": prompt.index,
-            "seed": self.options.seed,
-            "policy": label,
-            "said": said,
-            "text": best,
-            "tokens": reading.tokens,
-            "cut": reading.cut,
-            "ttft_seconds": round(reading.ttft, 5),
-            "density": None if reading.density is None else round(reading.density, 5),
-            "fallbacks": reading.fallbacks or {},
-        }
 
 
 def case_of(prompt: suites.Prompt) -> dict[str, Any]:
@@ -311,9 +190,12 @@ def grouped(prompts: Sequence[suites.Prompt], most: int) -> Iterator[list[suites
 
 
 def answer_all(
-    prompts: Sequence[suites.Prompt], methods: dict[str, Policy | None], asker: Asker
+    prompts: Sequence[suites.Prompt],
+    methods: dict[str, Policy | None],
+    asker: Asker,
+    until: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Every prompt through every method."""
+    """Every prompt through every method; no new ones after a time of time.monotonic()."""
     from tqdm import tqdm
 
     cases = []
@@ -324,6 +206,9 @@ def answer_all(
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
         for some in grouped(prompts, PROMPTS_TOGETHER.get(asker.loaded.device.kind, 1)):
+            if time.monotonic() > until:
+                print(f"note: the time is up after {len(cases)} prompts", file=sys.stderr)
+                break
             here = {prompt.index: case_of(prompt) for prompt in some}
             bar.set_description(f"{some[0].task}, {some[0].length} tokens, prompt {some[0].index + 1}")
             for prompt, label, record in asker.ask(some, methods):
@@ -411,6 +296,7 @@ def verdict(results: dict[str, Any]) -> str:
 
 def run(options: Options) -> dict[str, Any]:
     """The whole evaluation; returns what results.json holds."""
+    until = time.monotonic() + (math.inf if options.minutes is None else 60.0 * options.minutes)
     tasks, left_out = check(options)
     methods = methods_of(options)
     import torch
@@ -439,9 +325,11 @@ def run(options: Options) -> dict[str, Any]:
     model = answers.of_model(models.resolve_path(options.model), options.adapter)
     asker = Asker(options, loaded, known, model)
     try:
-        cases = answer_all(prompts, methods, asker)
+        cases = answer_all(prompts, methods, asker, until)
     finally:
         known.close()
+    if not cases:
+        raise UsageError("--minutes: the time was up before the first prompt was answered")
     described = machine.describe(where.facts())
     described["versions"] |= {name: machine.version_of(name) for name in LIST_PACKAGES}
     results: dict[str, Any] = {
@@ -454,7 +342,7 @@ def run(options: Options) -> dict[str, Any]:
             "suites": list(options.suites),
             "tasks": tasks,
             "left_out": left_out,
-            "lengths": sorted({prompt.length for prompt in prompts}),
+            "lengths": sorted({case["length"] for case in cases}),
             "samples": options.samples,
             "seed": options.seed,
             "text": text.LOCAL if options.text is None else options.text.name,
@@ -462,7 +350,8 @@ def run(options: Options) -> dict[str, Any]:
             "max_tokens": options.max_tokens,
             "chat": options.chat,
             "stretch": options.stretch,
-            "from_disk": len(prompts) * len(methods) - asker.asked,
+            "from_disk": len(cases) * len(methods) - asker.asked,
+            "unanswered": len(prompts) - len(cases),
         },
         "prompts_hash": answers.digest([prompt.hash for prompt in prompts]),
         "methods": {label: None if policy is None else policy.text for label, policy in methods.items()},

@@ -11,9 +11,9 @@
 //
 // Second launch: shares, their squares added up over the heads of a list, and the code of the energy (args.h), 16 bits
 // for each key and list. Where a list has four heads or more its columns are spread over two lanes of four: they swap
-// halves, so that each finishes one key. The number of columns is a template argument: asked at run time between the
-// sums it made this launch three times as long as the first. Codes leave through shared memory, 128 bytes per list and
-// step.
+// halves, so that each finishes one key. The number of columns is a template argument: asked at run time, and with
+// logarithms for codes, this launch took 3.1 ms in place of 2.0 at 128K tokens. Codes leave through shared memory, 128
+// bytes per list and step.
 //
 // Every sum has one order, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_

@@ -110,9 +110,10 @@ class AttendMath {
   __device__ __forceinline__ void WaitTurn() { NamedBarrierSync(kTurnBarrier + group_, kMathThreads); }
   __device__ __forceinline__ void PassTurn() { NamedBarrierArrive(kTurnBarrier + 1 - group_, kMathThreads); }
 
-  // One arrival per warp: a warp's part of a product may be done before its neighbours'. By rows every lane arrives.
-  // That costs no more, and racecheck sees then that all have read a step's description before another one takes its
-  // place: it does not follow the order from a lane over __syncwarp to another lane's arrival.
+  // One arrival per warp: a warp's part of a product may be done before its neighbours'. A lane's reads of a step's
+  // description are in order before it: __syncwarp orders them before lane 0's arrival, and the loading warp that
+  // writes over them four steps later has waited for the next stage's. racecheck does not follow that order from lane
+  // to lane and reports it where a CTA has five steps or more; so by rows, where it costs nothing, every lane arrives.
   static constexpr bool kLanesArrive = LoadsRows(LOADING);
   __device__ __forceinline__ void Release(uint64_t* empty) {
     if (!kLanesArrive) __syncwarp();

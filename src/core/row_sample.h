@@ -13,6 +13,7 @@ struct RowSample {
 
   // As many segments as make their last `tail` rows about the share `ratio` of all rows.
   static constexpr RowSample Of(int64_t rows, double ratio, int tail) {
+    // Not negative, so this rounds; llround is not constexpr. NOLINTNEXTLINE(bugprone-incorrect-roundings)
     const int64_t wanted = static_cast<int64_t>(static_cast<double>(rows) * ratio / tail + 0.5);
     return {rows, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(rows, 1)), tail};
   }

@@ -352,6 +352,7 @@ __device__ void WriteZeros(const ImageSet& set, int64_t at) {
   if (threadIdx.x == 0) set.k_scale[at] = set.v_scale[at] = ImageScale{1, 0, {}};
 }
 
+// Three CTAs per multiprocessor, at the price of some spilled registers: two without any took 6 % longer.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) ImageKernel(const __grid_constant__ ImageJobs jobs) {
   __shared__ ImageShared shared;

@@ -15,6 +15,7 @@ Lengths: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
 Table: TypeAlias = Sequence[Sequence[int]] | npt.NDArray[Any] | torch.Tensor
 Scale: TypeAlias = float | Sequence[float] | npt.NDArray[Any] | torch.Tensor
 AxisOrder: TypeAlias = Literal["bthd", "bhtd"]
+MathName: TypeAlias = Literal["input", "8bit"]
 
 
 class Options(TypedDict, total=False):
@@ -41,7 +42,7 @@ class Options(TypedDict, total=False):
 class PrefillOptions(Options, total=False):
     """What prefill_attention takes besides."""
 
-    math: Literal["input", "8bit"]
+    math: MathName
     causal: bool
     final_chunk: bool | Sequence[bool]
     guard: Guard | str | None
@@ -50,5 +51,5 @@ class PrefillOptions(Options, total=False):
 class AttendOptions(Options, total=False):
     """What attend takes besides."""
 
-    math: Literal["input", "8bit"]
+    math: MathName
     causal: bool | None

@@ -17,7 +17,7 @@ import contextvars
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from .fallback import DETAILED, note_once, warn_once
 from .masks import Plan, Span, is_general_export, is_jit_tracing, is_roles, plan_of
 from .reasons import as_sdpa_casts, describe, why_dense
 
+if TYPE_CHECKING:
+    from .._typing import MathName
+
 ATTRIBUTE = "_flashprefill"  # of a patched model's attention layers: a Layer
 
 
@@ -45,7 +48,7 @@ class Layer:
     policy: Policy | None  # None: the model's own dense attention
     eager: bool  # that is eager's, not SDPA's
     guard: Guard | None = None
-    math: str = "input"
+    math: MathName = "input"
 
 
 # What a model has that was loaded with attn_implementation="flashprefill" and not patched.
@@ -182,7 +185,7 @@ def _sparse(
     final_chunk: bool | None,
     measure: bool,
     guard: Guard | None,
-    math: str,
+    math: MathName,
 ) -> tuple[torch.Tensor, list[stats.Measured]]:
     """Run the kernel on each span of sequences with the same rows and keys. Rows of padding get zeros."""
     q, k, v = (x.transpose(1, 2) for x in tensors)

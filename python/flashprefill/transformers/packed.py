@@ -10,7 +10,7 @@ is made.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from .dense import dense_attention
 from .fallback import DETAILED, warn_once
 from .masks import MIN_ROWS
 from .reasons import as_sdpa_casts, describe, forced_keys, why_never
+
+if TYPE_CHECKING:
+    from .._typing import MathName
 
 # What is continuous batching's own among a layer's arguments.
 _OWN: tuple[str, ...] = (
@@ -53,7 +56,7 @@ def attention(
     kwargs: dict[str, Any],
     measure: bool,
     guard: Guard | None = None,
-    math: str = "input",
+    math: MathName = "input",
 ) -> tuple[torch.Tensor, list[stats.Measured] | str]:
     """Return (out [1, rows, heads, head_dim], what was measured or why no request's rows were sparse)."""
     own = {name: value for name, value in kwargs.items() if name not in _OWN}
@@ -102,7 +105,7 @@ def _sparse(
     out: torch.Tensor,
     measure: bool,
     guard: Guard | None,
-    math: str,
+    math: MathName,
 ) -> list[stats.Measured]:
     q, k, v = (x.transpose(1, 2) for x in parts)
     with _timings.collect_timings() if measure else contextlib.nullcontext(_timings.Timings()) as timings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_utils import PreTrainedModel
 
@@ -26,6 +26,9 @@ from .dense import supports_sdpa
 from .fallback import FlashPrefillWarning, stack_level
 from .register import IMPLEMENTATION, register_transformers
 from .stats import attention_layers
+
+if TYPE_CHECKING:
+    from .._typing import MathName
 
 
 def _policy(value: Any, options: Mapping[str, Any] | None = None) -> Policy | None:
@@ -81,7 +84,7 @@ def patch_model(
     options: Mapping[str, Any] | None = None,
     *,
     guard: Guard | str | None = None,
-    math: str = "input",
+    math: MathName = "input",
 ) -> Any:
     """Make a loaded model prefill sparsely. Patching a patched model changes its policy.
 

@@ -198,7 +198,7 @@ def answer_all(
     """Every prompt through every method; no new ones after a time of time.monotonic()."""
     from tqdm import tqdm
 
-    cases = []
+    cases: list[dict[str, Any]] = []
     with tqdm(
         total=len(prompts) * len(methods),
         unit="answer",

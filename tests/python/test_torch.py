@@ -120,7 +120,7 @@ def test_opcheck():
     results = {"out": torch.zeros_like(q), "lse": torch.zeros(4, 70)}
     given = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table", "k_scale", "v_scale"))
     given |= {"max_seqlen_q": 70, "max_seqlen_k": 90, "softmax_scale": 0.25, "causal": True}
-    given |= {"threads": 1, "backend": "reference", "target": None, "final_chunk": [True]}
+    given |= {"threads": 1, "backend": "reference", "target": None, "math": 0, "final_chunk": [True]}
     mask = {"bits": torch.zeros(4, 1, 1, dtype=torch.int64), "counts": torch.zeros(4, 1).int()}
     mask |= {"fallback": torch.zeros(1).int(), "vertical_slash": None, "key_lists": None, "skipped": None}
     shape = {"tile_tokens": 128, "block_size": 128, "share_heads": False, "mean_correction": 0}

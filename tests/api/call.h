@@ -62,6 +62,7 @@ struct Call {
     problem.cu_seqlens_q = cu_q.data();
     problem.cu_seqlens_k = cu_k.data();
     problem.total_k = kBatch * kTokens;
+    output.lse_stride[1] = kBatch * kTokens;
   }
   void MakePaged() { // 2 x 40 keys in pages of 16
     problem.block_table = table.data();

@@ -4,6 +4,8 @@
 #ifndef FLASHPREFILL_CUDA_COMMON_HEURISTICS_H_
 #define FLASHPREFILL_CUDA_COMMON_HEURISTICS_H_
 
+#include <algorithm>
+
 #include "cuda/devices.h"
 
 namespace flashprefill::cuda {
@@ -25,6 +27,14 @@ inline int EnergiesDenseUpToKeys(const Gpu& gpu) { return gpu.portable ? 2560 : 
 // the chip may hold its own copy: 20 MB were measured to be best there (at 64K, one head at a time is 16 % faster than
 // all 8). A third of the cache on other GPUs is 13 MB of an A100's 40, 24 of an RTX 4090's 72, 32 of an RTX 5090's 96.
 inline int64_t SectionBytes(const Gpu& gpu) { return gpu.portable ? gpu.l2_bytes / 3 : int64_t{20} << 20; }
+
+// Warps of a CTA that chooses blocks, at most `most`, each with so many floats of shared memory. Eight CTAs per
+// multiprocessor: waits for memory then hide behind each other.
+inline int KeepWarps(const Gpu& gpu, int floats, int most) {
+  int warps = std::clamp(gpu.shared_bytes / 4 / floats, 1, most);
+  while (warps > 1 && 8 * warps * floats * 4 > gpu.shared_bytes) warps /= 2;
+  return warps;
+}
 
 } // namespace flashprefill::cuda
 

@@ -5,6 +5,7 @@
 
 #include "cuda/common/energies/keep.cuh"
 #include "cuda/common/grid_control.cuh"
+#include "cuda/common/heuristics.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/pooled/args.h"
 
@@ -237,9 +238,7 @@ cudaError_t LaunchPooledKeep(const PooledKeepArgs& args, const Gpu& gpu, cudaStr
   const PooledShape& a = args.shape;
   KeepPlan plan{};
   plan.stride = FloatsOfTile(DivUp<int64_t>(a.d.p.max_seqlen_k, a.rules.block_size));
-  plan.warps = std::clamp(gpu.shared_bytes / 4 / plan.stride, 1, kMostWarps);
-  // Eight CTAs per multiprocessor: waits for memory then hide behind each other.
-  while (plan.warps > 1 && 8 * plan.warps * plan.stride * 4 > gpu.shared_bytes) plan.warps /= 2;
+  plan.warps = KeepWarps(gpu, plan.stride, kMostWarps);
   const int bytes = plan.warps * plan.stride * 4;
   const auto kernel = a.d.p.q.dtype == FP_BF16 ? PooledKeepKernel<__nv_bfloat16> : PooledKeepKernel<__half>;
   if (cudaError_t e = AllowShared(kernel, bytes)) return e;

@@ -4,6 +4,7 @@
 // Where the forced blocks count first their mass is taken off both sides, and they compete no more.
 #include "cuda/common/energies/keep.cuh"
 #include "cuda/common/grid_control.cuh"
+#include "cuda/common/heuristics.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/strided/cells.cuh"
 
@@ -149,9 +150,7 @@ cudaError_t LaunchStridedKeep(const StridedKeepArgs& args, const Gpu& gpu, cudaS
   const StridedArgs& a = args.common;
   KeepPlan plan{};
   plan.mass_stride = MassStride(DivUp<int64_t>(a.d.p.max_seqlen_k, a.rules.block_size));
-  plan.warps = std::clamp(gpu.shared_bytes / 4 / plan.mass_stride, 1, kMostWarps);
-  // Eight CTAs per multiprocessor: waits for memory then hide behind each other.
-  while (plan.warps > 1 && 8 * plan.warps * plan.mass_stride * 4 > gpu.shared_bytes) plan.warps /= 2;
+  plan.warps = KeepWarps(gpu, plan.mass_stride, kMostWarps);
   plan.by_heads = Divider::Of(a.d.p.q_heads);
   const int bytes = plan.warps * plan.mass_stride * 4;
   if (cudaError_t e = AllowShared(KeepKernel, bytes)) return e;

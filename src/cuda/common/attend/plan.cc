@@ -184,7 +184,7 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
 }
 
 cudaError_t AttendPlan::LaunchKeys(const AttendArgs& args, cudaStream_t stream) const {
-  if (keys_ == Keys::kImages) return LaunchImages(args, images_, p_->q.dtype, stream);
+  if (keys_ == Keys::kImages) return LaunchImages(args, images_, *p_, stream);
   return LaunchCopyRows(args, copy_, stream);
 }
 

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--line", action="append", help="only these lines, by their labels")
     parser.add_argument("--indexer", type=Path, help="VSPrefill's weights")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other, a thread each")
-    parser.add_argument("--minutes", type=float, default=600.0, help="what is not measured after so long is left")
+    parser.add_argument("--minutes", type=float, default=600.0, help="the rest is left after so long")
     parser.add_argument("--out", type=Path, default=Path("bench/results/lab-layers.json"))
     options = parser.parse_args()
     options.parts.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,9 @@ constexpr int64_t kCopyFromVisits = 8;
 // Keys per page below which Hopper's kernel reads rows, and not chunks by bulk copies.
 constexpr int kBulkPageKeys = 16;
 
+// The same where a mask skips, whose kernel reads no rows, and has one warp each for the copies of K and V.
+constexpr int kSkipPageKeys = 64;
+
 inline bool HasFp8(const Problem& p) { return p.k.dtype == FP_E4M3 || p.v.dtype == FP_E4M3; }
 
 // Whether the pass can read rows eight values at a time.

@@ -1,4 +1,4 @@
-// What the launches of Gather's selection read and write. Plain C++. docs/hopper-gather.md has the order of the
+// What the launches of Gather's and S2O's selections read and write. Plain C++. docs/hopper-gather.md has the order of the
 // launches.
 //
 // A *list* belongs to one mask head and segment. The mean queries of its heads, rounded up to a power of two with rows
@@ -62,6 +62,15 @@ struct KeyChoiceArgs {
   int room;       // keys
 };
 cudaError_t LaunchKeyChoice(const KeyChoiceArgs& args, cudaStream_t stream);
+
+// S2O: from lists of the best keys, in ascending order, to those that are taken before rows say stop.
+struct KeyStopArgs : KeyChoiceArgs {
+  float tau;
+  int stop_rows; // of a head
+};
+constexpr int kMostStopRows = 1024;    // of a list
+constexpr int kMostSortedKeys = 32768; // they must fit in shared memory
+cudaError_t LaunchKeyStopSm90(const KeyStopArgs& args, cudaStream_t stream);
 
 // Bits of blocks, counts with the lists' keys, fallbacks.
 struct ListMaskArgs {

@@ -84,20 +84,34 @@ def exec_of(q: Any, threads: int, backend: str | None, target: str | None, math:
     return e
 
 
+def guard_settings(text: str) -> _abi.Guard:
+    """Describe a guard by the JSON text of its settings, without anywhere for results."""
+    g = _abi.sized(_abi.Guard)
+    for name, value in json.loads(text).items():
+        setattr(g, name, value)
+    return g
+
+
 def set_guard(e: _abi.Exec, call: Any) -> None:
     """Hand over the guard of a call, if it has one."""
     if call.guard is None:
         return
-    g = _abi.sized(_abi.Guard)
-    for name, value in json.loads(call.guard).items():
-        setattr(g, name, value)
-    heads, size = call.q.shape[-2], ctypes.sizeof(ctypes.c_float)
-    shares, numbers = address_of(call.guard_shares), address_of(call.guard_numbers)
-    row = call.guard_shares.shape[1] * heads * size
-    g.recall, g.recall_low, g.recall_p05 = (shares + i * row if shares else None for i in range(3))
-    g.rows_audited, g.missed_block, g.outcome = (numbers + i * row if numbers else None for i in range(3))
-    g.moments, g.levels = address_of(call.guard_moments), address_of(call.guard_levels)
+    g = guard_settings(call.guard)
+    set_findings(g, call.guard_shares, call.guard_numbers, call.guard_moments)
+    g.levels = address_of(call.guard_levels)
     e.guard = ctypes.pointer(g)
+
+
+def set_findings(g: _abi.Guard, shares: Any, numbers: Any, moments: Any) -> None:
+    """Say where a guard's results go: [3, batch, query heads] each, and [batch, 3]."""
+    _, batch, heads = shares.shape
+    row = batch * heads * ctypes.sizeof(ctypes.c_float)
+    begin, numbers_begin = address_of(shares), address_of(numbers)
+    g.recall, g.recall_low, g.recall_p05 = (begin + i * row if begin else None for i in range(3))
+    g.rows_audited, g.missed_block, g.outcome = (
+        numbers_begin + i * row if numbers_begin else None for i in range(3)
+    )
+    g.moments = address_of(moments)
 
 
 def add_timings(e: _abi.Exec) -> None:

@@ -179,7 +179,7 @@ size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask&
   AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   attend.Take(layout);
   std::optional<DeviceGuard> guard;
-  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  if (exec.guard) guard.emplace(p, &policy, mask, gpu, exec).Take(layout);
   TakeSelection(layout, p, policy, guard ? &*guard : nullptr, gpu, mask.mean_correction != 0);
   return layout.used();
 }
@@ -194,15 +194,15 @@ bool Uneven(const Problem& p, const Policy& policy, const Selector& selector, in
 // Select's own means of K serve the correction too, and V's are pooled in the same pass.
 void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
              void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
+  const Gpu gpu = GpuOf(p, exec);
+  AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
   attend.Take(layout);
   std::optional<DeviceGuard> guard;
-  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  if (exec.guard) guard.emplace(p, &policy, mask, gpu, exec).Take(layout);
   const Selector& selector = SelectorFor(policy);
-  const Gpu gpu = GpuOf(p, exec);
   const bool correction = mask.mean_correction != 0;
   const int dense_up_to_keys = selector.dense_up_to_keys ? selector.dense_up_to_keys(gpu) : 0;
   const auto select = [&](const Policy& by, BlockMask& to) {
@@ -213,12 +213,13 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
   const Means means = select(policy, mask);
   if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
   const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
-  CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
+  // Select has set the counter to zero, and a guard's launches leave it alone and wait for one another.
+  CheckCuda(attend.Launch(output, means, true, uneven, StreamOf(exec)), "attend");
 }
 
 size_t GuardWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  DeviceGuard(p, nullptr, mask, exec).Take(layout);
+  DeviceGuard(p, nullptr, mask, GpuOf(p, exec), exec).Take(layout);
   return layout.used();
 }
 
@@ -226,7 +227,7 @@ size_t GuardWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec)
 void Guard(const Problem& p, BlockMask& mask, const Exec& exec, void* workspace) {
   const OnDevice on(p.device_index);
   Workspace layout(workspace);
-  DeviceGuard guard(p, nullptr, mask, exec);
+  DeviceGuard guard(p, nullptr, mask, GpuOf(p, exec), exec);
   guard.Take(layout);
   guard.Run(StreamOf(exec), nullptr);
 }

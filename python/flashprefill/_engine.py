@@ -23,6 +23,8 @@ from .policies.weights import bound
 
 # -------------------------------------------------------------- descriptors
 
+_TwoStrides = ctypes.c_int64 * 2
+
 
 def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p = _abi.sized(_abi.Problem)
@@ -35,8 +37,12 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p.total_q = q.shape[0] if packed else p.batch * call.max_seqlen_q
     p.max_seqlen_q, p.max_seqlen_k = call.max_seqlen_q, call.max_seqlen_k
     p.q, p.k, p.v = tensor_of(q), tensor_of(k), tensor_of(v)
-    p.cu_seqlens_q, p.cu_seqlens_k = address_of(call.cu_seqlens_q), address_of(call.cu_seqlens_k)
-    p.seqused_k = address_of(call.seqused_k)
+    if packed:
+        p.cu_seqlens_q = address_of(call.cu_seqlens_q)
+    if call.cu_seqlens_k is not None:
+        p.cu_seqlens_k = address_of(call.cu_seqlens_k)
+    if call.seqused_k is not None:
+        p.seqused_k = address_of(call.seqused_k)
     if call.block_table is not None:
         p.block_table = address_of(call.block_table)
         p.block_table_stride = strides_of(call.block_table)[0]
@@ -44,10 +50,10 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
         p.page_count, p.page_size = k.shape[0], k.shape[1]
     elif call.cu_seqlens_k is not None:
         p.total_k = k.shape[0]
-    for name in ("k_scale", "v_scale"):
-        if (scale := getattr(call, name)) is not None:
-            setattr(p, name, address_of(scale))
-            setattr(p, f"{name}_stride", (ctypes.c_int64 * 2)(*strides_of(scale)))
+    if call.k_scale is not None:
+        p.k_scale, p.k_scale_stride = address_of(call.k_scale), _TwoStrides(*strides_of(call.k_scale))
+    if call.v_scale is not None:
+        p.v_scale, p.v_scale_stride = address_of(call.v_scale), _TwoStrides(*strides_of(call.v_scale))
     p.final_chunk = 1
     return p
 

@@ -16,11 +16,10 @@ from typing import Any
 from . import _abi, _engine
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
-from ._calls import NO_GUARD, PREFILL
+from ._calls import PREFILL
 from ._layout import layout_of
 from ._ops import ops_of
 from .guard import Guard
-from .mask import _LISTS
 from .policies import MaskPolicy, Policy
 from .policies.library import struct_of
 
@@ -89,7 +88,6 @@ class PreparedPrefill:
         layout = layout_of(ops, (q, k, v), True, *places)
         results_of(ops, q, out, False)
         refuse_overlap(out, q=q, k=k, v=v)
-        lists = dict.fromkeys(_LISTS)
         shared = shared_of(q, layout, softmax_scale, None, None, None)
         chunks = final_chunk_of(final_chunk, layout.batch)
         values = {
@@ -97,11 +95,10 @@ class PreparedPrefill:
             "k": k,
             "v": v,
             "out": out,
-            "lse": None,
             "final_chunk": chunks,
             "policy": policy.text,
         }
-        call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared, **NO_GUARD))
+        call = PREFILL.unpack(PREFILL.pack(**values, **shared))
         (readable,) = all_cuda_reads(q, cached=True)
         self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
         self._problem, self._output = _engine.problem_of(call, readable, k, v), _engine.output_of(call)

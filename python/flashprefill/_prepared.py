@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ctypes import byref
 from typing import Any
 
-from . import _abi, _engine
+from . import _abi, _engine, _timings
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
 from ._calls import NO_GUARD, PREFILL
@@ -43,7 +43,7 @@ def signature(q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...]:
 class PreparedPrefill:
     """`prefill_attention` over packed queries and a paged cache, for tensors of one `signature`.
 
-    Not for two threads at once. Its scratch memory belongs to the stream that it is made on.
+    Not for two threads at once. It runs on the stream that it is made on.
 
     Attributes:
         counts_shape: of the counts that `run` writes, [mask heads, tile rows].
@@ -111,17 +111,18 @@ class PreparedPrefill:
             layout.visible(*each, self._mask.tile_tokens, self._mask.block_size) for each in rows_and_keys
         )
         self.causal_blocks = self._mask.heads * sum(map(sum, visible))
-        size, execution = ctypes.c_size_t(), _engine.exec_of(q, -1, None, None)
+        self._execution = _engine.exec_of(q, -1, None, None)
+        size = ctypes.c_size_t()
         _abi.check(
             _abi.lib.fp_prefill_workspace(
-                byref(self._problem), byref(self._policy), byref(execution), byref(size)
+                byref(self._problem), byref(self._policy), byref(self._execution), byref(size)
             )
         )
         self._size = size.value
         self._memory, self._workspace = workspace_of(q, self._size)
         self._extents = [_extent(x) for x in (q, k, v, out)]
 
-    def run(self, q: Any, k: Any, v: Any, out: Any, counts: Any = None) -> None:
+    def run(self, q: Any, k: Any, v: Any, out: Any, counts: int | None = None) -> None:
         """Write attention of q over the cache into out.
 
         Args:
@@ -129,8 +130,8 @@ class PreparedPrefill:
             k: pages of keys.
             v: pages of values.
             out: where results go.
-            counts: int32 of `counts_shape`, where the number of blocks goes that each tile keeps; entries
-                that no tile has are left alone. None: nothing is counted.
+            counts: the address of int32 of `counts_shape`, where the number of blocks goes that each tile
+                keeps; entries that no tile has are left alone. None: nothing is counted.
 
         Raises:
             FlashPrefillError: the library refuses, or out lies in the memory of an input.
@@ -147,8 +148,8 @@ class PreparedPrefill:
         self._q.data = addresses[0]
         problem.q = self._q if readable is q else tensor_of(readable)
         problem.k.data, problem.v.data, output.out.data = addresses[1:]
-        mask.counts = None if counts is None else counts.data_ptr()
-        execution = _engine.exec_of(q, -1, None, None)
+        mask.counts = counts
+        execution = self._execution if _timings.active() is None else _engine.exec_of(q, -1, None, None)
         _abi.check(
             _abi.lib.fp_prefill(
                 byref(problem),

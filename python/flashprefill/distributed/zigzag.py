@@ -59,6 +59,9 @@ HEAD_GROUPS = 2
 LEAST_GROUPED_ROWS = 65536  # of a rank
 
 
+_Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, out
+
+
 class Piece(NamedTuple):
     """Rows of a rank that are one sequence for the kernel."""
 
@@ -361,7 +364,7 @@ class Zigzag(Shards):
         return [(first, owners, results[-1])] if call.return_stats else []
 
     def _prepared(
-        self, call: Call, sequences: _Sequences, policy: Policy, tensors: tuple[torch.Tensor, ...]
+        self, call: Call, sequences: _Sequences, policy: Policy, tensors: _Tensors
     ) -> PreparedPrefill:
         """Return what the calls of all layers have in common, made once: it spares the host much of each."""
         scale = call.q.shape[2] ** -0.5 if call.softmax_scale is None else call.softmax_scale

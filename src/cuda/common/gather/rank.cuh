@@ -10,16 +10,18 @@
 // the step is done again with a new one, and without scores that are not finite.
 //
 // Second launch: shares, their squares added up over the heads of a list, and the code of the energy (args.h), 16 bits
-// for each key and list. Where a list has four heads or more its columns are spread over two lanes of four: they swap
-// halves, so that each finishes one key. The number of columns is a template argument: asked at run time, and with
-// logarithms for codes, this launch took 3.1 ms in place of 2.0 at 128K tokens. Codes leave through shared memory, 128
-// bytes per list and step.
+// for each key and list. A thread of the product has two of every eight columns: a list's columns are put where one
+// thread has them all, up to 32 of them, so that nothing is exchanged. Whether all shares are numbers is asked once per
+// key and list, of the sum of their squares: if one is not, the warp does its step again, share by share. The number
+// of columns is a template argument: asked at run time, and with logarithms for codes, this launch took 3.1 ms in place
+// of 2.0 at 128K tokens. Codes leave through shared memory, 128 bytes per list and step.
 //
 // Every sum has one order, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_
 #define FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_
 
 #include <limits>
+#include <type_traits>
 
 #include "cuda/common/gather/args.h"
 #include "cuda/common/launch.h"
@@ -32,6 +34,19 @@ namespace {
 constexpr int kRankWarps = kPanelThreads / 32;
 constexpr float kNoReference = -1e30f;    // of a column that has seen no key: any score is too large against it
 constexpr int kCodePitch = kRankStep + 8; // of a list's codes in shared memory: 16 bytes more, for the banks
+
+// What column j = 8 c + 2 q + e of a product is, of which a thread has those of one q: a list's heads are its e, then
+// c, and q only where there are more than 32.
+struct RankColumn {
+  int list, head; // of the slot, of the list
+
+  __device__ static RankColumn At(const RankShape& a, int j) {
+    if (a.log2_columns == 0) return {j, 0};
+    const int c = j / 8, q = j / 2 % 4, e = j % 2;
+    const int of_c = min(a.log2_columns - 1, 4), of_q = a.log2_columns - 1 - of_c; // bits
+    return {((c >> of_c) * 4 + q) >> of_q, (q & ((1 << of_q) - 1)) * 32 + (c & ((1 << of_c) - 1)) * 2 + e};
+  }
+};
 
 // The work of a CTA.
 struct RankUnit {
@@ -54,10 +69,11 @@ __device__ inline bool PlaceRankUnit(const RankArgs& args, bool only_ranked, int
   if (!PlaceSlot(a, args.first_slot + slot, unit.slot)) return false;
   const DeviceSequence& s = unit.slot.sequence;
   if (unit.begin >= s.k_len || s.k_len <= a.rules.dense_up_to_keys || KeepsEverything(a.d.p, a.rules, s)) return false;
-  const int j = threadIdx.x, list = j >> a.log2_columns;
+  const int j = threadIdx.x;
+  const RankColumn column = RankColumn::At(a, j);
   int most = 0, whole = std::numeric_limits<int>::max(), seen = only_ranked ? 0 : whole;
-  if (list < unit.slot.lists && (j & (a.columns - 1)) < a.heads) {
-    const DeviceSegment segment = SegmentAt(a, s, unit.slot.Segment(a, list));
+  if (column.list < unit.slot.lists && column.head < a.heads) {
+    const DeviceSegment segment = SegmentAt(a, s, unit.slot.Segment(a, column.list));
     if (segment.first_key < segment.end_key) {
       seen = whole = segment.seen;
       most = only_ranked ? segment.end_key : seen;
@@ -116,8 +132,9 @@ struct RankProduct {
     // Rows of lists and heads that are not there are zeros: their scores must not be NaN.
     const T* const rows = static_cast<const T*>(args.rows) + (unit.slot.RowOf(a, 0) << a.log2_columns) * args.pitch;
     CopyRows<PANELS, kRankColumns>(shared, p.head_dim, args.rows, [&](int j) -> const T* {
-      const bool there = (j >> a.log2_columns) < unit.slot.lists && (j & (a.columns - 1)) < a.heads;
-      return there ? rows + int64_t{j} * args.pitch : nullptr;
+      const RankColumn column = RankColumn::At(a, j);
+      const bool there = column.list < unit.slot.lists && column.head < a.heads;
+      return there ? rows + int64_t{(column.list << a.log2_columns) + column.head} * args.pitch : nullptr;
     });
     CopyKeys(0);
   }
@@ -289,9 +306,54 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
   const int key = 16 * warp + lane / 4; // of the step, and the one 8 on
-  const auto emit = [&](int column, int at, float squares) {
-    const int list = COLUMNS > 0 ? column / COLUMNS : column >> a.log2_columns;
-    codes[list * kCodePitch + at] = static_cast<uint16_t>(CodeOf(squares));
+  const int of_c = COLUMNS > 0 ? 0 : min(a.log2_columns - 1, 4), of_q = COLUMNS > 0 ? 0 : a.log2_columns - 1 - of_c;
+  // Codes of this thread's keys of a step, of all its lists. Not `careful`: false if a share is no number, or too
+  // large.
+  const auto write_codes = [&](const float(&d)[kRankColumns / 2], auto careful) {
+    bool numbers = true;
+    const auto emit = [&](int list, int half, float squares) {
+      numbers &= squares < 4.f;
+      codes[list * kCodePitch + key + 8 * half] = static_cast<uint16_t>(CodeOf(squares));
+    };
+    float sum[2] = {}; // of squares, of both keys
+#pragma unroll
+    for (int c = 0; c < kRankColumns / 8; ++c) {
+      const float2 base = *reinterpret_cast<const float2*>(&denominator[8 * c + pair]);
+      float share[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          share[half][e] = Exp2(fmaf(d[4 * c + 2 * half + e], a.exponent_scale, e ? -base.y : -base.x));
+          if (careful && !(share[half][e] < 2.f)) share[half][e] = 0; // counts for nothing
+        }
+      }
+      if constexpr (COLUMNS == 1) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          emit(8 * c + pair, half, share[half][0] * share[half][0]);
+          emit(8 * c + pair + 1, half, share[half][1] * share[half][1]);
+        }
+        continue;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] = fmaf(share[half][0], share[half][0], sum[half]);
+        sum[half] = fmaf(share[half][1], share[half][1], sum[half]);
+      }
+      const int each = COLUMNS > 1 ? COLUMNS / 2 : 1 << of_c; // c of a list
+      if ((c + 1) % each != 0) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (COLUMNS == 0) { // lanes that share a list all write it
+          if (of_q > 0) sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+          if (of_q > 1) sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+        }
+        emit((c / each * 4 + lane % 4) >> of_q, half, sum[half]);
+        sum[half] = 0;
+      }
+    }
+    return numbers;
   };
 
   uint16_t* const out =
@@ -300,43 +362,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
   for (int step = 0; step < unit.steps; ++step) {
     float d[kRankColumns / 2];
     product.Step(step, d);
-    float joined = 0; // of lists with more than 8 columns
-#pragma unroll
-    for (int c = 0; c < kRankColumns / 8; ++c) {
-      const float2 base = *reinterpret_cast<const float2*>(&denominator[8 * c + pair]);
-      float square[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float share = Exp2(fmaf(d[4 * c + 2 * half + e], a.exponent_scale, e ? -base.y : -base.x));
-          square[half][e] = share < 2.f ? share * share : 0.f; // not finite: counts for nothing
-        }
-      }
-      const int column = 8 * c + pair;
-      const float lower = square[0][0] + square[0][1], upper = square[1][0] + square[1][1];
-      if constexpr (COLUMNS == 1) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          emit(column, key + 8 * half, square[half][0]);
-          emit(column + 1, key + 8 * half, square[half][1]);
-        }
-      } else if constexpr (COLUMNS == 2) {
-        emit(column, key, lower);
-        emit(column, key + 8, upper);
-      } else { // even lanes finish the lower key, odd ones the upper
-        const bool odd = lane & 1;
-        float own = (odd ? upper : lower) + __shfl_xor_sync(~0u, odd ? lower : upper, 1);
-        if (COLUMNS != 4) own += __shfl_xor_sync(~0u, own, 2);
-        if constexpr (COLUMNS == 0) {
-          joined += own;
-          if ((c + 1) % (a.columns / 8) != 0) continue;
-          own = joined;
-          joined = 0;
-        }
-        emit(column, key + 8 * odd, own); // where two lanes have the same sum, both write it
-      }
-    }
+    if (!__all_sync(~0u, write_codes(d, std::false_type{}))) write_codes(d, std::true_type{});
     __syncthreads();
     // Write out: 16 bytes per thread.
     for (int i = threadIdx.x; i < unit.slot.lists * (kRankStep / 8); i += kPanelThreads) {

@@ -13,9 +13,9 @@ TARGET = os.environ.get("FLASHPREFILL_TEST_TARGET")
 _exec_of = _engine.exec_of
 
 
-def _exec(q, threads, backend, target):
+def _exec(q, threads, backend, target, *more):
     on_gpu = not is_numpy(q) and q.device.type == "cuda"
-    return _exec_of(q, threads, backend, TARGET if on_gpu and target is None else target)
+    return _exec_of(q, threads, backend, TARGET if on_gpu and target is None else target, *more)
 
 
 if TARGET:

@@ -16,10 +16,10 @@ from typing import Any
 from . import _abi, _engine
 from ._arguments import final_chunk_of, results_of, shared_of
 from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
-from ._calls import NO_GUARD, PREFILL
+from ._calls import PREFILL
 from ._layout import layout_of
 from ._ops import ops_of
-from .mask import _LISTS
+from .guard import Guard
 from .policies import MaskPolicy, Policy
 from .policies.library import struct_of
 
@@ -64,6 +64,7 @@ class PreparedPrefill:
         block_table: Any,
         rows_and_keys: Sequence[tuple[int, int]],
         final_chunk: Sequence[bool],
+        guard: Guard | None = None,
     ) -> None:
         """Check everything, as `prefill_attention` does, whose arguments these are.
 
@@ -79,6 +80,7 @@ class PreparedPrefill:
             block_table: int32 [batch, pages].
             rows_and_keys: numbers of queries and keys of each sequence, as the host knows them.
             final_chunk: whether each sequence's rows end its prompt.
+            guard: what to measure, and what to do about it; `run` says where the results go.
         """
         ops = ops_of("q", q)
         most_rows, most_keys = (max(lengths) for lengths in zip(*rows_and_keys, strict=True))
@@ -86,7 +88,6 @@ class PreparedPrefill:
         layout = layout_of(ops, (q, k, v), True, *places)
         results_of(ops, q, out, False)
         refuse_overlap(out, q=q, k=k, v=v)
-        lists = dict.fromkeys(_LISTS)
         shared = shared_of(q, layout, softmax_scale, None, None, None)
         chunks = final_chunk_of(final_chunk, layout.batch)
         values = {
@@ -94,11 +95,10 @@ class PreparedPrefill:
             "k": k,
             "v": v,
             "out": out,
-            "lse": None,
             "final_chunk": chunks,
             "policy": policy.text,
         }
-        call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared, **NO_GUARD))
+        call = PREFILL.unpack(PREFILL.pack(**values, **shared))
         (readable,) = all_cuda_reads(q, cached=True)
         self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
         self._problem, self._output = _engine.problem_of(call, readable, k, v), _engine.output_of(call)
@@ -111,7 +111,8 @@ class PreparedPrefill:
             layout.visible(*each, self._mask.tile_tokens, self._mask.block_size) for each in rows_and_keys
         )
         self.causal_blocks = self._mask.heads * sum(map(sum, visible))
-        size, execution = ctypes.c_size_t(), _engine.exec_of(q, -1, None, None)
+        self._guard = None if guard is None else _engine.guard_settings(guard.text)
+        size, execution = ctypes.c_size_t(), self._execution(q)
         _abi.check(
             _abi.lib.fp_prefill_workspace(
                 byref(self._problem), byref(self._policy), byref(execution), byref(size)
@@ -121,7 +122,22 @@ class PreparedPrefill:
         self._memory, self._workspace = workspace_of(q, self._size)
         self._extents = [_extent(x) for x in (q, k, v, out)]
 
-    def run(self, q: Any, k: Any, v: Any, out: Any, counts: Any = None) -> None:
+    def _execution(self, q: Any) -> _abi.Exec:
+        execution = _engine.exec_of(q, -1, None, None)
+        if self._guard is not None:
+            execution.guard = ctypes.pointer(self._guard)
+        return execution
+
+    def run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        counts: Any = None,
+        findings: tuple[Any, Any, Any] | None = None,
+        layer: int = 0,
+    ) -> None:
         """Write attention of q over the cache into out.
 
         Args:
@@ -131,6 +147,9 @@ class PreparedPrefill:
             out: where results go.
             counts: int32 of `counts_shape`, where the number of blocks goes that each tile keeps; entries
                 that no tile has are left alone. None: nothing is counted.
+            findings: where a guard's results go, contiguous: float32 and int32 [3, batch, heads], float64
+                [batch, 3]. Needed where there is a guard.
+            layer: the layer's number, on which a guard's draws depend.
 
         Raises:
             FlashPrefillError: the library refuses, or out lies in the memory of an input.
@@ -148,7 +167,11 @@ class PreparedPrefill:
         problem.q = self._q if readable is q else tensor_of(readable)
         problem.k.data, problem.v.data, output.out.data = addresses[1:]
         mask.counts = None if counts is None else counts.data_ptr()
-        execution = _engine.exec_of(q, -1, None, None)
+        execution = self._execution(q)
+        if self._guard is not None:
+            assert findings is not None
+            _engine.set_findings(self._guard, *findings)
+            self._guard.layer = layer
         _abi.check(
             _abi.lib.fp_prefill(
                 byref(problem),

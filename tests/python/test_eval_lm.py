@@ -284,6 +284,19 @@ def test_arguments_that_cannot_be_are_refused(ours):
             ours(**options)
 
 
+def test_prompts_come_in_the_order_of_the_lengths(prose):
+    loaded = types.SimpleNamespace(tokenizer=Words(), context=4096)
+
+    def order(lengths):
+        options = run.Options(text=prose, samples=2, lengths=lengths)
+        made = run.make_prompts(["niah_single_2", "niah_single_1"], options, loaded, None)
+        return list(dict.fromkeys((prompt.length, prompt.task) for prompt in made))
+
+    both = ["niah_single_2", "niah_single_1"]
+    assert order([2048, 1024]) == [(2048, both[0]), (2048, both[1]), (1024, both[0]), (1024, both[1])]
+    assert order([1024, 2048]) == [(1024, both[0]), (1024, both[1]), (2048, both[0]), (2048, both[1])]
+
+
 # ---------------------------------------------------------------- whole runs
 
 

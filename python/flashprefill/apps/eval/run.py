@@ -130,7 +130,7 @@ def lengths_for(task: str, options: Options, context: int | None) -> list[int]:
             raise UsageError(
                 f"--lengths {too_long[0]}: the model reads {context} tokens; --stretch scales its rotary base"
             )
-        return sorted(asked)
+        return asked
     if context is None:
         return list(LENGTHS)
     within = [length for length in LENGTHS if length <= context]
@@ -167,14 +167,16 @@ def add_answer(case: dict[str, Any], prompt: suites.Prompt, label: str, record: 
 def make_prompts(
     tasks: Sequence[str], options: Options, loaded: models.Loaded, chat: Any
 ) -> list[suites.Prompt]:
-    """All prompts, shortest length first."""
+    """All prompts, a length after the other: a run that is stopped has the first ones whole."""
     from tqdm import tqdm
 
     name = str(models.resolve_path(options.model))
     source = suites.Source(loaded.tokenizer, name, options.samples, options.seed, options.text, options.data)
     plan = [(length, task) for task in tasks for length in lengths_for(task, options, loaded.context)]
+    turn = {length: number for number, length in enumerate(options.lengths)}  # else the shortest first
     prompts: list[suites.Prompt] = []
-    with tqdm(sorted(plan, key=lambda one: one[0]), unit="task", desc="making prompts", disable=None) as bar:
+    plan.sort(key=lambda one: turn.get(one[0], one[0]))
+    with tqdm(plan, unit="task", desc="making prompts", disable=None) as bar:
         for length, task in bar:
             bar.set_description(f"making prompts: {task}, {length} tokens")
             prompts += suites.prompts_of(task, length, source, chat)

@@ -81,6 +81,13 @@ METHODS = (
     Line("S2O, per KV head", "s2o", "tau", TAUS, {"share_heads": True}),
     Line("FlexPrefill", "flexprefill", "gamma", GAMMAS),
     Line("MInference, vertical-slash", "minference", "slash", (100, 250, 500, 1000, 2000), {"vertical": 100}),
+    Line(
+        "MInference, tokens",
+        "minference",
+        "slash",
+        (25, 75, 150, 300, 600),
+        {"vertical": 400, "rounding": "tokens", "mean_correction": False},
+    ),
     Line("XAttention, stride 16", "xattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
     Line("RRAttention, stride 8", "rrattention", "threshold", (0.5, 0.75, 0.87, 0.94, 0.98)),
     Line("SpargeAttn, stage 1", "spargeattn", "topk", (0.05, 0.1, 0.15, 0.2, 0.3)),

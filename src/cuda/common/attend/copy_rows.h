@@ -18,6 +18,9 @@ constexpr int64_t kCopyFromVisits = 8;
 // Keys per page below which Hopper's kernel reads rows, and not chunks by bulk copies.
 constexpr int kBulkPageKeys = 16;
 
+// The same where a mask skips, whose kernel reads no rows, and has one warp each for the copies of K and V.
+constexpr int kSkipPageKeys = 64;
+
 struct KeyCopy {
   uint16_t *k = nullptr, *v = nullptr; // [batch, max_seqlen_k, kv_heads, head_dim]
   int32_t* lengths = nullptr;          // [batch]

@@ -122,14 +122,13 @@ AttendPlan::Keys AttendPlan::KeysFor(int32_t math) const {
   const Problem& p = *p_;
   // Lists are read by rows from wherever their keys lie.
   if (gpu_.portable || mask_->max_keys > 0 || p.batch == 0 || p.total_q == 0) return Keys::kInPlace;
+  const int together = p.block_table ? ChunkKeys(mask_->block_size | p.page_size, kTileRows) : kTileRows;
+  // One warp sends a step's copies there: of 16 keys each they would take longer than the step.
+  if (mask_->skip > 0) return together < kSkipPageKeys ? Keys::kCopied : Keys::kInPlace;
   // Products of 64 columns leave exponentials the limit, and a step of 256 does not fit the registers.
   const bool dimension = p.head_dim > 64 && p.head_dim <= kImageColumns;
   if (math == FP_MATH_8BIT && dimension && mask_->block_size % kImageKeys == 0) return Keys::kImages;
-  if (p.block_table && ChunkKeys(mask_->block_size | p.page_size, kTileRows) < kBulkPageKeys &&
-      ExpectedVisits(p) >= kCopyFromVisits) {
-    return Keys::kCopied;
-  }
-  return Keys::kInPlace;
+  return together < kBulkPageKeys && ExpectedVisits(p) >= kCopyFromVisits ? Keys::kCopied : Keys::kInPlace;
 }
 
 int64_t AttendPlan::MaxItems() const {
@@ -144,7 +143,8 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
   if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
   if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
-  if (mask_->skip > 0) return "masks that skip are for the CPU";
+  if (mask_->skip > 0 && gpu_.portable) return "masks that skip are for Hopper's kernels and the CPU";
+  if (mask_->skip > 0 && p.head_dim > 128) return "a head_dim of at most 128 in masks that skip on CUDA";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
   if ((p.block_table || gpu_.portable || mask_->max_keys > 0) && !(IsNear(p, p.k) && IsNear(p, p.v))) {

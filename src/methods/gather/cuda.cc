@@ -13,7 +13,7 @@
 namespace flashprefill::methods::gather {
 namespace {
 
-constexpr int64_t kCodeBytes = int64_t{512} << 20; // of a round, unless one slot needs more
+constexpr int64_t kCodeBytes = int64_t{576} << 20; // of a round, unless one slot needs more
 constexpr int64_t kWantedCtas = 6336; // of sums: 16 for each place of 132 multiprocessors with room for three
 constexpr int64_t kLeastChunk = 512, kMostChunk = 8192, kMostChunks = 128; // keys; of a sequence
 constexpr int64_t kMostCodeChunk = 2048;                                   // of codes, of which a round has few slots
@@ -80,9 +80,11 @@ class Plan {
   int64_t Pitch() const { return cuda::MeanPitch(shape_.d.p); }
   int64_t Slots() const { return int64_t{shape_.slots} * shape_.d.p.kv_heads; }
   int64_t CodeStride() const { return DivUp<int64_t>(shape_.d.p.max_seqlen_k, cuda::kRankStep) * cuda::kRankStep; }
+  // Rounds are alike: a short last one would leave multiprocessors without work as long as a whole one does.
   int64_t RoundSlots() const {
     const int64_t slot_bytes = std::max<int64_t>(1, (CodeStride() << shape_.log2_lists) * 2);
-    return std::clamp<int64_t>(kCodeBytes / slot_bytes, 1, std::max<int64_t>(1, Slots()));
+    const int64_t most = std::max<int64_t>(1, kCodeBytes / slot_bytes), slots = std::max<int64_t>(1, Slots());
+    return DivUp(slots, DivUp(slots, most));
   }
 
   cuda::RankShape ShapeOf(const Problem& p, const Policy& policy) const {

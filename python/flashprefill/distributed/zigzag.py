@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .._layout import ceil_div, tile_tokens_of
+from .._prepared import PreparedPrefill, signature
 from ..api import attend, prefill_attention, select
 from ..errors import UnsupportedError, refuse, refuse_type, shown
+from ..policies import MaskPolicy, Policy
 from ..torch_op import empty_like
 from . import collectives
 from .pages import Pages
@@ -55,6 +57,9 @@ def _dense_keys(device: torch.device, target: str | None) -> int:
 # launches cost the host about 1 ms, so below that GPUs would wait for it; four groups gain little anywhere.
 HEAD_GROUPS = 2
 LEAST_GROUPED_ROWS = 65536  # of a rank
+
+
+_Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, out
 
 
 class Piece(NamedTuple):
@@ -127,6 +132,7 @@ class Zigzag(Shards):
         super().__init__(tokens, group, prefix=prefix, unit=unit, ranks=ranks, rank=rank)
         self._stored: Pages | None = None
         self._buffers: list[torch.Tensor] = []  # by group of heads, of the last call
+        self._calls: dict[Any, tuple[Any, PreparedPrefill]] = {}  # by the buffer that they read
 
     def described(self) -> dict[str, Any]:
         """Return what must be the same on all ranks."""
@@ -161,29 +167,29 @@ class Zigzag(Shards):
             self._stored = Pages(chunks, self.tokens, self.prefix)
         return self._stored
 
-    def head_groups(self, call: Call) -> int:
-        """Return how many groups of KV heads a call is made in."""
-        kv_heads = call.k.shape[1]
-        if call.head_groups is not None:
-            if kv_heads % call.head_groups:
-                refuse("head_groups", call.head_groups, f"a divisor of the KV heads ({kv_heads})")
-            for group in range(call.head_groups):
-                call.at_heads(*self._heads(call, call.head_groups, group))
-            return call.head_groups
+    def groups(self, call: Call) -> list[tuple[int, int]]:
+        """Return the groups of KV heads of a call: of each its first head and the one after its last."""
+        kv_heads, asked = call.k.shape[1], call.head_groups
+        if asked is not None:
+            if kv_heads % asked:
+                refuse("head_groups", asked, f"a divisor of the KV heads ({kv_heads})")
+            each = kv_heads // asked
+            groups = [(first, first + each) for first in range(0, kv_heads, each)]
+            for group in groups:
+                call.at_heads(*group)
+            return groups
+        whole = [(0, kv_heads)]
         if self.ranks == 1 or sum(self.tokens) // self.ranks < LEAST_GROUPED_ROWS:
-            return 1
-        groups = max(n for n in range(1, HEAD_GROUPS + 1) if kv_heads % n == 0)
+            return whole
+        count = max(n for n in range(1, HEAD_GROUPS + 1) if kv_heads % n == 0)
+        each = kv_heads // count
+        groups = [(first, first + each) for first in range(0, kv_heads, each)]
         try:
-            for group in range(groups):
-                call.at_heads(*self._heads(call, groups, group))
+            for group in groups:
+                call.at_heads(*group)
         except UnsupportedError:  # a policy that goes by a head's number
-            return 1
+            return whole
         return groups
-
-    def _heads(self, call: Call, groups: int, group: int) -> tuple[int, int]:
-        """Return the first KV head of a group and the one after its last."""
-        each = call.k.shape[1] // groups
-        return group * each, (group + 1) * each
 
     def check(self, call: Call) -> None:
         """Refuse what could not have the bits of one process, before anything is sent."""
@@ -208,7 +214,7 @@ class Zigzag(Shards):
                     value,
                     f"a multiple of {unit} for {policy.kind}, whose cells of keys it must not cut",
                 )
-        self.head_groups(call)
+        self.groups(call)
 
     def prefill(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None, list[Any]]:
         """Compute a call whose arguments are checked; return out, lse and statistics by group of heads.
@@ -217,21 +223,20 @@ class Zigzag(Shards):
         the rest of a rank's group takes the whole GPU. So tails are calls of their own, first, beside the
         others, and no group waits for the end of the one before it.
         """
-        groups, device = self.head_groups(call), call.q.device
+        groups, device = self.groups(call), call.q.device
         out = empty_like(call.q)
         lse = call.q.new_empty(call.q.shape[1::-1], dtype=torch.float32) if call.return_lse else None
         tails, others = self._sequences(call)
         buffers = self._buffers_for(call, groups)
-        streams = self._streams_for(device, groups)
+        streams = self._streams_for(device, len(groups))
         stats = []
         with streams.sending():
-            works = [self._send(call, buffers[g], *self._heads(call, groups, g)) for g in range(groups)]
-        for g in range(groups):
+            works = [self._send(call, *each) for each in zip(buffers, groups, strict=True)]
+        for g, heads in enumerate(groups):
             with streams.arriving(g):
                 if works[g] is not None:
                     works[g].wait()
                 self.pages.stitch(buffers[g])
-            heads = self._heads(call, groups, g)
             for sequences, tail in ((tails, True), (others, False)):
                 if sequences.pieces:
                     with streams.attending(g, tail):
@@ -245,22 +250,19 @@ class Zigzag(Shards):
         streams: Streams = self.kept(key, device, lambda: Streams(device, groups))
         return streams
 
-    def _buffers_for(self, call: Call, groups: int) -> list[torch.Tensor]:
+    def _buffers_for(self, call: Call, groups: list[tuple[int, int]]) -> list[torch.Tensor]:
         """Return a buffer for each group of heads, those of the last call if they fit."""
-        k, each = call.k, call.k.shape[1] // groups
-        shape = (self.pages.shares, 2, self.pages.slots, each, k.shape[2])
-        have = self._buffers
-        if not (
-            len(have) == groups
-            and have[0].shape == shape
-            and (have[0].dtype, have[0].device) == (k.dtype, k.device)
-        ):
-            self._buffers = [k.new_empty(shape) for _ in range(groups)]
+        k, pages = call.k, self.pages
+        shapes = [(pages.shares, 2, pages.slots, past - first, k.shape[2]) for first, past in groups]
+        have = [(x.shape, x.dtype, x.device) for x in self._buffers]
+        if have != [(shape, k.dtype, k.device) for shape in shapes]:
+            self._buffers = [k.new_empty(shape) for shape in shapes]
+            self._calls.clear()
         return self._buffers
 
-    def _send(self, call: Call, buffer: torch.Tensor, first: int, past: int) -> Any:
+    def _send(self, call: Call, buffer: torch.Tensor, kv_heads: tuple[int, int]) -> Any:
         """Put this rank's keys and values of some heads into a buffer and start to gather the others'."""
-        pages = self.pages
+        pages, (first, past) = self.pages, kv_heads
         for which, (own, before) in enumerate(((call.k, call.k_prefix), (call.v, call.v_prefix))):
             for row, slot, count in pages.moves[self.rank]:
                 here = buffer[pages.prefix_shares + self.rank, which, slot : slot + count]
@@ -340,7 +342,11 @@ class Zigzag(Shards):
         policy, own, q = call.at_heads(*kv_heads), out[rows, here], call.q[rows, here]
         layout, final = sequences.arguments(), call.options
         shared = dict(softmax_scale=call.softmax_scale, **final)
-        if self._has_short_piece(sequences, _dense_keys(q.device, call.options.get("target"))):
+        short = self._has_short_piece(sequences, _dense_keys(q.device, call.options.get("target")))
+        if not (short or call.return_lse or call.return_stats or final or isinstance(policy, MaskPolicy)):
+            self._prepared(call, sequences, policy, (q, k, v, own)).run(q, k, v, own)
+            return []
+        if short:
             mask = select(q, k, policy, **layout, **shared)
             del layout["final_chunk"]
             result = attend(q, k, v, mask, out=own, return_lse=lse is not None, **layout, **shared)
@@ -356,6 +362,28 @@ class Zigzag(Shards):
         first = kv_heads[0] if policy.share_heads else here.start
         owners = [piece.prompt for piece in sequences.pieces]
         return [(first, owners, results[-1])] if call.return_stats else []
+
+    def _prepared(
+        self, call: Call, sequences: _Sequences, policy: Policy, tensors: _Tensors
+    ) -> PreparedPrefill:
+        """Return what the calls of all layers have in common, made once: it spares the host much of each."""
+        scale = call.q.shape[2] ** -0.5 if call.softmax_scale is None else call.softmax_scale
+        place = sequences.begin, tensors[1].data_ptr()  # of a group, and so on its stream
+        key = policy.text, scale, tuple(call.final), signature(*tensors)
+        have = self._calls.get(place)
+        if have is None or have[0] != key:
+            prepared = PreparedPrefill(
+                *tensors,
+                policy,
+                softmax_scale=scale,
+                cu_seqlens_q=sequences.cu_seqlens_q,
+                seqused_k=sequences.seqused_k,
+                block_table=sequences.block_table,
+                rows_and_keys=[(piece.rows, piece.keys) for piece in sequences.pieces],
+                final_chunk=[piece.final for piece in sequences.pieces],
+            )
+            have = self._calls[place] = key, prepared
+        return have[1]
 
     def _has_short_piece(self, sequences: _Sequences, dense_keys: int) -> bool:
         """Return whether a piece is so short that it would be dense by itself, of a prompt that is not."""

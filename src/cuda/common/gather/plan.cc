@@ -9,7 +9,7 @@
 namespace flashprefill::cuda {
 namespace {
 
-constexpr int64_t kCodeBytes = int64_t{512} << 20; // of a round, unless one slot needs more
+constexpr int64_t kCodeBytes = int64_t{576} << 20; // of a round, unless one slot needs more
 constexpr int64_t kWantedCtas = 6336; // of sums: 16 for each place of 132 multiprocessors with room for three
 constexpr int64_t kLeastChunk = 512, kMostChunk = 8192, kMostChunks = 128; // keys; of a sequence
 constexpr int64_t kMostCodeChunk = 2048;                                   // of codes, of which a round has few slots
@@ -63,9 +63,11 @@ const char* RankPlan::Unsupported() const {
 
 int64_t RankPlan::Pitch() const { return MeanPitch(shape_.d.p); }
 
+// Rounds are alike: a short last one would leave multiprocessors without work as long as a whole one does.
 int64_t RankPlan::RoundSlots() const {
   const int64_t slot_bytes = std::max<int64_t>(1, (CodeStride() << shape_.log2_lists) * 2);
-  return std::clamp<int64_t>(kCodeBytes / slot_bytes, 1, std::max<int64_t>(1, Slots()));
+  const int64_t most = std::max<int64_t>(1, kCodeBytes / slot_bytes), slots = std::max<int64_t>(1, Slots());
+  return DivUp(slots, DivUp(slots, most));
 }
 
 void RankPlan::Take(Workspace& workspace) {

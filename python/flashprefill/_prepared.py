@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ctypes import byref
 from typing import Any
 
-from . import _abi, _engine
+from . import _abi, _engine, _timings
 from ._arguments import final_chunk_of, results_of, scale_of, shared_of
 from ._arrays import address_of, all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
 from ._calls import PREFILL
@@ -43,7 +43,7 @@ def signature(q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...]:
 class PreparedPrefill:
     """`prefill_attention` over packed queries and a paged cache, for tensors of one `signature`.
 
-    Not for two threads at once. Its scratch memory belongs to the stream that it is made on.
+    Not for two threads at once. It runs on the stream that it is made on.
 
     Attributes:
         counts_shape: of the counts that `run` writes, [mask heads, tile rows].
@@ -120,17 +120,18 @@ class PreparedPrefill:
         )
         self.causal_blocks = self._mask.heads * sum(map(sum, visible))
         self._guard = None if guard is None else _engine.guard_settings(guard.text)
-        size, execution = ctypes.c_size_t(), self._execution(q)
+        self._execution = self._execution_on(q)
+        size = ctypes.c_size_t()
         _abi.check(
             _abi.lib.fp_prefill_workspace(
-                byref(self._problem), byref(self._policy), byref(execution), byref(size)
+                byref(self._problem), byref(self._policy), byref(self._execution), byref(size)
             )
         )
         self._size = size.value
         self._memory, self._workspace = workspace_of(q, self._size)
         self._extents = [_extent(x) for x in (q, k, v, out)]
 
-    def _execution(self, q: Any) -> _abi.Exec:
+    def _execution_on(self, q: Any) -> _abi.Exec:
         execution = _engine.exec_of(q, -1, None, None)
         if self._guard is not None:
             execution.guard = ctypes.pointer(self._guard)
@@ -142,7 +143,7 @@ class PreparedPrefill:
         k: Any,
         v: Any,
         out: Any,
-        counts: Any = None,
+        counts: int | None = None,
         k_scale: Any = None,
         v_scale: Any = None,
         findings: tuple[Any, Any, Any] | None = None,
@@ -155,8 +156,8 @@ class PreparedPrefill:
             k: pages of keys.
             v: pages of values.
             out: where results go.
-            counts: int32 of `counts_shape`, where the number of blocks goes that each tile keeps; entries
-                that no tile has are left alone. None: nothing is counted.
+            counts: the address of int32 of `counts_shape`, where the number of blocks goes that each tile
+                keeps; entries that no tile has are left alone. None: nothing is counted.
             k_scale: of FP8 keys, where there was one: of the same shape and strides, and fp32.
             v_scale: of FP8 values, likewise.
             findings: where a guard's results go, contiguous: float32 and int32 [3, batch, heads], float64
@@ -179,12 +180,12 @@ class PreparedPrefill:
         problem.q = self._q if readable is q else tensor_of(readable)
         problem.k.data, problem.v.data, output.out.data = addresses[1:]
         problem.k_scale, problem.v_scale = address_of(k_scale), address_of(v_scale)
-        mask.counts = None if counts is None else counts.data_ptr()
-        execution = self._execution(q)
+        mask.counts = counts
         if self._guard is not None:
             assert findings is not None
             _engine.set_findings(self._guard, *findings)
             self._guard.layer = layer
+        execution = self._execution if _timings.active() is None else self._execution_on(q)
         _abi.check(
             _abi.lib.fp_prefill(
                 byref(problem),

@@ -211,7 +211,7 @@ size_t PrefillWorkspace(const Problem& given, const Policy& policy, const BlockM
   AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   attend.Take(layout);
   std::optional<DeviceGuard> guard;
-  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  if (exec.guard) guard.emplace(p, &policy, mask, gpu, exec).Take(layout);
   TakeSelection(layout, p, policy, guard ? &*guard : nullptr, gpu, mask.mean_correction != 0);
   return layout.used();
 }
@@ -229,15 +229,15 @@ void Prefill(const Problem& given, const Policy& policy, const Exec& exec, Block
   Workspace layout(workspace);
   const InSixteenBits keys(given, true, layout);
   const Problem& p = keys.problem();
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
+  const Gpu gpu = GpuOf(p, exec);
+  AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
   keys.Launch(exec);
   attend.Take(layout);
   std::optional<DeviceGuard> guard;
-  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  if (exec.guard) guard.emplace(p, &policy, mask, gpu, exec).Take(layout);
   const Selector& selector = SelectorFor(policy);
-  const Gpu gpu = GpuOf(p, exec);
   const bool correction = mask.mean_correction != 0;
   const int dense_up_to_keys = selector.dense_up_to_keys ? selector.dense_up_to_keys(gpu) : 0;
   const auto select = [&](const Policy& by, BlockMask& to) {
@@ -248,13 +248,14 @@ void Prefill(const Problem& given, const Policy& policy, const Exec& exec, Block
   const Means means = select(policy, mask);
   if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
   const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
-  CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
+  // Select has set the counter to zero, and a guard's launches leave it alone and wait for one another.
+  CheckCuda(attend.Launch(output, means, true, uneven, StreamOf(exec)), "attend");
 }
 
 size_t GuardWorkspace(const Problem& given, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
   const InSixteenBits keys(given, false, layout);
-  DeviceGuard(keys.problem(), nullptr, mask, exec).Take(layout);
+  DeviceGuard(keys.problem(), nullptr, mask, GpuOf(given, exec), exec).Take(layout);
   return layout.used();
 }
 
@@ -264,7 +265,7 @@ void Guard(const Problem& given, BlockMask& mask, const Exec& exec, void* worksp
   Workspace layout(workspace);
   const InSixteenBits keys(given, false, layout);
   keys.Launch(exec);
-  DeviceGuard guard(keys.problem(), nullptr, mask, exec);
+  DeviceGuard guard(keys.problem(), nullptr, mask, GpuOf(given, exec), exec);
   guard.Take(layout);
   guard.Run(StreamOf(exec), nullptr);
 }

@@ -553,10 +553,11 @@ def test_ways_to_leave_it_off(text, monkeypatch):
 
 def test_options_survive_the_way(monkeypatch):
     for policy in (fp.Sketch(mass=0.9), fp.Gather(budget=0.1), fp.FlashPrefill(query_pool=16), fp.Dense()):
-        given = plugin.config(policy, first_dense_layers=2, min_chunk=256, log_seconds=0.5)
+        given = plugin.config(policy, first_dense_layers=2, min_chunk=256, log_seconds=0.5, guard=fp.Guard())
         monkeypatch.setenv(options.VARIABLE, given[options.VARIABLE])
         asked = options.of_environment()
         assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
+        assert asked.guard == fp.Guard()
 
 
 @pytest.mark.parametrize(

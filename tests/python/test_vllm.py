@@ -617,8 +617,9 @@ def test_ways_to_leave_it_off(value):
     ids=repr,
 )
 def test_policies_survive_the_way(policy):
-    asked = options.of_config(config(policy, first_dense_layers=2, min_chunk=256))
+    asked = options.of_config(config(policy, first_dense_layers=2, min_chunk=256, guard="repair(rows=16)"))
     assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
+    assert asked.guard == fp.Guard("repair", rows=16)
 
 
 @pytest.mark.parametrize(

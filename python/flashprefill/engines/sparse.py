@@ -69,15 +69,22 @@ class Counts:
 
     buffer: torch.Tensor | None = None
     used: int = LAYERS
+    address: int = 0  # of the next row
+    step: int = 0  # bytes
 
-    def row(self, shape: tuple[int, int], like: torch.Tensor, metrics: Metrics) -> torch.Tensor:
-        """Return zeros of this shape that nothing else counts in; `metrics` sums them up later."""
-        if self.buffer is None or self.used == LAYERS:
+    def row(self, shape: tuple[int, int], like: torch.Tensor, metrics: Metrics) -> int:
+        """Return the address of zeros of this shape that nothing else counts in.
+
+        `metrics` sums them up later; until then they live.
+        """
+        if self.used == LAYERS:
             self.buffer = torch.zeros((LAYERS, *shape), dtype=torch.int32, device=like.device)
-            self.used = 0
+            self.used, self.address = 0, self.buffer.data_ptr()
+            self.step = self.buffer.stride(0) * self.buffer.element_size()
             metrics.count_later(self.buffer)
-        self.used += 1
-        return self.buffer[self.used - 1]
+        address = self.address
+        self.used, self.address = self.used + 1, address + self.step
+        return address
 
 
 @dataclass

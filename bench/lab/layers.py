@@ -34,8 +34,7 @@ MAIN = (
     "Gather, gain",
     "Sketch, gain, query metric, pool 64",
     "FlashPrefill (V1)",
-    "Gather, gain, segments of 256",
-    "Gather, gain, per query head",
+    "Gather, gain, window of 512",
     "Oracle, share",
 )
 MORE = {  # values between the lab's, where long texts need them
@@ -162,6 +161,7 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, default=Path("out/lab-layers"))
     parser.add_argument("--text", choices=TEXTS, action="append", help="only these")
     parser.add_argument("--line", action="append", help="only these lines, by their labels")
+    parser.add_argument("--six", action="store_true", help="only the lab's six layers")
     parser.add_argument("--indexer", type=Path, help="VSPrefill's weights")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other, a thread each")
     parser.add_argument("--minutes", type=float, default=600.0, help="the rest is left after so long")
@@ -171,6 +171,7 @@ def main() -> None:
     begin, found = time.monotonic(), known(options.indexer)
     found = {label: line for label, line in found.items() if not options.line or label in options.line}
     jobs = jobs_of(options.dumps, found, options.text or TEXTS)
+    jobs = [job for job in jobs if job.layer in SIX or not options.six]
     left = [
         job
         for job in jobs

@@ -351,7 +351,7 @@ def test_a_second_run_reads_the_answers(finished, capsys, monkeypatch):
 def test_prompts_beside_each_other_are_answered_as_one_by_one(finished, tmp_path, monkeypatch):
     """As on a GPU: batches of three answers of two prompts."""
     _, arguments, whole = finished
-    monkeypatch.setattr(run, "PROMPTS_TOGETHER", {"cpu": 2})
+    monkeypatch.setattr(run, "together", lambda _kind, _methods: 2)
     monkeypatch.setattr(asker, "MOST_TOGETHER", 3)
     there = [*arguments[: arguments.index("--out")], "--out", str(tmp_path), *ARGUMENTS]
     assert cli.main([*there, "--policy", HALF]) == 0

@@ -28,7 +28,7 @@ from .asker import Asker
 SCHEMA = "flashprefill-eval/1"
 LENGTHS = (4096, 8192)
 PATTERNS = ("dense", "flashprefill", "sketch")
-PROMPTS_TOGETHER = {"cuda": 4}  # prompts that are answered beside each other; elsewhere one by one
+ANSWERS_TOGETHER = {"cuda": 40}  # answers that are written beside each other, of four prompts at least
 LIST_PACKAGES = ("lm_eval", "datasets", "wonderwords")
 
 
@@ -191,6 +191,11 @@ def grouped(prompts: Sequence[suites.Prompt], most: int) -> Iterator[list[suites
             yield left[start : start + most]
 
 
+def together(kind: str, methods: int) -> int:
+    """How many prompts are answered beside each other: on a GPU as many as make a batch, elsewhere one."""
+    return max(4, ANSWERS_TOGETHER[kind] // methods) if kind in ANSWERS_TOGETHER else 1
+
+
 def answer_all(
     prompts: Sequence[suites.Prompt],
     methods: dict[str, Policy | None],
@@ -207,7 +212,7 @@ def answer_all(
         disable=None,
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
-        for some in grouped(prompts, PROMPTS_TOGETHER.get(asker.loaded.device.kind, 1)):
+        for some in grouped(prompts, together(asker.loaded.device.kind, len(methods))):
             if time.monotonic() > until:
                 print(f"note: the time is up after {len(cases)} prompts", file=sys.stderr)
                 break

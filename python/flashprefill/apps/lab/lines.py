@@ -74,6 +74,7 @@ METHODS = (
     Line("Sketch, gain, query metric, pool 64", "sketch", "gain", GAINS, EIGHTH),
     Line("Sketch, gain, query metric, pool 128", "sketch", "gain", GAINS, {**EIGHTH, "query_pool": 128}),
     Line("Gather, gain", "gather", "gain", KEY_GAINS, KEYS),
+    Line("Gather, gain, window of 512", "gather", "gain", KEY_GAINS, {**KEYS, "window_blocks": 16}),
     Line("Gather, gain, segments of 256", "gather", "gain", KEY_GAINS, {**KEYS, "segment": 256}),
     Line("Gather, gain, per query head", "gather", "gain", KEY_GAINS, {**KEYS, "share_heads": False}),
     Line("Gather, budget", "gather", "budget", (0.02, 0.05, 0.1, 0.2, 0.35), KEYS),

@@ -172,7 +172,7 @@ typedef enum fp_guard_outcome {
 typedef struct fp_guard {
   uint32_t struct_size;
   int32_t mode;  /* fp_guard_mode */
-  int32_t rows;  /* audited rows per sequence and head; 0: one in 1024, at least 32 per prompt and 8 per chunk */
+  int32_t rows;  /* audited rows per sequence and head; 0: one in 2048, at least 32 per prompt and 8 per chunk */
   int32_t layer; /* of the model: part of the seed */
   uint64_t seed;
   float target; /* in (0, 1] */

@@ -9,7 +9,8 @@ vLLM's own FlashAttention 3, to which every batch goes untouched. Measured:
     ttft     time to first token, for each length and chunk
     beside   the same while eight requests generate, and their steps
     decode   steps of eight requests alone
-    host     seconds that the plugin's Python takes per layer call, without waiting for the GPU
+    host     what a layer's attention takes on the host until it is in the GPU's queue, which is empty at
+             first: in a full one a launch waits for room, and that is the GPU's time
 
 --small runs the same code with a tiny model, on a CPU if need be; its figures mean nothing.
 """
@@ -154,12 +155,14 @@ def decode(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, floa
 
 
 def host(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, float]:
-    """Time each layer's attention on the host; where the plugin is off, the engine's own."""
+    """Time each layer's attention on the host, nothing being queued; plugin off: the engine's own."""
     seconds: dict[str, list[float]] = {"layer": [], "plan": []}
     layer, plan = backend.ImplMixin.forward, backend.sparse.plan_of
 
     def timed(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
+            if kind == "layer" and torch.cuda.is_available():
+                torch.cuda.synchronize()
             begin = time.perf_counter()
             result = function(*arguments, **keywords)
             seconds[kind].append(time.perf_counter() - begin)

@@ -194,7 +194,7 @@ def prefill_attention(
         seqused_k: keys of each sequence that are in use, [batch].
         block_table: page of each run of page_size keys, [batch, pages per sequence].
         k_scale: what FP8 keys are multiplied by, a number or fp32 [1], [kv_heads] or [batch, kv_heads]. k and
-            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout, on the CPU; the default is 1.
+            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout; the default is 1.
         v_scale: what FP8 values are multiplied by, likewise.
         q_descale: what FP8 queries are multiplied by, likewise. Such queries become bf16, and so does out.
         k_descale: another name of ``k_scale``, FlashAttention's.

@@ -147,11 +147,18 @@ def paged(lengths, page=16, heads=4, kv_heads=2, dim=64):
     return q, k, v, table
 
 
+def keep_near(layer, q, k):
+    """A selection in Python: the first block, the diagonal and the one before it."""
+    return fp.select(q, k, fp.Streaming(block_size=64, sink_blocks=1, window_blocks=1))
+
+
+@pytest.mark.parametrize("policy", ["sketch(gain=0.3)", f"{__name__}:keep_near"], ids=["library", "python"])
 @pytest.mark.parametrize("mode", ["observe", "strict", "repair(target=0.999, rows=40)"])
-def test_a_guard_measures_what_layers_keep(mode, caplog):
+def test_a_guard_measures_what_layers_keep(mode, policy, caplog):
     lengths, layers = [700, 900, 40], 3
     q, k, v, table = paged(lengths)
-    asked = options.parse({"policy": "sketch", "parameters": {**TINY, "gain": 0.3}, "guard": mode})
+    parameters = TINY if policy.startswith("sketch") else {"block_size": 64}
+    asked = options.parse({"policy": policy, "parameters": parameters, "guard": mode})
     host = Host("Engine", "some.engine", ())
     starts = [0, 700, 1600, 1640]
     parts = split(starts, lengths, [True] * 3, None, asked)

@@ -89,7 +89,7 @@ def check_layers(policy, device):
             q, k, v, policy, softmax_scale=0.11, max_seqlen_q=300, max_seqlen_k=500, final_chunk=FINAL,
             return_stats=True, **given,
         )  # fmt: skip
-        ours.run(q, k, v, out, counts[i])
+        ours.run(q, k, v, out, counts[i].data_ptr())
         torch.testing.assert_close(out, expected, atol=0, rtol=0)
         assert torch.equal(counts[i].cpu(), stats._counts.cpu())
         assert ours.causal_blocks == int(stats.total.sum()) * stats.kept.shape[1]
@@ -152,7 +152,8 @@ def test_scratch_memory_may_hold_anything(policy, device):
             **given,
         )
         ours._memory.fill_(byte)
-        ours.run(q, k, v, out, torch.zeros(ours.counts_shape, dtype=torch.int32, device=device))
+        counts = torch.zeros(ours.counts_shape, dtype=torch.int32, device=device)
+        ours.run(q, k, v, out, counts.data_ptr())
         assert torch.equal(out, expected), byte
 
 

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .._layout import ceil_div, tile_tokens_of
+from .._prepared import PreparedPrefill, signature
 from ..api import attend, prefill_attention, select
 from ..errors import UnsupportedError, refuse, refuse_type, shown
+from ..policies import MaskPolicy, Policy
 from ..torch_op import empty_like
 from . import collectives
 from .pages import Pages
@@ -55,6 +57,9 @@ def _dense_keys(device: torch.device, target: str | None) -> int:
 # launches cost the host about 1 ms, so below that GPUs would wait for it; four groups gain little anywhere.
 HEAD_GROUPS = 2
 LEAST_GROUPED_ROWS = 65536  # of a rank
+
+
+_Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, out
 
 
 class Piece(NamedTuple):
@@ -127,6 +132,7 @@ class Zigzag(Shards):
         super().__init__(tokens, group, prefix=prefix, unit=unit, ranks=ranks, rank=rank)
         self._stored: Pages | None = None
         self._buffers: list[torch.Tensor] = []  # by group of heads, of the last call
+        self._calls: dict[Any, tuple[Any, PreparedPrefill]] = {}  # by the buffer that they read
 
     def described(self) -> dict[str, Any]:
         """Return what must be the same on all ranks."""
@@ -251,6 +257,7 @@ class Zigzag(Shards):
         have = [(x.shape, x.dtype, x.device) for x in self._buffers]
         if have != [(shape, k.dtype, k.device) for shape in shapes]:
             self._buffers = [k.new_empty(shape) for shape in shapes]
+            self._calls.clear()
         return self._buffers
 
     def _send(self, call: Call, buffer: torch.Tensor, kv_heads: tuple[int, int]) -> Any:
@@ -335,7 +342,11 @@ class Zigzag(Shards):
         policy, own, q = call.at_heads(*kv_heads), out[rows, here], call.q[rows, here]
         layout, final = sequences.arguments(), call.options
         shared = dict(softmax_scale=call.softmax_scale, **final)
-        if self._has_short_piece(sequences, _dense_keys(q.device, call.options.get("target"))):
+        short = self._has_short_piece(sequences, _dense_keys(q.device, call.options.get("target")))
+        if not (short or call.return_lse or call.return_stats or final or isinstance(policy, MaskPolicy)):
+            self._prepared(call, sequences, policy, (q, k, v, own)).run(q, k, v, own)
+            return []
+        if short:
             mask = select(q, k, policy, **layout, **shared)
             del layout["final_chunk"]
             result = attend(q, k, v, mask, out=own, return_lse=lse is not None, **layout, **shared)
@@ -351,6 +362,28 @@ class Zigzag(Shards):
         first = kv_heads[0] if policy.share_heads else here.start
         owners = [piece.prompt for piece in sequences.pieces]
         return [(first, owners, results[-1])] if call.return_stats else []
+
+    def _prepared(
+        self, call: Call, sequences: _Sequences, policy: Policy, tensors: _Tensors
+    ) -> PreparedPrefill:
+        """Return what the calls of all layers have in common, made once: it spares the host much of each."""
+        scale = call.q.shape[2] ** -0.5 if call.softmax_scale is None else call.softmax_scale
+        place = sequences.begin, tensors[1].data_ptr()  # of a group, and so on its stream
+        key = policy.text, scale, tuple(call.final), signature(*tensors)
+        have = self._calls.get(place)
+        if have is None or have[0] != key:
+            prepared = PreparedPrefill(
+                *tensors,
+                policy,
+                softmax_scale=scale,
+                cu_seqlens_q=sequences.cu_seqlens_q,
+                seqused_k=sequences.seqused_k,
+                block_table=sequences.block_table,
+                rows_and_keys=[(piece.rows, piece.keys) for piece in sequences.pieces],
+                final_chunk=[piece.final for piece in sequences.pieces],
+            )
+            have = self._calls[place] = key, prepared
+        return have[1]
 
     def _has_short_piece(self, sequences: _Sequences, dense_keys: int) -> bool:
         """Return whether a piece is so short that it would be dense by itself, of a prompt that is not."""

@@ -30,6 +30,7 @@ from .rows import Span, Split
 if TYPE_CHECKING:
     from .findings import Places
 
+Scales = tuple[torch.Tensor | None, torch.Tensor | None]  # of FP8 keys and values, fp32 [1] or [kv_heads]
 LAYERS = 32  # whose counts of kept blocks lie in one buffer, cleared and summed at once
 
 
@@ -50,15 +51,22 @@ class Counts:
 
     buffer: torch.Tensor | None = None
     used: int = LAYERS
+    address: int = 0  # of the next row
+    step: int = 0  # bytes
 
-    def row(self, shape: tuple[int, int], like: torch.Tensor, metrics: Metrics) -> torch.Tensor:
-        """Return zeros of this shape that nothing else counts in; `metrics` sums them up later."""
-        if self.buffer is None or self.used == LAYERS:
+    def row(self, shape: tuple[int, int], like: torch.Tensor, metrics: Metrics) -> int:
+        """Return the address of zeros of this shape that nothing else counts in.
+
+        `metrics` sums them up later; until then they live.
+        """
+        if self.used == LAYERS:
             self.buffer = torch.zeros((LAYERS, *shape), dtype=torch.int32, device=like.device)
-            self.used = 0
+            self.used, self.address = 0, self.buffer.data_ptr()
+            self.step = self.buffer.stride(0) * self.buffer.element_size()
             metrics.count_later(self.buffer)
-        self.used += 1
-        return self.buffer[self.used - 1]
+        address = self.address
+        self.used, self.address = self.used + 1, address + self.step
+        return address
 
 
 @dataclass
@@ -150,6 +158,8 @@ def run(
     scale: float,
     engine: Callable[[torch.Tensor, Any, torch.Tensor], Any],
     layer: int = 0,
+    scales: Scales = (None, None),
+    engine_query: torch.Tensor | None = None,
 ) -> bool:
     """Compute a layer of a batch.
 
@@ -162,6 +172,8 @@ def run(
         scale: factor of the scores.
         engine: computes (query, metadata, output) densely.
         layer: the layer's number.
+        scales: of an FP8 cache.
+        engine_query: what the engine gets in place of query, where that is another dtype.
 
     Returns:
         Whether it is done. If not, the log says why, and the caller is to run the whole batch densely.
@@ -169,17 +181,18 @@ def run(
     try:
         policy = plan.options.policy.at_layer(layer)
         for call in plan.calls:
-            _attend(plan, policy, call, query, k_pages, v_pages, output, scale, layer)
+            _attend(plan, policy, call, query, k_pages, v_pages, output, scale, scales, layer)
     except FlashPrefillError as error:
         plan.host.metrics.fallbacks[str(error)] += 1
         plan.host.say_once(logging.WARNING, f"flashprefill: a batch was run densely: {error}")
         return False
     rows = plan.engine_rows
+    queries = query if engine_query is None else engine_query
     if isinstance(rows, slice):
-        engine(query[rows], plan.engine, output[rows])
+        engine(queries[rows], plan.engine, output[rows])
     elif rows is not None:
-        gathered = query[rows]
-        result = torch.empty_like(gathered)
+        gathered = queries[rows]
+        result = torch.empty(gathered.shape, dtype=output.dtype, device=output.device)
         engine(gathered, plan.engine, result)
         output[rows] = result
     return True
@@ -194,6 +207,7 @@ def _attend(
     v_pages: torch.Tensor,
     output: torch.Tensor,
     scale: float,
+    scales: Scales,
     layer: int,
 ) -> None:
     span, metrics, guard = call.span, plan.host.metrics, plan.options.guard
@@ -203,7 +217,8 @@ def _attend(
         by_layer = None if guard is None else guard.at_layer(layer)
         _attend_by_mask(metrics, policy, by_layer, call, query, k_pages, v_pages, output, scale)
         return
-    key = (policy.text, scale, *signature(query, k_pages, v_pages, output))
+    strides = (None if x is None else (x.shape, x.stride()) for x in scales)
+    key = (policy.text, scale, *strides, *signature(query, k_pages, v_pages, output))
     prepared = call.prepared.get(key)
     if prepared is None:
         prepared = call.prepared[key] = PreparedPrefill(
@@ -218,13 +233,16 @@ def _attend(
             block_table=call.block_table,
             rows_and_keys=list(zip(span.rows, span.keys, strict=True)),
             final_chunk=span.final,
+            k_scale=scales[0],
+            v_scale=scales[1],
             guard=guard,
         )
     counts = plan.counts.get(prepared.counts_shape)
     if counts is None:
         counts = plan.counts[prepared.counts_shape] = Counts()
     row = counts.row(prepared.counts_shape, query, metrics)
-    prepared.run(query, k_pages, v_pages, output, row, plan.places_for(len(span.rows), query), layer)
+    places = plan.places_for(len(span.rows), query)
+    prepared.run(query, k_pages, v_pages, output, row, *scales, places, layer)
     metrics.count_call(prepared.causal_blocks)
 
 

@@ -162,13 +162,15 @@ const char* AttendPlan::Unsupported(const Output* output) const {
 cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
                                cudaStream_t stream) const {
   if (p_->batch == 0 || p_->total_q == 0) return cudaSuccess;
-  if (keys_ != Keys::kInPlace) {
-    const AttendCall paged{*p_, *mask_, gpu_, output, means, MaxItems()};
-    if (cudaError_t e = LaunchKeys(ArgsOf(paged, counter_), stream)) return e;
+  if (keys_ == Keys::kCopied) {
+    if (cudaError_t e = LaunchKeyCopy(*p_, copy_, stream)) return e;
   }
-  const Problem p = keys_ == Keys::kCopied ? copy_.Copied(*p_) : *p_;
+  const Problem p = keys_ == Keys::kCopied ? copy_.Over(*p_) : *p_;
   const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
   AttendArgs args = ArgsOf(call, counter_);
+  if (keys_ == Keys::kImages) {
+    if (cudaError_t e = LaunchImages(args, images_, p, stream)) return e;
+  }
   int processors = 0;
   if (cudaError_t e = CountProcessors(&processors)) return e;
   if (order_ && uneven && mask_->counts && call.items > processors) {
@@ -181,11 +183,6 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
   if (gpu_.portable) return LaunchAttendPortable(args, call, stream);
   if (keys_ == Keys::kImages) return LaunchAttend8Sm90(args, call, images_, stream);
   return LaunchAttendSm90(args, call, stream);
-}
-
-cudaError_t AttendPlan::LaunchKeys(const AttendArgs& args, cudaStream_t stream) const {
-  if (keys_ == Keys::kImages) return LaunchImages(args, images_, p_->q.dtype, stream);
-  return LaunchCopyRows(args, copy_, stream);
 }
 
 } // namespace flashprefill::cuda

@@ -269,7 +269,7 @@ EVAL_COLOURS = {
 def ruler() -> None:
     """docs/quality.md: RULER's score against dense attention's over the density, a panel per length."""
     panels = []
-    for name, model in (("eval-h200", "SmolLM2-135M"), ("eval-adapter-h200", "with the adapter")):
+    for name, model in (("eval-h200", "SmolLM2-135M"), ("eval-h200-adapter", "with the adapter")):
         if (ROOT / "bench" / "results" / f"{name}.json").exists():
             results = read(name)
             panels += [(results["rows"], length, model) for length in results["settings"]["lengths"]

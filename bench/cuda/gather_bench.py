@@ -1,9 +1,9 @@
 """Gathered keys on a GPU: attention over lists beside blocks, and the operator at equal recall.
 
-    python3 bench/cuda/gather_bench.py [--tokens 32768,65536,131072] [--sharp 1,2] [--runs 256,1] [--out FILE]
+    python3 bench/cuda/gather_bench.py [--tokens 32768,131072] [--sharp 1,2] [--runs 256,64,16,1] [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs are operator_bench.py's, queries times
-`sharp`. Topics of keys come in runs: of 256 keys, which suits blocks, or of 1, so that a topic's keys lie
+`sharp`. Topics of keys come in runs: of 256 keys, which suits blocks, down to 1, so that a topic's keys lie
 scattered, as in many heads of real models. Recall is the share of exact attention that a mask keeps, over
 sampled rows of all heads outside the dense tail: mean and 5th percentile. For each length first attention
 alone over lists of ranked keys, lists of neighbouring keys and blocks, as many keys each; then select, attend
@@ -22,18 +22,21 @@ from operator_bench import DIM, HEADS, KV_HEADS, clock, graph_of, inputs, millis
 import flashprefill as fp
 
 ROWS = 48  # sampled, of each head
-RECALLS = (0.8, 0.85, 0.9, 0.95)
+RECALLS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.8)
 
 METHODS = {
     "FlashPrefill, query_pool=16": [
-        fp.FlashPrefill(alpha=a, query_pool=16) for a in (0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05)
+        fp.FlashPrefill(alpha=a, query_pool=16) for a in (0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.17)
     ],
     "Sketch": [
         fp.Sketch(gain=g, query_metric=True, outliers=6, query_pool=64)
-        for g in (0.1, 0.05, 0.025, 0.012, 0.006, 0.003, 0.0015)
+        for g in (0.05, 0.02, 0.006, 0.003, 0.0015, 0.0008, 0.0004)
     ],
-    "Gather": [fp.Gather(gain=g) for g in (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)],
+    "Gather": [fp.Gather(gain=g) for g in (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)],
     "Gather, segments of 256": [fp.Gather(gain=g, segment=256) for g in (0.02, 0.01, 0.005, 0.002, 0.001)],
+    "Gather, a list per head": [
+        fp.Gather(gain=g, share_heads=False) for g in (0.05, 0.02, 0.01, 0.005, 0.002)
+    ],
 }
 
 
@@ -64,22 +67,26 @@ def shares_of(q, k, rows):
     return scores.masked_fill(future, float("-inf")).softmax(-1)
 
 
-def recalls(masks, q, k):
-    """Mean and 5th percentile of the recall of each mask."""
-    tokens, group = q.shape[0], HEADS // KV_HEADS
-    make = torch.Generator().manual_seed(1)
-    rows = (torch.randint(tokens // 8, tokens - 2048, (ROWS,), generator=make)).cuda()
-    found = {name: [] for name in masks}
-    for kv in range(KV_HEADS):
-        shares = shares_of(q[:, kv * group : (kv + 1) * group], k[:, kv], rows)
-        for name, mask in masks.items():
-            heads = slice(kv, kv + 1) if mask.share_heads else slice(kv * group, (kv + 1) * group)
-            found[name].append((shares * seen_keys(mask, heads, rows, tokens)).sum(-1).flatten())
-    both = {}
-    for name, parts in found.items():
-        recall = torch.cat(parts)
-        both[name] = (recall.mean().item(), recall.quantile(0.05).item())
-    return both
+class Recall:
+    """What masks keep of exact attention, which is computed once: of sampled rows of all heads."""
+
+    def __init__(self, q, k):
+        self.tokens, self.group = q.shape[0], HEADS // KV_HEADS
+        make = torch.Generator().manual_seed(1)
+        self.rows = torch.randint(self.tokens // 8, self.tokens - 2048, (ROWS,), generator=make).cuda()
+        self.shares = [
+            shares_of(q[:, kv * self.group : (kv + 1) * self.group], k[:, kv], self.rows)
+            for kv in range(KV_HEADS)
+        ]
+
+    def of(self, mask):
+        """Mean and 5th percentile."""
+        found = []
+        for kv, shares in enumerate(self.shares):
+            heads = slice(kv, kv + 1) if mask.share_heads else slice(kv * self.group, (kv + 1) * self.group)
+            found.append((shares * seen_keys(mask, heads, self.rows, self.tokens)).sum(-1).flatten())
+        recall = torch.cat(found)
+        return recall.mean().item(), recall.quantile(0.05).item()
 
 
 def attend_rates(tokens, turns):
@@ -131,11 +138,11 @@ def operators(tokens, sharp, run, turns):
     """Every method's values: recall, density, times."""
     q, k, v = inputs(tokens, run)
     q = (q * sharp).to(q.dtype)
-    rows = []
+    recall, rows = Recall(q, k), []
     for name, policies in METHODS.items():
         for policy in policies:
             mask = fp.select(q, k, policy)
-            mean, low = recalls({name: mask}, q, k)[name]
+            mean, low = recall.of(mask)
             select = graph_of(lambda p=policy: fp.select(q, k, p))
             attend = graph_of(lambda m=mask: fp.attend(q, k, v, m))
             whole = graph_of(lambda p=policy: fp.prefill_attention(q, k, v, p))
@@ -188,7 +195,7 @@ def main():
     )
     parser.add_argument("--tokens", default="32768,65536,131072")
     parser.add_argument("--sharp", default="1,2")
-    parser.add_argument("--runs", default="256,1", help="keys of a topic that lie together")
+    parser.add_argument("--runs", default="256,64,16,1", help="keys of a topic that lie together")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", choices=("attend", "operator"))
     parser.add_argument("--out")

@@ -58,7 +58,7 @@ FP_API const char* fp_version(void);
 /* ---------------------------------------------------------------- problem */
 
 /* FP_E4M3 is for k and v only: FP8 caches with 4 bits of exponent, 3 of mantissa, NaN and no infinity (OCP E4M3;
- * PyTorch's float8_e4m3fn). */
+ * PyTorch's float8_e4m3fn). On FP_CUDA the workspace also holds the call's k and v in q's dtype then. */
 typedef enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2, FP_E4M3 = 3 } fp_dtype;
 
 typedef enum fp_device { FP_CPU = 0, FP_CUDA = 1 } fp_device;

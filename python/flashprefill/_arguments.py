@@ -126,6 +126,8 @@ def scaled(
         scales: those that the verbs take, by name.
     """
     given, q, k, v = tensors
+    if all(scale is None for scale in scales.values()):
+        return q, {}
     kv_heads = k.shape[-2]
 
     def of(name: str, x: Any, *spellings: str) -> Any:

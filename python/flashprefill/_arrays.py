@@ -90,12 +90,10 @@ def on_cuda(x: Any) -> bool:
 
 
 def _cuda_reads(x: Any) -> Any:
-    """Return x, or a contiguous copy if its rows are not contiguous or not 16-byte aligned, as CUDA wants."""
-    if not on_cuda(x):
-        return x
+    """Return x, or a contiguous copy if its rows are not, or not aligned to 8 values, as CUDA wants."""
     *others, column = x.stride()
-    size = x.element_size()
-    if column == 1 and x.data_ptr() % 16 == 0 and all(s >= 0 and s * size % 16 == 0 for s in others):
+    eight = 8 * x.element_size()
+    if column == 1 and x.data_ptr() % eight == 0 and all(s >= 0 and s % 8 == 0 for s in others):
         return x
     return x.clone(memory_format=sys.modules["torch"].contiguous_format)
 
@@ -105,6 +103,8 @@ def all_cuda_reads(q: Any, *keys: Any, cached: bool) -> list[Any]:
 
     A cache is never copied: it may be all of the memory.
     """
+    if not on_cuda(q):
+        return [q, *keys]
     return [_cuda_reads(q), *(keys if cached else map(_cuda_reads, keys))]
 
 

@@ -3,6 +3,9 @@
 Each verb is described once, as a list of names and types. From this list come the schema of the torch
 operator (torch_op.py), the tuple in which api.py hands arguments over, and the names under which _engine.py
 reads them again. Types are those of torch's schemas; "Tensor!" is a tensor that the verb writes to.
+
+Arguments whose type has a "?" come last and are None by default. A call hands over no more than it has to:
+each argument costs time in torch's dispatcher, and most calls have none of these.
 """
 
 from __future__ import annotations
@@ -36,9 +39,14 @@ class Verb:
 
     def __init__(self, name: str, *groups: dict[str, str]) -> None:
         self.name = name
-        self.types = {argument: kind for group in groups for argument, kind in group.items()}
-        self.names = tuple(self.types)
-        self._call: Any = namedtuple(f"{name}_arguments", self.names)  # type: ignore[misc]
+        types = {argument: kind for group in groups for argument, kind in group.items()}
+        self._required = tuple(argument for argument in types if "?" not in types[argument])
+        self._optional = tuple(argument for argument in types if "?" in types[argument])
+        self._places = {argument: place for place, argument in enumerate(self._optional)}
+        names = self._required + self._optional
+        self.types = {argument: types[argument] for argument in names}
+        defaults = (None,) * len(self._optional)
+        self._call: Any = namedtuple(f"{name}_arguments", names, defaults=defaults)  # type: ignore[misc]
 
     @property
     def schema(self) -> str:
@@ -47,16 +55,22 @@ class Verb:
         for name, kind in self.types.items():
             if kind.startswith("Tensor!"):
                 kind = f"Tensor({next(aliases)}!){kind.removeprefix('Tensor!')}"
-            parts.append(f"{kind} {name}")
+            parts.append(f"{kind} {name}" + ("=None" if "?" in kind else ""))
         return f"{self.name}({', '.join(parts)}) -> ()"
 
     def pack(self, **values: Any) -> tuple[Any, ...]:
-        """Return the arguments in their order."""
-        return tuple([values[name] for name in self.names])
+        """Return the arguments in their order, without the last ones that are None."""
+        arguments = [values[name] for name in self._required]
+        places = [
+            self._places[name] for name, value in values.items() if value is not None and name in self._places
+        ]
+        if places:
+            arguments += [values.get(name) for name in self._optional[: max(places) + 1]]
+        return tuple(arguments)
 
     def unpack(self, arguments: tuple[Any, ...]) -> Any:
         """Return the arguments as a named tuple."""
-        return self._call._make(arguments)
+        return self._call(*arguments)
 
 
 # Of no guard, or its settings (a JSON text) and where its results go, in host memory: see guard.py.
@@ -67,7 +81,6 @@ _GUARD = {
     "guard_moments": "Tensor!?",
     "guard_levels": "Tensor!?",
 }
-NO_GUARD = dict.fromkeys(_GUARD)
 
 _LISTS = {"vertical_slash": "Tensor!?", "key_lists": "Tensor!?"}
 

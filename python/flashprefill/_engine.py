@@ -23,6 +23,8 @@ from .policies.weights import bound
 
 # -------------------------------------------------------------- descriptors
 
+_TwoStrides = ctypes.c_int64 * 2
+
 
 def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p = _abi.sized(_abi.Problem)
@@ -35,8 +37,12 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p.total_q = q.shape[0] if packed else p.batch * call.max_seqlen_q
     p.max_seqlen_q, p.max_seqlen_k = call.max_seqlen_q, call.max_seqlen_k
     p.q, p.k, p.v = tensor_of(q), tensor_of(k), tensor_of(v)
-    p.cu_seqlens_q, p.cu_seqlens_k = address_of(call.cu_seqlens_q), address_of(call.cu_seqlens_k)
-    p.seqused_k = address_of(call.seqused_k)
+    if packed:
+        p.cu_seqlens_q = address_of(call.cu_seqlens_q)
+    if call.cu_seqlens_k is not None:
+        p.cu_seqlens_k = address_of(call.cu_seqlens_k)
+    if call.seqused_k is not None:
+        p.seqused_k = address_of(call.seqused_k)
     if call.block_table is not None:
         p.block_table = address_of(call.block_table)
         p.block_table_stride = strides_of(call.block_table)[0]
@@ -44,10 +50,10 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
         p.page_count, p.page_size = k.shape[0], k.shape[1]
     elif call.cu_seqlens_k is not None:
         p.total_k = k.shape[0]
-    for name in ("k_scale", "v_scale"):
-        if (scale := getattr(call, name)) is not None:
-            setattr(p, name, address_of(scale))
-            setattr(p, f"{name}_stride", (ctypes.c_int64 * 2)(*strides_of(scale)))
+    if call.k_scale is not None:
+        p.k_scale, p.k_scale_stride = address_of(call.k_scale), _TwoStrides(*strides_of(call.k_scale))
+    if call.v_scale is not None:
+        p.v_scale, p.v_scale_stride = address_of(call.v_scale), _TwoStrides(*strides_of(call.v_scale))
     p.final_chunk = 1
     return p
 
@@ -78,20 +84,34 @@ def exec_of(q: Any, threads: int, backend: str | None, target: str | None, math:
     return e
 
 
+def guard_settings(text: str) -> _abi.Guard:
+    """Describe a guard by the JSON text of its settings, without anywhere for results."""
+    g = _abi.sized(_abi.Guard)
+    for name, value in json.loads(text).items():
+        setattr(g, name, value)
+    return g
+
+
 def set_guard(e: _abi.Exec, call: Any) -> None:
     """Hand over the guard of a call, if it has one."""
     if call.guard is None:
         return
-    g = _abi.sized(_abi.Guard)
-    for name, value in json.loads(call.guard).items():
-        setattr(g, name, value)
-    heads, size = call.q.shape[-2], ctypes.sizeof(ctypes.c_float)
-    shares, numbers = address_of(call.guard_shares), address_of(call.guard_numbers)
-    row = call.guard_shares.shape[1] * heads * size
-    g.recall, g.recall_low, g.recall_p05 = (shares + i * row if shares else None for i in range(3))
-    g.rows_audited, g.missed_block, g.outcome = (numbers + i * row if numbers else None for i in range(3))
-    g.moments, g.levels = address_of(call.guard_moments), address_of(call.guard_levels)
+    g = guard_settings(call.guard)
+    set_findings(g, call.guard_shares, call.guard_numbers, call.guard_moments)
+    g.levels = address_of(call.guard_levels)
     e.guard = ctypes.pointer(g)
+
+
+def set_findings(g: _abi.Guard, shares: Any, numbers: Any, moments: Any) -> None:
+    """Say where a guard's results go: [3, batch, query heads] each, and [batch, 3]."""
+    _, batch, heads = shares.shape
+    row = batch * heads * ctypes.sizeof(ctypes.c_float)
+    begin, numbers_begin = address_of(shares), address_of(numbers)
+    g.recall, g.recall_low, g.recall_p05 = (begin + i * row if begin else None for i in range(3))
+    g.rows_audited, g.missed_block, g.outcome = (
+        numbers_begin + i * row if numbers_begin else None for i in range(3)
+    )
+    g.moments = address_of(moments)
 
 
 def add_timings(e: _abi.Exec) -> None:

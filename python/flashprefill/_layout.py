@@ -14,7 +14,6 @@ from .errors import refuse, refuse_type, shown
 
 TILE_ROWS = 128  # rows of a query tile, as in the library
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table")
-_ARGUMENTS = (*_INDICES, "max_seqlen_q", "max_seqlen_k", "causal")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -54,7 +53,13 @@ class Layout:
 
     def arguments(self) -> dict[str, Any]:
         """Return what the library's verbs take of it, by their names in _calls.py."""
-        return {name: getattr(self, name) for name in _ARGUMENTS}
+        sizes = {
+            "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k,
+            "causal": self.causal,
+        }
+        indices = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.block_table)
+        return sizes | {name: x for name, x in zip(_INDICES, indices, strict=True) if x is not None}
 
     def kept(self, ops: Any) -> Layout:
         """Return the layout for a mask to keep: its lengths are copies, and pages don't matter."""
@@ -140,20 +145,22 @@ def layout_of(
     cu_q, cu_k = index("cu_seqlens_q", cu_seqlens[0]), index("cu_seqlens_k", cu_seqlens[1])
     used, pages = index("seqused_k", seqused_k), index("block_table", block_table, 2)
 
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape  # torch makes an object each time
+
     # q
     if cu_q is not None:
-        if len(q.shape) != 3:
-            refuse("q.shape", tuple(q.shape), "[tokens, heads, head_dim] with cu_seqlens_q")
+        if len(q_shape) != 3:
+            refuse("q.shape", tuple(q_shape), "[tokens, heads, head_dim] with cu_seqlens_q")
         if cu_q.shape[0] < 1:
             refuse("cu_seqlens_q", "empty", "of batch + 1 entries")
-        batch, total_q = cu_q.shape[0] - 1, q.shape[0]
+        batch, total_q = cu_q.shape[0] - 1, q_shape[0]
         longest_q = ops.longest(cu_q[1:] - cu_q[:-1], total_q)
         if max_seqlen_q is not None:
             longest_q = _length("max_seqlen_q", max_seqlen_q)
     else:
-        if len(q.shape) not in (3, 4):
-            refuse("q.shape", tuple(q.shape), "[tokens, heads, head_dim] or [batch, tokens, heads, head_dim]")
-        batch, longest_q = (q.shape[0] if len(q.shape) == 4 else 1), q.shape[-3]
+        if len(q_shape) not in (3, 4):
+            refuse("q.shape", tuple(q_shape), "[tokens, heads, head_dim] or [batch, tokens, heads, head_dim]")
+        batch, longest_q = (q_shape[0] if len(q_shape) == 4 else 1), q_shape[-3]
         total_q = batch * longest_q
         if max_seqlen_q is not None and _length("max_seqlen_q", max_seqlen_q) != longest_q:
             refuse("max_seqlen_q", max_seqlen_q, f"q's number of tokens ({longest_q}) without cu_seqlens_q")
@@ -164,8 +171,8 @@ def layout_of(
 
     # k and v
     if pages is not None:
-        if len(k.shape) != 4:
-            refuse("k.shape", tuple(k.shape), "[pages, page_size, kv_heads, head_dim] with block_table")
+        if len(k_shape) != 4:
+            refuse("k.shape", tuple(k_shape), "[pages, page_size, kv_heads, head_dim] with block_table")
         if pages.shape[0] != batch:
             refuse("block_table.shape", tuple(pages.shape), f"({batch}, pages) for {batch} sequences")
         if used is None and cu_k is None:
@@ -174,24 +181,24 @@ def layout_of(
                 None,
                 "given with block_table, or cu_seqlens_k: nothing else says how many keys there are",
             )
-        longest_k = pages.shape[1] * k.shape[1]
+        longest_k = pages.shape[1] * k_shape[1]
         if used is not None:
             longest_k = ops.longest(used, longest_k)
         elif cu_k is not None:
             longest_k = ops.longest(cu_k[1:] - cu_k[:-1], longest_k)
     elif cu_k is not None:
-        if len(k.shape) != 3:
-            refuse("k.shape", tuple(k.shape), "[tokens, kv_heads, head_dim] with cu_seqlens_k")
-        longest_k = ops.longest(cu_k[1:] - cu_k[:-1], k.shape[0])
+        if len(k_shape) != 3:
+            refuse("k.shape", tuple(k_shape), "[tokens, kv_heads, head_dim] with cu_seqlens_k")
+        longest_k = ops.longest(cu_k[1:] - cu_k[:-1], k_shape[0])
     else:
-        axes = len(k.shape)
+        axes = len(k_shape)
         if cu_q is not None and axes != 4:
             refuse("cu_seqlens_k", None, "given where q is packed, or k [batch, tokens, kv_heads, head_dim]")
-        if cu_q is None and axes != len(q.shape):
-            refuse("k.shape", tuple(k.shape), f"of as many axes as q ({len(q.shape)})")
-        if axes == 4 and k.shape[0] != batch:
-            refuse("k.shape[0]", k.shape[0], f"the number of sequences ({batch})")
-        longest_k = k.shape[-3]
+        if cu_q is None and axes != len(q_shape):
+            refuse("k.shape", tuple(k_shape), f"of as many axes as q ({len(q_shape)})")
+        if axes == 4 and k_shape[0] != batch:
+            refuse("k.shape[0]", k_shape[0], f"the number of sequences ({batch})")
+        longest_k = k_shape[-3]
         if max_seqlen_k is not None and _length("max_seqlen_k", max_seqlen_k) != longest_k:
             refuse(
                 "max_seqlen_k",
@@ -200,15 +207,15 @@ def layout_of(
             )
     if max_seqlen_k is not None:
         longest_k = _length("max_seqlen_k", max_seqlen_k)
-    if v.shape != k.shape:
-        refuse("v.shape", tuple(v.shape), f"k's ({tuple(k.shape)})")
-    if k.shape[-1] != q.shape[-1]:
-        refuse("k.shape[-1]", k.shape[-1], f"q's head_dim ({q.shape[-1]})")
-    if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
+    if v_shape != k_shape:
+        refuse("v.shape", tuple(v_shape), f"k's ({tuple(k_shape)})")
+    if k_shape[-1] != q_shape[-1]:
+        refuse("k.shape[-1]", k_shape[-1], f"q's head_dim ({q_shape[-1]})")
+    if k_shape[-2] < 1 or q_shape[-2] < 1 or q_shape[-2] % k_shape[-2]:
         refuse(
             "q's number of heads",
-            q.shape[-2],
-            f"a positive multiple of k's ({k.shape[-2]}): {_axes.shapes(q, k)}",
+            q_shape[-2],
+            f"a positive multiple of k's ({k_shape[-2]}): {_axes.shapes(q, k)}",
         )
     if cu_q is None and cu_k is None and pages is None and not ops.tracing():
         if used is None:

@@ -29,7 +29,7 @@ def _madvise() -> Callable[..., int] | None:
 
 def in_large_pages(tensor: Any) -> Any:
     """Ask for large pages where a new torch tensor is the CPU's and of 4 MiB or more; return the tensor."""
-    size = tensor.numel() * tensor.element_size()
+    size = tensor.nbytes
     if size < _LEAST or tensor.device.type != "cpu" or (madvise := _madvise()) is None:
         return tensor
     begin = -(-tensor.data_ptr() // _PAGE) * _PAGE

@@ -14,12 +14,12 @@ from ctypes import byref
 from typing import Any
 
 from . import _abi, _engine, _timings
-from ._arguments import final_chunk_of, results_of, shared_of
-from ._arrays import all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
-from ._calls import NO_GUARD, PREFILL
+from ._arguments import final_chunk_of, results_of, scale_of, shared_of
+from ._arrays import address_of, all_cuda_reads, range_of, refuse_overlap, tensor_of, workspace_of
+from ._calls import PREFILL
 from ._layout import layout_of
 from ._ops import ops_of
-from .mask import _LISTS
+from .guard import Guard
 from .policies import MaskPolicy, Policy
 from .policies.library import struct_of
 
@@ -64,6 +64,9 @@ class PreparedPrefill:
         block_table: Any,
         rows_and_keys: Sequence[tuple[int, int]],
         final_chunk: Sequence[bool],
+        k_scale: Any = None,
+        v_scale: Any = None,
+        guard: Guard | None = None,
     ) -> None:
         """Check everything, as `prefill_attention` does, whose arguments these are.
 
@@ -79,6 +82,9 @@ class PreparedPrefill:
             block_table: int32 [batch, pages].
             rows_and_keys: numbers of queries and keys of each sequence, as the host knows them.
             final_chunk: whether each sequence's rows end its prompt.
+            k_scale: of FP8 keys, fp32 [1], [kv_heads] or [batch, kv_heads].
+            v_scale: of FP8 values, likewise.
+            guard: what to measure, and what to do about it; `run` says where the results go.
         """
         ops = ops_of("q", q)
         most_rows, most_keys = (max(lengths) for lengths in zip(*rows_and_keys, strict=True))
@@ -86,21 +92,23 @@ class PreparedPrefill:
         layout = layout_of(ops, (q, k, v), True, *places)
         results_of(ops, q, out, False)
         refuse_overlap(out, q=q, k=k, v=v)
-        lists = dict.fromkeys(_LISTS)
-        shared = shared_of(q, layout, softmax_scale, None, None, None)
+        scales = {
+            name: scale_of(ops, name[0], x, {name: scale}, layout.batch, k.shape[-2])
+            for name, x, scale in (("k_scale", k, k_scale), ("v_scale", v, v_scale))
+        }
+        shared = shared_of(q, layout, softmax_scale, None, None, None, **scales)
         chunks = final_chunk_of(final_chunk, layout.batch)
         values = {
             "q": q,
             "k": k,
             "v": v,
             "out": out,
-            "lse": None,
             "final_chunk": chunks,
             "policy": policy.text,
         }
-        call = PREFILL.unpack(PREFILL.pack(**values, **lists, **shared, **NO_GUARD))
+        call = PREFILL.unpack(PREFILL.pack(**values, **shared))
         (readable,) = all_cuda_reads(q, cached=True)
-        self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table
+        self._keep = call.cu_seqlens_q, call.seqused_k, call.block_table, *scales.values()
         self._problem, self._output = _engine.problem_of(call, readable, k, v), _engine.output_of(call)
         self._q = tensor_of(q)
         _engine.set_final_chunk(self._problem, chunks)
@@ -111,7 +119,8 @@ class PreparedPrefill:
             layout.visible(*each, self._mask.tile_tokens, self._mask.block_size) for each in rows_and_keys
         )
         self.causal_blocks = self._mask.heads * sum(map(sum, visible))
-        self._execution = _engine.exec_of(q, -1, None, None)
+        self._guard = None if guard is None else _engine.guard_settings(guard.text)
+        self._execution = self._execution_on(q)
         size = ctypes.c_size_t()
         _abi.check(
             _abi.lib.fp_prefill_workspace(
@@ -122,7 +131,24 @@ class PreparedPrefill:
         self._memory, self._workspace = workspace_of(q, self._size)
         self._extents = [_extent(x) for x in (q, k, v, out)]
 
-    def run(self, q: Any, k: Any, v: Any, out: Any, counts: int | None = None) -> None:
+    def _execution_on(self, q: Any) -> _abi.Exec:
+        execution = _engine.exec_of(q, -1, None, None)
+        if self._guard is not None:
+            execution.guard = ctypes.pointer(self._guard)
+        return execution
+
+    def run(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        counts: int | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        findings: tuple[Any, Any, Any] | None = None,
+        layer: int = 0,
+    ) -> None:
         """Write attention of q over the cache into out.
 
         Args:
@@ -132,6 +158,11 @@ class PreparedPrefill:
             out: where results go.
             counts: the address of int32 of `counts_shape`, where the number of blocks goes that each tile
                 keeps; entries that no tile has are left alone. None: nothing is counted.
+            k_scale: of FP8 keys, where there was one: of the same shape and strides, and fp32.
+            v_scale: of FP8 values, likewise.
+            findings: where a guard's results go, contiguous: float32 and int32 [3, batch, heads], float64
+                [batch, 3]. Needed where there is a guard.
+            layer: the layer's number, on which a guard's draws depend.
 
         Raises:
             FlashPrefillError: the library refuses, or out lies in the memory of an input.
@@ -148,8 +179,13 @@ class PreparedPrefill:
         self._q.data = addresses[0]
         problem.q = self._q if readable is q else tensor_of(readable)
         problem.k.data, problem.v.data, output.out.data = addresses[1:]
+        problem.k_scale, problem.v_scale = address_of(k_scale), address_of(v_scale)
         mask.counts = counts
-        execution = self._execution if _timings.active() is None else _engine.exec_of(q, -1, None, None)
+        if self._guard is not None:
+            assert findings is not None
+            _engine.set_findings(self._guard, *findings)
+            self._guard.layer = layer
+        execution = self._execution if _timings.active() is None else self._execution_on(q)
         _abi.check(
             _abi.lib.fp_prefill(
                 byref(problem),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from . import _tokens
 from ._arguments import final_chunk_of, results_of, scaled, shared_of
 from ._axes import as_given, heads_first, swapped
-from ._calls import ATTEND, AUDIT, NO_GUARD, PREFILL, SELECT
+from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from ._given_mask import fitting, places_of_mask
 from ._layout import Layout, check_bool, layout_of
 from ._lines import join_lines, selects_in_torch
@@ -194,7 +194,7 @@ def prefill_attention(
         seqused_k: keys of each sequence that are in use, [batch].
         block_table: page of each run of page_size keys, [batch, pages per sequence].
         k_scale: what FP8 keys are multiplied by, a number or fp32 [1], [kv_heads] or [batch, kv_heads]. k and
-            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout, on the CPU; the default is 1.
+            v may be torch.float8_e4m3fn (or that of ml_dtypes), in any layout; the default is 1.
         v_scale: what FP8 values are multiplied by, likewise.
         q_descale: what FP8 queries are multiplied by, likewise. Such queries become bf16, and so does out.
         k_descale: another name of ``k_scale``, FlashAttention's.
@@ -255,7 +255,7 @@ def prefill_attention(
     check_bool("return_stats", return_stats)
     guard = guard_of(guard)
     report = None if guard is None else GuardReport(ops, guard, q, places.batch)
-    guarded = NO_GUARD if report is None else report.arguments()
+    guarded = {} if report is None else report.arguments()
     out, lse = results_of(ops, q, out, return_lse)
     mask = None
     stats = None
@@ -274,7 +274,7 @@ def prefill_attention(
             ops.audit(*AUDIT.pack(q=q, k=k, counts=mask.counts, **mask._given, **shared, **guarded))
         ops.attend(*ATTEND.pack(q=q, k=k, v=v, out=out, lse=lse, **mask._given, **shared))
     else:
-        lists = BlockMask._no_lists
+        lists: dict[str, Any] = {}
         if return_stats:
             mask = BlockMask._for_policy(ops, q, k, places, policy)
             lists = mask._lists

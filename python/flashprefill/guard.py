@@ -144,6 +144,14 @@ class Guard:
         """Return the same guard for a layer."""
         return dataclasses.replace(self, layer=layer)
 
+    @property
+    def call(self) -> str:
+        """The guard as a text that every argument "guard" takes, without its state and layer."""
+        stock = Guard(self.mode)
+        given = [n for n in self._numbers if n != "layer" and getattr(self, n) != getattr(stock, n)]
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+        return f"{self.mode}({fields})" if fields else self.mode
+
 
 def guard_of(guard: Any) -> Guard | None:
     """Return the guard that an argument stands for: None, a Guard, or text ("repair(target=0.95)")."""
@@ -175,7 +183,7 @@ def _parsed(guard: str) -> Guard:
         refuse("guard", shown(guard), f"one of {', '.join(MODES)}, with fields in brackets if any")
 
 
-def certificate(moments: np.ndarray, risk: float) -> float:
+def certificate(moments: Iterable[float], risk: float) -> float:
     """Return a lower bound of the mean of recalls that holds with probability 1 - risk.
 
     By the empirical Bernstein bound of Maurer and Pontil (COLT 2009): values are independent, in [0, 1].
@@ -224,6 +232,11 @@ class GuardReport:
             "guard_moments": self._moments,
             "guard_levels": self._levels,
         }
+
+    @property
+    def results(self) -> tuple[Any, Any, Any]:
+        """All that the library writes: shares and numbers [3, batch, heads], moments [batch, 3]."""
+        return self._shares, self._numbers, self._moments
 
     @property
     def recall(self) -> Any:

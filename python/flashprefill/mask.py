@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -231,8 +231,6 @@ class BlockMask:
     def _lists(self) -> dict[str, Any]:
         """What a selection writes, by the names in _calls.py."""
         return {name: getattr(self, name) for name in _LISTS}
-
-    _no_lists: ClassVar[dict[str, Any]] = dict.fromkeys(_LISTS)
 
     @property
     def _given(self) -> dict[str, Any]:

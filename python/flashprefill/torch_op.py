@@ -37,10 +37,10 @@ for _verb in (SELECT, ATTEND, PREFILL, AUDIT):
         _library.impl(_verb.name, _disable(getattr(_engine, _verb.name)), _key)
     torch.library.register_fake(f"flashprefill::{_verb.name}", lambda *_, **__: None, lib=_library)
 
-select = torch.ops.flashprefill.select
-attend = torch.ops.flashprefill.attend
-prefill = torch.ops.flashprefill.prefill
-audit = torch.ops.flashprefill.audit
+select = torch.ops.flashprefill.select.default
+attend = torch.ops.flashprefill.attend.default
+prefill = torch.ops.flashprefill.prefill.default
+audit = torch.ops.flashprefill.audit.default
 
 
 def _in_python(function: Any, *arguments: Any) -> Any:
@@ -102,10 +102,12 @@ def check(name: str, x: Any, like: Any) -> None:
         refuse_type(f"{name}.dtype", x.dtype, f"torch.float32, torch.float16 or torch.bfloat16{more}")
     if x.layout != torch.strided:
         refuse_type(f"{name}.layout", x.layout, "torch.strided")
-    if x.device.type not in ("cpu", "cuda"):
-        refuse(f"{name}.device", x.device, "a CPU or a CUDA device")
-    if x.device != like.device:
-        refuse(f"{name}.device", x.device, f"q's ({like.device})")
+    device = x.device
+    if x is like or device != like.device:
+        if device.type not in ("cpu", "cuda"):
+            refuse(f"{name}.device", device, "a CPU or a CUDA device")
+        if x is not like:
+            refuse(f"{name}.device", device, f"q's ({like.device})")
     if x.requires_grad and torch.is_grad_enabled():
         refuse(f"{name}.requires_grad", True, "False where grad mode is enabled: there is no backward pass")
 
@@ -159,7 +161,7 @@ def _device(like: Any) -> Any:
 
 def empty_like(q: Any) -> Any:
     """Return a contiguous tensor of q's shape and dtype."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return in_large_pages(out) if type(out) is torch.Tensor and not torch.compiler.is_compiling() else out
 
 

@@ -10,6 +10,7 @@
 #include "core/method.h"
 #include "cuda/common/attend/plan.h"
 #include "cuda/common/energies/forced.h"
+#include "cuda/common/keys/key_copy.h"
 #include "cuda/devices.h"
 #include "cuda/guard.h"
 #include "cuda/selector.h"
@@ -79,8 +80,29 @@ void DemandSupported(const Device& device, int index) {
               "GPU " + std::to_string(index) + " is " + device.name + ", " + device.arch() + ": " + KernelsOf(device));
 }
 
-void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const Exec& exec) {
+// The problem as kernels get it: FP8 keys and values in 16 bits, in scratch memory, by a pass that goes before all
+// others. of_v: the call reads V.
+class InSixteenBits {
+ public:
+  InSixteenBits(const Problem& given, bool of_v, Workspace& workspace) : given_(given), p_(given) {
+    if (!HasFp8(given)) return;
+    copy_ = KeyCopy::Take(workspace, given, of_v);
+    p_ = copy_->Over(given);
+  }
+  const Problem& problem() const { return p_; }
+  void Launch(const Exec& exec) const {
+    if (copy_) CheckCuda(LaunchKeyCopy(given_, *copy_, static_cast<cudaStream_t>(exec.stream)), "the copy of FP8 keys");
+  }
+
+ private:
+  const Problem& given_;
+  Problem p_;
+  std::optional<KeyCopy> copy_;
+};
+
+void Check(const Problem& given, const Policy* policy, const BlockMask* mask, const Exec& exec) {
   const std::vector<Device>& devices = AllDevices().all;
+  const Problem p = HasFp8(given) ? KeyCopy().Over(given) : given;
   if (p.device_index < 0 || p.device_index >= static_cast<int>(devices.size())) {
     Refuse("device_index", p.device_index, "from 0 to " + std::to_string(static_cast<int>(devices.size()) - 1));
   }
@@ -93,22 +115,20 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
     }
   }
   const Gpu gpu = GpuOf(p, exec);
-  const auto on_cpu = [](const char* name, int32_t is, const char* what) {
-    Refuse(name, is, std::string(what) + " on CUDA: the CPU has it", FP_UNSUPPORTED);
-  };
-  if (p.k.dtype == FP_E4M3) on_cpu("k.dtype", p.k.dtype, "other than FP_E4M3 (3), which is FP8,");
-  if (p.v.dtype == FP_E4M3) on_cpu("v.dtype", p.v.dtype, "other than FP_E4M3 (3), which is FP8,");
   const int32_t correction = mask ? mask->mean_correction : policy ? policy->mean_correction : FP_NO_CORRECTION;
   if (correction == FP_SUMMARY_KEYS) {
-    on_cpu("mean_correction", correction, "FP_NO_CORRECTION (0) or FP_BLOCK_MEANS (1)");
+    Refuse("mean_correction", correction, "FP_NO_CORRECTION (0) or FP_BLOCK_MEANS (1) on CUDA: the CPU has it",
+           FP_UNSUPPORTED);
   }
   const auto half = [](int32_t dtype) { return dtype == FP_BF16 || dtype == FP_F16; };
   if (!half(p.q.dtype)) Refuse("q.dtype", p.q.dtype, "FP_BF16 (1) or FP_F16 (2) on CUDA", FP_UNSUPPORTED);
   const auto same = [&](const char* name, int32_t dtype) {
-    if (dtype != p.q.dtype) Refuse(name, dtype, "q's (" + std::to_string(p.q.dtype) + ") on CUDA", FP_UNSUPPORTED);
+    if (dtype == p.q.dtype || dtype == FP_E4M3) return;
+    Refuse(name, dtype, "q's (" + std::to_string(p.q.dtype) + ") or FP_E4M3 (3) on CUDA", FP_UNSUPPORTED);
   };
-  same("k.dtype", p.k.dtype);
-  same("v.dtype", p.v.dtype);
+  same("k.dtype", given.k.dtype);
+  same("v.dtype", given.v.dtype);
+  if (HasFp8(given)) Demand(UnsupportedFp8(given));
   if (policy && !p.causal && !SelectorFor(*policy).without_causal) {
     Refuse("causal", 0, "1 with this policy on CUDA: it does not select without causality there", FP_UNSUPPORTED);
   }
@@ -123,15 +143,20 @@ void Check(const Problem& p, const Policy* policy, const BlockMask* mask, const 
 
 cudaStream_t StreamOf(const Exec& exec) { return static_cast<cudaStream_t>(exec.stream); }
 
-size_t SelectWorkspace(const Problem& p, const Policy& policy, const Exec& exec) {
+size_t SelectWorkspace(const Problem& given, const Policy& policy, const Exec& exec) {
   Workspace layout(nullptr);
+  const InSixteenBits keys(given, false, layout);
+  const Problem& p = keys.problem();
   SelectorFor(policy).select(p, policy, GpuOf(p, exec), false, layout, nullptr);
   return layout.used();
 }
 
-void Select(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
-  const OnDevice on(p.device_index);
+void Select(const Problem& given, const Policy& policy, const Exec& exec, BlockMask& mask, void* workspace) {
+  const OnDevice on(given.device_index);
   Workspace layout(workspace);
+  const InSixteenBits keys(given, false, layout);
+  const Problem& p = keys.problem();
+  keys.Launch(exec);
   const SelectTarget target{mask, StreamOf(exec)};
   SelectorFor(policy).select(p, policy, GpuOf(p, exec), false, layout, &target);
 }
@@ -143,18 +168,23 @@ Means TakeForAttend(Workspace& workspace, const Problem& p, const BlockMask& mas
   return TakeMeans(workspace, p, mask.block_size, correction, correction);
 }
 
-size_t AttendWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
+size_t AttendWorkspace(const Problem& given, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
+  const InSixteenBits keys(given, true, layout);
+  const Problem& p = keys.problem();
   AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   TakeForAttend(layout, p, mask, attend);
   return layout.used();
 }
 
-void Attend(const Problem& p, const BlockMask& mask, const Exec& exec, const Output& output, void* workspace) {
+void Attend(const Problem& given, const BlockMask& mask, const Exec& exec, const Output& output, void* workspace) {
+  Workspace layout(workspace);
+  const InSixteenBits keys(given, true, layout);
+  const Problem& p = keys.problem();
   AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
-  Workspace layout(workspace);
+  keys.Launch(exec);
   const Means means = TakeForAttend(layout, p, mask, attend);
   if (means.k) {
     const TileRules rules = TileRules::Of(Geometry::Of(p, mask));
@@ -173,13 +203,15 @@ void TakeSelection(Workspace& workspace, const Problem& p, const Policy& policy,
   if (again.used() > workspace.used()) workspace = again;
 }
 
-size_t PrefillWorkspace(const Problem& p, const Policy& policy, const BlockMask& mask, const Exec& exec) {
+size_t PrefillWorkspace(const Problem& given, const Policy& policy, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
+  const InSixteenBits keys(given, true, layout);
+  const Problem& p = keys.problem();
   const Gpu gpu = GpuOf(p, exec);
   AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   attend.Take(layout);
   std::optional<DeviceGuard> guard;
-  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  if (exec.guard) guard.emplace(p, &policy, mask, gpu, exec).Take(layout);
   TakeSelection(layout, p, policy, guard ? &*guard : nullptr, gpu, mask.mean_correction != 0);
   return layout.used();
 }
@@ -192,17 +224,20 @@ bool Uneven(const Problem& p, const Policy& policy, const Selector& selector, in
 }
 
 // Select's own means of K serve the correction too, and V's are pooled in the same pass.
-void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
+void Prefill(const Problem& given, const Policy& policy, const Exec& exec, BlockMask& mask, const Output& output,
              void* workspace) {
-  AttendPlan attend = AttendPlan::Of(p, mask, GpuOf(p, exec), exec.math);
+  Workspace layout(workspace);
+  const InSixteenBits keys(given, true, layout);
+  const Problem& p = keys.problem();
+  const Gpu gpu = GpuOf(p, exec);
+  AttendPlan attend = AttendPlan::Of(p, mask, gpu, exec.math);
   Demand(attend.Unsupported(&output));
   const OnDevice on(p.device_index);
-  Workspace layout(workspace);
+  keys.Launch(exec);
   attend.Take(layout);
   std::optional<DeviceGuard> guard;
-  if (exec.guard) guard.emplace(p, &policy, mask, exec).Take(layout);
+  if (exec.guard) guard.emplace(p, &policy, mask, gpu, exec).Take(layout);
   const Selector& selector = SelectorFor(policy);
-  const Gpu gpu = GpuOf(p, exec);
   const bool correction = mask.mean_correction != 0;
   const int dense_up_to_keys = selector.dense_up_to_keys ? selector.dense_up_to_keys(gpu) : 0;
   const auto select = [&](const Policy& by, BlockMask& to) {
@@ -213,20 +248,24 @@ void Prefill(const Problem& p, const Policy& policy, const Exec& exec, BlockMask
   const Means means = select(policy, mask);
   if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
   const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
-  CheckCuda(attend.Launch(output, means, !guard, uneven, StreamOf(exec)), "attend");
+  // Select has set the counter to zero, and a guard's launches leave it alone and wait for one another.
+  CheckCuda(attend.Launch(output, means, true, uneven, StreamOf(exec)), "attend");
 }
 
-size_t GuardWorkspace(const Problem& p, const BlockMask& mask, const Exec& exec) {
+size_t GuardWorkspace(const Problem& given, const BlockMask& mask, const Exec& exec) {
   Workspace layout(nullptr);
-  DeviceGuard(p, nullptr, mask, exec).Take(layout);
+  const InSixteenBits keys(given, false, layout);
+  DeviceGuard(keys.problem(), nullptr, mask, GpuOf(given, exec), exec).Take(layout);
   return layout.used();
 }
 
 // Of a mask that somebody gave: no budget to enlarge.
-void Guard(const Problem& p, BlockMask& mask, const Exec& exec, void* workspace) {
-  const OnDevice on(p.device_index);
+void Guard(const Problem& given, BlockMask& mask, const Exec& exec, void* workspace) {
+  const OnDevice on(given.device_index);
   Workspace layout(workspace);
-  DeviceGuard guard(p, nullptr, mask, exec);
+  const InSixteenBits keys(given, false, layout);
+  keys.Launch(exec);
+  DeviceGuard guard(keys.problem(), nullptr, mask, GpuOf(given, exec), exec);
   guard.Take(layout);
   guard.Run(StreamOf(exec), nullptr);
 }

@@ -26,6 +26,15 @@ foreach(architecture IN LISTS FLASHPREFILL_CUDA_PORTABLE)
   list(APPEND portable_flags "-gencode=arch=compute_${architecture},code=[sm_${architecture}${ptx}]")
 endforeach()
 
+# Half of what zip makes of the kernels, and a fifth on disk; the driver unpacks a file's kernels when it loads them.
+set(FLASHPREFILL_CUDA_COMPRESS "${SKBUILD}" CACHE BOOL "Compress the kernels as far as nvcc can (default in Python packages)")
+set(compress_flags "")
+if(FLASHPREFILL_CUDA_COMPRESS AND CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.8)
+  set(compress_flags --compress-mode=size)
+elseif(FLASHPREFILL_CUDA_COMPRESS)
+  set(compress_flags -Xfatbin=-compress-all)
+endif()
+
 file(GLOB FLASHPREFILL_CUDA_HOPPER CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/sm90/*/*.cu)
 file(GLOB FLASHPREFILL_CUDA_ANY CONFIGURE_DEPENDS
      ${CMAKE_CURRENT_LIST_DIR}/common/*/*.cu ${CMAKE_CURRENT_LIST_DIR}/sm80/*/*.cu)
@@ -40,6 +49,6 @@ flashprefill_add_backend(Cuda SOURCES ${FLASHPREFILL_CUDA_SOURCES})
 flashprefill_add_selectors(cuda Cuda)
 set_target_properties(flashprefill_objects PROPERTIES
   CUDA_ARCHITECTURES OFF CUDA_VISIBILITY_PRESET hidden)
-target_compile_options(flashprefill_objects PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+target_compile_options(flashprefill_objects PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;${compress_flags}>)
 target_include_directories(flashprefill_objects SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(flashprefill_objects PUBLIC CUDA::cudart_static)

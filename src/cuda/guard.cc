@@ -12,11 +12,13 @@ constexpr double kRepairFactor = 4; // of the budget
 
 } // namespace
 
-DeviceGuard::DeviceGuard(const Problem& p, const Policy* policy, const BlockMask& mask, const Exec& exec)
+DeviceGuard::DeviceGuard(const Problem& p, const Policy* policy, const BlockMask& mask, const Gpu& gpu,
+                         const Exec& exec)
     : p_(p),
       given_(policy),
       guard_(*exec.guard),
-      plan_(GuardPlan::Of(p, mask, *exec.guard, AllDevices().all[static_cast<size_t>(p.device_index)].processors)) {
+      plan_(
+          GuardPlan::Of(p, mask, *exec.guard, gpu, AllDevices().all[static_cast<size_t>(p.device_index)].processors)) {
   if (guard_.mode != FP_GUARD_REPAIR || !policy || KeepsEverything(*policy)) return;
   reselects_ = WithBudget(*policy, 0, p.q_heads, kRepairFactor, reinterpret_cast<Policy&>(policy_), tables_);
 }

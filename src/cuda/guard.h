@@ -13,7 +13,7 @@ namespace flashprefill::cuda {
 class DeviceGuard {
  public:
   // Without a policy the mask is one that somebody gave. All of them, and exec.guard, outlive the guard.
-  DeviceGuard(const Problem& p, const Policy* policy, const BlockMask& mask, const Exec& exec);
+  DeviceGuard(const Problem& p, const Policy* policy, const BlockMask& mask, const Gpu& gpu, const Exec& exec);
 
   // What is not done on CUDA, by name: throws Error.
   static void Check(const Problem& p, const Policy* policy, const fp_guard& guard);

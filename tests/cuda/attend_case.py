@@ -10,7 +10,7 @@ import torch
 
 from flashprefill import _abi
 
-DTYPES = {torch.bfloat16: _abi.BF16, torch.float16: _abi.F16}
+DTYPES = {torch.bfloat16: _abi.BF16, torch.float16: _abi.F16, torch.float8_e4m3fn: _abi.E4M3}
 
 
 def load(path: str) -> c.CDLL:
@@ -48,6 +48,8 @@ class Case:
     lse_wanted: bool = True
     target: str | None = None  # of the backend; else FLASHPREFILL_TEST_TARGET's
     math: int = 0  # fp_math: 1 permits 8-bit products
+    k_scale: torch.Tensor | None = None  # of FP8 keys, [b, hk]; None: 1
+    v_scale: torch.Tensor | None = None
     _live: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -78,10 +80,17 @@ class Case:
         n = self.k_len[b]
         if self.table is not None:
             pages = -(-n // t.shape[1])
-            return t[self.table[b, :pages].long()].reshape(-1, *t.shape[2:])[:n]
+            raw = t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t  # indexing knows no FP8
+            return raw[self.table[b, :pages].long()].view(t.dtype).reshape(-1, *t.shape[2:])[:n]
         if self.cu_k:
             return t[self.cu_k[b] : self.cu_k[b] + n]
         return t[b, :n]
+
+    def worth(self, t: torch.Tensor, b: int) -> torch.Tensor:
+        """Return what the keys (or values) of a sequence stand for, in float64."""
+        scale = self.k_scale if t is self.k else self.v_scale
+        stored = self.keys(t, b).double()
+        return stored if scale is None else stored * scale[b].double()[:, None]
 
     def queries(self, t: torch.Tensor, b: int) -> torch.Tensor:
         """Return the rows of a sequence in q or out."""
@@ -112,6 +121,10 @@ class Case:
         kv_packed = self.cu_k is not None and self.table is None
         p.total_k = self.cu_k[-1] if self.cu_k else self.batch * self.max_k
         p.q, p.k, p.v = _tensor(self.q, packed), _tensor(self.k, kv_packed), _tensor(self.v, kv_packed)
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            if scale is not None:
+                setattr(p, name, scale.data_ptr())
+                setattr(p, f"{name}_stride", (c.c_int64 * 2)(*scale.stride()))
         lengths = {"cu_seqlens_q": self.cu_q, "cu_seqlens_k": self.cu_k, "seqused_k": self.used_k}
         for name, values in lengths.items():
             if values is not None:
@@ -199,8 +212,7 @@ class Case:
             lq, lk = self.q_len[b], self.k_len[b]
             q = self.queries(self.q, b).double().transpose(0, 1)
             k, v = (
-                self.keys(t, b).double().transpose(0, 1).repeat_interleave(self.group, 0)
-                for t in (self.k, self.v)
+                self.worth(t, b).transpose(0, 1).repeat_interleave(self.group, 0) for t in (self.k, self.v)
             )
             if lq == 0:
                 outs.append(q.transpose(0, 1)), lses.append(q.sum(-1))
@@ -236,7 +248,7 @@ class Case:
                         .double()
                     )
 
-                km, vm = mean(k, self.k.dtype), mean(v, self.v.dtype)
+                km, vm = mean(k, self.q.dtype), mean(v, self.q.dtype)
                 n = torch.full((blocks,), self.block_size, device=q.device)
                 n[-1] = lk - (blocks - 1) * self.block_size
                 sm = q @ km.transpose(1, 2) * self.scale + n.double().log()

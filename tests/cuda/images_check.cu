@@ -87,6 +87,7 @@ std::vector<int> KeysOfSlots() {
 }
 
 // A problem of one sequence, contiguous or in pages of 5 in reverse order, with a value here and there that is none.
+// scale: of the FP8 cache whose numbers the values are then, or 0.
 struct Inputs {
   int keys, dim, page;
   std::vector<__nv_bfloat16> k, v; // [keys, kHeads, dim] by position
@@ -97,12 +98,19 @@ struct Inputs {
     return __bfloat162float(x[(static_cast<size_t>(key) * kHeads + head) * dim + column]);
   }
 
-  Inputs(int keys_, int dim_, int page_, bool wild) : keys(keys_), dim(dim_), page(page_) {
+  float scale;
+
+  Inputs(int keys_, int dim_, int page_, bool wild, float scale_ = 0)
+      : keys(keys_), dim(dim_), page(page_), scale(scale_) {
     std::mt19937 random(static_cast<unsigned>(keys * 1000 + dim + page));
     std::normal_distribution<float> normal;
     const size_t count = static_cast<size_t>(keys) * kHeads * dim;
     for (auto* x : {&k, &v}) {
       for (size_t i = 0; i < count; ++i) x->push_back(__float2bfloat16(normal(random) + (x == &k ? 2.0f : 0.0f)));
+    }
+    for (size_t i = 0; scale != 0 && i < count; ++i) {
+      const float number = FromE4M3(static_cast<uint8_t>(random()));
+      v[i] = __float2bfloat16((std::isnan(number) ? 1 : number) * scale);
     }
     if (wild) {
       k[(static_cast<size_t>(130) * kHeads + 1) * dim + 3] = __float2bfloat16(NAN);
@@ -145,6 +153,8 @@ struct Inputs {
     p.kv_heads = kHeads;
     p.head_dim = dim;
     p.max_seqlen_k = keys;
+    p.v.dtype = FP_BF16;
+    if (scale != 0) p.v_scale = Device(std::vector<float>{scale});
     Workspace size(nullptr);
     Images::Take(size, p, 128, false);
     std::byte* memory;
@@ -152,7 +162,7 @@ struct Inputs {
     Check(cudaMemset(memory, 0xa5, size.used()));
     Workspace workspace(memory);
     images = Images::Take(workspace, p, 128, false);
-    Check(LaunchImages(args, images, FP_BF16, nullptr));
+    Check(LaunchImages(args, images, p, nullptr));
     Check(cudaDeviceSynchronize());
   }
 };
@@ -164,6 +174,7 @@ void CheckBytes(const Inputs& in) {
   const auto k = Host(in.images.keys.k, count * kImageBytes), v = Host(in.images.keys.v, count * kImageBytes);
   const auto k_scale = Host(in.images.keys.k_scale, count), v_scale = Host(in.images.keys.v_scale, count);
   const auto center = Host(in.images.centers, kHeads * kImageColumns);
+  const auto v_center = Host(in.images.v_centers, kHeads * kImageColumns);
   const std::vector<int> key_of = KeysOfSlots();
   int wrong_k = 0, wrong_v = 0, wrong_bits = 0, wrong_order = 0, wrong_scale = 0, all = 0;
   for (int slot = 0; slot < kImageKeys; ++slot) wrong_order += SlotOfKey(key_of[slot]) != slot;
@@ -190,15 +201,21 @@ void CheckBytes(const Inputs& in) {
       for (int d = 0; d < kImageColumns; ++d) {
         for (int slot = 0; slot < kImageKeys; ++slot) {
           const int key = image * kImageKeys + key_of[slot];
-          const float want = key < in.keys && d < in.dim ? in.At(in.v, key, head, d) : 0;
+          const float middle = v_center[head * kImageColumns + d];
+          const float want = key < in.keys && d < in.dim ? in.At(in.v, key, head, d) - middle : 0;
           const float got = FromE4M3(v[at * kImageBytes + Swizzled(d, slot)]) * v_scale[at].scale;
           if (std::isfinite(want)) largest_v = std::max(largest_v, std::fabs(want));
-          const float allowed = std::max(std::fabs(want) / 15.9f, v_scale[at].scale * 0x1p-10f * 1.001f);
+          // The cache's own numbers are kept, but for bf16's rounding of them times their scale.
+          const float rounded = std::fabs(want) / (in.scale != 0 ? 250.0f : 15.9f);
+          const float allowed = std::max(rounded, in.scale != 0 ? 0 : v_scale[at].scale * 0x1p-10f * 1.001f);
           wrong_v += std::isnan(want) ? !std::isnan(got) : !(std::fabs(got - want) <= allowed);
         }
       }
       wrong_scale += std::fabs(k_scale[at].scale - largest_k / 127) > 1e-5f * k_scale[at].scale;
-      wrong_scale += std::fabs(v_scale[at].scale - largest_v / 448) > 1e-5f * v_scale[at].scale;
+      const float base = in.scale != 0 ? in.scale : 1, power = std::log2(v_scale[at].scale / base);
+      wrong_scale += power != std::round(power);
+      wrong_scale += largest_v > 460.01f * v_scale[at].scale || largest_v < 229.9f * v_scale[at].scale;
+      wrong_scale += in.scale != 0 && v_center[head * kImageColumns] != 0;
     }
   }
   int wrong_zero = 0;
@@ -314,6 +331,7 @@ int Main() {
   CheckBytes(Inputs(300, 128, 0, true));
   CheckBytes(Inputs(257, 80, 5, true));
   CheckBytes(Inputs(1, 96, 1, false));
+  CheckBytes(Inputs(200, 128, 0, false, 0.37f));
   CheckProducts(Inputs(300, 128, 0, false));
   return failed;
 }

@@ -269,9 +269,18 @@ def selections():
     for dim in (64, 80, 256):
         made[f"head_dim {dim}"] = lambda dim=dim: (main, inputs(700, 1300, dim=dim), {})
     made["fp16"] = lambda: (main, inputs(700, 1300, dim=64, dtype=F16), {})
-    for group in (1, 3, 5, 7, 8, 12, 32):
+    for group in (1, 3, 5, 7, 8, 12, 32, 40, 70):
         made[f"group {group}"] = lambda group=group: (main, inputs(500, 1300, 2 * group, 2, 64), {})
-    made["long"] = lambda: (fp.Gather(gain=0.004, **BASE), inputs(200, 20000, 4, 1, 64), {})
+    for name, policy in {
+        "gain": fp.Gather(gain=0.004, **BASE),
+        "budget": fp.Gather(gain=None, budget=0.1, **BASE),
+        "a list per head": fp.Gather(gain=0.004, share_heads=False, **BASE),
+        "overflow": fp.Gather(gain=1e-4, max_keys=300, **BASE),
+        "every key": fp.Gather(gain=1e-7, max_keys=20000, **BASE),
+        "nine of ten": fp.Gather(gain=None, budget=0.9, max_keys=20000, **BASE),
+    }.items():
+        made[f"long, {name}"] = lambda p=policy: (p, inputs(200, 20000, 4, 1, 64), {})
+    made["longer than tables"] = lambda: (main, inputs(100, (1 << 20) + 4000, 1, 1, 64), {})
     return [pytest.param(make, id=name) for name, make in made.items()]
 
 
@@ -280,6 +289,39 @@ def test_selection_equals_reference(make):
     """Ids equal but for near ties, equal bits, ascending, all layouts; overflow keeps the best."""
     policy, (q, k), layout = make()
     assert differences(policy, q, k, len(LENGTHS) if layout else 1, **layout) == ""
+
+
+def misleading(by_gain):
+    """Return q and k whose sampled keys are unlike the others: 16 of each 128, as candidates.cuh takes them.
+
+    A key's score is its first number. By gain the few keys of the sample that matter seem not to be worth
+    it, so that the list seems to end above the many others; by budget all that matter are in the sample, and
+    seem to be eight times as many.
+    """
+    tokens = 20000
+    make = torch.Generator().manual_seed(3)
+    key = torch.arange(tokens)
+    sampled = key % 128 // 16 == key // 128 * 5 % 8
+    score = torch.full((tokens,), -20.0) if by_gain else torch.randn(tokens, generator=make) - 3
+    few = key[sampled & (key > 200) & (key < 19000)][:: 250 if by_gain else 3]
+    score[few] = 4.6875 if by_gain else 4.0
+    if by_gain:
+        score[key[~sampled][2000:6000]] = 4.0
+    k = torch.zeros(tokens, 1, 64)
+    k[:, 0, 0] = score
+    q = torch.zeros(100, 2, 64)
+    q[..., 0] = 8.0
+    return q.bfloat16(), k.bfloat16()
+
+
+@pytest.mark.parametrize("by_gain", [True, False], ids=["gain", "budget"])
+def test_a_sample_that_misleads(by_gain):
+    """Lists do not depend on how well a sample of the keys tells where they end."""
+    policy = fp.Gather(gain=0.02, **BASE) if by_gain else fp.Gather(gain=None, budget=0.08, **BASE)
+    q, k = misleading(by_gain)
+    exact = fp.select(q, k, policy, backend="reference")
+    assert 1000 < len(lists_of(exact, 1)[0]) < 4000
+    assert differences(policy, q, k) == ""
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,16 @@ def test_key_lists_agree_with_the_cpu(kind, share, target):
     compare(q, k, mask, fp.Guard("strict", rows=40, target=0.97), target, **layout)
 
 
+@pytest.mark.parametrize("target", LISTS)
+@pytest.mark.parametrize("block_size", [48, 80, 208])
+def test_lists_beside_blocks_that_end_inside_of_a_word(block_size, target):
+    """Steps then begin between the 64 keys of a word of the lists' bits."""
+    q, k = inputs(300, 1700)
+    policy = fp.Gather(gain=0.05, block_size=block_size, sink_blocks=1, window_blocks=1, dense_tail_blocks=0)
+    found = compare(q, k, fp.select(q, k, policy), fp.Guard(rows=40), target)
+    assert (found.recall < 1).any()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("goal", [0.5, 0.97, 1.0])
 def test_strict_agrees_with_the_cpu(goal, target):

@@ -392,6 +392,7 @@ def targets() -> dict[str, Target]:
         "min_chunk": 256,
         "log_seconds": 1,
         "metrics_hook": "a:b",
+        "guard": "repair(target=0.95)",
     }
     import numpy as np
 

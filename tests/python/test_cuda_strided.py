@@ -44,7 +44,7 @@ def padded(x, stride):
     return x.view(-1, stride, *x.shape[1:]).permute(2, 0, 1, 3)
 
 
-def masses(q, k, policy):
+def masses(q, k, policy, causal=True):
     """Mass of each block for each tile of each head of a sequence, [heads, tiles, blocks]."""
     (q_len, heads, dim), (k_len, kv_heads, _), stride = q.shape, k.shape, policy.stride
     q, k, dtype = q.double(), k.double(), k.dtype
@@ -63,7 +63,7 @@ def masses(q, k, policy):
         cells = cells.to(dtype).double()  # means are rounded once
         factor = dim**-0.5
     cells = cells.repeat_interleave(heads // kv_heads, 0)
-    seen = (k_len - q_len + last) // stride
+    seen = (k_len - q_len + last if causal else torch.full_like(last, k_len - 1)) // stride
     score = factor * rows @ cells.mT
     score[(torch.arange(cells.shape[1], device=q.device) > seen[..., None]) | ~score.isfinite()] = -math.inf
     share = score.softmax(-1).nan_to_num()
@@ -75,7 +75,7 @@ def masses(q, k, policy):
     return share.view(heads, tiles, a_tile, blocks, a_block).sum((2, 4))
 
 
-def check_sequence(kept, q, k, policy, thresholds):
+def check_sequence(kept, q, k, policy, thresholds, causal=True):
     """Assert that the bits [heads, tiles, blocks] of a sequence are right; counts kept and visible ones."""
     heads, tiles, blocks = kept.shape
     prefix, size = k.shape[0] - q.shape[0], policy.block_size
@@ -84,6 +84,8 @@ def check_sequence(kept, q, k, policy, thresholds):
     block = torch.arange(blocks, device=q.device)
     visible = block[None] <= ((end - 1) // size)[:, None]
     window = begin // size - max(0, policy.window_blocks - 1)
+    if not causal:
+        visible, window = torch.ones_like(visible), torch.full_like(window, blocks)
     forced = ((block[None] < policy.sink_blocks) | (block[None] >= window[:, None])) & visible
     tail = -(-policy.dense_tail_blocks * size // 128)
     chosen = tiles - tail
@@ -93,7 +95,7 @@ def check_sequence(kept, q, k, policy, thresholds):
     assert not (kept & ~visible).any()
     kept_of, forced, visible_of = kept[:, :chosen], forced[None, :chosen], visible[:chosen]
     assert (kept_of | ~forced).all()
-    mass = masses(q, k, policy)[:, :chosen]
+    mass = masses(q, k, policy, causal)[:, :chosen]
     total = mass.sum(-1)
     first = forced if isinstance(policy, fp.XAttention) else torch.zeros_like(forced)
     inside, outside = kept_of & ~forced, ~kept_of & visible_of
@@ -122,7 +124,8 @@ def check_bits(q, k, policy, parts=None, **layout):
         if len(one_q) == 0:
             continue
         kept = torch.as_tensor(mask.dense(b)).bool().cuda()
-        numbers = check_sequence(kept, one_q.cuda(), one_k.cuda(), policy, thresholds)
+        causal = layout.get("causal", True)
+        numbers = check_sequence(kept, one_q.cuda(), one_k.cuda(), policy, thresholds, causal)
         counts = [x + y for x, y in zip(counts, numbers, strict=True)]
     assert int(mask.stats.kept.sum()) == counts[0]
     host = fp.select(q, k, policy, backend="cpu", **layout)
@@ -178,6 +181,29 @@ def test_lengths(q_len, k_len):
     inputs = data(q_len, k_len, 4, 2, 128, torch.bfloat16)
     for name in (*FEW, "stride 4", "stride 128"):
         check(*inputs, POLICIES[name])
+
+
+@pytest.mark.parametrize(
+    "q_len, k_len", [(700, 700), (1300, 200), (200, 1300), (1, 500), (257, 1), (300, 9000), (2048, 2048)]
+)
+def test_without_causal(q_len, k_len):
+    """As in images, clips and encoders; more queries than keys too."""
+    inputs = data(q_len, k_len, 4, 2, 128, torch.bfloat16)
+    for name in ("stride 16", "stride 8", "stride 128", "blocks of 48", "blocks of 64", "corrected"):
+        check(*inputs, POLICIES[name], causal=False)
+    with pytest.raises(ValueError, match="causal"):
+        fp.select(inputs[0].cuda(), inputs[1].cuda(), fp.RRAttention(), causal=False)
+
+
+def test_without_causal_in_batches():
+    q, k, v = data(1500, 2650, 4, 2, 128, torch.bfloat16)
+    cu_q, cu_k = PACKED["cu_seqlens_q"], PACKED["cu_seqlens_k"]
+    parts = [(q[cu_q[b] : cu_q[b + 1]], k[cu_k[b] : cu_k[b + 1]]) for b in range(4)]
+    check(q, k, v, POLICIES["stride 16"], parts, causal=False, **PACKED)
+    batch = [x[:1400].view(2, 700, *x.shape[1:]) for x in (q, k, v)]
+    check(*batch, POLICIES["stride 16"], list(zip(batch[0], batch[1], strict=True)), causal=False)
+    q, caches, layout, parts = two_paged_sequences(16)
+    check(q, *caches, POLICIES["stride 16"], parts, causal=False, **layout)
 
 
 def test_longer_than_a_chunk_of_tiles():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import flashprefill as fp
-from flashprefill.engines import metrics, options
+from flashprefill.engines import metrics, options, sparse
 from flashprefill.engines.host import Host
 from flashprefill.engines.rows import split
+from flashprefill.guard import GuardSummary
 
 TINY = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 1, "block_size": 64}
 
@@ -131,3 +132,76 @@ def test_what_is_announced(caplog):
     with caplog.at_level(logging.WARNING, "some.engine"):
         assert host.announce(["a sliding window"], fp.Dense()) == 0
     assert caplog.records[-1].levelno == logging.WARNING
+
+
+def paged(lengths, page=16, heads=4, kv_heads=2, dim=64):
+    """Queries, a cache whose pages are out of order, and its table, for whole prompts of these lengths."""
+    make = torch.Generator().manual_seed(sum(lengths))
+    pages = [-(-n // page) for n in lengths]
+    q = torch.randn(sum(lengths), heads, dim, generator=make)
+    k, v = (torch.randn(sum(pages), page, kv_heads, dim, generator=make) for _ in range(2))
+    order = torch.randperm(sum(pages), generator=make).int()
+    table = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
+    for row, (here, past) in enumerate(zip(pages, torch.tensor(pages).cumsum(0).tolist(), strict=True)):
+        table[row, :here] = order[past - here : past]
+    return q, k, v, table
+
+
+def keep_near(layer, q, k):
+    """A selection in Python: the first block, the diagonal and the one before it."""
+    return fp.select(q, k, fp.Streaming(block_size=64, sink_blocks=1, window_blocks=1))
+
+
+@pytest.mark.parametrize("policy", ["sketch(gain=0.3)", f"{__name__}:keep_near"], ids=["library", "python"])
+@pytest.mark.parametrize("mode", ["observe", "strict", "repair(target=0.999, rows=40)"])
+def test_a_guard_measures_what_layers_keep(mode, policy, caplog):
+    lengths, layers = [700, 900, 40], 3
+    q, k, v, table = paged(lengths)
+    parameters = TINY if policy.startswith("sketch") else {"block_size": 64}
+    asked = options.parse({"policy": policy, "parameters": parameters, "guard": mode})
+    host = Host("Engine", "some.engine", ())
+    starts = [0, 700, 1600, 1640]
+    parts = split(starts, lengths, [True] * 3, None, asked)
+    calls = [sparse.call_of(span, torch.tensor(lengths, dtype=torch.int32), table) for span in parts.spans]
+    plan = sparse.Plan(host, asked, parts, calls)
+    plan.engine_rows, out = slice(1600, 1640), torch.zeros_like(q)
+    for layer in range(layers):
+        assert sparse.run(plan, q, k, v, out, 0.125, lambda *_: None, layer)
+
+    reports = []
+    for layer in range(layers):
+        alone = {
+            "softmax_scale": 0.125,
+            "cu_seqlens_q": torch.tensor([0, 700, 1600], dtype=torch.int32),
+            "seqused_k": torch.tensor(lengths[:2], dtype=torch.int32),
+            "block_table": table[:2],
+            "max_seqlen_q": 900,
+            "max_seqlen_k": 900,
+        }
+        expected, stats = fp.prefill_attention(
+            q[:1600], k, v, asked.policy, **alone, guard=asked.guard.at_layer(layer), return_stats=True
+        )
+        reports.append(stats.guard)
+    torch.testing.assert_close(out[:1600], expected)  # the last layer's, whose rows were drawn by its number
+    summary = GuardSummary.of(reports)
+    found = host.metrics.snapshot()["guard"]
+    assert found["heads"] == 2 * 4 * layers and found["recall"] == pytest.approx(summary.recall, abs=1e-5)
+    assert found["at_least"] == pytest.approx(summary.certificate, abs=1e-5)
+    assert {name: found[name] for name in summary.outcomes} == summary.outcomes
+    with caplog.at_level(logging.INFO, "some.engine"):
+        host.metrics.tick(replace(asked, log_seconds=0.0))
+    assert caplog.messages[-1].endswith(f"; {summary}")
+    again = host.metrics.snapshot()
+    assert "recall 1.000: nothing was left out" in metrics.line(again, again)  # between the two nothing was
+
+
+def test_a_guard_of_an_engine_has_no_state():
+    learns = fp.Guard("repair", state=fp.GuardState())
+    settings = {"first_dense_layers": 0, "min_chunk": None, "log_seconds": 1.0, "metrics_hook": None}
+    with pytest.raises(ValueError, match="state"):
+        options.value_of("sketch", {}, **settings, guard=learns)
+    value = options.value_of("sketch", {}, **settings, guard=fp.Guard("repair", target=0.95, rows=16))
+    assert value["guard"] == "repair(target=0.95, rows=16)"
+    assert options.parse(value).guard == fp.Guard("repair", target=0.95, rows=16)
+    with pytest.raises(ValueError, match="guard"):
+        options.parse({"guard": "look"})

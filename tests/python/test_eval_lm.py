@@ -284,6 +284,19 @@ def test_arguments_that_cannot_be_are_refused(ours):
             ours(**options)
 
 
+def test_prompts_come_in_the_order_of_the_lengths(prose):
+    loaded = types.SimpleNamespace(tokenizer=Words(), context=4096)
+
+    def order(lengths):
+        options = run.Options(text=prose, samples=2, lengths=lengths)
+        made = run.make_prompts(["niah_single_2", "niah_single_1"], options, loaded, None)
+        return list(dict.fromkeys((prompt.length, prompt.task) for prompt in made))
+
+    both = ["niah_single_2", "niah_single_1"]
+    assert order([2048, 1024]) == [(2048, both[0]), (2048, both[1]), (1024, both[0]), (1024, both[1])]
+    assert order([1024, 2048]) == [(1024, both[0]), (1024, both[1]), (2048, both[0]), (2048, both[1])]
+
+
 # ---------------------------------------------------------------- whole runs
 
 
@@ -338,7 +351,7 @@ def test_a_second_run_reads_the_answers(finished, capsys, monkeypatch):
 def test_prompts_beside_each_other_are_answered_as_one_by_one(finished, tmp_path, monkeypatch):
     """As on a GPU: batches of three answers of two prompts."""
     _, arguments, whole = finished
-    monkeypatch.setattr(run, "PROMPTS_TOGETHER", {"cpu": 2})
+    monkeypatch.setattr(run, "together", lambda _kind, _methods: 2)
     monkeypatch.setattr(asker, "MOST_TOGETHER", 3)
     there = [*arguments[: arguments.index("--out")], "--out", str(tmp_path), *ARGUMENTS]
     assert cli.main([*there, "--policy", HALF]) == 0

@@ -135,7 +135,7 @@ def test_paged_and_packed_select_the_same(engine):
 
 def test_chunks_gather_from_their_prefix(engine):
     """A chunk's segments rank all keys before them, as those of the whole prompt do."""
-    policy = fp.Gather(gain=0.05, block_size=64, dense_tail_blocks=0)
+    policy = fp.Gather(gain=0.05, block_size=64, window_blocks=2, dense_tail_blocks=0)
     q, k, _ = tensors(3, (768, 3, 32), (768, 1, 32))
     q = q + 1.5
     whole = fp.select(q, k, policy, **engine).keys()[0]
@@ -205,11 +205,11 @@ def test_lists_by_hand_are_checked():
 
 def test_a_full_list_shows_in_stats(engine):
     q, k, v = tensors(1, (256, 2, 16), (1024, 1, 16))
-    policy = fp.Gather(budget=0.5, max_keys=128, block_size=64, dense_tail_blocks=0)
+    policy = fp.Gather(budget=0.5, max_keys=128, block_size=64, window_blocks=2, dense_tail_blocks=0)
     stats = fp.prefill_attention(q, k, v, policy, return_stats=True, **engine)[1]
     assert stats.overflowed.tolist() == [[2]]
     assert "2 key lists too short" in repr(stats)
-    policy = fp.Gather(budget=0.5, block_size=64, dense_tail_blocks=0)
+    policy = fp.Gather(budget=0.5, block_size=64, window_blocks=2, dense_tail_blocks=0)
     stats = fp.prefill_attention(q, k, v, policy, return_stats=True, **engine)[1]
     assert stats.overflowed.tolist() == [[0]] and "key list" not in repr(stats)
 
@@ -218,10 +218,11 @@ def test_correction_counts_what_no_list_holds(engine):
     """With a block's keys all alike, its mean is exact: gathered and corrected attention is dense."""
     q, k, v = tensors(5, (192, 2, 16), (640, 1, 16))
     k, v = (x.view(10, 64, 1, 16)[:, :1].expand(-1, 64, -1, -1).reshape(640, 1, 16) for x in (k, v))
-    policy = fp.Gather(budget=0.3, block_size=64, mean_correction=True, dense_tail_blocks=0)
+    forced = {"block_size": 64, "window_blocks": 2, "dense_tail_blocks": 0}
+    policy = fp.Gather(budget=0.3, mean_correction=True, **forced)
     out = fp.prefill_attention(q, k, v, policy, **engine)
     assert error(out, fp.prefill_attention(q, k, v, fp.Dense(), **engine)) <= 2e-5
-    plain = fp.prefill_attention(q, k, v, fp.Gather(budget=0.3, block_size=64, dense_tail_blocks=0), **engine)
+    plain = fp.prefill_attention(q, k, v, fp.Gather(budget=0.3, **forced), **engine)
     assert error(plain, out) > 1e-3
 
 

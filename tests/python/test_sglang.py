@@ -64,7 +64,7 @@ class Pool:
             return self.k, self.v
         return tuple(x.view(-1, self.page, HKV, D).transpose(1, 2).contiguous() for x in (self.k, self.v))
 
-    def set_kv_buffer(self, layer, where, k, v):
+    def set_kv_buffer(self, layer, where, k, v, k_scale=None, v_scale=None):
         self.k[where], self.v[where] = k, v
 
 
@@ -118,7 +118,7 @@ def layer_of(**changes):
         "layer_id": 0, "tp_q_head_num": H, "tp_k_head_num": HKV, "qk_head_dim": D, "v_head_dim": D,
         "scaling": SCALE, "logit_cap": 0.0, "sliding_window_size": -1, "is_cross_attention": False,
         "attn_type": SimpleNamespace(value="decoder"), "use_irope": False, "xai_temperature_len": -1,
-        "pos_encoding_mode": "NONE",
+        "pos_encoding_mode": "NONE", "k_scale": None, "v_scale": None,
     }  # fmt: skip
     return RadixAttention(**(plain | changes))
 
@@ -216,6 +216,43 @@ def compute(one, batch, q, k, v, layer=None, **keywords):
 def stock_answer(requests, page=1):
     runner, batch, q, k, v = world(requests, page)
     return compute(Stock(runner), batch, q, k, v)
+
+
+class Fp8Pool:
+    """A pool in FP8: k and v are what it stands for."""
+
+    def __init__(self, pool, scale):
+        self.scale = 1.0 if scale is None else scale
+        self.stored = [self._stored(x) for x in (pool.k, pool.v)]
+
+    k, v = (property(lambda self, i=i: self.get_kv_buffer(0)[i].float() * self.scale) for i in (0, 1))
+
+    def _stored(self, x):
+        return (x / self.scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def get_kv_buffer(self, layer):
+        return tuple(x.view(torch.float8_e4m3fn) for x in self.stored)
+
+    def set_kv_buffer(self, layer, where, k, v, k_scale=None, v_scale=None):
+        assert (1.0 if k_scale is None else k_scale) == (1.0 if v_scale is None else v_scale) == self.scale
+        for store, x in zip(self.stored, (k, v), strict=True):
+            store[where] = self._stored(x)
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.02)], ids=["none", "tensor"])
+def test_an_fp8_pool(scale):
+    """Keys and values in FP8 by the layer's scales, of which there may be none."""
+    runner, batch, q, k, v = world(BATCHES["one-shot"], 16)
+    runner.token_to_kv_pool = Fp8Pool(runner.token_to_kv_pool, scale)
+    runner.kv_cache_dtype = torch.float8_e4m3fn
+    one, made = backends_of(runner, fp.Dense())
+    layer = layer_of(k_scale=scale, v_scale=scale)
+    output = compute(one, batch, q, k, v, layer)
+    assert not any(stock.computed for stock in made)
+    stock = Stock(runner)
+    stock.init_forward_metadata(batch)
+    expected = stock.forward_extend(q, None, None, layer, batch, False)
+    torch.testing.assert_close(output, expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("page", [1, 16, 64, 128])
@@ -453,7 +490,7 @@ def test_why_dense(change, reason):
     ("change", "of_backend", "reason"),
     [
         ({"use_mla_backend": True}, {}, "MLA"),
-        ({"kv_cache_dtype": torch.float8_e4m3fn}, {}, "float8"),
+        ({"kv_cache_dtype": torch.float8_e5m2}, {}, "float8"),
         ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, {}, "encoder"),
         ({"kv_index_translator": SimpleNamespace(is_translating=True)}, {}, "unified memory"),
         ({}, {"_kv_shard_pool": object()}, "split over GPUs"),
@@ -516,10 +553,11 @@ def test_ways_to_leave_it_off(text, monkeypatch):
 
 def test_options_survive_the_way(monkeypatch):
     for policy in (fp.Sketch(mass=0.9), fp.Gather(budget=0.1), fp.FlashPrefill(query_pool=16), fp.Dense()):
-        given = plugin.config(policy, first_dense_layers=2, min_chunk=256, log_seconds=0.5)
+        given = plugin.config(policy, first_dense_layers=2, min_chunk=256, log_seconds=0.5, guard=fp.Guard())
         monkeypatch.setenv(options.VARIABLE, given[options.VARIABLE])
         asked = options.of_environment()
         assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
+        assert asked.guard == fp.Guard()
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_policy_is_a_constant_of_the_graph():
 
 
 def test_opcheck():
-    from flashprefill._calls import ATTEND, NO_GUARD, PREFILL, SELECT
+    from flashprefill._calls import ATTEND, PREFILL, SELECT
 
     ops = torch.ops.flashprefill
     q, k, v = tensors(4, (70, 4, 16), (90, 2, 16))
@@ -127,7 +127,7 @@ def test_opcheck():
     shape |= {"max_verticals": 0, "segment_tiles": 0, "skip": 0.0}
 
     def call(verb, **values):
-        return verb.pack(q=q, k=k, **{"v": v, **results, **given, **mask, **shape, **NO_GUARD, **values})
+        return verb.pack(q=q, k=k, **{"v": v, **results, **given, **mask, **shape, **values})
 
     for values in (None, v):
         torch.library.opcheck(ops.select, call(SELECT, v=values, policy=POLICY.text))

@@ -438,6 +438,41 @@ def test_backend(installed):
     assert builder.built == [False, True, True]
 
 
+class Fp8Impl(Impl):
+    fp8_caches = ("fp8", "fp8_e4m3")
+    pages_of = staticmethod(lambda kv_cache: caches.halves_pages(kv_cache.view(torch.float8_e4m3fn), D))
+
+
+@pytest.mark.parametrize("scale", [[0.05], [0.05, 0.02]], ids=["tensor", "heads"])
+def test_an_fp8_cache(installed, scale):
+    """Keys, values and queries in FP8, by the layer's scales; the engine gets the queries as they are."""
+    scale, q_scale, e4m3 = torch.tensor(scale), torch.tensor([0.03]), torch.float8_e4m3fn
+    common = common_of(BATCHES["scattered"])
+    metadata = builder_of(fp.Dense()).build(0, common)
+    query, k, v = inputs(common)
+    k8, v8 = ((x / scale[:, None]).clamp(-448, 448).to(e4m3) for x in (k, v))
+    full = Engine(*(x.float() * scale[:, None] for x in (k8, v8)))
+    impl, given = Fp8Impl(), []
+    vars(impl).update(vars(impl_of(kv_cache_dtype="fp8")))
+
+    def engine(queries, batch, results):
+        given.append(queries.dtype)
+        full(queries.float() * q_scale, batch, results)
+
+    impl.engine = engine
+    layer = SimpleNamespace(
+        layer_name="model.layers.0.attn", _k_scale=scale, _v_scale=scale, _q_scale=q_scale
+    )
+    query8 = (query / q_scale).clamp(-448, 448).to(e4m3)
+    cache = cuda_cache(k8.view(torch.uint8), v8.view(torch.uint8))
+    output = torch.full(query.shape, float("nan"), dtype=torch.bfloat16)
+    impl.forward(layer, query8, None, None, cache, metadata, output)
+    assert given == [e4m3] and [batch.num_reqs for batch in full.batches] == [4]
+    expected = torch.empty(query.shape)
+    full(query8.float() * q_scale, common, expected)
+    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
+
+
 def test_a_cache_that_is_replaced_or_moves_is_read_where_it_is(installed):
     common = common_of(BATCHES["one-shot"])
     metadata = builder_of(fp.Dense()).build(0, common)
@@ -582,8 +617,9 @@ def test_ways_to_leave_it_off(value):
     ids=repr,
 )
 def test_policies_survive_the_way(policy):
-    asked = options.of_config(config(policy, first_dense_layers=2, min_chunk=256))
+    asked = options.of_config(config(policy, first_dense_layers=2, min_chunk=256, guard="repair(rows=16)"))
     assert (asked.policy, asked.first_dense_layers, asked.min_chunk) == (policy, 2, 256)
+    assert asked.guard == fp.Guard("repair", rows=16)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..guard import Guard
+from .findings import summary
 from .options import Options
 from .reading import Reading
 from .rows import Split
@@ -40,6 +42,9 @@ class Metrics:
         self._kept = 0
         self._pending: list[Any] = []  # tensors of counts that are not summed up yet
         self._device_kept: Any = None  # summed up on a GPU
+        self._guard: Guard | None = None
+        self._pending_findings: list[Callable[[], Any]] = []
+        self._findings: Any = None  # sums of them, on the device that computes
         self._paused = 0
         self._next_line = 0.0
         self._shown: dict[str, Any] | None = None
@@ -91,8 +96,23 @@ class Metrics:
         if not self._paused:
             self._pending.append(counts)
 
+    def count_findings(self, sums: Callable[[], Any], guard: Guard) -> None:
+        """Add up what a guard finds when the next step begins, or somebody asks.
+
+        Args:
+            sums: returns `findings.sums_of` what was found by then.
+            guard: its settings, the same for all of a process.
+        """
+        if not self._paused:
+            self._guard = guard
+            self._pending_findings.append(sums)
+
     def _settle(self) -> None:
         """Sum up what layers counted. A GPU is not synchronised with."""
+        for sums in self._pending_findings:
+            found = sums()
+            self._findings = found if self._findings is None else self._findings + found
+        self._pending_findings.clear()
         for counts in self._pending:
             kept = counts.sum()
             if kept.device.type == "cpu":
@@ -116,7 +136,7 @@ class Metrics:
             "causal_blocks": self._possible,
             "fallbacks": dict(self.fallbacks),
         }
-        return Reading(numbers, self._device_kept)
+        return Reading(numbers, self._device_kept, self._findings, self._guard.risk if self._guard else 0.0)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the counters. Waits for the GPU where one has counted.
@@ -125,7 +145,10 @@ class Metrics:
             steps: batches with something to split; sparse_rows, sparse_chunks: rows and pieces of prompts
             that went sparse; dense_rows: rows that did not, by reason; calls: of the kernel, by all layers
             together; kept_blocks, causal_blocks, density: over all layers and heads; fallbacks: calls that
-            failed and ran dense, by message.
+            failed and ran dense, by message; guard: None, or what it found in all of these calls: recall,
+            at_least (a lower bound that holds with probability 1 - risk), heads, how many of them were whole,
+            held, repaired, dense or low, and sums, of which two snapshots' difference may be taken
+            (`findings.summary`).
         """
         return self._read().numbers()
 
@@ -172,7 +195,13 @@ def line(before: dict[str, Any] | None, after: dict[str, Any]) -> str:
     reasons = ", ".join(f"{rows} {reason}" for reason, rows in dense.most_common() if rows)
     possible = news("causal_blocks")
     density = f"{news('kept_blocks') / possible:.3f}" if possible else "-"
+    guard = after.get("guard")
+    found = ""
+    if guard is not None:
+        earlier = (before.get("guard") or {}).get("sums", [0.0] * len(guard["sums"]))
+        new = [x - y for x, y in zip(guard["sums"], earlier, strict=True)]
+        found = f"; {summary(new, guard['risk'])}"
     return (
         f"flashprefill: {news('sparse_rows')} rows in {news('sparse_chunks')} chunks sparse at density "
-        f"{density}, {sum(dense.values())} rows dense" + (f" ({reasons})" if reasons else "")
+        f"{density}, {sum(dense.values())} rows dense" + (f" ({reasons})" if reasons else "") + found
     )

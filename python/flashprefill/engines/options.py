@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import refuse, refuse_type, shown
+from ..guard import Guard, guard_of
 from ..policies import FlashPrefill, Policy, Reuse, TokenSparse, VSPrefill
 from ..policies.text import parse as parse_policy
 
@@ -25,6 +26,7 @@ class Options:
             leaves of a prompt. None: the plugin knows a good number for its engine and device.
         log_seconds: seconds between lines of statistics in the engine's log; 0: one per step.
         metrics_hook: "module:function", called with `snapshot`'s dict whenever such a line is due; or None.
+        guard: measures how much of the attention sparse layers keep, and may act on it; or None.
     """
 
     policy: Policy
@@ -32,6 +34,7 @@ class Options:
     min_chunk: int | None = None
     log_seconds: float = 10.0
     metrics_hook: str | None = None
+    guard: Guard | None = None
 
     @property
     def least_rows(self) -> int:
@@ -53,6 +56,7 @@ def value_of(
     min_chunk: int | None,
     log_seconds: float,
     metrics_hook: str | None,
+    guard: Guard | str | None,
 ) -> dict[str, Any]:
     """Return options as a mapping that `parse` reads, made of texts and numbers alone.
 
@@ -63,6 +67,7 @@ def value_of(
         min_chunk: likewise.
         log_seconds: likewise.
         metrics_hook: likewise.
+        guard: likewise, or a text of one.
 
     Raises:
         ValueError, TypeError: a value is wrong; the message names it.
@@ -78,6 +83,7 @@ def value_of(
         "min_chunk": min_chunk,
         "log_seconds": log_seconds,
         "metrics_hook": metrics_hook,
+        "guard": None if guard is None else _stateless(guard_of(guard)).call,
     }
     parse(value)
     return value
@@ -113,6 +119,7 @@ def parse(value: Any) -> Options:
         None if value.get("min_chunk") is None else _integer("min_chunk", value["min_chunk"], 1),
         float(seconds),
         hook,
+        None if value.get("guard") is None else _stateless(guard_of(value["guard"])),
     )
 
 
@@ -122,6 +129,13 @@ def _policy(text: Any, parameters: Any) -> Policy:
     if not isinstance(parameters, Mapping):
         refuse_type("parameters", shown(parameters), "a mapping from a policy's fields to values")
     return _alone(parse_policy(text, parameters))
+
+
+def _stateless(guard: Guard | None) -> Guard:
+    """Refuse a guard that learns: an engine's processes would each have a state of their own."""
+    if guard is None or guard.state is not None:
+        refuse("guard's state", shown(guard), "None in an engine")
+    return guard
 
 
 def _alone(policy: Policy) -> Policy:

@@ -8,22 +8,29 @@ which is read in place through the block table. Both kinds of rows end in one ou
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._prepared import PreparedPrefill, signature
 from ..api import prefill_attention
 from ..errors import FlashPrefillError
+from ..guard import Guard
 from ..policies import MaskPolicy, Policy
+from .findings import Findings, sums_of
 from .host import Host
 from .metrics import Metrics
 from .options import Options
 from .rows import Span, Split
 
+if TYPE_CHECKING:
+    from .findings import Places
+
+Scales = tuple[torch.Tensor | None, torch.Tensor | None]  # of FP8 keys and values, fp32 [1] or [kv_heads]
 LAYERS = 32  # whose counts of kept blocks lie in one buffer, cleared and summed at once
 
 
@@ -75,6 +82,7 @@ class Plan:
         engine_rows: rows of the batch that these are: a slice where they lie together, else their numbers.
         requests: numbers of the dense requests on the device; None if there are none.
         counts: of kept blocks, by the shape that a layer has.
+        findings: of a guard, by sequences and heads of a call.
     """
 
     host: Host
@@ -85,6 +93,20 @@ class Plan:
     engine_rows: slice | torch.Tensor | None = None
     requests: torch.Tensor | None = None
     counts: dict[tuple[int, int], Counts] = field(default_factory=dict)
+    findings: dict[tuple[int, int], Findings] = field(default_factory=dict)
+
+    def places_for(self, batch: int, query: torch.Tensor) -> Places | None:
+        """Return where a guard's results of a call go; None without a guard."""
+        if self.options.guard is None:
+            return None
+        shape = batch, query.shape[1]
+        here = self.findings.get(shape)
+        places = None if here is None else here.next()
+        if places is None:
+            here = self.findings[shape] = Findings(*shape, query.device)
+            self.host.metrics.count_findings(here.sums, self.options.guard)
+            places = here.next()
+        return places
 
 
 def to_device(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -136,6 +158,8 @@ def run(
     scale: float,
     engine: Callable[[torch.Tensor, Any, torch.Tensor], Any],
     layer: int = 0,
+    scales: Scales = (None, None),
+    engine_query: torch.Tensor | None = None,
 ) -> bool:
     """Compute a layer of a batch.
 
@@ -148,6 +172,8 @@ def run(
         scale: factor of the scores.
         engine: computes (query, metadata, output) densely.
         layer: the layer's number.
+        scales: of an FP8 cache.
+        engine_query: what the engine gets in place of query, where that is another dtype.
 
     Returns:
         Whether it is done. If not, the log says why, and the caller is to run the whole batch densely.
@@ -155,17 +181,18 @@ def run(
     try:
         policy = plan.options.policy.at_layer(layer)
         for call in plan.calls:
-            _attend(plan, policy, call, query, k_pages, v_pages, output, scale)
+            _attend(plan, policy, call, query, k_pages, v_pages, output, scale, scales, layer)
     except FlashPrefillError as error:
         plan.host.metrics.fallbacks[str(error)] += 1
         plan.host.say_once(logging.WARNING, f"flashprefill: a batch was run densely: {error}")
         return False
     rows = plan.engine_rows
+    queries = query if engine_query is None else engine_query
     if isinstance(rows, slice):
-        engine(query[rows], plan.engine, output[rows])
+        engine(queries[rows], plan.engine, output[rows])
     elif rows is not None:
-        gathered = query[rows]
-        result = torch.empty_like(gathered)
+        gathered = queries[rows]
+        result = torch.empty(gathered.shape, dtype=output.dtype, device=output.device)
         engine(gathered, plan.engine, result)
         output[rows] = result
     return True
@@ -180,14 +207,18 @@ def _attend(
     v_pages: torch.Tensor,
     output: torch.Tensor,
     scale: float,
+    scales: Scales,
+    layer: int,
 ) -> None:
-    span, metrics = call.span, plan.host.metrics
+    span, metrics, guard = call.span, plan.host.metrics, plan.options.guard
     if span.begin > 0 or span.end < len(query):
         query, output = query[span.begin : span.end], output[span.begin : span.end]
     if isinstance(policy, MaskPolicy):
-        _attend_by_mask(metrics, policy, call, query, k_pages, v_pages, output, scale)
+        by_layer = None if guard is None else guard.at_layer(layer)
+        _attend_by_mask(metrics, policy, by_layer, call, query, k_pages, v_pages, output, scale)
         return
-    key = (policy.text, scale, *signature(query, k_pages, v_pages, output))
+    strides = (None if x is None else (x.shape, x.stride()) for x in scales)
+    key = (policy.text, scale, *strides, *signature(query, k_pages, v_pages, output))
     prepared = call.prepared.get(key)
     if prepared is None:
         prepared = call.prepared[key] = PreparedPrefill(
@@ -202,17 +233,23 @@ def _attend(
             block_table=call.block_table,
             rows_and_keys=list(zip(span.rows, span.keys, strict=True)),
             final_chunk=span.final,
+            k_scale=scales[0],
+            v_scale=scales[1],
+            guard=guard,
         )
     counts = plan.counts.get(prepared.counts_shape)
     if counts is None:
         counts = plan.counts[prepared.counts_shape] = Counts()
-    prepared.run(query, k_pages, v_pages, output, counts.row(prepared.counts_shape, query, metrics))
+    row = counts.row(prepared.counts_shape, query, metrics)
+    places = plan.places_for(len(span.rows), query)
+    prepared.run(query, k_pages, v_pages, output, row, *scales, places, layer)
     metrics.count_call(prepared.causal_blocks)
 
 
 def _attend_by_mask(
     metrics: Metrics,
     policy: MaskPolicy,
+    guard: Guard | None,
     call: Call,
     query: torch.Tensor,
     k_pages: torch.Tensor,
@@ -236,7 +273,10 @@ def _attend_by_mask(
         final_chunk=span.final,
         out=output,
         return_stats=True,
+        guard=guard,
     )
+    if guard is not None:
+        metrics.count_findings(functools.partial(sums_of, *stats.guard.results), guard)
     metrics.count_later(stats._counts)
     visible = (
         stats._layout.visible(rows, keys, stats._tile_tokens, stats._block_size)

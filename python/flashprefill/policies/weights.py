@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -72,9 +72,8 @@ def number_of(indexer: Indexer, layer: int) -> int:
         return _NUMBERS[key]
 
 
-@contextmanager
-def bound(struct: Any, problem: _abi.Problem, ends: bool) -> Iterator[Any]:
-    """Yield a policy's struct, with the addresses of its weights if it has some.
+def bound(struct: Any, problem: _abi.Problem, ends: bool) -> AbstractContextManager[Any]:
+    """Hold a policy's struct, with the addresses of its weights if it has some.
 
     Args:
         struct: what the policy's text became; it is not changed.
@@ -87,8 +86,12 @@ def bound(struct: Any, problem: _abi.Problem, ends: bool) -> Iterator[Any]:
         else None
     )
     if kind is None or kind.common.kind != _abi.VSPREFILL or kind.indexer == 0:
-        yield struct
-        return
+        return nullcontext(struct)
+    return _bound(kind, problem, ends)
+
+
+@contextmanager
+def _bound(kind: _abi.VSPrefill, problem: _abi.Problem, ends: bool) -> Iterator[Any]:
     if kind.indexer not in _BOUND:
         refuse("layer", "None", "a layer of the weights, which VSPrefill.at_layer(layer) names")
     weights = _BOUND[kind.indexer]

@@ -114,14 +114,16 @@ class Prefill:
             computed = self._rest.forward_extend(heads, k_part, v_part, layer, part, save_kv_cache=False)
             results.copy_(computed.view(results.shape))
 
-        done = run(plan, query, k_pages, v_pages, output, layer.scaling, dense, layer.layer_id)
+        scales = (layer.k_scale, layer.v_scale) if k_pages.dtype == torch.float8_e4m3fn else (None, None)
+        done = run(plan, query, k_pages, v_pages, output, layer.scaling, dense, layer.layer_id, scales)
         return output.flatten(1) if done else None
 
 
 def _write(cache: Any, layer: Any, batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-    cache.set_kv_buffer(layer, KVWriteLoc.for_layer(batch, layer), k, v)
+    where = KVWriteLoc.for_layer(batch, layer)
+    cache.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)
 
 
 def _is_split_over_ranks(batch: Any) -> bool:

@@ -30,7 +30,7 @@ def why_all_dense(runner: Any, backend: Any) -> str:
         return "attention over a latent cache (MLA)"
     if runner.model_config.is_encoder_decoder:
         return "an encoder's keys lie before the prompt's"
-    if runner.kv_cache_dtype not in _plain_dtypes():
+    if runner.kv_cache_dtype not in _dtypes():
         return f"a KV cache of {runner.kv_cache_dtype}"
     if getattr(getattr(runner, "kv_index_translator", None), "is_translating", False):
         return "a KV cache whose pages move (unified memory)"
@@ -41,7 +41,7 @@ def why_all_dense(runner: Any, backend: Any) -> str:
     return ""
 
 
-def _plain_dtypes() -> tuple[Any, ...]:
+def _dtypes() -> tuple[Any, ...]:
     import torch
 
-    return torch.float32, torch.float16, torch.bfloat16
+    return torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn

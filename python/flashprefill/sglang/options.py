@@ -12,6 +12,7 @@ from typing import Any
 
 from ..engines.options import MIN_CHUNK, Options, of_value, value_of
 from ..errors import refuse, shown
+from ..guard import Guard
 from ..policies import Policy
 
 VARIABLE = "FLASHPREFILL_SGLANG"
@@ -25,6 +26,7 @@ def config(
     min_chunk: int = MIN_CHUNK,
     log_seconds: float = 10.0,
     metrics_hook: str | None = None,
+    guard: Guard | str | None = None,
     **parameters: Any,
 ) -> dict[str, str]:
     """Return the environment that turns the plugin on.
@@ -38,6 +40,8 @@ def config(
         min_chunk: rows; shorter pieces of prompts stay dense.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
+        guard: measure how much of the attention sparse layers keep, and perhaps act on it: "observe",
+            "repair(target=0.95)", "strict". What it finds is part of the statistics.
         **parameters: fields of the policy, where it is given as text.
 
     Raises:
@@ -50,6 +54,7 @@ def config(
         min_chunk=min_chunk,
         log_seconds=log_seconds,
         metrics_hook=metrics_hook,
+        guard=guard,
     )
     return {VARIABLE: json.dumps(value)}
 

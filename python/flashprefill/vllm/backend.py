@@ -99,6 +99,8 @@ class ImplMixin:
 
     head_size: int
     scale: float
+    kv_cache_dtype: str
+    fp8_caches: tuple[str, ...] = ()  # names of the FP8 caches that `pages_of` knows
     _is_sparse: bool | None = None  # not yet known
     _number = 0  # the layer's
     _pages: tuple[Any, int, tuple[torch.Tensor, torch.Tensor]] | None = None  # of which cache, lying where
@@ -134,7 +136,13 @@ class ImplMixin:
 
         if output_scale is None and self._wants(layer, plan.options):
             k_pages, v_pages = self._pages_of(kv_cache)
-            if sparse.run(plan, query, k_pages, v_pages, output, self.scale, dense, self._number):
+            scales: sparse.Scales = (None, None)
+            if self.kv_cache_dtype in self.fp8_caches:
+                scales = layer._k_scale, layer._v_scale
+            ours = query if query.dtype == output.dtype else dequantised(query, layer._q_scale, output.dtype)
+            if sparse.run(
+                plan, ours, k_pages, v_pages, output, self.scale, dense, self._number, scales, query
+            ):
                 return output
         dense(query, attn_metadata, output)
         return output
@@ -151,6 +159,18 @@ class ImplMixin:
             self._number = layers.number_of(layer.layer_name)
             self._is_sparse = not layers.why_dense(self) and self._number >= wanted.first_dense_layers
         return self._is_sparse
+
+
+def dequantised(query: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return queries that the engine has stored in FP8 in a dtype of 16 bits.
+
+    Args:
+        query: [rows, heads, head_dim].
+        scale: what they are multiplied by, fp32 [1] or [kv_heads].
+        dtype: the result's.
+    """
+    by_head = scale.repeat_interleave(query.shape[1] // scale.numel())[:, None]
+    return (query.float() * by_head).to(dtype)
 
 
 def warn_if_unused(additional_config: Any) -> None:

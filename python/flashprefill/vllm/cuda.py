@@ -59,6 +59,9 @@ class FlashBuilder(BuilderMixin, FlashAttentionMetadataBuilder):
 class FlashImpl(ImplMixin, FlashAttentionImpl):
     """Computes a layer."""
 
+    fp8_caches = ("fp8", "fp8_e4m3")
+
     def pages_of(self, kv_cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a cache."""
-        return halves_pages(kv_cache, self.head_size)
+        pages = kv_cache.view(torch.float8_e4m3fn) if self.kv_cache_dtype in self.fp8_caches else kv_cache
+        return halves_pages(pages, self.head_size)

@@ -23,7 +23,7 @@ def why_dense(impl: Any) -> str:
         return "ALiBi"
     if getattr(impl, "sinks", None) is not None:
         return "learned attention sinks"
-    if impl.kv_cache_dtype not in _DTYPES:
+    if impl.kv_cache_dtype not in (*_DTYPES, *getattr(impl, "fp8_caches", ())):
         return f"a KV cache of {impl.kv_cache_dtype}"
     if getattr(impl, "dcp_world_size", 1) > 1:
         return "a context that is split over GPUs"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..engines.options import KEY, Options, of_value, value_of
+from ..guard import Guard
 from ..policies import Policy
 
 
@@ -16,6 +17,7 @@ def config(
     min_chunk: int | None = None,
     log_seconds: float = 10.0,
     metrics_hook: str | None = None,
+    guard: Guard | str | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Return a dict for vLLM's ``additional_config`` that turns the plugin on.
@@ -28,6 +30,8 @@ def config(
             leaves of a prompt. The default is 128 on CPUs and 448 on GPUs.
         log_seconds: seconds between lines of statistics in the engine's log.
         metrics_hook: "module:function" to be called with the statistics, in the engine's process.
+        guard: measure how much of the attention sparse layers keep, and perhaps act on it: "observe",
+            "repair(target=0.95)", "strict". What it finds is part of the statistics.
         **parameters: fields of the policy, where it is given as text.
 
     Raises:
@@ -40,6 +44,7 @@ def config(
         min_chunk=min_chunk,
         log_seconds=log_seconds,
         metrics_hook=metrics_hook,
+        guard=guard,
     )
     return {KEY: value}
 

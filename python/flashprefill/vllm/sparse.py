@@ -14,11 +14,11 @@ import torch
 
 from ..engines.options import Options
 from ..engines.rows import split
-from ..engines.sparse import Plan, call_of, mark_dense, run, starts_of, to_device
+from ..engines.sparse import Plan, Scales, call_of, mark_dense, run, starts_of, to_device
 from .host import host
 from .metrics import metrics
 
-__all__ = ["ATTRIBUTE", "Plan", "plan_of", "run", "with_block_table"]
+__all__ = ["ATTRIBUTE", "Plan", "Scales", "plan_of", "run", "with_block_table"]
 
 ATTRIBUTE = "flashprefill"  # of the engine's metadata: a Plan, where some rows are sparse
 

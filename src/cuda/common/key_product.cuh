@@ -156,6 +156,38 @@ struct RowSums {
   }
 };
 
+// Logarithms of the sums of 64 rows, over a warp's keys: to[row * apart]. Each lane has 16 rows' sums of its own keys, and
+// the eight lanes of a row exchange halves, so that 14 shuffles do for all. The sums begin again.
+__device__ __forceinline__ void StoreLogSums(RowSums<64>& rows, float* to, int apart) {
+  float(&sum)[16] = rows.sum;
+  const int lane = threadIdx.x % 32;
+  int first = 0; // of the sums that are left
+#pragma unroll
+  for (int stage = 0; stage < 3; ++stage) {
+    const int offset = 16 >> stage, left = 8 >> stage;
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float other = __shfl_xor_sync(~0u, upper ? sum[i] : sum[i + left], offset);
+      sum[i] = (upper ? sum[i + left] : sum[i]) + other;
+    }
+    first += upper ? left : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = RowSums<64>::RowOfSum(first + i);
+    to[row * apart] = rows.reference[row] == -INFINITY ? -INFINITY : __log2f(sum[i]) + rows.reference[row];
+  }
+#pragma unroll
+  for (float& x : sum) x = 0;
+}
+
+// log2 of the sum of both.
+__device__ inline float AddLogs(float a, float b) {
+  const float largest = fmaxf(a, b);
+  return largest == -INFINITY ? -INFINITY : __log2f(Exp2(a - largest) + Exp2(b - largest)) + largest;
+}
+
 } // namespace flashprefill::cuda
 
 #endif // FLASHPREFILL_CUDA_COMMON_KEY_PRODUCT_CUH_

@@ -1,4 +1,4 @@
-// The product of two sets of swizzled rows by four warps, with mma.sync.
+// The product of two sets of swizzled rows by four warps, those of a warpgroup, with mma.sync.
 #ifndef FLASHPREFILL_CUDA_SM80_PANEL_PRODUCT_CUH_
 #define FLASHPREFILL_CUDA_SM80_PANEL_PRODUCT_CUH_
 
@@ -22,7 +22,7 @@ struct PanelProductPortable {
     meanwhile();
 #pragma unroll
     for (float& x : d) x = 0;
-    const uint32_t left = RowsOfA(SharedAddress(a), static_cast<int>(threadIdx.x / 32) * 16);
+    const uint32_t left = RowsOfA(SharedAddress(a), static_cast<int>(threadIdx.x / 32 % 4) * 16);
     const uint32_t right = RowsOfB(SharedAddress(b), 0);
 #pragma unroll
     for (int slice = 0; slice < 4 * PANELS; ++slice) {

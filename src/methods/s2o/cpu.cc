@@ -3,9 +3,9 @@
 // the products that attention has over the same keys.
 #include <bit>
 
+#include "core/stop_rows.h"
 #include "cpu/key_ranking.h"
 #include "cpu/key_threshold.h"
-#include "methods/s2o/stop.h"
 
 namespace flashprefill::methods::s2o {
 namespace {
@@ -87,7 +87,7 @@ class Selection {
 
   // The rows become lanes, and the keys in their blocks are summed up.
   void SumBlocks(const cpu::Item& item, const Segment& segment, const Scratch& scratch) const {
-    const int64_t d = call_.p.head_dim, rows = StopRows(policy_, segment), head = item.rows[0].head * heads_;
+    const int64_t d = call_.p.head_dim, rows = StopRows(policy_.stop_rows, segment), head = item.rows[0].head * heads_;
     std::fill_n(scratch.panels, lanes_ * d, 0.f);
     std::fill_n(scratch.seen, lanes_, 0);
     std::fill_n(scratch.largest, lanes_, cpu::kLeastScore);

@@ -3,7 +3,7 @@
 // sum of its exponentials, over the sum of those that the row has already: of the keys in its tile's blocks, and of the
 // groups before. Where the mean of that over stop_rows rows of each head of the list is below tau for two groups in a
 // row, these are the last. Products that are not finite count for nothing, and neither do rows without others.
-#include "methods/s2o/stop.h"
+#include "core/stop_rows.h"
 #include "reference/ranked_keys.h"
 
 namespace flashprefill::methods::s2o {
@@ -47,7 +47,7 @@ class S2O : public reference::RankedKeys {
   // The rows that decide, and what the keys in their blocks sum up to.
   std::vector<Row> RowsOf(const Segment& segment) const {
     std::vector<Row> rows;
-    const int64_t count = StopRows(policy_, segment);
+    const int64_t count = StopRows(policy_.stop_rows, segment);
     for (const Matrix& queries : head_.queries) {
       for (int64_t r = 0; r < count; ++r) {
         const int64_t i = StopRow(segment, r, count);

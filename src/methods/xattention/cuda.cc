@@ -17,9 +17,15 @@ cuda::StridedPlan PlanOf(const Problem& p, const Policy& policy, const cuda::Gpu
   return cuda::StridedPlan::Of(p, policy, scores, gpu);
 }
 
+constexpr cuda::Selector Make() {
+  cuda::Selector selector = cuda::SelectorOverScores<PlanOf>();
+  selector.without_causal = true;
+  return selector;
+}
+
 } // namespace
 
 extern const cuda::Selector kCuda;
-const cuda::Selector kCuda = cuda::SelectorOverScores<PlanOf>();
+const cuda::Selector kCuda = Make();
 
 } // namespace flashprefill::methods::xattention

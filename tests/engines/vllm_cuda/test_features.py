@@ -1,7 +1,6 @@
 """Features of the engine that batches pass through: 8-bit caches, speculation, adapters; all blocks kept."""
 
 import json
-import logging
 
 import pytest
 from answers import Request, assert_same, tokens
@@ -10,7 +9,6 @@ from engine import CUDA
 from test_layers import DENSE, LIMIT, NEAR, OPTIONS, S, length
 
 from flashprefill import vllm as plugin
-from flashprefill.vllm.host import host
 
 ASKED = [
     Request(tokens(length(9000), 1), 12),
@@ -21,23 +19,16 @@ REPEATED = [Request(tokens(50, 4) * (length(8000) // 50), 24), Request(tokens(le
 
 
 @pytest.mark.skipif(not CUDA, reason="the GPU backend's caches")
-def test_a_cache_of_8_bits_stays_the_engines(engines, llama, monkeypatch):
-    """One warning, and the stock engine's very tokens."""
-    said = []
-    listening = logging.Handler()
-    listening.emit = lambda record: said.append((record.levelname, record.getMessage()))
-    monkeypatch.setattr(host, "_said", set())
-    asked = {**OPTIONS, "kv_cache_dtype": "fp8", "block_size": 16}
-    stock, _ = engines(llama, None, **asked).run(ASKED)
-    host.logger.addHandler(listening)
-    try:
-        ours, counted = engines(llama, DENSE, **asked).run(ASKED)
-    finally:
-        host.logger.removeHandler(listening)
-    assert [a.tokens for a in ours] == [a.tokens for a in stock]
-    assert counted["sparse_rows"] == counted["calls"] == 0
-    (line,) = [message for level, message in said if level == "WARNING"]
-    assert "a KV cache of fp8" in line
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3"])
+def test_a_cache_of_8_bits(engines, llama, name):
+    """FP8 keys and values are read sparse, near what the engine's own FP8 kernel makes of them."""
+    engine = engines(llama, DENSE, **OPTIONS, kv_cache_dtype=name, block_size=16)
+    with engines_own() as found:
+        ours, counted = engine.run(ASKED)
+    assert counted["sparse_rows"] > length(10000) and not counted["fallbacks"]
+    assert [len(a.tokens) for a in ours] == [request.new for request in ASKED]
+    # That one rounds weights and queries to 3 bits of mantissa too.
+    assert found and all(each.finite and each.rms < 0.15 for each in found), found
 
 
 def test_speculation(engines, llama):

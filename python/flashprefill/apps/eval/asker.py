@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .model import FlashPrefillLM, Reading
 
 SLACK = 256  # tokens over RULER's length, for what the answer begins with and a chat template
-COUNTED = 5  # on a GPU: prompts of a task and length of which is counted what a policy keeps
+COUNTED = 3  # on a GPU: prompts of a task and length of which is counted what a policy keeps
 WARM_UP = 1024  # tokens
-MOST_TOGETHER = 32  # answers that are written as one batch
+MOST_TOGETHER = 48  # answers that are written as one batch: four prompts by twelve methods
 MEMORY_SHARE = 0.3  # of the free memory, for their caches
 
 

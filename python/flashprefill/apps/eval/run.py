@@ -28,7 +28,7 @@ from .asker import Asker
 SCHEMA = "flashprefill-eval/1"
 LENGTHS = (4096, 8192)
 PATTERNS = ("dense", "flashprefill", "sketch")
-PROMPTS_TOGETHER = {"cuda": 4}  # prompts that are answered beside each other; elsewhere one by one
+ANSWERS_TOGETHER = {"cuda": 40}  # answers that are written beside each other, of four prompts at least
 LIST_PACKAGES = ("lm_eval", "datasets", "wonderwords")
 
 
@@ -130,7 +130,7 @@ def lengths_for(task: str, options: Options, context: int | None) -> list[int]:
             raise UsageError(
                 f"--lengths {too_long[0]}: the model reads {context} tokens; --stretch scales its rotary base"
             )
-        return sorted(asked)
+        return asked
     if context is None:
         return list(LENGTHS)
     within = [length for length in LENGTHS if length <= context]
@@ -167,14 +167,16 @@ def add_answer(case: dict[str, Any], prompt: suites.Prompt, label: str, record: 
 def make_prompts(
     tasks: Sequence[str], options: Options, loaded: models.Loaded, chat: Any
 ) -> list[suites.Prompt]:
-    """All prompts, shortest length first."""
+    """All prompts, a length after the other: a run that is stopped has the first ones whole."""
     from tqdm import tqdm
 
     name = str(models.resolve_path(options.model))
     source = suites.Source(loaded.tokenizer, name, options.samples, options.seed, options.text, options.data)
     plan = [(length, task) for task in tasks for length in lengths_for(task, options, loaded.context)]
+    turn = {length: number for number, length in enumerate(options.lengths)}  # else the shortest first
     prompts: list[suites.Prompt] = []
-    with tqdm(sorted(plan, key=lambda one: one[0]), unit="task", desc="making prompts", disable=None) as bar:
+    plan.sort(key=lambda one: turn.get(one[0], one[0]))
+    with tqdm(plan, unit="task", desc="making prompts", disable=None) as bar:
         for length, task in bar:
             bar.set_description(f"making prompts: {task}, {length} tokens")
             prompts += suites.prompts_of(task, length, source, chat)
@@ -187,6 +189,11 @@ def grouped(prompts: Sequence[suites.Prompt], most: int) -> Iterator[list[suites
         left = list(same)
         for start in range(0, len(left), most):
             yield left[start : start + most]
+
+
+def together(kind: str, methods: int) -> int:
+    """How many prompts are answered beside each other: on a GPU as many as make a batch, elsewhere one."""
+    return max(4, ANSWERS_TOGETHER[kind] // methods) if kind in ANSWERS_TOGETHER else 1
 
 
 def answer_all(
@@ -205,7 +212,7 @@ def answer_all(
         disable=None,
         bar_format="{desc:<48} {bar:24} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     ) as bar:
-        for some in grouped(prompts, PROMPTS_TOGETHER.get(asker.loaded.device.kind, 1)):
+        for some in grouped(prompts, together(asker.loaded.device.kind, len(methods))):
             if time.monotonic() > until:
                 print(f"note: the time is up after {len(cases)} prompts", file=sys.stderr)
                 break

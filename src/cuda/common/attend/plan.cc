@@ -122,14 +122,13 @@ AttendPlan::Keys AttendPlan::KeysFor(int32_t math) const {
   const Problem& p = *p_;
   // Lists are read by rows from wherever their keys lie.
   if (gpu_.portable || mask_->max_keys > 0 || p.batch == 0 || p.total_q == 0) return Keys::kInPlace;
+  const int together = p.block_table ? ChunkKeys(mask_->block_size | p.page_size, kTileRows) : kTileRows;
+  // One warp sends a step's copies there: of 16 keys each they would take longer than the step.
+  if (mask_->skip > 0) return together < kSkipPageKeys ? Keys::kCopied : Keys::kInPlace;
   // Products of 64 columns leave exponentials the limit, and a step of 256 does not fit the registers.
   const bool dimension = p.head_dim > 64 && p.head_dim <= kImageColumns;
   if (math == FP_MATH_8BIT && dimension && mask_->block_size % kImageKeys == 0) return Keys::kImages;
-  if (p.block_table && ChunkKeys(mask_->block_size | p.page_size, kTileRows) < kBulkPageKeys &&
-      ExpectedVisits(p) >= kCopyFromVisits) {
-    return Keys::kCopied;
-  }
-  return Keys::kInPlace;
+  return together < kBulkPageKeys && ExpectedVisits(p) >= kCopyFromVisits ? Keys::kCopied : Keys::kInPlace;
 }
 
 int64_t AttendPlan::MaxItems() const {
@@ -144,7 +143,8 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
   if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
   if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
-  if (mask_->skip > 0) return "masks that skip are for the CPU";
+  if (mask_->skip > 0 && gpu_.portable) return "masks that skip are for Hopper's kernels and the CPU";
+  if (mask_->skip > 0 && p.head_dim > 128) return "a head_dim of at most 128 in masks that skip on CUDA";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";
   if ((p.block_table || gpu_.portable || mask_->max_keys > 0) && !(IsNear(p, p.k) && IsNear(p, p.v))) {
@@ -162,13 +162,15 @@ const char* AttendPlan::Unsupported(const Output* output) const {
 cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
                                cudaStream_t stream) const {
   if (p_->batch == 0 || p_->total_q == 0) return cudaSuccess;
-  if (keys_ != Keys::kInPlace) {
-    const AttendCall paged{*p_, *mask_, gpu_, output, means, MaxItems()};
-    if (cudaError_t e = LaunchKeys(ArgsOf(paged, counter_), stream)) return e;
+  if (keys_ == Keys::kCopied) {
+    if (cudaError_t e = LaunchKeyCopy(*p_, copy_, stream)) return e;
   }
-  const Problem p = keys_ == Keys::kCopied ? copy_.Copied(*p_) : *p_;
+  const Problem p = keys_ == Keys::kCopied ? copy_.Over(*p_) : *p_;
   const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
   AttendArgs args = ArgsOf(call, counter_);
+  if (keys_ == Keys::kImages) {
+    if (cudaError_t e = LaunchImages(args, images_, p, stream)) return e;
+  }
   int processors = 0;
   if (cudaError_t e = CountProcessors(&processors)) return e;
   if (order_ && uneven && mask_->counts && call.items > processors) {
@@ -181,11 +183,6 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
   if (gpu_.portable) return LaunchAttendPortable(args, call, stream);
   if (keys_ == Keys::kImages) return LaunchAttend8Sm90(args, call, images_, stream);
   return LaunchAttendSm90(args, call, stream);
-}
-
-cudaError_t AttendPlan::LaunchKeys(const AttendArgs& args, cudaStream_t stream) const {
-  if (keys_ == Keys::kImages) return LaunchImages(args, images_, p_->q.dtype, stream);
-  return LaunchCopyRows(args, copy_, stream);
 }
 
 } // namespace flashprefill::cuda

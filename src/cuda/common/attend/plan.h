@@ -3,8 +3,8 @@
 #ifndef FLASHPREFILL_CUDA_COMMON_ATTEND_PLAN_H_
 #define FLASHPREFILL_CUDA_COMMON_ATTEND_PLAN_H_
 
-#include "cuda/common/attend/copy_rows.h"
 #include "cuda/common/attend/images.h"
+#include "cuda/common/keys/key_copy.h"
 #include "cuda/selector.h"
 
 namespace flashprefill::cuda {
@@ -26,7 +26,7 @@ class AttendPlan {
     counter_ = workspace.Take<int>(1);
     if (ordered_items_ > 0) order_ = workspace.Take<int>(ordered_items_);
     if (keys_ == Keys::kImages) images_ = Images::Take(workspace, *p_, mask_->block_size, mask_->mean_correction != 0);
-    if (keys_ == Keys::kCopied) copy_ = KeyCopy::Take(workspace, *p_);
+    if (keys_ == Keys::kCopied) copy_ = KeyCopy::Take(workspace, *p_, true);
   }
   int* counter() const { return counter_; }
 
@@ -48,7 +48,6 @@ class AttendPlan {
   };
   Keys KeysFor(int32_t math) const;
   int64_t MaxItems() const; // query tiles of all heads, or more
-  cudaError_t LaunchKeys(const AttendArgs& args, cudaStream_t stream) const;
 
   const Problem* p_;
   const BlockMask* mask_;

@@ -1,4 +1,4 @@
-// What the launches of Gather's selection read and write. Plain C++. docs/hopper-gather.md has the order of the
+// What the launches of Gather's and S2O's selections read and write. Plain C++. docs/hopper-gather.md has the order of the
 // launches.
 //
 // A *list* belongs to one mask head and segment. The mean queries of its heads, rounded up to a power of two with rows
@@ -55,13 +55,23 @@ struct KeyChoiceArgs {
   int first_slot, end_slot;
   const uint16_t* codes;
   int64_t code_stride;
-  float gain;     // of the policy over kGainKeys; NaN: by budget
-  double budget;  // share of the ranked keys
-  int32_t* lists; // fp_block_mask's key_lists
-  int64_t stride; // of a list
-  int room;       // keys
+  float gain;                       // of the policy over kGainKeys; NaN: by budget
+  double budget;                    // share of the ranked keys
+  int32_t* lists;                   // fp_block_mask's key_lists
+  int64_t stride;                   // of a list
+  int room;                         // keys
+  int table_steps, most_candidates; // set by the launch
 };
-cudaError_t LaunchKeyChoice(const KeyChoiceArgs& args, cudaStream_t stream);
+cudaError_t LaunchKeyChoice(KeyChoiceArgs args, cudaStream_t stream);
+
+// S2O: from lists of the best keys, in ascending order, to those that are taken before rows say stop.
+struct KeyStopArgs : KeyChoiceArgs {
+  float tau;
+  int stop_rows; // of a head
+};
+constexpr int kMostStopRows = 1024;    // of a list
+constexpr int kMostSortedKeys = 32768; // they must fit in shared memory
+cudaError_t LaunchKeyStopSm90(const KeyStopArgs& args, cudaStream_t stream);
 
 // Bits of blocks, counts with the lists' keys, fallbacks.
 struct ListMaskArgs {
@@ -108,10 +118,17 @@ __device__ inline DeviceSegment SegmentAt(const RankShape& a, const DeviceSequen
 __device__ inline int CodeOf(float squares) { // from 0 to below 2^10
   return max((__float_as_int(squares) >> kCodeShift) - kCodeBase, 0);
 }
-// The middle of a code's energies. inverse_heads: 1 / query heads of the list.
-__device__ inline float EnergyOf(int code, float inverse_heads) {
-  return sqrtf(__int_as_float((code + kCodeBase) << kCodeShift | 1 << (kCodeShift - 1)) * inverse_heads);
+// The middle of a code's sums of squares.
+__device__ inline float SquaresOf(int code) {
+  return __int_as_float((code << kCodeShift) + (kCodeBase << kCodeShift | 1 << (kCodeShift - 1)));
 }
+__device__ inline float SquareRoot(float x) { // one instruction
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The energy. inverse_heads: 1 / query heads of the list.
+__device__ inline float EnergyOf(int code, float inverse_heads) { return sqrtf(SquaresOf(code) * inverse_heads); }
 
 __device__ inline int SegmentsOf(const RankShape& a, const DeviceSequence& s) {
   return a.by_segment_tokens(s.q_len + a.segment_tiles * a.rules.tile_tokens - 1);

@@ -10,16 +10,18 @@
 // the step is done again with a new one, and without scores that are not finite.
 //
 // Second launch: shares, their squares added up over the heads of a list, and the code of the energy (args.h), 16 bits
-// for each key and list. Where a list has four heads or more its columns are spread over two lanes of four: they swap
-// halves, so that each finishes one key. The number of columns is a template argument: asked at run time, and with
-// logarithms for codes, this launch took 3.1 ms in place of 2.0 at 128K tokens. Codes leave through shared memory, 128
-// bytes per list and step.
+// for each key and list. A thread of the product has two of every eight columns: a list's columns are put where one
+// thread has them all, up to 32 of them, so that nothing is exchanged. Whether all shares are numbers is asked once per
+// key and list, of the sum of their squares: if one is not, the warp does its step again, share by share. The number
+// of columns is a template argument: asked at run time, and with logarithms for codes, this launch took 3.1 ms in place
+// of 2.0 at 128K tokens. Codes leave through shared memory, 128 bytes per list and step.
 //
 // Every sum has one order, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_
 #define FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_
 
 #include <limits>
+#include <type_traits>
 
 #include "cuda/common/gather/args.h"
 #include "cuda/common/launch.h"
@@ -30,8 +32,24 @@ namespace flashprefill::cuda {
 namespace {
 
 constexpr int kRankWarps = kPanelThreads / 32;
-constexpr float kNoReference = -1e30f;    // of a column that has seen no key: any score is too large against it
-constexpr int kCodePitch = kRankStep + 8; // of a list's codes in shared memory: 16 bytes more, for the banks
+template <int PANELS>
+constexpr int kRankCtas = PANELS == 4 ? 2 : 4; // per multiprocessor
+constexpr int kSumColumns = 4;                 // of a thread, whose sums are checked together
+constexpr float kNoReference = -1e30f;         // of a column that has seen no key: any score is too large against it
+constexpr int kCodePitch = kRankStep + 8;      // of a list's codes in shared memory: 16 bytes more, for the banks
+
+// What column j = 8 c + 2 q + e of a product is, of which a thread has those of one q: a list's heads are its e, then
+// c, and q only where there are more than 32.
+struct RankColumn {
+  int list, head; // of the slot, of the list
+
+  __device__ static RankColumn At(const RankShape& a, int j) {
+    if (a.log2_columns == 0) return {j, 0};
+    const int c = j / 8, q = j / 2 % 4, e = j % 2;
+    const int of_c = min(a.log2_columns - 1, 4), of_q = a.log2_columns - 1 - of_c; // bits
+    return {((c >> of_c) * 4 + q) >> of_q, (q & ((1 << of_q) - 1)) * 32 + (c & ((1 << of_c) - 1)) * 2 + e};
+  }
+};
 
 // The work of a CTA.
 struct RankUnit {
@@ -54,10 +72,11 @@ __device__ inline bool PlaceRankUnit(const RankArgs& args, bool only_ranked, int
   if (!PlaceSlot(a, args.first_slot + slot, unit.slot)) return false;
   const DeviceSequence& s = unit.slot.sequence;
   if (unit.begin >= s.k_len || s.k_len <= a.rules.dense_up_to_keys || KeepsEverything(a.d.p, a.rules, s)) return false;
-  const int j = threadIdx.x, list = j >> a.log2_columns;
+  const int j = threadIdx.x;
+  const RankColumn column = RankColumn::At(a, j);
   int most = 0, whole = std::numeric_limits<int>::max(), seen = only_ranked ? 0 : whole;
-  if (list < unit.slot.lists && (j & (a.columns - 1)) < a.heads) {
-    const DeviceSegment segment = SegmentAt(a, s, unit.slot.Segment(a, list));
+  if (column.list < unit.slot.lists && column.head < a.heads) {
+    const DeviceSegment segment = SegmentAt(a, s, unit.slot.Segment(a, column.list));
     if (segment.first_key < segment.end_key) {
       seen = whole = segment.seen;
       most = only_ranked ? segment.end_key : seen;
@@ -81,24 +100,24 @@ __device__ inline bool PlaceRankUnit(const RankArgs& args, bool only_ranked, int
   return unit.steps > 0;
 }
 
-// The ring of keys and the mean queries, in shared memory. A thread copies the same 16 bytes of keys a fixed number
-// apart, so that where keys lie evenly it finds the next one by an addition.
+// A step's keys and the mean queries, in shared memory. A thread copies the same 16 bytes of keys a fixed number apart,
+// so that where keys lie evenly it finds the next one by an addition. There is one stage: the next step's keys come
+// while this one's exponentials are made, and four CTAs have room on a multiprocessor.
 template <class PRODUCT, typename T, int PANELS>
 struct RankProduct {
-  static constexpr int kRingStages = PRODUCT::template kStages<PANELS>;
-  static constexpr int kRowBytes = kPanelBytes<PANELS, kRankColumns>, kStageBytes = kPanelBytes<PANELS, kRankStep>;
-  static constexpr int kBytes = kRowBytes + kRingStages * kStageBytes;
+  static constexpr int kRowBytes = kPanelBytes<PANELS, kRankColumns>;
+  static constexpr int kBytes = kRowBytes + kPanelBytes<PANELS, kRankStep>;
   static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
 
   const Problem& p;
   const Divider& by_page;
   const RankUnit& unit;
   char* shared;
-  int key;              // the next key to be copied
-  bool wanted;          // whether rows have this thread's 16 bytes
-  const T* next;        // where keys lie evenly, the next source; else that of the first page's first key
-  int64_t apart;        // elements
-  uint32_t ring, place; // of shared memory; of the first key's 16 bytes in a stage, but for the swizzle
+  int key;        // the next key to be copied
+  bool wanted;    // whether rows have this thread's 16 bytes
+  const T* next;  // where keys lie evenly, the next source; else that of the first page's first key
+  int64_t apart;  // elements
+  uint32_t place; // of the first key's 16 bytes in shared memory, but for the swizzle
   int swizzle;
 
   __device__ RankProduct(const RankArgs& args, const RankUnit& u, char* memory)
@@ -110,25 +129,24 @@ struct RankProduct {
     apart = kKeysAtOnce * p.k.stride[1];
     next = static_cast<const T*>(p.k.data) + (wanted ? piece * 8 : 0);
     next += p.block_table ? kv * p.k.stride[2] : KeyOffsetAt(p, p.k.stride, unit.slot.sequence, key, kv);
-    ring = SharedAddress(shared) + kRowBytes;
-    place = piece / 8 * (kRankStep * kPanelRowBytes) + first * kPanelRowBytes;
+    place = SharedAddress(shared) + kRowBytes + piece / 8 * (kRankStep * kPanelRowBytes) + first * kPanelRowBytes;
     swizzle = piece % 8 ^ first % 8;
     // Rows of lists and heads that are not there are zeros: their scores must not be NaN.
     const T* const rows = static_cast<const T*>(args.rows) + (unit.slot.RowOf(a, 0) << a.log2_columns) * args.pitch;
     CopyRows<PANELS, kRankColumns>(shared, p.head_dim, args.rows, [&](int j) -> const T* {
-      const bool there = (j >> a.log2_columns) < unit.slot.lists && (j & (a.columns - 1)) < a.heads;
-      return there ? rows + int64_t{j} * args.pitch : nullptr;
+      const RankColumn column = RankColumn::At(a, j);
+      const bool there = column.list < unit.slot.lists && column.head < a.heads;
+      return there ? rows + int64_t{(column.list << a.log2_columns) + column.head} * args.pitch : nullptr;
     });
-    CopyKeys(0);
+    CopyKeys();
   }
 
-  // Of each step once, in order.
-  __device__ __forceinline__ void CopyKeys(int step) {
+  // Of the next step.
+  __device__ __forceinline__ void CopyKeys() {
     const int k_len = unit.slot.sequence.k_len;
-    const uint32_t to = ring + step % kRingStages * kStageBytes + place;
     const auto copy = [&](int i, const T* from) {
       const int row = i * kKeysAtOnce;
-      AsyncCopy16(to + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted && key < k_len);
+      AsyncCopy16(place + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted && key < k_len);
     };
     if (p.block_table == nullptr) {
 #pragma unroll
@@ -143,28 +161,21 @@ struct RankProduct {
     }
   }
 
-  // The product of a step, while the next one's keys come. One barrier, which all other shared memory may count on.
+  // The product of a step; then the next one's keys are sent for. Two barriers, which all other shared memory may count
+  // on.
   __device__ __forceinline__ void Step(int step, float (&d)[kRankColumns / 2]) {
     AsyncCopyWaitAll();
     PRODUCT::Fence();
     __syncthreads();
-    const char* const keys = shared + kRowBytes + step % kRingStages * kStageBytes;
-    const auto next_keys = [&] {
-      if (step + 1 < unit.steps) CopyKeys(step + 1);
-    };
-    if constexpr (kRingStages > 1) {
-      PRODUCT::template Multiply<T, PANELS, kRankColumns>(d, keys, shared, next_keys);
-    } else {
-      PRODUCT::template Multiply<T, PANELS, kRankColumns>(d, keys, shared, [] {});
-      __syncthreads(); // everybody has read the only stage
-      next_keys();
-    }
+    PRODUCT::template Multiply<T, PANELS, kRankColumns>(d, shared + kRowBytes, shared, [] {});
+    __syncthreads(); // everybody has read the keys
+    if (step + 1 < unit.steps) CopyKeys();
   }
 };
 
 // Value 4 c + 2 half + e of a thread is row 16 warp + lane / 4 + 8 half of D, column 8 c + 2 (lane % 4) + e.
 template <class PRODUCT, typename T, int PANELS>
-__global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
+__global__ void __launch_bounds__(kPanelThreads, kRankCtas<PANELS>)
     RankSumsKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
   __shared__ alignas(8) float reference[kRankWarps][kRankColumns], partial[kRankWarps][kRankColumns];
@@ -195,44 +206,48 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
         }
       }
     }
-    // Add up against the references, as far as that goes.
-    float x[kRankColumns / 4], check = 0;
+    // Add up against the references, as far as that goes, some columns at a time.
 #pragma unroll
-    for (int c = 0; c < kRankColumns / 8; ++c) {
-      const float2 base = *reinterpret_cast<const float2*>(&mine[8 * c + pair]);
+    for (int first = 0; first < kRankColumns / 4; first += kSumColumns) {
+      float x[kSumColumns], check = 0;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float offset = e ? -base.y : -base.x;
-        x[2 * c + e] =
-            Exp2(fmaf(d[4 * c + e], a.exponent_scale, offset)) + Exp2(fmaf(d[4 * c + 2 + e], a.exponent_scale, offset));
-        check += x[2 * c + e];
+      for (int i = 0; i < kSumColumns; i += 2) {
+        const int c = (first + i) / 2;
+        const float2 base = *reinterpret_cast<const float2*>(&mine[8 * c + pair]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float offset = e ? -base.y : -base.x;
+          x[i + e] = Exp2(fmaf(d[4 * c + e], a.exponent_scale, offset)) +
+                     Exp2(fmaf(d[4 * c + 2 + e], a.exponent_scale, offset));
+          check += x[i + e];
+        }
       }
-    }
-    if (__all_sync(~0u, check < kLargeSum)) {
+      if (__all_sync(~0u, check < kLargeSum)) {
 #pragma unroll
-      for (int i = 0; i < kRankColumns / 4; ++i) sum[i] += x[i];
-      continue;
-    }
-    // Else again, with new references and without what is no number.
-#pragma unroll
-    for (int i = 0; i < kRankColumns / 4; ++i) {
-      const int j = i / 2 * 8 + pair + i % 2;
-      float z[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.exponent_scale;
-        z[half] = IsFinite(score) ? score : -INFINITY;
+        for (int i = 0; i < kSumColumns; ++i) sum[first + i] += x[i];
+        continue;
       }
-      const float old = mine[j];
-      float largest = fmaxf(z[0], z[1]);
+      // Else again, with new references and without what is no number.
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-      largest = fmaxf(largest, old);
-      sum[i] = sum[i] * Exp2(old - largest) + (Exp2(z[0] - largest) + Exp2(z[1] - largest));
+      for (int i = first; i < first + kSumColumns; ++i) {
+        const int j = i / 2 * 8 + pair + i % 2;
+        float z[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.exponent_scale;
+          z[half] = IsFinite(score) ? score : -INFINITY;
+        }
+        const float old = mine[j];
+        float largest = fmaxf(z[0], z[1]);
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+        largest = fmaxf(largest, old);
+        sum[i] = sum[i] * Exp2(old - largest) + (Exp2(z[0] - largest) + Exp2(z[1] - largest));
+        __syncwarp();
+        if (lane < 4) mine[j] = largest;
+      }
       __syncwarp();
-      if (lane < 4) mine[j] = largest;
     }
-    __syncwarp();
   }
 
   // Join lanes, then warps.
@@ -273,7 +288,7 @@ __device__ inline float RankDenominator(const RankArgs& args, const RankUnit& un
 
 // COLUMNS: the shape's columns; 0: more than 8.
 template <class PRODUCT, typename T, int PANELS, int COLUMNS>
-__global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
+__global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PANELS> : kRankCtas<4>)
     RankCodesKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
   __shared__ alignas(8) float denominator[kRankColumns];
@@ -289,9 +304,51 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
   const int key = 16 * warp + lane / 4; // of the step, and the one 8 on
-  const auto emit = [&](int column, int at, float squares) {
-    const int list = COLUMNS > 0 ? column / COLUMNS : column >> a.log2_columns;
-    codes[list * kCodePitch + at] = static_cast<uint16_t>(CodeOf(squares));
+  const int of_c = COLUMNS > 0 ? 0 : min(a.log2_columns - 1, 4), of_q = COLUMNS > 0 ? 0 : a.log2_columns - 1 - of_c;
+  // Codes of this thread's keys of a step, of all its lists. Not `careful`: false if a share is no number, or too
+  // large.
+  const auto write_codes = [&](const float(&d)[kRankColumns / 2], auto careful) {
+    bool numbers = true;
+    const auto emit = [&](int list, int half, float squares) {
+      numbers &= squares < 4.f;
+      codes[list * kCodePitch + key + 8 * half] = static_cast<uint16_t>(CodeOf(squares));
+    };
+    [[maybe_unused]] float sum[2] = {}; // of squares, of both keys
+#pragma unroll
+    for (int c = 0; c < kRankColumns / 8; ++c) {
+      const float2 base = *reinterpret_cast<const float2*>(&denominator[8 * c + pair]);
+      float share[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          share[half][e] = Exp2(fmaf(d[4 * c + 2 * half + e], a.exponent_scale, e ? -base.y : -base.x));
+          if (careful && !(share[half][e] < 2.f)) share[half][e] = 0; // counts for nothing
+        }
+      }
+      if constexpr (COLUMNS == 1) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          emit(8 * c + pair, half, share[half][0] * share[half][0]);
+          emit(8 * c + pair + 1, half, share[half][1] * share[half][1]);
+        }
+      } else {
+        const int each = COLUMNS > 1 ? COLUMNS / 2 : 1 << of_c; // c of a list
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          sum[half] = fmaf(share[half][0], share[half][0], sum[half]);
+          sum[half] = fmaf(share[half][1], share[half][1], sum[half]);
+          if ((c + 1) % each != 0) continue;
+          if constexpr (COLUMNS == 0) { // lanes that share a list all write it
+            if (of_q > 0) sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
+            if (of_q > 1) sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+          }
+          emit((c / each * 4 + lane % 4) >> of_q, half, sum[half]);
+          sum[half] = 0;
+        }
+      }
+    }
+    return numbers;
   };
 
   uint16_t* const out =
@@ -300,43 +357,7 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
   for (int step = 0; step < unit.steps; ++step) {
     float d[kRankColumns / 2];
     product.Step(step, d);
-    float joined = 0; // of lists with more than 8 columns
-#pragma unroll
-    for (int c = 0; c < kRankColumns / 8; ++c) {
-      const float2 base = *reinterpret_cast<const float2*>(&denominator[8 * c + pair]);
-      float square[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float share = Exp2(fmaf(d[4 * c + 2 * half + e], a.exponent_scale, e ? -base.y : -base.x));
-          square[half][e] = share < 2.f ? share * share : 0.f; // not finite: counts for nothing
-        }
-      }
-      const int column = 8 * c + pair;
-      const float lower = square[0][0] + square[0][1], upper = square[1][0] + square[1][1];
-      if constexpr (COLUMNS == 1) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          emit(column, key + 8 * half, square[half][0]);
-          emit(column + 1, key + 8 * half, square[half][1]);
-        }
-      } else if constexpr (COLUMNS == 2) {
-        emit(column, key, lower);
-        emit(column, key + 8, upper);
-      } else { // even lanes finish the lower key, odd ones the upper
-        const bool odd = lane & 1;
-        float own = (odd ? upper : lower) + __shfl_xor_sync(~0u, odd ? lower : upper, 1);
-        if (COLUMNS != 4) own += __shfl_xor_sync(~0u, own, 2);
-        if constexpr (COLUMNS == 0) {
-          joined += own;
-          if ((c + 1) % (a.columns / 8) != 0) continue;
-          own = joined;
-          joined = 0;
-        }
-        emit(column, key + 8 * odd, own); // where two lanes have the same sum, both write it
-      }
-    }
+    if (!__all_sync(~0u, write_codes(d, std::false_type{}))) write_codes(d, std::true_type{});
     __syncthreads();
     // Write out: 16 bytes per thread.
     for (int i = threadIdx.x; i < unit.slot.lists * (kRankStep / 8); i += kPanelThreads) {

@@ -2,7 +2,7 @@
 //
 // A *unit* is the audited rows of a sequence and KV head, those of its query heads' same stratum next to each other:
 // row j * group + g is stratum j of the group's g-th head. A *row tile* is as many of them as a CTA takes, a *piece* a
-// run of the keys that a row tile sees. All scratch memory has room for `most_rows` rows per sequence and query head.
+// run of as many keys. All scratch memory has room for `most_rows` rows per sequence and query head.
 #ifndef FLASHPREFILL_CUDA_COMMON_GUARD_ARGS_H_
 #define FLASHPREFILL_CUDA_COMMON_GUARD_ARGS_H_
 
@@ -64,15 +64,17 @@ struct GuardArgs {
   int32_t* wanted;          // [batch, mask_heads]: 1 where a head keeps too little
   int32_t* any_wanted;      // 1 if there is such a head
   int row_tiles, tile_rows; // of a unit; rows of a tile
-  int pieces;
+  int pieces, piece_keys;   // whole blocks
+  bool any_block;           // GuardStepKeys
 };
 
 // Draws the rows of all heads. Of the second audit of a call this and the next three do nothing unless any_wanted.
 cudaError_t LaunchGuardDraw(const GuardArgs& args, cudaStream_t stream);
 // Marks the keys that lists keep for the rows. Not without lists.
 cudaError_t LaunchGuardListed(const GuardArgs& args, cudaStream_t stream);
-// The rows' softmax, in parts: sm80/guard/.
-cudaError_t LaunchGuardAudit(const GuardArgs& args, cudaStream_t stream);
+// The rows' softmax, in parts.
+cudaError_t LaunchGuardAuditSm90(const GuardArgs& args, cudaStream_t stream);
+cudaError_t LaunchGuardAuditPortable(const GuardArgs& args, cudaStream_t stream);
 // What follows, by head and sequence; in the first audit also which heads keep too little.
 cudaError_t LaunchGuardReport(const GuardArgs& args, cudaStream_t stream);
 
@@ -84,9 +86,10 @@ cudaError_t LaunchGuardJoinMissed(const GuardArgs& args, cudaStream_t stream);
 cudaError_t LaunchGuardAdopt(const GuardArgs& args, const uint64_t* more_bits, const int32_t* more_lists,
                              cudaStream_t stream);
 
-// Rows of a CTA of the audit: 128 or 256, or half as many beyond head_dim 128, where registers hold a row's queries.
-constexpr int kGuardManyWarps = 8, kGuardFewWarps = 4;
-inline int GuardRowsPerWarp(int head_dim) { return head_dim <= 128 ? 32 : 16; }
+// Rows of a CTA of the audit: 99 KiB hold no more beyond head_dim 128.
+constexpr int GuardTileRows(int head_dim, bool portable) { return portable && head_dim > 128 ? 64 : 128; }
+// Keys of a step. any_block: of several blocks, where these are small, and where keys are looked at one by one.
+constexpr int GuardStepKeys(bool any_block, bool portable) { return any_block || portable ? 64 : 128; }
 
 #ifdef __CUDACC__
 

@@ -7,9 +7,8 @@ namespace flashprefill::cuda {
 namespace {
 
 // Keys of a piece at least: below this the loading of its rows shows.
-constexpr int64_t kLeastPiece = 512;
-// CTAs that are wanted per multiprocessor: pieces of the last rows take twice as long as those of the first, so one
-// for each would leave half of them idle.
+constexpr int64_t kLeastPiece = 256;
+// CTAs that are wanted per multiprocessor, of which two run at a time: the last pieces of tiles are shorter.
 constexpr int64_t kWantedCtas = 4;
 
 // The most rows that are audited of a head. Lengths that only the device knows may be any up to the host's bounds.
@@ -21,7 +20,8 @@ int64_t MostRows(const Problem& p, const fp_guard& guard) {
 
 } // namespace
 
-GuardPlan GuardPlan::Of(const Problem& p, const BlockMask& mask, const fp_guard& guard, int processors) {
+GuardPlan GuardPlan::Of(const Problem& p, const BlockMask& mask, const fp_guard& guard, const Gpu& gpu,
+                        int processors) {
   GuardPlan plan{};
   GuardArgs& a = plan.args_;
   const Geometry g = Geometry::Of(p, mask);
@@ -56,12 +56,19 @@ GuardPlan GuardPlan::Of(const Problem& p, const BlockMask& mask, const fp_guard&
   a.moments = guard.moments;
 
   a.most_rows = static_cast<int>(std::max<int64_t>(1, MostRows(p, guard)));
-  const int64_t unit_rows = int64_t{a.most_rows} * g.group, few = GuardRowsPerWarp(p.head_dim) * kGuardFewWarps;
-  a.tile_rows = GuardRowsPerWarp(p.head_dim) * (unit_rows > few ? kGuardManyWarps : kGuardFewWarps);
-  a.row_tiles = static_cast<int>(DivUp<int64_t>(unit_rows, a.tile_rows));
-  const int64_t ctas = std::max<int64_t>(1, int64_t{p.batch} * p.kv_heads * a.row_tiles);
-  const int64_t most = std::max<int64_t>(1, DivUp(p.max_seqlen_k, kLeastPiece));
-  a.pieces = static_cast<int>(std::clamp(DivUp(kWantedCtas * processors, ctas), int64_t{1}, most));
+  a.tile_rows = GuardTileRows(p.head_dim, gpu.portable);
+  a.row_tiles = static_cast<int>(DivUp<int64_t>(int64_t{a.most_rows} * g.group, a.tile_rows));
+  a.any_block = a.listed_words > 0 || GuardStepKeys(false, gpu.portable) / mask.block_size > 1;
+  plan.portable_ = gpu.portable;
+  // Pieces of equal lengths, of whole steps: those of a causal mask's first rows are fewer.
+  const int64_t units = std::max<int64_t>(1, int64_t{p.batch} * p.kv_heads);
+  const int64_t unseen = p.causal ? std::min(p.max_seqlen_q, p.max_seqlen_k) / 2 * (a.row_tiles - 1) : 0;
+  const int64_t keys = units * (a.row_tiles * p.max_seqlen_k - unseen);
+  const int64_t step = GuardStepKeys(a.any_block, gpu.portable), size = mask.block_size;
+  const int64_t run = std::max<int64_t>(1, step / size) * size;
+  const int64_t wanted = std::max(kLeastPiece, DivUp(keys, kWantedCtas * processors));
+  a.piece_keys = static_cast<int>(DivUp(std::min(wanted, std::max<int64_t>(1, p.max_seqlen_k)), run) * run);
+  a.pieces = static_cast<int>(std::max<int64_t>(1, DivUp<int64_t>(p.max_seqlen_k, a.piece_keys)));
   return plan;
 }
 
@@ -92,7 +99,7 @@ cudaError_t GuardPlan::LaunchAudit(int draw, int low_outcome, cudaStream_t strea
   if (a.key_lists) {
     if (cudaError_t e = LaunchGuardListed(a, stream)) return e;
   }
-  if (cudaError_t e = LaunchGuardAudit(a, stream)) return e;
+  if (cudaError_t e = portable_ ? LaunchGuardAuditPortable(a, stream) : LaunchGuardAuditSm90(a, stream)) return e;
   return LaunchGuardReport(a, stream);
 }
 

@@ -6,13 +6,14 @@
 
 #include "core/backend.h"
 #include "cuda/common/guard/args.h"
+#include "cuda/devices.h"
 
 namespace flashprefill::cuda {
 
 class GuardPlan {
  public:
   // processors: the GPU's. The mask is fit to be attended to on CUDA (AttendPlan::Unsupported).
-  static GuardPlan Of(const Problem& p, const BlockMask& mask, const fp_guard& guard, int processors);
+  static GuardPlan Of(const Problem& p, const BlockMask& mask, const fp_guard& guard, const Gpu& gpu, int processors);
 
   void Take(Workspace& workspace);
 
@@ -26,6 +27,7 @@ class GuardPlan {
 
  private:
   GuardArgs args_;
+  bool portable_ = false;
 };
 
 } // namespace flashprefill::cuda

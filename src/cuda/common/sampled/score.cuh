@@ -71,31 +71,6 @@ __device__ __forceinline__ bool PlaceSample(const SampledShape& a, SampledShared
   return true;
 }
 
-// Energies of the 16 rows of a lane's four, each lane's two of them: the eight lanes of a row exchange halves, so that
-// 14 shuffles do for 16 sums.
-__device__ __forceinline__ void StoreEnergies(float (&sum)[kRows / 4], const float* reference, float* to, int apart) {
-  const int lane = threadIdx.x % 32;
-  int first = 0; // of the sums that are left
-#pragma unroll
-  for (int stage = 0; stage < 3; ++stage) {
-    const int offset = 16 >> stage, left = 8 >> stage;
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float other = __shfl_xor_sync(~0u, upper ? sum[i] : sum[i + left], offset);
-      sum[i] = (upper ? sum[i + left] : sum[i]) + other;
-    }
-    first += upper ? left : 0;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = RowSums<kRows>::RowOfSum(first + i);
-    to[row * apart] = reference[row] == -INFINITY ? -INFINITY : __log2f(sum[i]) + reference[row];
-  }
-#pragma unroll
-  for (float& x : sum) x = 0;
-}
-
 // PARTS_OF_16: a part is a warp's keys of a step, else some steps.
 template <class PRODUCT, typename T, int PANELS, bool PARTS_OF_16>
 __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
@@ -137,9 +112,9 @@ __global__ void __launch_bounds__(kPanelThreads, PANELS == 4 ? 1 : 3)
     const int first = unit.begin + step * kProductRows, key = first + 16 * warp + lane / 4;
     sums.Add(d, first + kProductRows <= unit.least, [&](int j, int half) { return key + 8 * half < shared.limit[j]; });
     if constexpr (PARTS_OF_16) {
-      StoreEnergies(sums.sum, shared.reference[warp], &shared.energy[0][kWarps * step + warp], kEnergyPitch);
+      StoreLogSums(sums, &shared.energy[0][kWarps * step + warp], kEnergyPitch);
     } else if (++in_part == part_steps || step + 1 == unit.steps) {
-      StoreEnergies(sums.sum, shared.reference[warp], shared.part[part % 2][warp], 1);
+      StoreLogSums(sums, shared.part[part % 2][warp], 1);
       in_part = 0;
       ++part;
     }

@@ -185,7 +185,7 @@ struct CellMath {
       const DeviceTile tile = TileAt(a.d.p, r, strip.sequence, strip.first_tile + in_range);
       const int head = strip.kv * units + unit - in_range * units;
       const int limit =
-          in_warp < live_rows ? RowLimit(g, strip.sequence, tile, in_strip & (g.rows_per_unit - 1), head) : 0;
+          in_warp < live_rows ? RowLimit(a, strip.sequence, tile, in_strip & (g.rows_per_unit - 1), head) : 0;
       seen[half] = min(limit - key_tile * g.key_tile_cells, g.key_tile_cells);
     }
     // Make powers of two, and keep the largest exponent and the sum of each row.

@@ -20,13 +20,15 @@ __device__ inline StridedRange RangeOf(const StridedArgs& a, const DeviceSequenc
   return {begin - base, begin - a.first_tile, max(0, end - begin) * a.rules.units_per_kv};
 }
 
-// Cells that the last row of a tile sees: no row of it sees more.
-__device__ inline int CellsSeen(const StridedShape& g, const DeviceSequence& s, const DeviceTile& tile) {
-  return ((s.prefix + tile.end - 1) >> g.log2_stride) + 1;
+// Cells that the sequence's query `last` sees: those whose first key it may attend to.
+__device__ inline int CellsSeen(const StridedArgs& a, const DeviceSequence& s, int last) {
+  const int last_key = a.d.p.causal ? s.prefix + last : s.k_len - 1;
+  return (last_key >> a.shape.log2_stride) + 1;
 }
 
-__device__ inline int KeyTilesSeen(const StridedShape& g, const DeviceSequence& s, const DeviceTile& tile) {
-  return (CellsSeen(g, s, tile) + g.key_tile_cells - 1) / g.key_tile_cells;
+// Key tiles that the last row of a tile sees: no row of it sees more.
+__device__ inline int KeyTilesSeen(const StridedArgs& a, const DeviceSequence& s, const DeviceTile& tile) {
+  return (CellsSeen(a, s, tile.end - 1) + a.shape.key_tile_cells - 1) / a.shape.key_tile_cells;
 }
 
 // Query that stands for row i of a tile, and as far as which a cell of queries reaches; -1: no such row.
@@ -36,11 +38,10 @@ __device__ inline int LastQuery(const StridedShape& g, const DeviceTile& tile, i
   return begin < tile.end ? min(begin + place, tile.end - 1) : -1;
 }
 
-// Key cells [0, limit) that row i of a tile sees: those whose first key its query may attend to.
-__device__ inline int RowLimit(const StridedShape& g, const DeviceSequence& s, const DeviceTile& tile, int i,
-                               int head) {
-  const int last = LastQuery(g, tile, i, head);
-  return last < 0 ? 0 : ((s.prefix + last) >> g.log2_stride) + 1;
+// Key cells [0, limit) that row i of a tile sees.
+__device__ inline int RowLimit(const StridedArgs& a, const DeviceSequence& s, const DeviceTile& tile, int i, int head) {
+  const int last = LastQuery(a.shape, tile, i, head);
+  return last < 0 ? 0 : CellsSeen(a, s, last);
 }
 
 } // namespace flashprefill::cuda

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     const int kv = head / r.units_per_kv;
     const int64_t unit =
         (int64_t{kv} * a.tiles + tile_row - a.first_tile) * r.units_per_kv + head - kv * r.units_per_kv;
-    AddUpMasses(a, unit * g.rows_per_unit, KeyTilesSeen(g, s, tile), tile.visible, masses);
+    AddUpMasses(a, unit * g.rows_per_unit, KeyTilesSeen(a, s, tile), tile.visible, masses);
     // Take the forced blocks' mass off both sides.
     float forced = 0, rest = 0;
     for (int b = lane; b < tile.visible; b += 32) {

@@ -72,7 +72,7 @@ __device__ inline StridedStrip StridedStripAt(const StridedArgs& a, int kv, int 
   const int last =
       min(range.first_tile + r.by_units(strip.unit + strip.units - 1), FirstDenseTile(r, strip.sequence) - 1);
   if (last < range.first_tile + r.by_units(strip.unit)) return strip;
-  strip.key_tiles = KeyTilesSeen(g, strip.sequence, TileAt(a.d.p, r, strip.sequence, last));
+  strip.key_tiles = KeyTilesSeen(a, strip.sequence, TileAt(a.d.p, r, strip.sequence, last));
   return strip;
 }
 

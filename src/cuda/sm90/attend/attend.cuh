@@ -84,7 +84,7 @@ class AttendMath {
     Store(tile);
   }
 
- private:
+ protected: // of skip.cuh's math too
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
   static constexpr bool kGathers = LOADING == Loading::kGather;
@@ -298,25 +298,31 @@ class AttendMath {
   float max_[2], sum_[2]; // the reference maximum, raw; this lane's part of the sum
 };
 
-template <class SHAPE, Loading LOADING>
-struct LoadingSide {
+// The two sides of a kernel and what they share; of masks that skip: skip.cuh.
+template <class T, class SHAPE, Loading LOADING>
+struct Sides {
+  using Math = AttendMath<T, SHAPE, LOADING>;
   using Producer = AttendProducer<SHAPE, LOADING>;
   using Memory = SharedMemory<SHAPE>;
 };
-template <class SHAPE>
-struct LoadingSide<SHAPE, Loading::kGather> {
+template <class T, class SHAPE>
+struct Sides<T, SHAPE, Loading::kGather> {
+  using Math = AttendMath<T, SHAPE, Loading::kGather>;
   using Producer = GatherProducer<SHAPE>;
   using Memory = GatherMemory<SHAPE>;
 };
 
 template <class T, class SHAPE, Loading LOADING>
 __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_constant__ AttendParams p) {
-  using Producer = typename LoadingSide<SHAPE, LOADING>::Producer;
+  using Side = Sides<T, SHAPE, LOADING>;
+  using Producer = typename Side::Producer;
   extern __shared__ uint8_t raw[];
-  auto& sm = *reinterpret_cast<typename LoadingSide<SHAPE, LOADING>::Memory*>(
-      raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
+  auto& sm = *reinterpret_cast<typename Side::Memory*>(raw + (1024 - (SharedAddress(raw) & 1023)) % 1024);
   // Set up barriers.
   if (threadIdx.x == 0) {
+    if constexpr (LOADING == Loading::kAscending) {
+      for (TileSkipped& one : sm.skipped) one.pairs = 0;
+    }
     constexpr int kReleases = LoadsRows(LOADING) ? kMathThreads : kMathThreads / 32;
     constexpr int kFullArrivals = Producer::kFullArrivals;
     BarrierInit(&sm.work_full, 32);
@@ -341,7 +347,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     if (threadIdx.x < Producer::kThreads) Producer(p, sm).Run();
   } else {
     GrowRegisters<SHAPE::kMathRegisters>();
-    AttendMath<T, SHAPE, LOADING>(p, sm).Run();
+    typename Side::Math(p, sm).Run();
     BulkStoresDone();
   }
 }
@@ -353,7 +359,7 @@ AttendKernelSet KernelsOf() {
 }
 
 template <class T, class SHAPE>
-GatherKernel GatherKernelOf() {
+OneAttendKernel GatherKernelOf() {
   constexpr int kBytes = static_cast<int>(sizeof(GatherMemory<SHAPE>)) + kOperandAlign;
   static_assert(kBytes <= 227 * 1024, "the shared memory that a CTA may have");
   return {AttendSm90<T, SHAPE, Loading::kGather>, kBytes};
@@ -369,7 +375,7 @@ GatherKernel GatherKernelOf() {
 // The same for masks with key lists.
 #define FLASHPREFILL_INSTANTIATE_GATHER(T, HEAD_DIM)   \
   template <>                                          \
-  GatherKernel AttendGatherKernel<T, HEAD_DIM>() {     \
+  OneAttendKernel AttendGatherKernel<T, HEAD_DIM>() {     \
     return GatherKernelOf<T, AttendShape<HEAD_DIM>>(); \
   }
 

@@ -86,7 +86,7 @@ class KeyIterator {
     return __funnelshift_l(from > 0 ? low : 0, from >= 0 ? high : 0, before);
   }
 
- private:
+ protected: // the ascending iterator's too
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kWordsPerTile = kKeys / 64; // words of means a tile
 

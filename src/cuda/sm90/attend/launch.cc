@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/key_list.h"
 #include "cuda/common/attend/plan.h"
@@ -46,7 +47,12 @@ AttendKernelSet PickKernels(int head_dim) {
 }
 
 template <class T>
-GatherKernel PickGatherKernel(int head_dim) {
+OneAttendKernel PickSkipKernel(int head_dim) {
+  return PaddedHeadDim(head_dim) == 64 ? AttendSkipKernel<T, 64>() : AttendSkipKernel<T, 128>();
+}
+
+template <class T>
+OneAttendKernel PickGatherKernel(int head_dim) {
   switch (PaddedHeadDim(head_dim)) {
     case 64:
       return AttendGatherKernel<T, 64>();
@@ -140,9 +146,15 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
   };
   if (HasKeyLists(call.mask)) {
     a.listed = ListsOf(call.mask);
-    const GatherKernel gather =
+    const OneAttendKernel gather =
         p.q.dtype == FP_BF16 ? PickGatherKernel<__nv_bfloat16>(p.head_dim) : PickGatherKernel<__half>(p.head_dim);
     return launch(gather.kernel, gather.shared_bytes);
+  }
+  if (call.mask.skip > 0) {
+    a.skip = {std::log2(call.mask.skip) / a.exponent_scale, call.mask.skipped};
+    const OneAttendKernel skips =
+        p.q.dtype == FP_BF16 ? PickSkipKernel<__nv_bfloat16>(p.head_dim) : PickSkipKernel<__half>(p.head_dim);
+    return launch(skips.kernel, skips.shared_bytes);
   }
   const AttendKernelSet kernels =
       p.q.dtype == FP_BF16 ? PickKernels<__nv_bfloat16>(p.head_dim) : PickKernels<__half>(p.head_dim);

@@ -22,14 +22,13 @@ __device__ __forceinline__ int RowsExist(int rows) {
 
 // ---------------------------------------------------------------- masks
 
-// A score that counts for nothing: a float, or an integer that becomes one's bits when this is added to it.
-constexpr uint32_t kScoreBits = 0x4b400000; // 1.5 * 2^23: an integer below 2^22 becomes it and the integer, exactly
+// A score that counts for nothing: a float, or the bits of one.
 template <class SCORE>
 __device__ __forceinline__ SCORE Masked() {
   if constexpr (std::is_same_v<SCORE, float>) {
     return -INFINITY;
   } else {
-    return static_cast<SCORE>(0xff800000u - kScoreBits);
+    return static_cast<SCORE>(0xff800000u);
   }
 }
 

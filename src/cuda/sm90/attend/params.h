@@ -19,10 +19,11 @@ constexpr int kAttendThreads = 384;
 
 // How K and V come, and by how many warps each.
 enum class Loading {
-  kTiles,  // one: a bulk copy or two bring a key tile
-  kChunks, // two, which share a tile's many bulk copies
-  kRows,   // two, by asynchronous copies: from pages of less than 16 rows
-  kGather  // the same, for masks with key lists: rows from anywhere (gather_producer.cuh)
+  kTiles,     // one: a bulk copy or two bring a key tile
+  kChunks,    // two, which share a tile's many bulk copies
+  kAscending, // as kTiles, from the lowest key up: for masks that skip (skip.cuh)
+  kRows,      // two, by asynchronous copies: from pages of less than 16 rows
+  kGather     // the same, for masks with key lists: rows from anywhere (gather_producer.cuh)
 };
 constexpr bool LoadsRows(Loading loading) { return loading >= Loading::kRows; }
 
@@ -32,6 +33,12 @@ struct ListArgs {
   int64_t segment_rows, stride;
   int max_keys;
   Divider by_segment_tokens, by_segment_tiles;
+};
+
+// What a mask skips, as fp_block_mask has it.
+struct SkipArgs {
+  float below;      // a row skips a chunk whose largest raw score lies further below its largest so far: log(skip) / scale
+  int32_t* skipped; // [mask heads, tile_rows], or null
 };
 
 // Tile sizes by padded head dimension. 227 KiB of shared memory must hold the Q stages, the K/V stages and 32 KiB (d64:
@@ -64,6 +71,7 @@ struct AttendParams : AttendArgs {
   uint32_t zero;              // OpaqueCopy's
   float minus_one;            // HoldBack's
   ListArgs listed;            // last, so that the other kernels' arguments lie where they always lay
+  SkipArgs skip;
 };
 
 // Everything of a call that concerns the rows of q and of the output, the OpaqueCopy and HoldBack constants too.
@@ -79,13 +87,15 @@ struct AttendKernelSet {
 template <class T, int HEAD_DIM>
 AttendKernelSet AttendKernels();
 
-// The kernel for masks with key lists.
-struct GatherKernel {
+// The kernel for masks with key lists, and the one for masks that skip, of head dimensions up to 128.
+struct OneAttendKernel {
   AttendKernel kernel;
   int shared_bytes;
 };
 template <class T, int HEAD_DIM>
-GatherKernel AttendGatherKernel();
+OneAttendKernel AttendGatherKernel();
+template <class T, int HEAD_DIM>
+OneAttendKernel AttendSkipKernel();
 
 } // namespace flashprefill::cuda
 

@@ -14,6 +14,8 @@
 
 #include <type_traits>
 
+#include "core/skip.h"
+#include "cuda/sm90/attend/ascending_iterator.cuh"
 #include "cuda/sm90/attend/loading_side.cuh"
 
 namespace flashprefill::cuda {
@@ -21,7 +23,8 @@ namespace flashprefill::cuda {
 template <class SHAPE, Loading LOADING>
 class AttendProducer {
   static constexpr bool kRows = LoadsRows(LOADING);
-  static constexpr bool kTeams = LOADING != Loading::kTiles;
+  static constexpr bool kAscending = LOADING == Loading::kAscending;
+  static constexpr bool kTeams = LOADING != Loading::kTiles && !kAscending;
   static constexpr bool kEachArrives = LOADING == Loading::kGather; // both warps of a team say what they have described
 
  public:
@@ -135,10 +138,10 @@ class AttendProducer {
     }
   }
 
-  // Positions fall, so that no tile has a mask after the first that has none.
+  // Where positions fall, no tile has a mask after the first that has none.
   __device__ __forceinline__ void DescribeKeys(int mine) {
     KeyTile& tile = sm_.key_tiles[ring_position_.stage + ring_position_.parity * SHAPE::kStages];
-    if (masked_) masked_ = __any_sync(~0u, mine > safe_ - (1 << p_.chunk_shift));
+    if (kAscending || masked_) masked_ = __any_sync(~0u, mine > safe_ - (1 << p_.chunk_shift));
     if (masked_) {
       const int column = min(lane_, kKeys / 16 - 1) * 16;
       const int position = __shfl_sync(~0u, mine, column >> p_.chunk_shift);
@@ -154,7 +157,7 @@ class AttendProducer {
     const int chunks = keys_.chunks();
     // V's chunk that runs past the sequence's end goes by rows, unless that is the tensor's end too. It is the highest.
     uint32_t by_rows = 0;
-    if (is_v_ && first) {
+    if (is_v_ && (kAscending || first)) {
       const bool ragged = position < work.k_len && position + (1 << p_.chunk_shift) > work.k_len &&
                           (p_.page_size || p_.cu_seqlens_k || work.k_len < p_.max_k);
       by_rows = __ballot_sync(~0u, ragged) & ((2u << (chunks - 1)) - 1);
@@ -411,6 +414,13 @@ class AttendProducer {
     BarrierWait(&sm_.q_empty[q_.stage], q_.parity ^ 1);
     if (ElectOne()) {
       sm_.tiles[q_.stage] = InfoOf(p_, keys_.work(), steps);
+      if constexpr (kAscending) {
+        const Work& work = keys_.work();
+        sm_.tiles[q_.stage].skips = QueryLength(p_, work.sequence) * p_.group >= kRowsThatSkip;
+        TileSkipped& slot = static_cast<SkipMemory<SHAPE>&>(sm_).skipped[q_.stage + 2 * q_.parity];
+        slot.info = sm_.tiles[q_.stage];
+        slot.mask_row = work.mask_row;
+      }
       LoadQueries<SHAPE>(p_, sm_, keys_.work(), q_.stage, 0);
     }
     q_.Advance(SHAPE::kQStages);
@@ -437,7 +447,7 @@ class AttendProducer {
   RingPosition ring_position_; // of K or V
   RingPosition q_;
 
-  KeyIterator<SHAPE> keys_;
+  std::conditional_t<kAscending, AscendingIterator<SHAPE>, KeyIterator<SHAPE>> keys_;
   int safe_;                           // keys below this position are seen by every row
   bool masked_;                        // the last tile of keys had a mask
   const int32_t* pages_;               // of the sequence

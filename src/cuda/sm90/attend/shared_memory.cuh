@@ -18,7 +18,7 @@ struct TileInfo {
   int last_key;       // of the sequence
   int batch, token;   // of row 0, as coordinates of out
   int head;           // of row 0
-  int reserved;
+  int skips;          // Loading::kAscending: whether the sequence has rows enough to skip
 };
 
 enum class KeyMode : int {
@@ -88,8 +88,23 @@ struct GatherMemory : SharedMemory<SHAPE> {
   TileList list;
 };
 
+// What a query tile has skipped: pairs of a row and a key, and in the highest bits how many warps have added theirs.
+struct TileSkipped {
+  TileInfo info; // again, for the end of the tile: no register holds it till then
+  int64_t mask_row;
+  unsigned long long pairs;
+};
+
+// Of Loading::kAscending.
+template <class SHAPE>
+struct SkipMemory : SharedMemory<SHAPE> {
+  // By tile, in turns. Four: warpgroups may be a tile apart, and the loading side two further.
+  TileSkipped skipped[4];
+};
+
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1; // and 2: whose turn it is to use the matrix units, a math warpgroup each
+constexpr int kSkipBarrier = 3; // and 4: a math warpgroup decides whether it skips
 
 } // namespace flashprefill::cuda
 

@@ -10,8 +10,9 @@
 //    registers are free for exponentials on their way. With Q K^T first, six registers were left for them, and the
 //    exponentials waited for each other.
 //  - Scores are integers: the products of a row of Q, rounded here with a scale of its own, and of keys less a center,
-//    rounded by the pass before with a scale per 128 (common/attend/images.h). The bits of 1.5 * 2^23 are added, which
-//    makes them floats, that plus the sum, exactly; one multiply-add then makes the exponent of any of them.
+//    rounded by the pass before with a scale per 128 (common/attend/images.h). Their sums begin as the bits of 1.5 *
+//    2^23, which makes them floats, that plus the sum, exactly; one multiply-add then makes the exponent of any of
+//    them. The 64 moves that this takes fit between the issue of P V and that of Q K^T.
 //  - Weights are e4m3, which ends at 448 and at 2^-9. A row's reference is three octaves below its first maximum, so a
 //    lane's 32 weights sum to at most 256 where all are equal; at 448 the row moves its reference.
 //  - Hopper adds up e4m3 products with some 14 bits. So every step's P V is a sum of its own, and goes to fp32
@@ -22,7 +23,6 @@
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_8BIT_ATTEND_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_8BIT_ATTEND_CUH_
 
-#include "cuda/common/grid_control.cuh"
 #include "cuda/common/numbers.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/sm90/attend/math_side.cuh"
@@ -31,9 +31,11 @@
 
 namespace flashprefill::cuda {
 
-constexpr float kScoreBias = 12582912.0f; // kScoreBits
-constexpr float kWeightOctaves = 3;       // of the largest weight of a row's first step
-constexpr float kLargestSum8 = 448;       // of a lane's weights in a step: below it no weight is out of range
+constexpr int32_t kScoreBits = 0x4b400000; // of 1.5 * 2^23: with an integer below 2^22 added to them, of that number
+                                           // plus the integer, exactly
+constexpr float kScoreBias = 12582912.0f;  // that number
+constexpr float kWeightOctaves = 3;        // of the largest weight of a row's first step
+constexpr float kLargestSum8 = 432;        // of a lane's weights in a step: below it none becomes 448 or more
 
 template <class T, class SHAPE>
 class Attend8Math {
@@ -51,6 +53,7 @@ class Attend8Math {
     RoundQueries();
     WaitFor(sm_.k_full, step_);
     WaitTurn();
+    BeginScores();
     IssueScores();
     PassTurn();
     WgmmaWait<0>();
@@ -60,16 +63,18 @@ class Attend8Math {
       WaitFor(sm_.v_full, step_ - 1);
       if (steps > 1) WaitFor(sm_.k_full, step_);
       for (int j = 1; j < steps; ++j) {
-        WaitTurn();
-        IssueValues();
-        IssueScores();
         const ScaledKeyTile& key_tile = KeyTileBefore(0);
-        const KeyMode mode = ModeOf(key_tile); // asked while the products run, as is what scores are worth
+        const KeyMode mode = ModeOf(key_tile); // asked before the turn, as is what scores are worth: no turn is longer
+                                               // for it
         const Worth worth = WorthOf(key_tile, mode);
         const float v_scale = KeyTileBefore(1).v.scale;
         const float2 reference = Load(sm_.rows.reference);
         const float addend[2] = {Addend(reference.x, worth.scale[0], worth.bias, false),
                                  Addend(reference.y, worth.scale[1], worth.bias, false)};
+        WaitTurn();
+        IssueValues();
+        BeginScores();
+        IssueScores();
         WgmmaWait<1>();
         TakeValues(v_scale);
         WaitFor(sm_.v_full, step_); // now, and not in the next turn, which is to begin with products
@@ -85,25 +90,25 @@ class Attend8Math {
       RoundQueries(); // under the last products of the tile before
       WaitFor(sm_.k_full, step_);
       WaitTurn();
+      BeginScores();
       IssueScores();
       PassTurn();
       WgmmaWait<1>();
       TakeValues(KeyTileBefore(1).v.scale);
-      Pack();
+      Pack(tile_ - 2);
       Store(tile_ - 2);
       WgmmaWait<0>();
     }
     IssueValues();
     WgmmaWait<0>();
     TakeValues(KeyTileBefore(1).v.scale);
-    Pack();
+    Pack(tile_ - 1);
     Store(tile_ - 1);
   }
 
  private:
   static constexpr int kKeys = SHAPE::kKeys;
   static constexpr int kHeadDim = SHAPE::kHeadDim;
-  static constexpr int32_t kBits = kScoreBits;
   static constexpr int kSlices = kKeys / 32; // of a step: what a product of P V takes
   using Memory = SharedMemory8<SHAPE>;
 
@@ -212,13 +217,18 @@ class Attend8Math {
     BarrierWait(&full[Stage(step)], Parity(step));
   }
 
+  __device__ __forceinline__ void BeginScores() {
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) s_[i] = kScoreBits;
+  }
+
   // S = Q K^T of the next key tile.
   __device__ __forceinline__ void IssueScores() {
     const uint64_t q = DescribeKMajor(SharedAddress(sm_.q8) + group_ * 64 * kImageColumns);
     const uint64_t k = DescribeKMajor(SharedAddress(sm_.k[Stage(step_)]));
     WgmmaFence();
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 32; ++i) WgmmaInt8::SS(s_, q + 2 * i, k + 2 * i, i > 0);
+    for (int i = 0; i < kHeadDim / 32; ++i) WgmmaInt8::SS(s_, q + 2 * i, k + 2 * i, true);
     WgmmaCommit();
   }
 
@@ -290,7 +300,8 @@ class Attend8Math {
   }
 
   // Weights of a later step. They are taken against the old references, without a look at the scores: where that makes
-  // a lane's sum too large, the step is done again with the row's maximum, for which the scores are kept.
+  // a weight too large, the step is done again with the row's maximum, for which the scores are kept. A lane's sum says
+  // where one may be, and then the packed weights where one is.
   __device__ __forceinline__ void NextWeights(const ScaledKeyTile& key_tile, KeyMode mode, const Worth& worth,
                                               const float (&addend)[2]) {
     float sum[2] = {0, 0};
@@ -299,12 +310,21 @@ class Attend8Math {
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
     int large = (sum[0] < kLargestSum8 ? 0 : 1) | (sum[1] < kLargestSum8 ? 0 : 2);
     float2 sums = Load(sm_.rows.sum);
-    if (__any_sync(~0u, large) && __any_sync(~0u, large & RowsExist(Tile(tile_ - 1).rows))) {
+    if (__any_sync(~0u, large)) {
+      large &= Saturated() & RowsExist(Tile(tile_ - 1).rows);
       large |= __shfl_xor_sync(~0u, large, 1);
       large |= __shfl_xor_sync(~0u, large, 2);
-      sums = MoveReferences(large, sums, sum);
+      if (__any_sync(~0u, large)) sums = MoveReferences(large, sums, sum);
     }
     Save(sm_.rows.sum, sums.x + sum[0], sums.y + sum[1]);
+  }
+
+  // A bit for each of this lane's rows that has a weight of e4m3's largest number, 448, or that is none.
+  __device__ __forceinline__ int Saturated() const {
+    uint32_t any[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) any[i % 2] |= (weights_[i] + 0x02020202) & 0x80808080; // 0x7e and 0x7f
+    return (any[0] ? 1 : 0) | (any[1] ? 2 : 0);
   }
 
   // Moves the reference of each row that `moves` names to this step's, if that is larger, and takes the weights again:
@@ -347,7 +367,7 @@ class Attend8Math {
     return fmaf(top - kScoreBias, worth.scale[r], worth.bias - kWeightOctaves);
   }
 
-  __device__ __forceinline__ float Score(int i) const { return __int_as_float(s_[i] + kBits); }
+  __device__ __forceinline__ float Score(int i) const { return __int_as_float(s_[i]); }
 
   // Of slices BEGIN to END of 32 keys: the weights, packed as A of their product, and their sums.
   template <int BEGIN, int END>
@@ -377,7 +397,7 @@ class Attend8Math {
     const bool means = mode == KeyMode::kMeans; // whose V may be so too
     if (means ? key_tile.any_not_finite : key_tile.k.any_not_finite) {
       ForColumns<kKeys>(s_, (means ? key_tile.not_finite : key_tile.k.not_finite)[lane % 4], true,
-                        [](int32_t* of_rows) { of_rows[0] = of_rows[2] = 0x7fffffff - kBits; });
+                        [](int32_t* of_rows) { of_rows[0] = of_rows[2] = 0x7fffffff; });
     }
     if (mode == KeyMode::kMasked) {
       const TileInfo& tile = Tile(tile_ - 1);
@@ -401,17 +421,34 @@ class Attend8Math {
     for (int i = 0; i < kKeys / 4; ++i) {
       int32_t* const s = s_ + i / 2 * 4 + i % 2;
       if (i / 2 * 8 + Lane() % 4 * 2 + i % 2 != key_tile.short_column) continue;
-      s[0] = __float_as_int(__int_as_float(s[0] + kBits) + bias[0]) - kBits;
-      s[2] = __float_as_int(__int_as_float(s[2] + kBits) + bias[1]) - kBits;
+      s[0] = __float_as_int(__int_as_float(s[0]) + bias[0]);
+      s[2] = __float_as_int(__int_as_float(s[2]) + bias[1]);
     }
   }
 
   // ---------------------------------------------------------------- out
 
-  __device__ __forceinline__ void Pack() {
+  __device__ __forceinline__ void Pack(uint32_t tile) {
     const float2 sums = Load(sm_.rows.sum);
     sum_[0] = sums.x;
     sum_[1] = sums.y;
+    // What was taken from all values, as often as they have weight.
+    float whole[2] = {sums.x, sums.y};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      whole[r] += __shfl_xor_sync(~0u, whole[r], 1);
+      whole[r] += __shfl_xor_sync(~0u, whole[r], 2);
+    }
+    const uint32_t center = SharedAddress(sm_.v_center[tile % Memory::kTiles]) + Thread() % 4 * 8;
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; ++c) { // 8 columns
+      const float2 plus = LoadShared8(center + c * 32);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        o_[4 * c + 2 * r] = fmaf(plus.x, whole[r], o_[4 * c + 2 * r]);
+        o_[4 * c + 2 * r + 1] = fmaf(plus.y, whole[r], o_[4 * c + 2 * r + 1]);
+      }
+    }
     PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
   }
 
@@ -437,45 +474,6 @@ class Attend8Math {
   uint32_t out_[kHeadDim / 4];  // O, normalised and packed
   float sum_[2];                // of a finished tile's rows
 };
-
-template <class T, class SHAPE>
-__global__ void __launch_bounds__(kAttendThreads, 1) Attend8Sm90(const __grid_constant__ Attend8Params p) {
-  extern __shared__ uint8_t raw[];
-  auto& sm = *reinterpret_cast<SharedMemory8<SHAPE>*>(AlignedShared(raw));
-  // Set up barriers.
-  if (threadIdx.x == 0) {
-    constexpr int kMathWarps = kMathThreads / 32;
-    BarrierInit(&sm.work_full, 32);
-    BarrierInit(&sm.work_empty, ImageProducer<SHAPE>::kLoaders * 32);
-    BarrierInit(&sm.q_full[0], 1);
-    BarrierInit(&sm.q_empty[0], kMathThreads);
-    for (int i = 0; i < SHAPE::kStages; ++i) {
-      BarrierInit(&sm.k_full[i], 1);
-      BarrierInit(&sm.v_full[i], 1);
-      BarrierInit(&sm.k_empty[i], kMathWarps);
-      BarrierInit(&sm.v_empty[i], kMathWarps);
-    }
-    FenceBarrierInit();
-  }
-  __syncthreads();
-  GridWait(); // the images
-  // Split up: one warpgroup loads, two compute.
-  if (threadIdx.x < 128) {
-    ShrinkRegisters<SHAPE::kProducerRegisters>();
-    if (threadIdx.x < ImageProducer<SHAPE>::kThreads) ImageProducer<SHAPE>(p, sm).Run();
-  } else {
-    GrowRegisters<SHAPE::kMathRegisters>();
-    Attend8Math<T, SHAPE>(p, sm).Run();
-    BulkStoresDone();
-  }
-}
-
-// The content of an instantiation file.
-#define FLASHPREFILL_INSTANTIATE_ATTEND_8BIT(T)                                                                   \
-  template <>                                                                                                     \
-  Attend8KernelSet Attend8KernelOf<T>() {                                                                         \
-    return {Attend8Sm90<T, Attend8Shape>, static_cast<int>(sizeof(SharedMemory8<Attend8Shape>)) + kOperandAlign}; \
-  }
 
 } // namespace flashprefill::cuda
 

@@ -1,5 +1,5 @@
 // The 8-bit attend kernel for bf16 queries.
-#include "cuda/sm90/attend_8bit/attend.cuh"
+#include "cuda/sm90/attend_8bit/kernel.cuh"
 
 namespace flashprefill::cuda {
 

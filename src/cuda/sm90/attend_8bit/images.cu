@@ -1,5 +1,5 @@
-// The pass that writes tile images (images.h), in two launches: a center for each sequence and KV head, from 64 of its
-// keys, then the images, those of K and of V by different CTAs.
+// The pass that writes tile images (images.h), in two launches: the centers of each sequence and KV head, from 64 of
+// its keys, then the images, those of K and of V by different CTAs.
 //
 // It is bound by memory: 512 bytes read and 256 written per key (d128), once, where attention reads each of them tens
 // of times. A thread has 8 rows of 16 bytes, all in flight before the first is used: page numbers are looked up for all
@@ -30,6 +30,8 @@ constexpr int kSampleGroups = kSamples / kHeld, kCenterThreads = kSampleGroups *
 constexpr int kTurnPitch = kImageKeys / 4 + 1; // words
 constexpr float kLeastK = 1e-15f;              // of a scale's largest value: products of two stay normal
 constexpr float kLeastV = 1e-30f;
+constexpr float kMostE4M3 = 460;                        // of a scaled value: from 464 on 448 would not be the nearest
+constexpr float kLeastBase = 1e-20f, kMostBase = 1e20f; // of a cache's scale, else 1 is taken: products stay normal
 constexpr float kMost = 0x1p125f; // what is as large counts as infinite: the fast division knows no divisors from
                                   // 2^126 on, and a key less a center is at most twice as large
 
@@ -38,6 +40,8 @@ __device__ inline bool Counts(float x) { return fabsf(x) < kMost; }
 struct ImageJobs {
   AttendArgs a;
   Images images;
+  const float* v_scale; // of the FP8 cache that V comes from: [batch, kv_heads], or null
+  int64_t v_scale_stride[2];
   int key_units, mean_units;           // CTAs for K (and as many for V): images of keys, and of means
   int keys_each, means_each;           // images of a sequence, unless K is packed
   Divider by_heads;                    // kv_heads
@@ -110,12 +114,14 @@ __device__ LinearRows<T> LinearRowsOf(const AttendArgs& p, bool of_v, int sequen
 // makes the scales small.
 template <typename T>
 __global__ void __launch_bounds__(kCenterThreads) CenterKernel(const __grid_constant__ ImageJobs jobs) {
+  const bool of_v = blockIdx.x & 1;
+  const int unit = static_cast<int>(blockIdx.x / 2);
   __shared__ float sums[kSampleGroups][kImageColumns], mosts[kSampleGroups][kImageColumns],
       leasts[kSampleGroups][kImageColumns];
   __shared__ int counts[kSampleGroups][kImageColumns];
   GridRelease();
   const AttendArgs& p = jobs.a;
-  const int sequence = jobs.by_heads(blockIdx.x), head = blockIdx.x - sequence * p.kv_heads;
+  const int sequence = jobs.by_heads(unit), head = unit - sequence * p.kv_heads;
   const int k_len = KeyLength(p, sequence, KeyBegin(p, sequence)), samples = min(k_len, kSamples);
   const int each = samples ? k_len / samples : 0, rest = k_len - each * samples;
   const int column = threadIdx.x % kImageColumns, group = threadIdx.x / kImageColumns;
@@ -124,14 +130,15 @@ __global__ void __launch_bounds__(kCenterThreads) CenterKernel(const __grid_cons
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int sample = group * kHeld + i; // key sample * k_len / samples
-    t[i] = sample < samples && column < p.head_dim ? sample * each + sample * rest / samples : k_len;
+    t[i] = sample < samples && column < p.head_dim && !(of_v && jobs.v_scale) ? sample * each + sample * rest / samples
+                                                                              : k_len;
     x[i] = FromFloat<T>(INFINITY);
   }
   const auto load = [&](int i, const T* row) { x[i] = row[column]; };
   if (p.page_size) {
-    PagedRowsOf<T>(p, false, sequence, head, 0).Each(t, k_len, load);
+    PagedRowsOf<T>(p, of_v, sequence, head, 0).Each(t, k_len, load);
   } else {
-    LinearRowsOf<T>(p, false, sequence, head, 0).Each(t, k_len, load);
+    LinearRowsOf<T>(p, of_v, sequence, head, 0).Each(t, k_len, load);
   }
   float sum = 0, most = -INFINITY, least = INFINITY;
   int count = 0;
@@ -158,7 +165,8 @@ __global__ void __launch_bounds__(kCenterThreads) CenterKernel(const __grid_cons
     count += counts[g][column];
   }
   const float center = count > 2 ? __fdividef(sum - most - least, static_cast<float>(count - 2)) : 0;
-  jobs.images.centers[static_cast<int64_t>(blockIdx.x) * kImageColumns + column] = Counts(center) ? center : 0;
+  float* const centers = of_v ? jobs.images.v_centers : jobs.images.centers;
+  centers[int64_t{unit} * kImageColumns + column] = Counts(center) ? center : 0;
 }
 
 // ---------------------------------------------------------------- images
@@ -220,18 +228,6 @@ struct Held {
     return max(two & 0xffff, two >> 16);
   }
 
-  // Of those that are finite.
-  __device__ uint32_t LargestFinite() const {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < kHeld * kColumns / 2; ++i) {
-      const uint32_t two = reinterpret_cast<const uint32_t*>(raw)[i] & 0x7fff7fffu;
-      if ((two & 0xffff) < kInfinite) largest = max(largest, two & 0xffff);
-      if (two >> 16 < kInfinite) largest = max(largest, two >> 16);
-    }
-    return largest;
-  }
-
   // Puts instead(c) in the place of each value of column c that is not finite; a bit for each row that had one.
   template <class Instead>
   __device__ uint32_t Replace(Instead&& instead) {
@@ -257,6 +253,29 @@ __device__ uint32_t BitsOf(float x) {
   return *reinterpret_cast<const uint16_t*>(&value);
 }
 
+// A thread's columns of a center, when it is there.
+__device__ inline void LoadCenter(const float* centers, int column, float (&center)[kColumns]) {
+  GridWait();
+  *reinterpret_cast<float4*>(center) = *reinterpret_cast<const float4*>(centers + column);
+  *reinterpret_cast<float4*>(center + 4) = *reinterpret_cast<const float4*>(centers + column + 4);
+}
+
+// The largest distance from the center, of rows that exist and numbers that are some.
+template <typename T>
+__device__ float LargestDistance(const Held<T>& held, const int (&t)[kHeld], int count, const float (&center)[kColumns],
+                                 float least) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    float x[kColumns];
+    Unpack8<T>(held.raw[i], x);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (t[i] < count) least = fmaxf(least, fabsf(x[c] - center[c]));
+    }
+  }
+  return least;
+}
+
 // Sixteen threads per row, which write its 128 bytes together.
 template <typename T, class Rows>
 __device__ void WriteK(const Rows& rows, int count, int head_dim, const float* centers, ImageShared& shared,
@@ -267,24 +286,12 @@ __device__ void WriteK(const Rows& rows, int count, int head_dim, const float* c
   for (int i = 0; i < kHeld; ++i) t[i] = threadIdx.x / 16 + 16 * i;
   Held<T> held;
   held.Load(rows, t, count, column, column < head_dim);
-  GridWait(); // for the centers
   float center[kColumns];
-  *reinterpret_cast<float4*>(center) = *reinterpret_cast<const float4*>(centers + column);
-  *reinterpret_cast<float4*>(center + 4) = *reinterpret_cast<const float4*>(centers + column + 4);
+  LoadCenter(centers, column, center);
   if (held.Largest() >= Held<T>::kInfinite) {
     MarkKeys(held.Replace([&](int c) { return BitsOf<T>(center[c]); }), t, shared);
   }
-  float largest = kLeastK;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    float x[kColumns];
-    Unpack8<T>(held.raw[i], x);
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (t[i] < count) largest = fmaxf(largest, fabsf(x[c] - center[c]));
-    }
-  }
-  largest = LargestOf(largest, shared);
+  const float largest = LargestOf(LargestDistance(held, t, count, center, kLeastK), shared);
   const float inverse = __fdividef(127, largest);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) center[c] *= -inverse;
@@ -300,10 +307,18 @@ __device__ void WriteK(const Rows& rows, int count, int head_dim, const float* c
   StoreScale(scale, largest * (1.0f / 127), shared);
 }
 
-// Eight threads per half of a row. A thread's eight keys are two times four that stand together in V's rows.
+// The least power of two times `base` by which the largest value becomes one of e4m3's.
+__device__ inline float ScaleOfV(float largest, float base) {
+  if (!(base > kLeastBase && base < kMostBase)) base = 1;
+  const uint32_t ratio = __float_as_uint(__fdividef(largest, kMostE4M3 * base));
+  return base * __uint_as_float((ratio + 0x7fffffu) & 0x7f800000u);
+}
+
+// Eight threads per half of a row. A thread's eight keys are two times four that stand together in V's rows. base: the
+// scale of the FP8 cache, or 1.
 template <typename T, class Rows>
-__device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, ImageShared& shared, uint8_t* image,
-                       ImageScale* scale) {
+__device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, const float* centers, float base,
+                       ImageShared& shared, uint8_t* image, ImageScale* scale) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = warp % 2 * 64 + lane % 8 * kColumns, four = warp / 2 * 4 + lane / 8;
   int t[kHeld];
@@ -313,24 +328,31 @@ __device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, Im
   }
   Held<T> held;
   held.Load(rows, t, count, column, column < head_dim);
-  uint32_t most = held.Largest();
-  if (most >= Held<T>::kInfinite) { // a mean that is not wanted must not reach a product; a value is to be no number
-    most = held.LargestFinite();
-    const uint32_t rows = held.Replace([&](int) { return means ? 0u : 0x7fffu; });
+  float center[kColumns];
+  LoadCenter(centers, column, center);
+  if (held.Largest() >= Held<T>::kInfinite) { // a mean that is not wanted must not reach a product; a value is to be
+                                              // no number
+    const uint32_t rows = held.Replace([&](int c) { return means ? BitsOf<T>(center[c]) : 0x7fffu; });
     if (means) MarkKeys(rows, t, shared);
   }
-  float first[kColumns];
-  Unpack8<T>(uint4{most, 0, 0, 0}, first);
-  const float largest = LargestOf(fmaxf(first[0], kLeastV), shared), inverse = __fdividef(448, largest);
+  const float largest = LargestOf(LargestDistance(held, t, count, center, kLeastV), shared);
+  const float worth = ScaleOfV(largest, base), inverse = __fdividef(1, worth);
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) center[c] *= -inverse;
 #pragma unroll
   for (int k = 0; k < kHeld / 4; ++k) {
     float x[4][kColumns];
+    uint32_t there = 0; // bytes of a word
 #pragma unroll
-    for (int i = 0; i < 4; ++i) Unpack8<T>(held.raw[4 * k + i], x[i]);
+    for (int i = 0; i < 4; ++i) {
+      Unpack8<T>(held.raw[4 * k + i], x[i]);
+      if (t[4 * k + i] < count) there |= 0xffu << 8 * i;
+    }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      shared.turned[(column + c) * kTurnPitch + four + 16 * k] =
-          PackE4M3(x[0][c] * inverse, x[1][c] * inverse, x[2][c] * inverse, x[3][c] * inverse);
+      const uint32_t packed = PackE4M3(fmaf(x[0][c], inverse, center[c]), fmaf(x[1][c], inverse, center[c]),
+                                       fmaf(x[2][c], inverse, center[c]), fmaf(x[3][c], inverse, center[c]));
+      shared.turned[(column + c) * kTurnPitch + four + 16 * k] = packed & there;
     }
   }
   __syncthreads();
@@ -340,7 +362,7 @@ __device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, Im
     const uint32_t* const from = shared.turned + row * kTurnPitch + piece * 4;
     *reinterpret_cast<uint4*>(image + ImageOffset(row, piece * 16)) = uint4{from[0], from[1], from[2], from[3]};
   }
-  StoreScale(scale, largest * (1.0f / 448), shared);
+  StoreScale(scale, worth, shared);
 }
 
 // The image of zeros, for tiles that see nothing.
@@ -382,12 +404,16 @@ __global__ void __launch_bounds__(kThreads, 3) ImageKernel(const __grid_constant
   __syncthreads();
   // Write it.
   const int64_t at = head * set.rows + slot;
-  const float* const centers = jobs.images.centers + (int64_t{b} * p.kv_heads + head) * kImageColumns;
+  const int64_t centers = (int64_t{b} * p.kv_heads + head) * kImageColumns;
   const auto write = [&](const auto& rows) {
     if (of_v) {
-      WriteV<T>(rows, count, p.head_dim, means, shared, set.v + at * kImageBytes, set.v_scale + at);
+      const float base =
+          jobs.v_scale && !means ? jobs.v_scale[b * jobs.v_scale_stride[0] + head * jobs.v_scale_stride[1]] : 1;
+      WriteV<T>(rows, count, p.head_dim, means, jobs.images.v_centers + centers, base, shared, set.v + at * kImageBytes,
+                set.v_scale + at);
     } else {
-      WriteK<T>(rows, count, p.head_dim, centers, shared, set.k + at * kImageBytes, set.k_scale + at);
+      WriteK<T>(rows, count, p.head_dim, jobs.images.centers + centers, shared, set.k + at * kImageBytes,
+                set.k_scale + at);
     }
   };
   if (means) {
@@ -404,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, 3) ImageKernel(const __grid_constant
 
 template <typename T>
 cudaError_t Launch(const ImageJobs& jobs, cudaStream_t stream) {
-  CenterKernel<T><<<jobs.a.batch * jobs.a.kv_heads, kCenterThreads, 0, stream>>>(jobs);
+  CenterKernel<T><<<2 * jobs.a.batch * jobs.a.kv_heads, kCenterThreads, 0, stream>>>(jobs);
   if (cudaError_t e = cudaGetLastError()) return e;
   const int64_t grid = 2 * (int64_t{jobs.key_units} + jobs.mean_units + 1);
   return LaunchOverlapped(ImageKernel<T>, true, grid, kThreads, 0, stream, jobs);
@@ -412,10 +438,12 @@ cudaError_t Launch(const ImageJobs& jobs, cudaStream_t stream) {
 
 } // namespace
 
-cudaError_t LaunchImages(const AttendArgs& args, const Images& images, int32_t dtype, cudaStream_t stream) {
+cudaError_t LaunchImages(const AttendArgs& args, const Images& images, const Problem& p, cudaStream_t stream) {
   ImageJobs jobs{};
   jobs.a = args;
   jobs.images = images;
+  jobs.v_scale = p.v_scale;
+  for (int i = 0; i < 2; ++i) jobs.v_scale_stride[i] = p.v_scale_stride[i];
   const int64_t units = (images.keys.rows + images.means.rows) * args.kv_heads;
   if (2 * (units + 1) > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   jobs.key_units = static_cast<int>(images.keys.rows * args.kv_heads);
@@ -428,7 +456,7 @@ cudaError_t LaunchImages(const AttendArgs& args, const Images& images, int32_t d
   jobs.by_means_each = Divider::Of(std::max(1, jobs.means_each));
   jobs.by_image_keys = Divider::Of(kImageKeys);
   jobs.by_mean_keys = Divider::Of(mean_keys);
-  return dtype == FP_BF16 ? Launch<__nv_bfloat16>(jobs, stream) : Launch<__half>(jobs, stream);
+  return p.v.dtype == FP_BF16 ? Launch<__nv_bfloat16>(jobs, stream) : Launch<__half>(jobs, stream);
 }
 
 } // namespace flashprefill::cuda

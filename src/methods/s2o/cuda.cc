@@ -1,0 +1,60 @@
+// S2O on CUDA, on Hopper: keys are ranked for segments' mean queries as Gather ranks them (cuda/common/gather/plan.h).
+// A list first takes the best keys that it has room for; then a CTA sorts them and takes them 128 at a time, until its
+// rows say stop (cuda/common/gather/stop.cuh).
+#include <limits>
+
+#include "core/segment.h"
+#include "cuda/common/gather/plan.h"
+#include "cuda/common/heuristics.h"
+
+namespace flashprefill::methods::s2o {
+namespace {
+
+class Plan {
+ public:
+  static Plan Of(const Problem& p, const Policy& policy, const cuda::Gpu& gpu) {
+    Plan plan;
+    plan.policy_ = reinterpret_cast<const fp_s2o&>(policy);
+    plan.family_ = cuda::RankPlan::Of(p, policy, plan.policy_.segment, gpu);
+    const Geometry g = Geometry::Of(p, policy);
+    plan.rows_ = std::min<int64_t>(plan.policy_.stop_rows, int64_t{std::max(1, g.tile_tokens)} *
+                                                               SegmentTiles(plan.policy_.segment, g)) *
+                 g.heads_per_tile;
+    plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
+    return plan;
+  }
+
+  const char* Unsupported() const {
+    if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
+    if (room_ > cuda::kMostSortedKeys) return "max_keys is at most 32768 on CUDA";
+    return family_.Unsupported();
+  }
+  void Take(Workspace& workspace, bool) { family_.Take(workspace); } // means are for the mean correction alone
+
+  cudaError_t Launch(const cuda::SelectTarget& target) const {
+    return family_.Launch(target, [&](cuda::KeyChoiceArgs choice) {
+      choice.gain = std::numeric_limits<float>::quiet_NaN(); // by the budget: as many as there is room for
+      choice.budget = 1;
+      if (cudaError_t error = LaunchKeyChoice(choice, target.stream)) return error;
+      cuda::KeyStopArgs stop{};
+      static_cast<cuda::KeyChoiceArgs&>(stop) = choice;
+      stop.tau = policy_.tau;
+      stop.stop_rows = policy_.stop_rows;
+      return LaunchKeyStopSm90(stop, target.stream);
+    });
+  }
+
+  cuda::Means means;
+
+ private:
+  fp_s2o policy_;
+  cuda::RankPlan family_;
+  int64_t rows_, room_;
+};
+
+} // namespace
+
+extern const cuda::Selector kCuda;
+const cuda::Selector kCuda = cuda::SelectorOverScores<Plan::Of>(cuda::EnergiesDenseUpToKeys);
+
+} // namespace flashprefill::methods::s2o

@@ -66,7 +66,7 @@ def main():
     engine.llm.apply_model(model.set_weights)
     begin, turn, calls = time.monotonic(), 0, 0
     while turn < asked.passes and time.monotonic() - begin < asked.seconds:
-        faulthandler.dump_traceback_later(40, exit=True)
+        faulthandler.dump_traceback_later(40 if CUDA else 600, exit=True)
         policy = {"policy": "flashprefill", "parameters": {"alpha": 0.12, "query_pool": (1, 16)[turn % 2]}}
         for builder in builders:
             builder.options = options.of_config({"flashprefill": {**policy, "min_chunk": 128}})

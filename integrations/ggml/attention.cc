@@ -53,6 +53,8 @@ void Stats::Add(const Stats& other) {
   total += other.total;
   select_seconds += other.select_seconds;
   attend_seconds += other.attend_seconds;
+  guard_seconds += other.guard_seconds;
+  found.Add(other.found);
 }
 
 void Log(ggml_log_level level, const std::string& line) {
@@ -213,6 +215,15 @@ bool Attention::ComputeRun(ggml_tensor* node, int64_t stream, const Run& run, bo
   fp_exec_init(&exec);
   exec.threads = threads_;
   exec.timings = &timings;
+  fp_guard guard;
+  if (options_.guard >= 0) {
+    fp_guard_init(&guard);
+    guard.mode = options_.guard;
+    guard.target = options_.guard_target;
+    guard.layer = static_cast<int32_t>(std::max<int64_t>(0, LayerOf(node)));
+    findings_.Offer(p.q_heads, guard);
+    exec.guard = &guard;
+  }
 
   auto prefill = [&]() -> fp_status {
     fp_block_mask mask;
@@ -249,6 +260,8 @@ bool Attention::ComputeRun(ggml_tensor* node, int64_t stream, const Run& run, bo
     if (gathered) stats.gathered_rows += run.rows;
     stats.select_seconds += timings.select_seconds;
     stats.attend_seconds += timings.attend_seconds;
+    stats.guard_seconds += timings.guard_seconds;
+    if (exec.guard) stats.found.Add(findings_.Sum());
     return FP_OK;
   };
   if (prefill() == FP_OK) return true;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "found.h"
 #include "ggml-backend-impl.h"
 #include "ggml.h"
 #include "options.h"
@@ -24,7 +25,8 @@ struct Stats {
   int64_t stock_rows = 0;    // left to the CPU backend's kernel when the mask was seen
   int64_t gathered_rows = 0; // of the first two: their keys did not lie in one piece
   int64_t kept = 0, total = 0; // blocks, over heads, of sparse and dense rows
-  double select_seconds = 0, attend_seconds = 0;
+  double select_seconds = 0, attend_seconds = 0, guard_seconds = 0;
+  Found found; // by the guard, where there is one
 
   double density() const { return total > 0 ? static_cast<double>(kept) / static_cast<double>(total) : 1.0; }
   void Add(const Stats& other);
@@ -67,6 +69,7 @@ class Attention {
   int threads_ = GGML_DEFAULT_N_THREADS;
   ggml_backend_t cpu_ = nullptr; // made when it is first needed
   Reading reading_;
+  FindingRoom findings_;
   Buffer workspace_, bits_, counts_, lines_, lists_, kept_, k_, v_;
   std::string warned_; // the last warning, so that it is given once
 };

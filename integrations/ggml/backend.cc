@@ -54,20 +54,21 @@ std::string Line(const Stats& s) {
                 static_cast<long long>(rows), static_cast<long long>(s.nodes), static_cast<long long>(s.sparse_rows),
                 static_cast<long long>(s.dense_rows), static_cast<long long>(s.stock_rows), s.density(),
                 s.select_seconds, s.attend_seconds);
-  return line;
+  return s.found.any() ? line + ("; " + s.found.Line()) : line;
 }
 
 size_t StatsText(char* text, size_t size) {
   const std::lock_guard lock(g_mutex);
   const Stats& s = g_stats;
-  return std::snprintf(text, size,
-                       "{\"nodes\": %lld, \"sparse_rows\": %lld, \"dense_rows\": %lld, \"stock_rows\": %lld, "
-                       "\"gathered_rows\": %lld, \"kept_blocks\": %lld, \"total_blocks\": %lld, \"density\": %.6f, "
-                       "\"select_seconds\": %.6f, \"attend_seconds\": %.6f}",
-                       static_cast<long long>(s.nodes), static_cast<long long>(s.sparse_rows),
-                       static_cast<long long>(s.dense_rows), static_cast<long long>(s.stock_rows),
-                       static_cast<long long>(s.gathered_rows), static_cast<long long>(s.kept),
-                       static_cast<long long>(s.total), s.density(), s.select_seconds, s.attend_seconds);
+  const std::string found = s.found.any() ? s.found.Json() : "null";
+  return std::snprintf(
+      text, size,
+      "{\"nodes\": %lld, \"sparse_rows\": %lld, \"dense_rows\": %lld, \"stock_rows\": %lld, "
+      "\"gathered_rows\": %lld, \"kept_blocks\": %lld, \"total_blocks\": %lld, \"density\": %.6f, "
+      "\"select_seconds\": %.6f, \"attend_seconds\": %.6f, \"guard_seconds\": %.6f, \"guard\": %s}",
+      static_cast<long long>(s.nodes), static_cast<long long>(s.sparse_rows), static_cast<long long>(s.dense_rows),
+      static_cast<long long>(s.stock_rows), static_cast<long long>(s.gathered_rows), static_cast<long long>(s.kept),
+      static_cast<long long>(s.total), s.density(), s.select_seconds, s.attend_seconds, s.guard_seconds, found.c_str());
 }
 
 void ResetStats() {

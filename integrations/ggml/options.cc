@@ -11,7 +11,8 @@
 namespace flashprefill::ggml {
 namespace {
 
-constexpr const char* kFinalNames[] = {"never", "short", "always"}; // by FinalChunk
+constexpr const char* kFinalNames[] = {"never", "short", "always"};            // by FinalChunk
+constexpr const char* kGuardNames[] = {"none", "observe", "repair", "strict"}; // by fp_guard_mode + 1
 
 std::string Trim(const std::string& text) {
   const size_t begin = text.find_first_not_of(" \t\r"), end = text.find_last_not_of(" \t\r");
@@ -26,6 +27,13 @@ int64_t WholeNumber(const std::string& name, const std::string& value) {
   char* end;
   const long long number = std::strtoll(value.c_str(), &end, 10);
   if (value.empty() || *end || number < 0 || number > 1 << 24) Refuse(name, value, "a whole number from 0 to 2^24");
+  return number;
+}
+
+float Share(const std::string& name, const std::string& value) {
+  char* end;
+  const float number = std::strtof(value.c_str(), &end);
+  if (value.empty() || *end || !(number > 0 && number <= 1)) Refuse(name, value, "above 0 and at most 1");
   return number;
 }
 
@@ -96,6 +104,10 @@ bool SetOwn(Options& o, const std::string& name, const std::string& value) {
     o.dense_layers = Layers(name, value);
   } else if (name == "final_chunk") {
     o.final_chunk = static_cast<FinalChunk>(Choice(name, value, kFinalNames));
+  } else if (name == "guard") {
+    o.guard = Choice(name, value, kGuardNames) - 1;
+  } else if (name == "guard_target") {
+    o.guard_target = Share(name, value);
   } else if (name == "log") {
     o.log = Choice(name, value, {"0", "1"}) == 1;
   } else {
@@ -135,8 +147,9 @@ void Options::SetField(const std::string& name, const std::string& value) {
   if (field == known.end()) {
     std::string all;
     for (const auto& [other, unused] : known) all += (all.empty() ? "" : ", ") + other;
-    throw std::invalid_argument("there is no option '" + name + "'; policy " + name_ + " has " + all +
-                                ", and the plugin policy, min_rows, min_keys, dense_layers, final_chunk, log");
+    throw std::invalid_argument(
+        "there is no option '" + name + "'; policy " + name_ + " has " + all +
+        ", and the plugin policy, min_rows, min_keys, dense_layers, final_chunk, guard, guard_target, log");
   }
   for (const auto& [other, about] : known) { // one alternative takes the place of another
     if (about.flags & field->second.flags & FP_FIELD_ALTERNATIVE) fields_.erase(other);
@@ -186,7 +199,8 @@ std::string Options::Describe() const {
   std::string text(fp_policy_print(&policy(), nullptr, 0), ' ');
   fp_policy_print(&policy(), text.data(), text.size() + 1);
   return "policy=" + text + " final_chunk=" + kFinalNames[static_cast<int>(final_chunk)] +
-         " min_rows=" + std::to_string(min_rows) + " min_keys=" + std::to_string(min_keys);
+         " min_rows=" + std::to_string(min_rows) + " min_keys=" + std::to_string(min_keys) +
+         (guard >= 0 ? std::string(" guard=") + kGuardNames[guard + 1] : "");
 }
 
 } // namespace flashprefill::ggml

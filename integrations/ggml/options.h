@@ -21,7 +21,9 @@ struct Options {
   int64_t min_keys = 0;              // keys in the cache: below it the CPU backend keeps the node
   std::vector<int64_t> dense_layers; // are left to the CPU backend
   FinalChunk final_chunk = FinalChunk::kShort;
-  bool log = false; // a line for every micro-batch, not only the sum
+  int guard = -1;            // fp_guard_mode; -1: nothing is measured
+  float guard_target = 0.9f; // recall below which a head keeps too little
+  bool log = false;          // a line for every micro-batch, not only the sum
 
   Options();
   // Applies a text of options on top of what is set. Throws std::invalid_argument, whose line names the option, its

@@ -99,7 +99,7 @@ class Guard:
             lets it keep everything.
         target: a head keeps too little if the lower bound of its recall is below this, or if more than 1 in
             20 of its audited rows keep less than half.
-        rows: audited rows per sequence and head; 0: one in 1024, at least 32 per prompt and 8 per chunk.
+        rows: audited rows per sequence and head; 0: one in 2048, at least 32 per prompt and 8 per chunk.
         seed: of the rows that are drawn.
         risk: the probability with which a certificate may be wrong.
         layer: number of the layer, part of the seed and of the state's keys. `patch_model` sets it.

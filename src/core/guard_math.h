@@ -12,7 +12,7 @@
 
 namespace flashprefill {
 
-constexpr int64_t kRowsPerAudit = 1024; // of a prompt
+constexpr int64_t kRowsPerAudit = 2048; // of a prompt
 constexpr int64_t kLeastPerPrompt = 32, kLeastPerCall = 8;
 constexpr double kBadRecall = 0.5, kBadShare = 0.05;
 

@@ -105,6 +105,28 @@ def test_rows_are_counted() -> None:
     assert any(line.startswith(f"flashprefill: {2000 * LAYERS} rows in 120 nodes: sparse ") for line in lines)
 
 
+def test_a_guard_says_what_is_kept() -> None:
+    """By head, layer and micro-batch; what "strict" keeps besides is in the density."""
+    found, densities = {}, {}
+    for mode in ("none", "observe", "strict"):
+        options = f"policy=streaming, sink_blocks=1, window_blocks=1, dense_tail_blocks=0, guard={mode}"
+        with engine(Setup(**SHIPPED), options) as e:
+            e.feed([(0, prompt(1900))])
+            stats = e.plugin.stats()
+        found[mode], densities[mode] = stats["guard"], stats["density"]
+        assert (stats["guard_seconds"] > 0) == (mode != "none")
+        last = [line for line in log if line.startswith(f"flashprefill: {1900 * LAYERS} rows")][-1]
+        assert ("recall " in last) == (mode != "none")
+    assert found["none"] is None and densities["none"] == densities["observe"] < densities["strict"]
+    for mode, done in (("observe", "low"), ("strict", "dense")):
+        figures = found[mode]
+        assert figures["heads"] == 9 * LAYERS * 4  # micro-batches; the first one keeps all
+        assert 0 < figures[done] and figures["whole"] >= 9 * LAYERS
+        assert sum(figures[name] for name in ("whole", "held", "repaired", "dense", "low")) == figures["heads"]
+        assert figures["at_least"] < figures["recall"] < 1
+    assert found["observe"]["recall"] < found["strict"]["recall"]
+
+
 @pytest.mark.parametrize(
     ("rule", "dense_tails"), [("never", [False] * 4), ("short", [False] * 3 + [True]), ("always", [True] * 4)]
 )
@@ -139,6 +161,8 @@ def test_min_rows_and_min_keys() -> None:
         ("fast", "an option is 'fast' and must be name = value"),
         ("min_rows=-3", "min_rows is '-3' and must be a whole number"),
         ("final_chunk=maybe", "final_chunk is 'maybe' and must be one of never, short, always"),
+        ("guard=look", "guard is 'look' and must be one of none, observe, repair, strict"),
+        ("guard_target=2", "guard_target is '2' and must be above 0 and at most 1"),
         ("dense_layers=1-x", "dense_layers is 'x' and must be a whole number"),
     ],
 )

@@ -174,7 +174,6 @@ void CheckBytes(const Inputs& in) {
   const auto k = Host(in.images.keys.k, count * kImageBytes), v = Host(in.images.keys.v, count * kImageBytes);
   const auto k_scale = Host(in.images.keys.k_scale, count), v_scale = Host(in.images.keys.v_scale, count);
   const auto center = Host(in.images.centers, kHeads * kImageColumns);
-  const auto v_center = Host(in.images.v_centers, kHeads * kImageColumns);
   const std::vector<int> key_of = KeysOfSlots();
   int wrong_k = 0, wrong_v = 0, wrong_bits = 0, wrong_order = 0, wrong_scale = 0, all = 0;
   for (int slot = 0; slot < kImageKeys; ++slot) wrong_order += SlotOfKey(key_of[slot]) != slot;
@@ -201,8 +200,7 @@ void CheckBytes(const Inputs& in) {
       for (int d = 0; d < kImageColumns; ++d) {
         for (int slot = 0; slot < kImageKeys; ++slot) {
           const int key = image * kImageKeys + key_of[slot];
-          const float middle = v_center[head * kImageColumns + d];
-          const float want = key < in.keys && d < in.dim ? in.At(in.v, key, head, d) - middle : 0;
+          const float want = key < in.keys && d < in.dim ? in.At(in.v, key, head, d) : 0;
           const float got = FromE4M3(v[at * kImageBytes + Swizzled(d, slot)]) * v_scale[at].scale;
           if (std::isfinite(want)) largest_v = std::max(largest_v, std::fabs(want));
           // The cache's own numbers are kept, but for bf16's rounding of them times their scale.
@@ -212,10 +210,13 @@ void CheckBytes(const Inputs& in) {
         }
       }
       wrong_scale += std::fabs(k_scale[at].scale - largest_k / 127) > 1e-5f * k_scale[at].scale;
-      const float base = in.scale != 0 ? in.scale : 1, power = std::log2(v_scale[at].scale / base);
-      wrong_scale += power != std::round(power);
-      wrong_scale += largest_v > 460.01f * v_scale[at].scale || largest_v < 229.9f * v_scale[at].scale;
-      wrong_scale += in.scale != 0 && v_center[head * kImageColumns] != 0;
+      if (in.scale == 0) {
+        wrong_scale += std::fabs(v_scale[at].scale - largest_v / 448) > 1e-5f * v_scale[at].scale;
+      } else {
+        const float power = std::log2(v_scale[at].scale / in.scale);
+        wrong_scale += std::fabs(power - std::round(power)) > 1e-5f;
+        wrong_scale += largest_v > 460.01f * v_scale[at].scale || largest_v < 229.9f * v_scale[at].scale;
+      }
     }
   }
   int wrong_zero = 0;

@@ -6,13 +6,10 @@
 // likewise, 128 blocks to an image.
 //   K: row t is key t, int8: (key - center) / scale. The center is a vector per sequence and KV head near the mean of
 //      its keys. It drops out of the softmax, and the kernel gives it back to the LSE.
-//   V: row d is column d of the values, e4m3, (value - center) / scale, transposed because products of 8-bit operands
-//      sum along rows alone. The keys of each 32 stand in the order in which the kernel holds their weights: SlotOfKey.
-//      This center, as K's near the values' mean, is added to the output: what all values share is exact, and sums stay
-//      small, of which Hopper's matrix units keep 14 bits. Values that were FP8 have none.
-// Rows and keys that don't exist are zeros. A scale is that of a whole image. K's largest number becomes 127. V's, 230
-// to 460 (of which e4m3 makes 448): its scale is a power of two times that of the FP8 cache, or 1, so that the cache's
-// own numbers are kept.
+//   V: row d is column d of the values, e4m3, value / scale, transposed because products of 8-bit operands sum along
+//      rows alone. The keys of each 32 stand in the order in which the kernel holds their weights: SlotOfKey.
+// Rows and keys that don't exist are zeros. A scale is that of a whole image: its largest value becomes 127, or 448.
+// For values that were FP8 it is a power of two times the cache's, so that the cache's own numbers are kept.
 #ifndef FLASHPREFILL_CUDA_COMMON_ATTEND_IMAGES_H_
 #define FLASHPREFILL_CUDA_COMMON_ATTEND_IMAGES_H_
 
@@ -60,16 +57,14 @@ struct ImageSet {
 
 struct Images {
   ImageSet keys;
-  ImageSet means;             // rows 0: there is no correction
-  float* centers = nullptr;   // of keys, [batch, kv_heads, kImageColumns]
-  float* v_centers = nullptr; // of values
+  ImageSet means;           // rows 0: there is no correction
+  float* centers = nullptr; // [batch, kv_heads, kImageColumns]
 
   static Images Take(Workspace& workspace, const Problem& p, int block_size, bool correction) {
     Images images;
     images.keys = ImageSet::Take(workspace, p, kImageKeys);
     if (correction) images.means = ImageSet::Take(workspace, p, int64_t{kImageKeys} * block_size);
     images.centers = workspace.Take<float>(int64_t{p.batch} * p.kv_heads * kImageColumns);
-    images.v_centers = workspace.Take<float>(int64_t{p.batch} * p.kv_heads * kImageColumns);
     return images;
   }
 };

@@ -95,14 +95,14 @@ class Attend8Math {
       PassTurn();
       WgmmaWait<1>();
       TakeValues(KeyTileBefore(1).v.scale);
-      Pack(tile_ - 2);
+      Pack();
       Store(tile_ - 2);
       WgmmaWait<0>();
     }
     IssueValues();
     WgmmaWait<0>();
     TakeValues(KeyTileBefore(1).v.scale);
-    Pack(tile_ - 1);
+    Pack();
     Store(tile_ - 1);
   }
 
@@ -428,27 +428,10 @@ class Attend8Math {
 
   // ---------------------------------------------------------------- out
 
-  __device__ __forceinline__ void Pack(uint32_t tile) {
+  __device__ __forceinline__ void Pack() {
     const float2 sums = Load(sm_.rows.sum);
     sum_[0] = sums.x;
     sum_[1] = sums.y;
-    // What was taken from all values, as often as they have weight.
-    float whole[2] = {sums.x, sums.y};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      whole[r] += __shfl_xor_sync(~0u, whole[r], 1);
-      whole[r] += __shfl_xor_sync(~0u, whole[r], 2);
-    }
-    const uint32_t center = SharedAddress(sm_.v_center[tile % Memory::kTiles]) + Thread() % 4 * 8;
-#pragma unroll
-    for (int c = 0; c < kHeadDim / 8; ++c) { // 8 columns
-      const float2 plus = LoadShared8(center + c * 32);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        o_[4 * c + 2 * r] = fmaf(plus.x, whole[r], o_[4 * c + 2 * r]);
-        o_[4 * c + 2 * r + 1] = fmaf(plus.y, whole[r], o_[4 * c + 2 * r + 1]);
-      }
-    }
     PackOutput<T, kHeadDim / 4>(o_, sum_, out_); // straight: nothing may branch while O is read
   }
 

@@ -1,5 +1,5 @@
-// The pass that writes tile images (images.h), in two launches: the centers of each sequence and KV head, from 64 of
-// its keys, then the images, those of K and of V by different CTAs.
+// The pass that writes tile images (images.h), in two launches: a center for each sequence and KV head, from 64 of its
+// keys, then the images, those of K and of V by different CTAs.
 //
 // It is bound by memory: 512 bytes read and 256 written per key (d128), once, where attention reads each of them tens
 // of times. A thread has 8 rows of 16 bytes, all in flight before the first is used: page numbers are looked up for all
@@ -31,7 +31,7 @@ constexpr int kTurnPitch = kImageKeys / 4 + 1; // words
 constexpr float kLeastK = 1e-15f;              // of a scale's largest value: products of two stay normal
 constexpr float kLeastV = 1e-30f;
 constexpr float kMostE4M3 = 460;                        // of a scaled value: from 464 on 448 would not be the nearest
-constexpr float kLeastBase = 1e-20f, kMostBase = 1e20f; // of a cache's scale, else 1 is taken: products stay normal
+constexpr float kLeastBase = 1e-20f, kMostBase = 1e20f; // of a cache's scale, else it is not looked at
 constexpr float kMost = 0x1p125f; // what is as large counts as infinite: the fast division knows no divisors from
                                   // 2^126 on, and a key less a center is at most twice as large
 
@@ -114,14 +114,12 @@ __device__ LinearRows<T> LinearRowsOf(const AttendArgs& p, bool of_v, int sequen
 // makes the scales small.
 template <typename T>
 __global__ void __launch_bounds__(kCenterThreads) CenterKernel(const __grid_constant__ ImageJobs jobs) {
-  const bool of_v = blockIdx.x & 1;
-  const int unit = static_cast<int>(blockIdx.x / 2);
   __shared__ float sums[kSampleGroups][kImageColumns], mosts[kSampleGroups][kImageColumns],
       leasts[kSampleGroups][kImageColumns];
   __shared__ int counts[kSampleGroups][kImageColumns];
   GridRelease();
   const AttendArgs& p = jobs.a;
-  const int sequence = jobs.by_heads(unit), head = unit - sequence * p.kv_heads;
+  const int sequence = jobs.by_heads(blockIdx.x), head = blockIdx.x - sequence * p.kv_heads;
   const int k_len = KeyLength(p, sequence, KeyBegin(p, sequence)), samples = min(k_len, kSamples);
   const int each = samples ? k_len / samples : 0, rest = k_len - each * samples;
   const int column = threadIdx.x % kImageColumns, group = threadIdx.x / kImageColumns;
@@ -130,15 +128,14 @@ __global__ void __launch_bounds__(kCenterThreads) CenterKernel(const __grid_cons
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int sample = group * kHeld + i; // key sample * k_len / samples
-    t[i] = sample < samples && column < p.head_dim && !(of_v && jobs.v_scale) ? sample * each + sample * rest / samples
-                                                                              : k_len;
+    t[i] = sample < samples && column < p.head_dim ? sample * each + sample * rest / samples : k_len;
     x[i] = FromFloat<T>(INFINITY);
   }
   const auto load = [&](int i, const T* row) { x[i] = row[column]; };
   if (p.page_size) {
-    PagedRowsOf<T>(p, of_v, sequence, head, 0).Each(t, k_len, load);
+    PagedRowsOf<T>(p, false, sequence, head, 0).Each(t, k_len, load);
   } else {
-    LinearRowsOf<T>(p, of_v, sequence, head, 0).Each(t, k_len, load);
+    LinearRowsOf<T>(p, false, sequence, head, 0).Each(t, k_len, load);
   }
   float sum = 0, most = -INFINITY, least = INFINITY;
   int count = 0;
@@ -165,8 +162,7 @@ __global__ void __launch_bounds__(kCenterThreads) CenterKernel(const __grid_cons
     count += counts[g][column];
   }
   const float center = count > 2 ? __fdividef(sum - most - least, static_cast<float>(count - 2)) : 0;
-  float* const centers = of_v ? jobs.images.v_centers : jobs.images.centers;
-  centers[int64_t{unit} * kImageColumns + column] = Counts(center) ? center : 0;
+  jobs.images.centers[static_cast<int64_t>(blockIdx.x) * kImageColumns + column] = Counts(center) ? center : 0;
 }
 
 // ---------------------------------------------------------------- images
@@ -228,6 +224,18 @@ struct Held {
     return max(two & 0xffff, two >> 16);
   }
 
+  // Of those that are finite.
+  __device__ uint32_t LargestFinite() const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld * kColumns / 2; ++i) {
+      const uint32_t two = reinterpret_cast<const uint32_t*>(raw)[i] & 0x7fff7fffu;
+      if ((two & 0xffff) < kInfinite) largest = max(largest, two & 0xffff);
+      if (two >> 16 < kInfinite) largest = max(largest, two >> 16);
+    }
+    return largest;
+  }
+
   // Puts instead(c) in the place of each value of column c that is not finite; a bit for each row that had one.
   template <class Instead>
   __device__ uint32_t Replace(Instead&& instead) {
@@ -253,29 +261,6 @@ __device__ uint32_t BitsOf(float x) {
   return *reinterpret_cast<const uint16_t*>(&value);
 }
 
-// A thread's columns of a center, when it is there.
-__device__ inline void LoadCenter(const float* centers, int column, float (&center)[kColumns]) {
-  GridWait();
-  *reinterpret_cast<float4*>(center) = *reinterpret_cast<const float4*>(centers + column);
-  *reinterpret_cast<float4*>(center + 4) = *reinterpret_cast<const float4*>(centers + column + 4);
-}
-
-// The largest distance from the center, of rows that exist and numbers that are some.
-template <typename T>
-__device__ float LargestDistance(const Held<T>& held, const int (&t)[kHeld], int count, const float (&center)[kColumns],
-                                 float least) {
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    float x[kColumns];
-    Unpack8<T>(held.raw[i], x);
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (t[i] < count) least = fmaxf(least, fabsf(x[c] - center[c]));
-    }
-  }
-  return least;
-}
-
 // Sixteen threads per row, which write its 128 bytes together.
 template <typename T, class Rows>
 __device__ void WriteK(const Rows& rows, int count, int head_dim, const float* centers, ImageShared& shared,
@@ -286,12 +271,24 @@ __device__ void WriteK(const Rows& rows, int count, int head_dim, const float* c
   for (int i = 0; i < kHeld; ++i) t[i] = threadIdx.x / 16 + 16 * i;
   Held<T> held;
   held.Load(rows, t, count, column, column < head_dim);
+  GridWait(); // for the centers
   float center[kColumns];
-  LoadCenter(centers, column, center);
+  *reinterpret_cast<float4*>(center) = *reinterpret_cast<const float4*>(centers + column);
+  *reinterpret_cast<float4*>(center + 4) = *reinterpret_cast<const float4*>(centers + column + 4);
   if (held.Largest() >= Held<T>::kInfinite) {
     MarkKeys(held.Replace([&](int c) { return BitsOf<T>(center[c]); }), t, shared);
   }
-  const float largest = LargestOf(LargestDistance(held, t, count, center, kLeastK), shared);
+  float largest = kLeastK;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    float x[kColumns];
+    Unpack8<T>(held.raw[i], x);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (t[i] < count) largest = fmaxf(largest, fabsf(x[c] - center[c]));
+    }
+  }
+  largest = LargestOf(largest, shared);
   const float inverse = __fdividef(127, largest);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) center[c] *= -inverse;
@@ -307,18 +304,19 @@ __device__ void WriteK(const Rows& rows, int count, int head_dim, const float* c
   StoreScale(scale, largest * (1.0f / 127), shared);
 }
 
-// The least power of two times `base` by which the largest value becomes one of e4m3's.
+// By what the largest value becomes one of e4m3's. base: the scale of the FP8 cache that the values come from, of which
+// it is then the least power of two times that will do; 0: they don't.
 __device__ inline float ScaleOfV(float largest, float base) {
-  if (!(base > kLeastBase && base < kMostBase)) base = 1;
+  if (!(base > kLeastBase && base < kMostBase)) return largest * (1.0f / 448);
   const uint32_t ratio = __float_as_uint(__fdividef(largest, kMostE4M3 * base));
   return base * __uint_as_float((ratio + 0x7fffffu) & 0x7f800000u);
 }
 
-// Eight threads per half of a row. A thread's eight keys are two times four that stand together in V's rows. base: the
-// scale of the FP8 cache, or 1.
+// Eight threads per half of a row. A thread's eight keys are two times four that stand together in V's rows. base: of
+// ScaleOfV.
 template <typename T, class Rows>
-__device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, const float* centers, float base,
-                       ImageShared& shared, uint8_t* image, ImageScale* scale) {
+__device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, float base, ImageShared& shared,
+                       uint8_t* image, ImageScale* scale) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = warp % 2 * 64 + lane % 8 * kColumns, four = warp / 2 * 4 + lane / 8;
   int t[kHeld];
@@ -328,31 +326,24 @@ __device__ void WriteV(const Rows& rows, int count, int head_dim, bool means, co
   }
   Held<T> held;
   held.Load(rows, t, count, column, column < head_dim);
-  float center[kColumns];
-  LoadCenter(centers, column, center);
-  if (held.Largest() >= Held<T>::kInfinite) { // a mean that is not wanted must not reach a product; a value is to be
-                                              // no number
-    const uint32_t rows = held.Replace([&](int c) { return means ? BitsOf<T>(center[c]) : 0x7fffu; });
+  uint32_t most = held.Largest();
+  if (most >= Held<T>::kInfinite) { // a mean that is not wanted must not reach a product; a value is to be no number
+    most = held.LargestFinite();
+    const uint32_t rows = held.Replace([&](int) { return means ? 0u : 0x7fffu; });
     if (means) MarkKeys(rows, t, shared);
   }
-  const float largest = LargestOf(LargestDistance(held, t, count, center, kLeastV), shared);
-  const float worth = ScaleOfV(largest, base), inverse = __fdividef(1, worth);
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) center[c] *= -inverse;
+  float first[kColumns];
+  Unpack8<T>(uint4{most, 0, 0, 0}, first);
+  const float worth = ScaleOfV(LargestOf(fmaxf(first[0], kLeastV), shared), base), inverse = __fdividef(1, worth);
 #pragma unroll
   for (int k = 0; k < kHeld / 4; ++k) {
     float x[4][kColumns];
-    uint32_t there = 0; // bytes of a word
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Unpack8<T>(held.raw[4 * k + i], x[i]);
-      if (t[4 * k + i] < count) there |= 0xffu << 8 * i;
-    }
+    for (int i = 0; i < 4; ++i) Unpack8<T>(held.raw[4 * k + i], x[i]);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const uint32_t packed = PackE4M3(fmaf(x[0][c], inverse, center[c]), fmaf(x[1][c], inverse, center[c]),
-                                       fmaf(x[2][c], inverse, center[c]), fmaf(x[3][c], inverse, center[c]));
-      shared.turned[(column + c) * kTurnPitch + four + 16 * k] = packed & there;
+      shared.turned[(column + c) * kTurnPitch + four + 16 * k] =
+          PackE4M3(x[0][c] * inverse, x[1][c] * inverse, x[2][c] * inverse, x[3][c] * inverse);
     }
   }
   __syncthreads();
@@ -404,16 +395,14 @@ __global__ void __launch_bounds__(kThreads, 3) ImageKernel(const __grid_constant
   __syncthreads();
   // Write it.
   const int64_t at = head * set.rows + slot;
-  const int64_t centers = (int64_t{b} * p.kv_heads + head) * kImageColumns;
+  const float* const centers = jobs.images.centers + (int64_t{b} * p.kv_heads + head) * kImageColumns;
   const auto write = [&](const auto& rows) {
     if (of_v) {
       const float base =
-          jobs.v_scale && !means ? jobs.v_scale[b * jobs.v_scale_stride[0] + head * jobs.v_scale_stride[1]] : 1;
-      WriteV<T>(rows, count, p.head_dim, means, jobs.images.v_centers + centers, base, shared, set.v + at * kImageBytes,
-                set.v_scale + at);
+          jobs.v_scale && !means ? jobs.v_scale[b * jobs.v_scale_stride[0] + head * jobs.v_scale_stride[1]] : 0;
+      WriteV<T>(rows, count, p.head_dim, means, base, shared, set.v + at * kImageBytes, set.v_scale + at);
     } else {
-      WriteK<T>(rows, count, p.head_dim, jobs.images.centers + centers, shared, set.k + at * kImageBytes,
-                set.k_scale + at);
+      WriteK<T>(rows, count, p.head_dim, centers, shared, set.k + at * kImageBytes, set.k_scale + at);
     }
   };
   if (means) {
@@ -430,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, 3) ImageKernel(const __grid_constant
 
 template <typename T>
 cudaError_t Launch(const ImageJobs& jobs, cudaStream_t stream) {
-  CenterKernel<T><<<2 * jobs.a.batch * jobs.a.kv_heads, kCenterThreads, 0, stream>>>(jobs);
+  CenterKernel<T><<<jobs.a.batch * jobs.a.kv_heads, kCenterThreads, 0, stream>>>(jobs);
   if (cudaError_t e = cudaGetLastError()) return e;
   const int64_t grid = 2 * (int64_t{jobs.key_units} + jobs.mean_units + 1);
   return LaunchOverlapped(ImageKernel<T>, true, grid, kThreads, 0, stream, jobs);

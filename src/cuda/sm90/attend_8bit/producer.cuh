@@ -119,17 +119,16 @@ class ImageProducer {
     ring_.Advance(SHAPE::kStages);
   }
 
-  // Q in 16 bits, and the centers that were taken from the keys and the values.
+  // Q in 16 bits, and the center that was taken from the keys.
   __device__ __forceinline__ void SendTile(int steps) {
     const Work& work = keys_.work();
     BarrierWait(&sm_.q_empty[0], (tiles_ & 1) ^ 1);
     if (ElectOne()) {
-      const int place = tiles_ % SharedMemory8<SHAPE>::kTiles;
-      const int64_t centers = (int64_t{work.sequence} * p_.kv_heads + work.kv_head) * kImageColumns;
-      sm_.tiles[place] = InfoOf(p_, work, steps);
-      LoadQueries<SHAPE>(p_, sm_, work, 0, 2 * sizeof sm_.center);
-      BulkLoadBytes(sm_.center, p_.images.centers + centers, sizeof sm_.center, &sm_.q_full[0]);
-      BulkLoadBytes(sm_.v_center[place], p_.images.v_centers + centers, sizeof sm_.center, &sm_.q_full[0]);
+      sm_.tiles[tiles_ % SharedMemory8<SHAPE>::kTiles] = InfoOf(p_, work, steps);
+      LoadQueries<SHAPE>(p_, sm_, work, 0, sizeof sm_.center);
+      BulkLoadBytes(sm_.center,
+                    p_.images.centers + (int64_t{work.sequence} * p_.kv_heads + work.kv_head) * kImageColumns,
+                    sizeof sm_.center, &sm_.q_full[0]);
     }
     __syncwarp();
   }

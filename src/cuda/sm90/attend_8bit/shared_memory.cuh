@@ -42,7 +42,6 @@ struct SharedMemory8 {
   uint8_t out[kMathThreads / 32][kOutWarpBytes];
   ScaledKeyTile key_tiles[kKeyTiles];
   alignas(16) float center[kImageColumns]; // of the tile whose Q is in q
-  float v_center[kTiles][kImageColumns];
   TileInfo tiles[kTiles];
   RowStates rows;
   float lse_shift[2][kTileRowsSm90]; // q * center of this tile and the next, scaled

@@ -38,9 +38,10 @@ def measure(tokens, turns, target, audited):
         "Sketch": fp.Sketch(alpha=alpha),
     }
     rows = []
+    alone = fp.Guard(rows=audited)
     for label, policy in policies.items():
         mask = fp.select(q, k, policy, target=target)
-        found = fp.audit(q, k, mask, fp.Guard(rows=audited), target=target)
+        found = fp.audit(q, k, mask, alone, target=target)
         graphs = {}
         for name, guard in guards(audited).items():
 
@@ -48,7 +49,6 @@ def measure(tokens, turns, target, audited):
                 fp.prefill_attention(q, k, v, policy, guard=guard, target=target)
 
             graphs[name] = graph_of(call)
-        alone = fp.Guard(rows=audited)
         graphs["audit alone"] = graph_of(lambda mask=mask: fp.audit(q, k, mask, alone, target=target))
         graphs["select alone"] = graph_of(lambda policy=policy: fp.select(q, k, policy, target=target))
         times = {name: [] for name in graphs}

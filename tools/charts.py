@@ -45,13 +45,13 @@ STYLE: Any = {
 }
 
 
-def save(figure: Any, name: str) -> None:
+def save(figure: Any, name: str, colours: int = 64) -> None:
     """Write a picture with a palette: a third of the bytes."""
     memory = io.BytesIO()
     figure.savefig(memory, dpi=DPI, facecolor="white")
     plt.close(figure)
     picture = Image.open(memory).convert("RGB")
-    picture.quantize(64, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
+    picture.quantize(colours, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
 
 
 def thousands(tokens: float, _: int = 0) -> str:
@@ -254,8 +254,63 @@ def keys() -> None:
         save(figure, "quality-keys")
 
 
+EVAL_COLOURS = {
+    "flashprefill": GREY,
+    "sketch": GREEN,
+    "gather": ORANGE,
+    "flexprefill": BLUE,
+    "xattention": "#9b6bc9",
+    "rrattention": "#d1495b",
+    "minference": "#5aa5a5",
+    "streaming": INK,
+}
+
+
+def ruler() -> None:
+    """docs/quality.md: RULER's score against dense attention's over the density, a panel per length."""
+    panels = []
+    for name, model in (("eval-h200", "SmolLM2-135M"), ("eval-h200-adapter", "with the adapter")):
+        if (ROOT / "bench" / "results" / f"{name}.json").exists():
+            results = read(name)
+            panels += [(results["rows"], length, model) for length in results["settings"]["lengths"]
+                       if length > 2048 or model != "SmolLM2-135M"]  # fmt: skip
+    with plt.rc_context(STYLE):
+        columns = max(1, -(-len(panels) // 2)) if len(panels) > 3 else len(panels)
+        rows = -(-len(panels) // columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3.9 * columns + 1.6, 3.5 * rows), layout="constrained", squeeze=False
+        )
+        for axis, (found, length, model) in zip(axes.flat, panels, strict=False):
+            here = [row for row in found if row["length"] == length and row["task"] is None]
+            dense = next(row["score"] for row in here if row["method"] == "dense")
+            axis.axhline(0, color=INK, linewidth=1, linestyle=":", label="dense")
+            for method, colour in EVAL_COLOURS.items():
+                points = sorted(
+                    (row["density"], 100 * (row["score"] - dense)) for row in here
+                    if row["method"].partition("(")[0] == method and row["density"] is not None
+                )  # fmt: skip
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4,
+                              linewidth=1.4, label=method)  # fmt: skip
+            axis.set_xlim(0, 1.02)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}"))
+            axis.set_title(
+                f"{thousands(length)} tokens, {model}\npoints against dense attention's {dense:.1%}"
+            )
+            axis.set_xlabel("density")
+            axis.tick_params(length=2, labelsize=8)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        names = {text: line for axis in axes.flat for line, text in zip(
+            *axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        figure.legend(names.values(), names.keys(), loc="outside right center", frameon=False, fontsize=8.5)
+        save(figure, "ruler", colours=200)
+
+
 if __name__ == "__main__":
     prompt_length()
     performance()
     quality()
     keys()
+    ruler()

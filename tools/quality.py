@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_eval
+import quality_layers
 import quality_summary
 
 from flashprefill.apps import table
@@ -285,6 +286,8 @@ streaming --indexer indexer.safetensors`):
 | MInference in tokens, 400 verticals, 150 slashes | 0.147 | 0.912 | 0.70 |
 | VSPrefill in tokens, masses 0.5 and 0.01 | 0.196 | 0.907 | 0.65 |
 | VSPrefill in tokens, masses 0.6 and 0.01 | 0.243 | 0.923 | 0.71 |
+| the same, trained on an H200 for all layers, at one density | 0.200 | 0.888 | 0.59 |
+| MInference in blocks, in tokens, at the same | 0.200 | 0.905, 0.928 | 0.66, 0.75 |
 
 `flashprefill plan-reuse --tokens 3072 --sequences 1 --dtype fp32 --policy ...`, a third of the layers
 borrow, all heads of all layers of 3,072 tokens of the same text:
@@ -322,31 +325,6 @@ Conclusions:
 - **Descriptions.** Consecutive means, centroids and principal directions do not beat outliers;
   leaving the variance out is worse.
 """
-
-
-GATHER = """
-## Gather at 24K tokens
-
-Single keys in lists, one list per KV head ([Gather](methods/gather.md)), by
-`bench/lab/gather_long.py` on dumps of the lab's texts; blocks of 32, one sink and two window blocks
-of these. *long* is the text above, *long-code* Python's `argparse.py` and `typing.py`. Layers differ
-much in what they need, so figures compare within a table only.
-"""
-
-
-def gather(results: dict[str, Any]) -> list[str]:
-    """The points of Gather and of what was measured beside it, a table for each text and set of layers."""
-    lines = [GATHER, ran(results)]
-    keys = ("density", "recall", "recall_p5", "error", "error_corrected")
-    for text in results["texts"]:
-        about = f"{text['name']}, layers {', '.join(map(str, text['layers']))}"
-        lines += header([about, "", "density", "recall", "5th percentile", "error", "corrected"])
-        for method in text["methods"]:
-            for p in sorted(method["points"], key=lambda point: point["density"]):
-                value = f"{method['parameter']} {p['value']:g}"
-                lines.append(row([method["label"].split(",")[0], value, *(f"{p[key]:.3f}" for key in keys)]))
-        lines.append("")
-    return lines
 
 
 def both_machines(short: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
@@ -524,16 +502,16 @@ def main() -> None:
     path = RESULTS / "lab-keys.json"
     if path.exists():
         lines += keys(json.loads(path.read_text(encoding="utf-8")))
-    path = RESULTS / "lab-gather-long.json"
+    path = RESULTS / "lab-layers.json"
     if path.exists():
-        lines += gather(json.loads(path.read_text(encoding="utf-8")))
+        lines += quality_layers.section(json.loads(path.read_text(encoding="utf-8")), ran)
     path = RESULTS / "try-h200.json"
     if path.exists():
         lines += needles(json.loads(path.read_text(encoding="utf-8")))
     files = [RESULTS / f"demo-{name}h200.json" for name in ("", "long-")]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
     lines += demos(found) if found else []
-    evaluated = sorted(RESULTS.glob(f"{quality_eval.PREFIX}*.json"))
+    evaluated = sorted(RESULTS.glob(f"{quality_eval.PREFIX}*.json"), key=lambda path: path.stem)
     if evaluated:
         lines += quality_eval.section(
             [json.loads(path.read_text(encoding="utf-8")) for path in evaluated], ran

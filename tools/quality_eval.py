@@ -56,6 +56,7 @@ def section(found: list[dict[str, Any]], ran: Any) -> list[str]:
     lines = [INTRO]
     for results in found:
         labels, rows, settings = list(results["methods"]), results["rows"], results["settings"]
+        lines += [f"### {results['title']}\n"] if "title" in results else []
         cut = f", answers of at most {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
         model, prompts = results["model"], f"{settings['samples']} prompts per task and length"
         hashed = f"seed {settings['seed']}, prompts {results['prompts_hash'][:16]}"

@@ -38,6 +38,8 @@ def _cell(at: dict[str, float] | None) -> str:
 def section(results: dict[str, Any], ran: Callable[[dict[str, Any]], str]) -> list[str]:
     """A table for each text and set of layers; lines that lack layers of it stand in no table."""
     lines, known = [HEAD, ran(results)], texts.known()
+    lines[1] = lines[1].rstrip() + (f" ({results['note']})" if "note" in results else "")
+    lines.append("")
     for text in results["texts"]:
         tokens = known[text["name"]].tokens
         densities = LONG if tokens >= LONG_FROM else SHORT

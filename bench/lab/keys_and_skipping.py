@@ -5,13 +5,14 @@
 
 Each policy selects and attends once per layer, on one thread, timed in CPU seconds, all policies by turns, so
 that a busy machine changes them little. Figures are the lab's (flashprefill.apps.lab.figures). What attention
-skips does not count as kept.
+skips does not count as kept. --policy looks at others, --jobs at several layers beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shlex
 import sys
 import time
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 
 from flashprefill import attend, select
-from flashprefill.apps import machine
-from flashprefill.apps.lab import texts
+from flashprefill.apps import dump, machine
 from flashprefill.apps.lab.figures import by_tile, tile_norms
+from flashprefill.apps.lab.texts import known
 
 SKETCH = "query_metric=true, outliers=6, query_pool=64, sink_blocks=1, window_blocks=2, dense_tail_blocks=0"
 POLICIES = (
@@ -46,30 +47,37 @@ def timed(verb: Callable[..., Any], *tensors: Any, **options: Any) -> tuple[Any,
     return verb(*tensors, **options), time.process_time() - begin
 
 
-def figures(layers: dict[int, Any], policies: tuple[str, ...]) -> list[dict[str, Any]]:
+Row = tuple[float, torch.Tensor, torch.Tensor, float, float]
+
+
+def of_layer(dumps: Path, name: str, policies: tuple[str, ...]) -> dict[str, Row]:
+    """What each policy keeps of one layer: density, recall and error by tile, seconds of both verbs."""
+    torch.set_num_threads(1)
+    content: Any = dump.load(dumps / name)
+    q, k, v = (torch.as_tensor(content[key]).float() for key in "qkv")
+    options: dict[str, Any] = {"softmax_scale": float(content["scale"]), "threads": 1}
+    exact, exact_lse = attend(q, k, v, select(q, k, "dense", **options), return_lse=True, **options)
+    norms, tokens = tile_norms(exact), by_tile(torch.ones(len(q), 1))
+    found = {}
+    for policy in policies:
+        mask, selection = timed(select, q, k, policy, **options)
+        (out, lse), attention = timed(attend, q, k, v, mask, return_lse=True, **options)
+        stats = mask.stats
+        found[policy] = (
+            float((stats.kept - stats.skipped).sum() / (stats.total.sum() * stats.kept.shape[1])),
+            (by_tile((lse - exact_lse).T.clamp(max=0).exp()) / tokens).flatten().double(),
+            (tile_norms(out - exact) / norms).flatten().nan_to_num(),
+            selection,
+            attention,
+        )
+    return found
+
+
+def figures(layers: list[dict[str, Row]]) -> list[dict[str, Any]]:
     """Return one row per policy, over all layers."""
-    found: dict[str, list[Any]] = {policy: [] for policy in policies}
-    for captured in layers.values():
-        q, k, v = captured.query, captured.key, captured.value
-        options: dict[str, Any] = {"softmax_scale": captured.scale, "threads": 1}
-        exact, exact_lse = attend(q, k, v, select(q, k, "dense", **options), return_lse=True, **options)
-        norms, tokens = tile_norms(exact), by_tile(torch.ones(len(q), 1))
-        for policy in policies:
-            mask, selection = timed(select, q, k, policy, **options)
-            (out, lse), attention = timed(attend, q, k, v, mask, return_lse=True, **options)
-            stats = mask.stats
-            found[policy].append(
-                (
-                    float((stats.kept - stats.skipped).sum() / (stats.total.sum() * stats.kept.shape[1])),
-                    (by_tile((lse - exact_lse).T.clamp(max=0).exp()) / tokens).flatten().double(),
-                    (tile_norms(out - exact) / norms).flatten().nan_to_num(),
-                    selection,
-                    attention,
-                )
-            )
     rows = []
-    for policy, parts in found.items():
-        density, recall, error, selection, attention = zip(*parts, strict=True)
+    for policy in layers[0]:
+        density, recall, error, selection, attention = zip(*(one[policy] for one in layers), strict=True)
         held = torch.cat(recall)
         rows.append(
             {
@@ -90,20 +98,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("dumps", type=Path, help="what flashprefill lab --dump wrote")
     parser.add_argument("--text", default="gpl", help="which of the dumps' texts")
+    parser.add_argument("--layers", type=json.loads, help="only these, as [7, 13]")
+    parser.add_argument("--policy", action="append", help="these in place of the ones above, dense first")
+    parser.add_argument("--jobs", type=int, default=1, help="layers beside each other, a thread each")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     busy = machine.busy()
-    layers = texts.load(options.dumps)[options.text]
-    rows = figures(layers, POLICIES)
+    files = {
+        int(f.stem.rpartition("-layer")[2]): f.name for f in options.dumps.glob(f"{options.text}-layer*")
+    }
+    layers = sorted(n for n in files if not options.layers or n in options.layers)
+    policies = tuple(options.policy or POLICIES)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        found = pool.starmap(of_layer, [(options.dumps, files[n], policies) for n in layers], chunksize=1)
     results = {
         **machine.describe(),
         "command": shlex.join(["python", *sys.argv]),
         "settings": {"threads": 1, "busy": busy},
         "text": options.text,
-        "tokens": len(next(iter(layers.values())).query),
-        "layers": list(layers),
-        "rows": rows,
+        "tokens": known()[options.text].tokens,
+        "layers": layers,
+        "rows": figures(found),
     }
     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -11,6 +11,7 @@ vLLM's own FlashAttention 3, to which every batch goes untouched. Measured:
     decode   steps of eight requests alone
     host     what a layer's attention takes on the host until it is in the GPU's queue, which is empty at
              first: in a full one a launch waits for room, and that is the GPU's time
+    kernels  GPU time of one prompt by what kernels do: what is not attention bounds any speed-up
 
 --small runs the same code with a tiny model, on a CPU if need be; its figures mean nothing.
 """
@@ -179,7 +180,34 @@ def host(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, float]
     return {f"{kind}_us": 1e6 * statistics.median(values) for kind, values in seconds.items() if values}
 
 
-KINDS = {"ttft": first_token, "beside": beside, "decode": decode, "host": host}
+# By parts of kernels' names; the first that fits.
+SHARES = {
+    "attention": ("AttendSm90", "AttendPortable", "Attend8Sm90", "FlashAttn"),
+    "select": ("flashprefill",),
+    "products": ("nvjet", "gemm", "cutlass"),
+}
+
+
+def kernels(engine: Engine, tokens: int, chunk: int, seed: int) -> dict[str, float]:
+    """Read a prompt alone under torch's profiler; milliseconds of kernels, and of none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    what = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    with profile(activities=[what]) as found:
+        first_token(engine, tokens, chunk, seed)
+    spent = dict.fromkeys([*SHARES, "rest"], 0.0)
+    begins, ends = [], []
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            share = (name for name, parts in SHARES.items() if any(part in event.name for part in parts))
+            spent[next(share, "rest")] += event.time_range.elapsed_us() / 1e3
+            begins.append(event.time_range.start)
+            ends.append(event.time_range.end)
+    span = (max(ends) - min(begins)) / 1e3 if ends else 0.0
+    return {**{f"{name}_ms": ms for name, ms in spent.items()}, "idle_ms": span - sum(spent.values())}
+
+
+KINDS = {"ttft": first_token, "beside": beside, "decode": decode, "host": host, "kernels": kernels}
 
 
 def compare(
@@ -227,7 +255,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="*", default=[512, 1024, 2048], help="at 32K tokens")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="in this order")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--small", action="store_true")
@@ -242,10 +270,13 @@ def main() -> None:
         engine.turn(policy)
         first_token(engine, min(asked.tokens), asked.chunk, 40)
     rows = []
-    plan = [("ttft", tokens, asked.chunk) for tokens in asked.tokens]
-    plan += [("ttft", middle, chunk) for chunk in asked.chunks]
-    plan += [("host", middle, chunk) for chunk in (asked.chunks[:1] + [asked.chunk])]
-    plan += [("decode", CONTEXT, asked.chunk), ("beside", max(asked.tokens), asked.chunk)]
+    plan = {
+        "ttft": [(tokens, asked.chunk) for tokens in asked.tokens] + [(middle, n) for n in asked.chunks],
+        "host": [(middle, chunk) for chunk in (*asked.chunks[:1], asked.chunk)],
+        "kernels": [(tokens, asked.chunk) for tokens in asked.tokens],
+        "decode": [(CONTEXT, asked.chunk)],
+        "beside": [(max(asked.tokens), asked.chunk)],
+    }
     gpu = {"name": torch.cuda.get_device_name()} if torch.cuda.is_available() else None
     result = {"schema": "flashprefill-vllm-gpu/1", **machine.describe(gpu)}
     names = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
@@ -262,8 +293,8 @@ def main() -> None:
         "repeats": asked.repeats,
     }
     result["rows"] = rows
-    for kind, tokens, chunk in plan:
-        if kind in asked.kinds:
+    for kind in asked.kinds:
+        for tokens, chunk in plan[kind]:
             rows.append(compare(engine, kind, tokens, chunk, asked.repeats, policies))
             if asked.out:  # after each row: a run that is cut off has written what it measured
                 asked.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -130,7 +130,7 @@ examples:
   flashprefill eval infinitebench --data ~/InfiniteBench --model PATH --lengths 128K
   flashprefill eval longbench2 --data ~/LongBench-v2 --model PATH --samples 503 --lengths 128K
 
-Needs pip install 'flashprefill[eval]'. lm-eval's own command, with flashprefill as a model in it:
+Needs pip install '.[eval]' in the repository. lm-eval's own command, with flashprefill as a model in it:
 python -m flashprefill.lm_eval --model flashprefill --help. docs/evaluation.md has all of it.
 
 """

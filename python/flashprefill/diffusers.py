@@ -9,9 +9,8 @@ SpargeAttn, Dense or a MaskPolicy. Needs diffusers 0.35 or later. Nothing of dif
 registry takes a backend under a name of ours, and each attention layer's processor says which backend it
 wants, as after ``set_attention_backend``.
 
-A call that the kernel does not take (a mask, fewer than 128 rows, wanted gradients, a GPU, where no policy
-selects without causality yet) runs PyTorch's attention as before, with one warning for what a user would
-not expect.
+A call that the kernel does not take (a mask, fewer than 128 rows, wanted gradients, fp32 on a GPU) runs
+PyTorch's attention as before, with one warning for what a user would not expect.
 """
 
 from __future__ import annotations

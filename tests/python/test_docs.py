@@ -106,6 +106,19 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_linked_pages_are_in_the_site(page):
+    """Sphinx, which the tests do not run, refuses a link to a page that the site leaves out."""
+    settings = (ROOT / "tools/site/conf.py").read_text(encoding="utf-8")
+    patterns = re.findall(
+        r'"([^"]+)"', re.search(r"^include_patterns = \[(.*)\]$", settings, re.MULTILINE)[1]
+    )
+    known = {file.resolve() for pattern in patterns for file in ROOT.glob(pattern.replace("**.", "**/*."))}
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for path in re.findall(r"\]\((?!https?:)([^)\s#]+\.md)", text):
+        assert (page.parent / path).resolve() in known, f"{page.name}: {path}"
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_files_that_pages_name_are_there(page):
     """Paths in backticks; add-a-method.md names files that its reader makes, and has a test of its own."""
     if page.name == "add-a-method.md":

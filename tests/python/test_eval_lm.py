@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 for module in ("lm_eval", "wonderwords", "nltk", "scipy"):
-    pytest.importorskip(module, reason=f"{module} is not installed: pip install 'flashprefill[eval]'")
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install '.[eval]'")
 
 import torch  # noqa: E402
 

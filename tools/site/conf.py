@@ -15,7 +15,7 @@ version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text()
 
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md"]
+include_patterns = ["*.md", "docs/**.md", "bench/adapters/*.md"]
 exclude_patterns = ["build", "out", "dist", ".*"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = True
@@ -44,6 +44,7 @@ docs/guard
 docs/performance
 docs/quality
 docs/evaluation
+bench/adapters/README
 ```
 ```{toctree}
 :hidden:

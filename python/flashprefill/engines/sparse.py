@@ -43,6 +43,24 @@ class Call:
     seqused_k: torch.Tensor  # int32 [requests]
     block_table: torch.Tensor  # int32 [requests, pages]
     prepared: dict[Any, PreparedPrefill] = field(default_factory=dict, init=False)  # by what layers differ in
+    _alone: list[Call] = field(default_factory=list, init=False)
+
+    def alone(self) -> list[Call]:
+        """Return a call for each request.
+
+        On a GPU a call over an FP8 cache takes scratch memory for its longest request times their number.
+        """
+        span = self.span
+        if len(span.rows) == 1:
+            return [self]
+        if not self._alone:
+            starts = starts_of(span.rows)
+            for i, (rows, keys, final) in enumerate(zip(span.rows, span.keys, span.final, strict=True)):
+                one = Span(span.first + i, span.begin + starts[i], [rows], [keys], [final])
+                cu_seqlens_q = to_device(self.seqused_k.device, [0, rows], torch.int32)
+                here = slice(i, i + 1)
+                self._alone.append(Call(one, cu_seqlens_q, self.seqused_k[here], self.block_table[here]))
+        return self._alone
 
 
 @dataclass
@@ -181,7 +199,8 @@ def run(
     try:
         policy = plan.options.policy.at_layer(layer)
         for call in plan.calls:
-            _attend(plan, policy, call, query, k_pages, v_pages, output, scale, scales, layer)
+            for part in call.alone() if k_pages.dtype == torch.float8_e4m3fn else [call]:
+                _attend(plan, policy, part, query, k_pages, v_pages, output, scale, scales, layer)
     except FlashPrefillError as error:
         plan.host.metrics.fallbacks[str(error)] += 1
         plan.host.say_once(logging.WARNING, f"flashprefill: a batch was run densely: {error}")

@@ -156,8 +156,8 @@ struct RowSums {
   }
 };
 
-// Logarithms of the sums of 64 rows, over a warp's keys: to[row * apart]. Each lane has 16 rows' sums of its own keys, and
-// the eight lanes of a row exchange halves, so that 14 shuffles do for all. The sums begin again.
+// Logarithms of the sums of 64 rows, over a warp's keys: to[row * apart]. Each lane has 16 rows' sums of its own keys,
+// and the eight lanes of a row exchange halves, so that 14 shuffles do for all. The sums begin again.
 __device__ __forceinline__ void StoreLogSums(RowSums<64>& rows, float* to, int apart) {
   float(&sum)[16] = rows.sum;
   const int lane = threadIdx.x % 32;

@@ -17,8 +17,8 @@ class Plan {
     plan.policy_ = reinterpret_cast<const fp_s2o&>(policy);
     plan.family_ = cuda::RankPlan::Of(p, policy, plan.policy_.segment, gpu);
     const Geometry g = Geometry::Of(p, policy);
-    plan.rows_ = std::min<int64_t>(plan.policy_.stop_rows, int64_t{std::max(1, g.tile_tokens)} *
-                                                               SegmentTiles(plan.policy_.segment, g)) *
+    plan.rows_ = std::min<int64_t>(plan.policy_.stop_rows,
+                                   int64_t{std::max(1, g.tile_tokens)} * SegmentTiles(plan.policy_.segment, g)) *
                  g.heads_per_tile;
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
     return plan;

@@ -31,11 +31,11 @@ def delta(before, after):
     """What was counted between two snapshots."""
     change = {}
     for name, value in after.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "guard":
             change[name] = {
                 k: n - before[name].get(k, 0) for k, n in value.items() if n != before[name].get(k, 0)
             }
-        elif name != "density":
+        elif name not in ("density", "guard"):
             change[name] = value - before[name]
     possible = change["causal_blocks"]
     change["density"] = change["kept_blocks"] / possible if possible else None

@@ -303,7 +303,7 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
             if mask.key_lists is not None and query.is_cuda:  # CUDA has no corrected ones
                 reasons[line.method] = "masks with key lists are for the CPU in the lab"
             if mask.skip and query.is_cuda:
-                reasons[line.method] = "masks that skip are for the CPU"
+                reasons[line.method] = "masks that skip are for the CPU in the lab"
         except UnsupportedError as error:
             reasons[line.method] = str(error)
     return reasons

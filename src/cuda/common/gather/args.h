@@ -1,5 +1,5 @@
-// What the launches of Gather's and S2O's selections read and write. Plain C++. docs/hopper-gather.md has the order of the
-// launches.
+// What the launches of Gather's and S2O's selections read and write. Plain C++. docs/hopper-gather.md has the order of
+// the launches.
 //
 // A *list* belongs to one mask head and segment. The mean queries of its heads, rounded up to a power of two with rows
 // of zeros, are `columns` neighbouring columns of a product of keys with mean queries; kRankColumns / columns lists of

@@ -28,8 +28,8 @@ RankShape ShapeOf(const Problem& p, const Policy& policy, int64_t segment) {
   a.slots = static_cast<int>((int64_t{a.segment_rows} * a.rules.units_per_kv >> a.log2_lists) + p.batch);
   const int64_t spread = int64_t{p.kv_heads} * a.slots * p.max_seqlen_k / kWantedCtas;
   const int64_t least = std::max(kLeastChunk, p.max_seqlen_k / kMostChunks);
-  a.chunk = static_cast<int>(DivUp(std::clamp(spread, least, std::max(least, kMostChunk)), int64_t{kRankStep}) *
-                             kRankStep);
+  a.chunk =
+      static_cast<int>(DivUp(std::clamp(spread, least, std::max(least, kMostChunk)), int64_t{kRankStep}) * kRankStep);
   a.chunks = static_cast<int>(DivUp<int64_t>(p.max_seqlen_k, a.chunk));
   a.exponent_scale = ExponentScale(p);
   a.by_segment_tokens = Divider::Of(tokens);

@@ -1,7 +1,7 @@
-// The selections that rank single keys, Gather's and S2O's, from the host's side: mean queries by the pooling pass, sums
-// and codes of energies by two products of all of them with all keys (rank.cuh), then what a method makes of the codes,
-// then the rest of the mask (mask.cu). Codes take two bytes per key and list, too many at length for all lists at a
-// time: they are made, chosen from and overwritten in rounds of some slots. Nothing is read back. Plain C++.
+// The selections that rank single keys, Gather's and S2O's, from the host's side: mean queries by the pooling pass,
+// sums and codes of energies by two products of all of them with all keys (rank.cuh), then what a method makes of the
+// codes, then the rest of the mask (mask.cu). Codes take two bytes per key and list, too many at length for all lists
+// at a time: they are made, chosen from and overwritten in rounds of some slots. Nothing is read back. Plain C++.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_PLAN_H_
 #define FLASHPREFILL_CUDA_COMMON_GATHER_PLAN_H_
 

@@ -3,10 +3,10 @@
 //
 // Keys are sorted by a bitonic network in shared memory: a word has a key's code in its upper half and below it the
 // complement of its place in the list, so that equal energies come by index. Then the rows' sums of exponentials: first
-// over the keys in their blocks, which are neighbours, then over groups of ranked keys, which are gathered; 64 keys by 64
-// rows per product (key_product.cuh has the sums). Each step's keys come while the step before is multiplied. A row's sum
-// is kept as its logarithm, so references of warps need not agree. With more than 64 rows each panel of rows meets all
-// keys of a group in turn. Every sum has one order, whatever else runs: no atomics.
+// over the keys in their blocks, which are neighbours, then over groups of ranked keys, which are gathered; 64 keys by
+// 64 rows per product (key_product.cuh has the sums). Each step's keys come while the step before is multiplied. A
+// row's sum is kept as its logarithm, so references of warps need not agree. With more than 64 rows each panel of rows
+// meets all keys of a group in turn. Every sum has one order, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_STOP_CUH_
 #define FLASHPREFILL_CUDA_COMMON_GATHER_STOP_CUH_
 
@@ -138,9 +138,7 @@ class Stopper {
   __device__ void LoadRows(int panel) {
     __syncthreads(); // the last product is done with the rows before
     const int heads = args_.shape.heads;
-    const auto token = [&](int row) {
-      return static_cast<int>(StopRow(unit_.segment, row / heads, unit_.of_head));
-    };
+    const auto token = [&](int row) { return static_cast<int>(StopRow(unit_.segment, row / heads, unit_.of_head)); };
     if (threadIdx.x < kStopColumns) {
       const int row = panel * kStopColumns + threadIdx.x;
       sm_.limit[threadIdx.x] = row < unit_.rows ? unit_.sequence.prefix + token(row) + 1 : 0;
@@ -153,21 +151,20 @@ class Stopper {
     });
   }
 
-  // Multiplies the panel with keys [0, count), of which key(i) is the i-th; each row counts those that sees(row, i) says.
-  // Leaves the logarithms of the warps' sums in shared memory, for all to read.
+  // Multiplies the panel with keys [0, count), of which key(i) is the i-th; each row counts those that sees(row, i)
+  // says. Leaves the logarithms of the warps' sums in shared memory, for all to read.
   template <typename Key, typename Sees>
   __device__ void Add(int count, Key&& key, bool all_see, Sees&& sees) {
     RowSums<kStopColumns> sums{sm_.reference[warp_], args_.shape.exponent_scale};
     sums.Start();
     const auto load = [&](int step) {
       if (step * kProductRows >= count) return;
-      CopyRows<PANELS, kProductRows>(memory_ + kRowBytes + step % 2 * kStageBytes, p_.head_dim, p_.k.data,
-                                     [&](int r) -> const T* {
-                                       const int i = step * kProductRows + r;
-                                       if (i >= count) return nullptr;
-                                       return static_cast<const T*>(p_.k.data) +
-                                              KeyOffsetAt(p_, p_.k.stride, unit_.sequence, key(i), unit_.kv);
-                                     });
+      CopyRows<PANELS, kProductRows>(
+          memory_ + kRowBytes + step % 2 * kStageBytes, p_.head_dim, p_.k.data, [&](int r) -> const T* {
+            const int i = step * kProductRows + r;
+            if (i >= count) return nullptr;
+            return static_cast<const T*>(p_.k.data) + KeyOffsetAt(p_, p_.k.stride, unit_.sequence, key(i), unit_.kv);
+          });
     };
     load(0);
 #pragma unroll 1
@@ -285,7 +282,8 @@ cudaError_t LaunchStopOf(const KeyStopArgs& args, cudaStream_t stream) {
   if (grid == 0) return cudaSuccess;
   int words = 2;
   while (words < args.room) words *= 2;
-  const int bytes = Stopper<PRODUCT, T, PANELS>::kBytes + static_cast<int>(sizeof(StopShared)) + words * 4 + kPanelAlign;
+  const int bytes =
+      Stopper<PRODUCT, T, PANELS>::kBytes + static_cast<int>(sizeof(StopShared)) + words * 4 + kPanelAlign;
   const auto kernel = StopKernel<PRODUCT, T, PANELS>;
   if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;
   kernel<<<static_cast<unsigned>(grid), kPanelThreads, static_cast<size_t>(bytes), stream>>>(args);

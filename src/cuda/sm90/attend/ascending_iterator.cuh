@@ -1,6 +1,7 @@
-// The order of keys where a mask skips (skip.cuh): from the lowest kept block up, because the chunks that a row may skip
-// are said in that order (fp_block_mask): 128 kept keys each, which are a step's, and the blocks on the diagonal begin a
-// chunk of their own. So the last step before the diagonal may be short, and the last of all. Means come as everywhere.
+// The order of keys where a mask skips (skip.cuh): from the lowest kept block up, because the chunks that a row may
+// skip are said in that order (fp_block_mask): 128 kept keys each, which are a step's, and the blocks on the diagonal
+// begin a chunk of their own. So the last step before the diagonal may be short, and the last of all. Means come as
+// everywhere.
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_ASCENDING_ITERATOR_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_ASCENDING_ITERATOR_CUH_
 

@@ -375,7 +375,7 @@ OneAttendKernel GatherKernelOf() {
 // The same for masks with key lists.
 #define FLASHPREFILL_INSTANTIATE_GATHER(T, HEAD_DIM)   \
   template <>                                          \
-  OneAttendKernel AttendGatherKernel<T, HEAD_DIM>() {     \
+  OneAttendKernel AttendGatherKernel<T, HEAD_DIM>() {  \
     return GatherKernelOf<T, AttendShape<HEAD_DIM>>(); \
   }
 

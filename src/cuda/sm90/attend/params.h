@@ -37,7 +37,7 @@ struct ListArgs {
 
 // What a mask skips, as fp_block_mask has it.
 struct SkipArgs {
-  float below;      // a row skips a chunk whose largest raw score lies further below its largest so far: log(skip) / scale
+  float below; // a row skips a chunk whose largest raw score lies further below its largest so far: log(skip) / scale
   int32_t* skipped; // [mask heads, tile_rows], or null
 };
 

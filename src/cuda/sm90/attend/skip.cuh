@@ -1,5 +1,5 @@
-// Attention that skips what weighs next to nothing (fp_block_mask::skip): the kernel of attend.cuh with another order of
-// keys (ascending_iterator.cuh) and another math side.
+// Attention that skips what weighs next to nothing (fp_block_mask::skip): the kernel of attend.cuh with another order
+// of keys (ascending_iterator.cuh) and another math side.
 //
 // A step is a chunk. Its largest score per row is compared with the largest of the chunks that the row counted before:
 // that is the one thing more in a step, 64 comparisons per lane, under the other warpgroup's products. Each row decides

@@ -1,9 +1,9 @@
-"""S2O on a GPU: what selecting takes, and the operator, beside Gather over the same segments and dense attention.
+"""S2O on a GPU: selecting alone and the operator, beside Gather over the same segments and dense attention.
 
     python3 bench/cuda/s2o_bench.py [--tokens 16384,131072] [--out FILE]
 
-32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs of operator_bench.py with queries times
-2. Calls are captured in CUDA graphs and timed by turns, medians.
+32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs of operator_bench.py with queries
+times 2. Calls are captured in CUDA graphs and timed by turns, medians.
 """
 
 import argparse

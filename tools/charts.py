@@ -213,47 +213,6 @@ def quality() -> None:
         save(figure, "quality")
 
 
-KEY_CURVES = (
-    ("Oracle, share", "oracle of blocks", INK, ":"),
-    ("Gather, gain", "Gather", ORANGE, "-"),
-    ("Gather, gain, per query head", "Gather, a list per query head", ORANGE, "--"),
-    ("S2O", "S2O", BLUE, "-"),
-    ("MInference, tokens", "MInference, tokens", BLUE, "--"),
-    ("Sketch, gain, query metric, pool 64", "Sketch, gain", GREEN, "-"),
-    ("FlashPrefill (V1)", "FlashPrefill", GREY, "-"),
-)
-
-
-def keys() -> None:
-    """docs/quality.md: single keys beside blocks, what is held and the output error, prose and code."""
-    found = read("lab-layers")["texts"]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(11.2, 7.6), layout="constrained", sharex=True)
-        for column, (name, what) in enumerate((("long", "licences"), ("long-code", "Python's source"))):
-            text = next(one for one in found if one["name"] == name)
-            curves = {one["label"]: one["points"] for one in text["methods"]}
-            for axis, key, title in (
-                (axes[0][column], "recall", "Attention held, mean over tiles"),
-                (axes[1][column], "error", "Output error, mean over tiles"),
-            ):
-                for label, words, colour, style in KEY_CURVES:
-                    if label not in curves:
-                        continue
-                    points = sorted((point["density"], point[key]) for point in curves[label])
-                    axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker="o",
-                              markersize=3, linewidth=1.6, label=words)  # fmt: skip
-                axis.set_xlim(0, 0.3)
-                axis.set_ylim((0.7, 1.0) if key == "recall" else (0.0, 0.3))
-                for part in (axis.xaxis, axis.yaxis):
-                    part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-                axis.set_title(f"{title}\nSmolLM2-135M, 24,355 tokens of {what}")
-                axis.tick_params(length=2, labelsize=8)
-            axes[1][column].set_xlabel("density: share of the causal keys kept")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False,
-                      fontsize=8.5)  # fmt: skip
-        save(figure, "quality-keys")
-
-
 EVAL_COLOURS = {
     "flashprefill": GREY,
     "sketch": GREEN,
@@ -312,5 +271,4 @@ if __name__ == "__main__":
     prompt_length()
     performance()
     quality()
-    keys()
     ruler()

@@ -508,7 +508,7 @@ def main() -> None:
     path = RESULTS / "try-h200.json"
     if path.exists():
         lines += needles(json.loads(path.read_text(encoding="utf-8")))
-    files = [RESULTS / f"demo-{name}h200.json" for name in ("", "long-")]
+    files = [RESULTS / f"demo-{name}h200.json" for name in ("", "long-", "gather-")]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
     lines += demos(found) if found else []
     evaluated = sorted(RESULTS.glob(f"{quality_eval.PREFIX}*.json"), key=lambda path: path.stem)

@@ -11,6 +11,8 @@ PREFIX = "eval-"  # of the files in bench/results
 INTRO = """
 ## RULER, every policy on the same prompts
 
+![Scores against dense attention's over the density, by length](images/ruler.png)
+
 Scores of `flashprefill eval` ([evaluation.md](evaluation.md)), in per cent. *Kept of dense* is the
 score over the prompts that dense attention answers fully; *worse* and *better* count prompts whose
 score is below and above dense attention's; *p* is McNemar's exact test on the two. *First token*

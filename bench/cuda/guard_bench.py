@@ -1,6 +1,6 @@
 """What a guard costs on a GPU: the operator with and without one, by turns in one run.
 
-    python3 bench/cuda/guard_bench.py [--tokens 8192,131072] [--target TARGET] [--out FILE]
+    python3 bench/cuda/guard_bench.py [--tokens 8192,131072] [--rows N] [--target TARGET] [--out FILE]
 
 Inputs, shapes and timing are operator_bench.py's: 32 query heads, 8 KV heads, head_dim 128, bf16, causal,
 calls in CUDA graphs, medians, alpha set so that the density is that of the table in the papers. "observe"
@@ -17,16 +17,19 @@ from operator_bench import DENSITY, clock, graph_of, inputs, milliseconds, tuned
 
 import flashprefill as fp
 
-GUARDS = {
-    "none": None,
-    "observe": fp.Guard(),
-    "strict, low target": fp.Guard("strict", target=1e-6),
-    "repair, low target": fp.Guard("repair", target=1e-6),
-    "repair, all": fp.Guard("repair", target=1.0),
-}
+
+def guards(rows):
+    """Named guards that audit so many rows per head."""
+    return {
+        "none": None,
+        "observe": fp.Guard(rows=rows),
+        "strict, low target": fp.Guard("strict", target=1e-6, rows=rows),
+        "repair, low target": fp.Guard("repair", target=1e-6, rows=rows),
+        "repair, all": fp.Guard("repair", target=1.0, rows=rows),
+    }
 
 
-def measure(tokens, turns, target):
+def measure(tokens, turns, target, audited):
     """All guards at one length, for two policies."""
     q, k, v = inputs(tokens)
     alpha = tuned(q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), DENSITY[tokens]).alpha
@@ -35,17 +38,18 @@ def measure(tokens, turns, target):
         "Sketch": fp.Sketch(alpha=alpha),
     }
     rows = []
+    alone = fp.Guard(rows=audited)
     for label, policy in policies.items():
         mask = fp.select(q, k, policy, target=target)
-        found = fp.audit(q, k, mask, target=target)
+        found = fp.audit(q, k, mask, alone, target=target)
         graphs = {}
-        for name, guard in GUARDS.items():
+        for name, guard in guards(audited).items():
 
             def call(guard=guard, policy=policy):
                 fp.prefill_attention(q, k, v, policy, guard=guard, target=target)
 
             graphs[name] = graph_of(call)
-        graphs["audit alone"] = graph_of(lambda mask=mask: fp.audit(q, k, mask, target=target))
+        graphs["audit alone"] = graph_of(lambda mask=mask: fp.audit(q, k, mask, alone, target=target))
         graphs["select alone"] = graph_of(lambda policy=policy: fp.select(q, k, policy, target=target))
         times = {name: [] for name in graphs}
         for _ in range(turns):
@@ -77,13 +81,14 @@ def main():
     )
     parser.add_argument("--tokens", default="8192,131072")
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=0, help="audited per head; 0: the guard's default")
     parser.add_argument("--target", help="of the backend")
     parser.add_argument("--out")
     arguments = parser.parse_args()
     rows = []
     with torch.inference_mode():
         for tokens in map(int, arguments.tokens.split(",")):
-            here = measure(tokens, arguments.turns, arguments.target)
+            here = measure(tokens, arguments.turns, arguments.target, arguments.rows)
             mhz = clock()
             for row in here:
                 row["clock_mhz"] = mhz

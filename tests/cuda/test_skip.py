@@ -179,7 +179,7 @@ def test_the_bound(skip, causal):
 @pytest.mark.parametrize("correct", [False, True])
 def test_sparge_attn_skips_among_the_blocks_it_keeps(correct):
     """Both of its stages; means of the blocks left out count, and are never skipped."""
-    q, k, v = inputs(600, 2000)
+    q, k, v = inputs(300, 4000)  # more keys than prefill keeps whole
     policy = fp.SpargeAttn(cdf=0.9, similarity=0.1, skip=SKIP, mean_correction=correct)
     mask = fp.select(q.cuda(), k.cuda(), policy, softmax_scale=1.0)
     on_cpu = mask.to("cpu")
@@ -189,7 +189,7 @@ def test_sparge_attn_skips_among_the_blocks_it_keeps(correct):
     assert (out.cpu().float() - other.float()).abs().max() < 2e-2
     assert torch.equal(mask.skipped.cpu(), on_cpu.skipped) and int(mask.skipped.sum()) > 0
     whole = fp.prefill_attention(q.cuda(), k.cuda(), v.cuda(), policy, softmax_scale=1.0)
-    assert (whole.float() - out.float()).abs().max() < 2e-2
+    assert torch.equal(whole, out)
 
 
 def test_a_graph_replays():

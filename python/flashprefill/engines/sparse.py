@@ -294,7 +294,7 @@ def _attend_by_mask(
         return_stats=True,
         guard=guard,
     )
-    if guard is not None:
+    if guard is not None and stats.guard is not None:
         metrics.count_findings(functools.partial(sums_of, *stats.guard.results), guard)
     metrics.count_later(stats._counts)
     visible = (

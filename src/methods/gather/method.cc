@@ -44,7 +44,7 @@ KeyListRoom Room(const Problem& p, const Policy& policy) {
 extern const Method kMethod = {.kind = FP_GATHER,
                                .name = "gather",
                                .size = sizeof(fp_gather),
-                               .common = {32, 1, 16, 8, 1},
+                               .common = {32, 1, 32, 8, 1},
                                .fields = kFields,
                                .check = Check,
                                .keeps_everything = KeepsAll,

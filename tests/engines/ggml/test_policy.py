@@ -111,17 +111,15 @@ def test_a_guard_says_what_is_kept() -> None:
     for mode in ("none", "observe", "strict"):
         options = f"policy=streaming, sink_blocks=1, window_blocks=1, dense_tail_blocks=0, guard={mode}"
         with engine(Setup(**SHIPPED), options) as e:
-            e.feed([(0, prompt(1900))])
+            e.feed([(0, prompt(1100))])
             stats = e.plugin.stats()
         found[mode], densities[mode] = stats["guard"], stats["density"]
-        assert (stats["guard_seconds"] > 0) == (mode != "none")
-        last = [line for line in log if line.startswith(f"flashprefill: {1900 * LAYERS} rows")][-1]
+        last = [line for line in log if line.startswith(f"flashprefill: {1100 * LAYERS} rows")][-1]
         assert ("recall " in last) == (mode != "none")
     assert found["none"] is None and densities["none"] == densities["observe"] < densities["strict"]
     for mode, done in (("observe", "low"), ("strict", "dense")):
         figures = found[mode]
-        assert figures["heads"] == 9 * LAYERS * 4  # micro-batches; the first one keeps all
-        assert figures[done] > 0 and figures["whole"] >= 9 * LAYERS
+        assert figures["heads"] == 9 * LAYERS * 3 and figures[done] > 0  # three micro-batches
         outcomes = ("whole", "held", "repaired", "dense", "low")
         assert sum(figures[name] for name in outcomes) == figures["heads"]
         assert figures["at_least"] < figures["recall"] < 1

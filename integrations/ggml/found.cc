@@ -25,8 +25,6 @@ std::string Format(const char* format, Args... args) {
 int64_t Found::all() const { return std::accumulate(heads, heads + kOutcomes, int64_t{0}); }
 
 void Found::Add(const Found& other) {
-  recalls += other.recalls;
-  audited += other.audited;
   for (int i = 0; i < 3; ++i) moments[i] += other.moments[i];
   for (int i = 0; i < kOutcomes; ++i) heads[i] += other.heads[i];
 }
@@ -60,25 +58,15 @@ std::string Found::Json() const {
 }
 
 void FindingRoom::Offer(int32_t heads, fp_guard& guard) {
-  recall_.assign(heads, 1);
-  rows_.assign(heads, 0);
   outcome_.assign(heads, FP_GUARD_WHOLE);
   std::fill(moments_, moments_ + 3, 0.0);
-  guard.recall = recall_.data();
-  guard.rows_audited = rows_.data();
   guard.outcome = outcome_.data();
   guard.moments = moments_;
 }
 
 Found FindingRoom::Sum() const {
   Found found;
-  for (size_t h = 0; h < recall_.size(); ++h) {
-    if (rows_[h] > 0) {
-      found.recalls += recall_[h];
-      ++found.audited;
-    }
-    ++found.heads[outcome_[h]];
-  }
+  for (const int32_t outcome : outcome_) ++found.heads[outcome];
   std::copy(moments_, moments_ + 3, found.moments);
   return found;
 }

@@ -13,15 +13,13 @@ namespace flashprefill::ggml {
 struct Found {
   static constexpr int kOutcomes = 5; // of fp_guard_outcome
 
-  double recalls = 0;            // of heads that leave something out,
-  int64_t audited = 0;           // and how many of them there are
   double moments[3] = {};        // number, sum and sum of squares of audited rows' recalls
   int64_t heads[kOutcomes] = {}; // by what became of them
 
   bool any() const { return all() > 0; }
   int64_t all() const;
   void Add(const Found& other);
-  double recall() const { return audited > 0 ? recalls / static_cast<double>(audited) : 1.0; }
+  double recall() const { return moments[0] > 0 ? moments[1] / moments[0] : 1.0; } // mean of these rows
   // A lower bound of the mean recall, right with probability 0.999.
   double at_least() const;
   // "recall 0.957, at least 0.951; 3 of 960 heads repaired"
@@ -37,8 +35,7 @@ class FindingRoom {
   Found Sum() const;
 
  private:
-  std::vector<float> recall_;
-  std::vector<int32_t> rows_, outcome_;
+  std::vector<int32_t> outcome_;
   double moments_[3];
 };
 

@@ -294,8 +294,9 @@ class GuardSummary:
     """What guards found in one call or several: of a model's layers, of a prompt's chunks.
 
     Attributes:
-        recall: mean over heads that leave something out; 1 if none does.
-        recall_p05: 5th percentile of these heads' recalls.
+        recall: mean over all audited rows, of which `certificate` is the bound; 1 if there are none. Chunks
+            of a prompt have unequal numbers of rows.
+        recall_p05: 5th percentile of the recalls of heads that leave something out.
         certificate: lower bound of the mean of all audited rows' strata, holding with probability 1 - risk.
         heads: heads of all calls.
         outcomes: how many of them were whole, held, repaired, dense or low.
@@ -322,7 +323,7 @@ class GuardSummary:
         recall, outcome = np.concatenate(recalls), np.concatenate(outcomes)
         counts = np.bincount(outcome.astype(int), minlength=len(OUTCOMES))
         return cls(
-            float(recall.mean()) if len(recall) else 1.0,
+            float(moments[1] / moments[0]) if moments[0] else 1.0,
             float(np.quantile(recall, 0.05)) if len(recall) else 1.0,
             certificate(moments, risk),
             len(outcome),

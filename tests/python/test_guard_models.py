@@ -28,7 +28,7 @@ def test_every_layer_is_guarded():
     assert torch.equal(plain, seen)
     assert stats.recall.shape == (2, 4) and (stats.recall < 1).all()
     assert stats.guard.heads == 16 and stats.guard.outcomes["low"] == 16
-    assert stats.guard.certificate <= stats.guard.recall == pytest.approx(stats.recall.mean(), abs=1e-5)
+    assert stats.guard.certificate <= stats.guard.recall == pytest.approx(stats.recall.mean(), abs=0.01)
     assert str(stats.guard) in str(stats) and stats.guard_seconds > 0
     layers = [call.parts[0].guard.guard.layer for call in stats.calls]
     assert layers == [0, 1], "the layer is part of the seed"

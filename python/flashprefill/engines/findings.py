@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Places: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-SUMS = 2 + 3 + len(OUTCOMES)  # of recalls, of heads that were audited; moments of rows; heads by outcome
+SUMS = 3 + len(OUTCOMES)  # moments of the audited rows' recalls; heads by outcome
 CALLS = 32  # whose results lie in one buffer, summed at once
 
 
@@ -55,18 +55,15 @@ class Findings:
 
     def sums(self) -> torch.Tensor:
         """Return what `summary` makes figures of, float64 [SUMS]."""
-        return sums_of(self.shares, self.numbers, self.moments)
+        return sums_of(self.numbers, self.moments)
 
 
-def sums_of(shares: torch.Tensor, numbers: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def sums_of(numbers: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """Sum results up: of calls, or of one call, as `Findings` has them. float64 [SUMS]."""
     import torch
 
-    recall, rows, outcome = shares.select(-3, 0), numbers.select(-3, 0), numbers.select(-3, 2)
-    audited = rows > 0
+    outcome = numbers.select(-3, 2)
     parts = [
-        torch.where(audited, recall, 0).sum(dtype=torch.float64)[None],
-        audited.sum(dtype=torch.float64)[None],
         moments.reshape(-1, 3).sum(0),
         *((outcome == i).sum(dtype=torch.float64)[None] for i in range(len(OUTCOMES))),
     ]
@@ -75,12 +72,11 @@ def sums_of(shares: torch.Tensor, numbers: torch.Tensor, moments: torch.Tensor) 
 
 def summary(sums: Sequence[float], risk: float) -> GuardSummary:
     """Return sums as figures, without a 5th percentile."""
-    recalls, audited, *others = sums
-    counts = [int(x) for x in others[3:]]
+    moments, counts = sums[:3], [int(x) for x in sums[3:]]
     return GuardSummary(
-        recalls / audited if audited else 1.0,
+        moments[1] / moments[0] if moments[0] else 1.0,
         math.nan,
-        certificate(others[:3], risk),
+        certificate(moments, risk),
         sum(counts),
         dict(zip(OUTCOMES, counts, strict=True)),
     )

@@ -295,7 +295,7 @@ def _attend_by_mask(
         guard=guard,
     )
     if guard is not None and stats.guard is not None:
-        metrics.count_findings(functools.partial(sums_of, *stats.guard.results), guard)
+        metrics.count_findings(functools.partial(sums_of, *stats.guard.results[1:]), guard)
     metrics.count_later(stats._counts)
     visible = (
         stats._layout.visible(rows, keys, stats._tile_tokens, stats._block_size)

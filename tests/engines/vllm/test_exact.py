@@ -134,15 +134,14 @@ def test_bf16(engines, llama):
 )
 def test_layers_that_stay_dense(engines, folder, caplog, monkeypatch, make, sparse, words):
     model = make(folder / make.__name__)
-    from flashprefill.vllm import layers
-    from flashprefill.vllm import sparse as said
+    from flashprefill.vllm.host import host
 
-    monkeypatch.setattr(said, "_said", set())
-    monkeypatch.setattr(layers, "announced", False)
+    monkeypatch.setattr(host, "_said", set())
+    monkeypatch.setattr(host, "announced", False)
     options = {"max_num_batched_tokens": 900, "max_num_seqs": 4}
     requests = [Request(tokens(1700, 1)), Request(tokens(300, 2))]
     stock, _ = engines(model, None, **options).run(requests)
-    monkeypatch.setattr(said.logger, "handlers", [caplog.handler])  # vLLM's own keep theirs to themselves
+    monkeypatch.setattr(host.logger, "handlers", [caplog.handler])  # vLLM's own keep theirs to themselves
     with caplog.at_level(logging.INFO, "vllm.flashprefill"):
         ours, counted = engines(model, DENSE, **options).run(requests)
     assert words in caplog.text

@@ -23,7 +23,11 @@ def test_it_leaves_something_out(engines, llama):
 
 @pytest.mark.parametrize(
     "policy",
-    [SPARSE, plugin.config(fp.Sketch(mass=0.5, window_blocks=1)), plugin.config(fp.Gather(gain=0.05))],
+    [
+        SPARSE,
+        plugin.config(fp.Sketch(mass=0.5, window_blocks=1)),
+        plugin.config(fp.Gather(gain=0.05, window_blocks=2)),
+    ],
     ids=["flashprefill", "sketch", "gather"],
 )
 def test_alone_or_among_others(engines, llama, policy):

@@ -146,6 +146,37 @@ def write_results(path, rows, **more):
         json.dump(results, file, indent=1)
 
 
+def by_lengths(description, tokens, turns, measure, line, **more):
+    """Be a bench's main: ask for lengths and turns, print a line per row that is measured, write the rows.
+
+    Args:
+        description: what --help says.
+        tokens: lengths, as the option takes them, if none are asked for.
+        turns: turns, likewise.
+        measure: makes the rows of a length, from tokens, turns and the options of `more`.
+        line: what is printed of a row.
+        more: further options, integers, with their defaults.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", default=tokens)
+    parser.add_argument("--turns", type=int, default=turns)
+    parser.add_argument("--out")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    asked = parser.parse_args()
+    rows = []
+    with torch.inference_mode():
+        for length in map(int, asked.tokens.split(",")):
+            for row in measure(length, asked.turns, **{name: getattr(asked, name) for name in more}):
+                rows.append(row)
+                print(line(row), flush=True)
+            torch.cuda.empty_cache()
+    if asked.out:
+        write_results(asked.out, rows)
+
+
 def main():
     """Measure, print, write."""
     parser = argparse.ArgumentParser(

@@ -6,11 +6,9 @@
 times 2. Calls are captured in CUDA graphs and timed by turns, medians.
 """
 
-import argparse
 import statistics
 
-import torch
-from operator_bench import clock, graph_of, inputs, milliseconds, write_results
+from operator_bench import by_lengths, clock, graph_of, inputs, milliseconds
 
 import flashprefill as fp
 
@@ -55,24 +53,5 @@ def measure(tokens, turns):
     return rows
 
 
-def main():
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", default="16384,131072")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out")
-    arguments = parser.parse_args()
-    rows = []
-    with torch.inference_mode():
-        for tokens in map(int, arguments.tokens.split(",")):
-            for row in measure(tokens, arguments.turns):
-                rows.append(row)
-                print(row, flush=True)
-    if arguments.out:
-        write_results(arguments.out, rows)
-
-
 if __name__ == "__main__":
-    main()
+    by_lengths(__doc__, "16384,131072", 3, measure, str)

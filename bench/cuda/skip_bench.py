@@ -9,11 +9,10 @@ Calls are captured in CUDA graphs and timed by turns, medians. Errors are of the
 dense output.
 """
 
-import argparse
 import statistics
 
 import torch
-from operator_bench import DIM, clock, graph_of, milliseconds, write_results
+from operator_bench import DIM, by_lengths, clock, graph_of, milliseconds
 from operator_bench import inputs as plain_inputs
 
 import flashprefill as fp
@@ -45,7 +44,7 @@ def tuned(q, k, v, share):
     return 10 ** ((low + high) / 2)
 
 
-def measure(tokens, dim, turns):
+def measure(tokens, turns, dim):
     """All rows of one length."""
     q, k, v = inputs(tokens, dim)
     policies = {"dense": fp.Dense(), "skip, nothing is": fp.Dense(skip=1e-30)}
@@ -83,29 +82,13 @@ def measure(tokens, dim, turns):
     return rows
 
 
-def main():
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def line(row):
+    """What is printed of a row."""
+    return (
+        f"{row['tokens']:7d} {row['name']:24s} skipped {row['skipped']:.3f} error {row['error']:.4f} "
+        f"{row['ms']:9.3f} ms {row['of_dense']:.3f} of dense {row['clock_mhz']} MHz"
     )
-    parser.add_argument("--tokens", default="16384,131072")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--out")
-    arguments = parser.parse_args()
-    rows = []
-    with torch.inference_mode():
-        for tokens in map(int, arguments.tokens.split(",")):
-            for row in measure(tokens, arguments.dim, arguments.turns):
-                rows.append(row)
-                print(
-                    f"{tokens:7d} {row['name']:24s} skipped {row['skipped']:.3f} error {row['error']:.4f} "
-                    f"{row['ms']:9.3f} ms {row['of_dense']:.3f} of dense {row['clock_mhz']} MHz",
-                    flush=True,
-                )
-    if arguments.out:
-        write_results(arguments.out, rows)
 
 
 if __name__ == "__main__":
-    main()
+    by_lengths(__doc__, "16384,131072", 5, measure, line, dim=128)

@@ -9,11 +9,9 @@ mixture costs. MInference has the numbers that its authors publish for Llama 3.1
 that they don't know (1000, 6096).
 """
 
-import argparse
 import statistics
 
-import torch
-from operator_bench import DENSITY, clock, graph_of, inputs, milliseconds, tuned, write_results
+from operator_bench import DENSITY, by_lengths, clock, graph_of, inputs, milliseconds, tuned
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -77,29 +75,13 @@ def measure(tokens, turns):
     ]
 
 
-def main():
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def line(row):
+    """What is printed of a row."""
+    return (
+        f"{row['tokens']:7d} {row['name']:40s} {row['density'] or 1:.3f} {row['ms']:9.4f} ms "
+        f"{row['over_cudnn']:7.2f}x cuDNN {row['clock_mhz']} MHz"
     )
-    parser.add_argument("--tokens", default="16384,65536,131072")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--out")
-    arguments = parser.parse_args()
-    rows = []
-    with torch.inference_mode():
-        for tokens in map(int, arguments.tokens.split(",")):
-            for row in measure(tokens, arguments.turns):
-                rows.append(row)
-                print(
-                    f"{tokens:7d} {row['name']:40s} {row['density'] or 1:.3f} {row['ms']:9.4f} ms "
-                    f"{row['over_cudnn']:7.2f}x cuDNN {row['clock_mhz']} MHz",
-                    flush=True,
-                )
-            torch.cuda.empty_cache()
-    if arguments.out:
-        write_results(arguments.out, rows)
 
 
 if __name__ == "__main__":
-    main()
+    by_lengths(__doc__, "16384,65536,131072", 7, measure, line)

@@ -20,13 +20,15 @@ class Plan {
     plan.rows_ = std::min<int64_t>(plan.policy_.stop_rows,
                                    int64_t{std::max(1, g.tile_tokens)} * SegmentTiles(plan.policy_.segment, g)) *
                  g.heads_per_tile;
+    plan.most_keys_ = p.max_seqlen_k;
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
     return plan;
   }
 
   const char* Unsupported() const {
     if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
-    if (room_ > cuda::kMostSortedKeys) return "max_keys is at most 32768 on CUDA";
+    if (room_ > cuda::kMostSortedKeys) return "max_keys is at most 24576 on CUDA";
+    if (most_keys_ > cuda::kMostRankedKeys) return "sequences have at most 2^24 keys on CUDA";
     return family_.Unsupported();
   }
   void Take(Workspace& workspace, bool) { family_.Take(workspace); } // means are for the mean correction alone
@@ -49,7 +51,7 @@ class Plan {
  private:
   fp_s2o policy_;
   cuda::RankPlan family_;
-  int64_t rows_, room_;
+  int64_t rows_, room_, most_keys_;
 };
 
 } // namespace

@@ -70,7 +70,8 @@ struct KeyStopArgs : KeyChoiceArgs {
   int stop_rows; // of a head
 };
 constexpr int kMostStopRows = 1024;    // of a list
-constexpr int kMostSortedKeys = 32768; // they must fit in shared memory
+constexpr int kMostSortedKeys = 24576; // they must fit in shared memory twice
+constexpr int64_t kMostRankedKeys = 1 << 24; // of a sequence
 cudaError_t LaunchKeyStopSm90(const KeyStopArgs& args, cudaStream_t stream);
 
 // Bits of blocks, counts with the lists' keys, fallbacks.

@@ -52,14 +52,14 @@ struct StopMemory {
   static constexpr int kRingStages = PRODUCT::template kStages<PANELS>;
   static constexpr int kRowBytes = kPanelBytes<PANELS, COLUMNS>, kStageBytes = kPanelBytes<PANELS, kProductRows>;
   static_assert(kRowBytes >= kStopWarps * kDigits * 4, "the sort's counts lie where the rows will");
-  int ring, sums, keys; // the ring of keys, before that the sort's words, at last a bitmap; sums; the ranked keys
+  int64_t ring, sums, keys; // the ring of keys, before that the sort's words, at last a bitmap; sums; the ranked keys
 
-  __host__ __device__ StopMemory(int rows, int room)
+  __host__ __device__ StopMemory(int64_t rows, int64_t room)
       : ring(room * 4 > kRingStages * kStageBytes ? (room + 3) / 4 * 16 : kRingStages * kStageBytes),
         sums(rows * 8),
         keys(room * 4) {}
-  __host__ __device__ int Bytes() const {
-    return kRowBytes + ring + static_cast<int>(sizeof(StopShared<COLUMNS>)) + sums + keys;
+  __host__ __device__ int64_t Bytes() const {
+    return kRowBytes + ring + static_cast<int64_t>(sizeof(StopShared<COLUMNS>)) + sums + keys;
   }
 };
 
@@ -127,7 +127,7 @@ class Stopper {
     if (count == unit_.kept) return;
     AsyncCopyWaitAll(); // of a step that is not wanted
     uint32_t* const bits = Words();
-    const int words = layout_.ring / 4, each = words / kStopWarps; // of a warp
+    const int words = static_cast<int>(layout_.ring / 4), each = words / kStopWarps; // of a warp
     const int ranked = unit_.segment.end_key - unit_.segment.first_key;
     int before = 0;
     for (int first = 0; first < ranked; first += words * 32) {
@@ -406,22 +406,29 @@ __global__ void __launch_bounds__(kPanelThreads) StopKernel(const __grid_constan
   }
 }
 
-// Rows of a list, at most.
-inline int StopRowsOf(const KeyStopArgs& args) {
-  const RankShape& a = args.shape;
-  return static_cast<int>(std::min<int64_t>(args.stop_rows, int64_t{a.segment_tiles} * a.rules.tile_tokens)) * a.heads;
+template <class PRODUCT, int PANELS, int COLUMNS>
+int64_t StopBytes(int64_t rows, int64_t room) {
+  return StopMemory<PRODUCT, PANELS, COLUMNS>(rows, room).Bytes() + kPanelAlign;
+}
+
+// With few rows per product: it can do with that.
+template <class PRODUCT>
+int64_t StopBytesOf(int head_dim, int64_t rows, int64_t room) {
+  return head_dim <= 64    ? StopBytes<PRODUCT, 1, kFewRows>(rows, room)
+         : head_dim <= 128 ? StopBytes<PRODUCT, 2, kFewRows>(rows, room)
+                           : StopBytes<PRODUCT, 4, kFewRows>(rows, room);
 }
 
 template <class PRODUCT, typename T, int PANELS>
 cudaError_t LaunchStopOf(const KeyStopArgs& args, cudaStream_t stream) {
-  const int64_t grid = int64_t{args.end_slot - args.first_slot} << args.shape.log2_lists;
+  const RankShape& a = args.shape;
+  const int64_t grid = int64_t{args.end_slot - args.first_slot} << a.log2_lists;
   if (grid == 0) return cudaSuccess;
-  const int rows = StopRowsOf(args);
-  const int few = StopMemory<PRODUCT, PANELS, kFewRows>(rows, args.room).Bytes() + kPanelAlign;
-  const int many = StopMemory<PRODUCT, PANELS, kManyRows>(rows, args.room).Bytes() + kPanelAlign;
-  const bool is_few = rows <= kFewRows || many > PRODUCT::kMostSharedBytes;
-  const auto kernel = is_few ? StopKernel<PRODUCT, T, PANELS, kFewRows> : StopKernel<PRODUCT, T, PANELS, kManyRows>;
-  const int bytes = is_few ? few : many;
+  const int64_t rows = std::min<int64_t>(args.stop_rows, int64_t{a.segment_tiles} * a.rules.tile_tokens) * a.heads;
+  const int64_t many = StopBytes<PRODUCT, PANELS, kManyRows>(rows, args.room);
+  const bool few = rows <= kFewRows || many > args.shared_bytes;
+  const auto kernel = few ? StopKernel<PRODUCT, T, PANELS, kFewRows> : StopKernel<PRODUCT, T, PANELS, kManyRows>;
+  const int bytes = static_cast<int>(few ? StopBytes<PRODUCT, PANELS, kFewRows>(rows, args.room) : many);
   if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;
   kernel<<<static_cast<unsigned>(grid), kPanelThreads, static_cast<size_t>(bytes), stream>>>(args);
   return cudaGetLastError();

@@ -26,8 +26,6 @@ __device__ __forceinline__ void Product32(float (&d)[16], uint64_t a, uint64_t b
 }
 
 struct StopProduct : PanelProductSm90 {
-  static constexpr int kMostSharedBytes = 227 << 10;
-
   template <typename T, int PANELS, int COLUMNS, typename Meanwhile>
   static __device__ __forceinline__ void Multiply(float (&d)[COLUMNS / 2], const char* a, const char* b,
                                                   Meanwhile&& meanwhile) {
@@ -53,6 +51,10 @@ struct StopProduct : PanelProductSm90 {
 
 cudaError_t LaunchKeyStopSm90(const KeyStopArgs& args, cudaStream_t stream) {
   return LaunchStopWith<StopProduct>(args, stream);
+}
+
+int64_t KeyStopBytesSm90(int head_dim, int64_t rows, int64_t room) {
+  return StopBytesOf<StopProduct>(head_dim, rows, room);
 }
 
 } // namespace flashprefill::cuda

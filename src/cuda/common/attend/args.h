@@ -59,6 +59,14 @@ struct AttendArgs {
   float mean_bias_log2, mean_bias;
 };
 
+constexpr int kMostSkipBlocks = 2048; // of a sequence, in the portable kernel of masks that skip
+
+// What a mask skips, as fp_block_mask has it.
+struct SkipArgs {
+  float below; // a row skips a chunk whose largest raw score lies further below its largest so far: log(skip) / scale
+  int32_t* skipped; // [mask heads, tile_rows], or null
+};
+
 // Sets the counter of tiles handed out to 0 by a kernel that lets the next one start.
 cudaError_t LaunchAttendStart(int* counter, cudaStream_t stream);
 

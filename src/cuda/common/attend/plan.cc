@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/common/attend/args.h"
 #include "cuda/common/attend/order.h"
 #include "cuda/common/heuristics.h"
 #include "cuda/common/launch.h"
@@ -143,7 +144,9 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
   if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
   if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
-  if (mask_->skip > 0 && gpu_.portable) return "masks that skip are for Hopper's kernels and the CPU";
+  if (mask_->skip > 0 && gpu_.portable && p.max_seqlen_k > int64_t{kMostSkipBlocks} * mask_->block_size) {
+    return "masks that skip have at most 2048 blocks per sequence on this GPU";
+  }
   if (mask_->skip > 0 && p.head_dim > 128) return "a head_dim of at most 128 in masks that skip on CUDA";
   if (mask_->tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
   if (!FewTokens(p)) return "fewer than 2^30 tokens on CUDA";

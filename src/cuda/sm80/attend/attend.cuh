@@ -112,8 +112,12 @@ class PortableAttendRun {
         }
         __syncthreads();
       }
-      const int steps = c_.state.steps;
-      if (steps > 0) Steps(steps);
+      if constexpr (SHAPE::kSkips) {
+        Chunks();
+      } else {
+        const int steps = c_.state.steps;
+        if (steps > 0) Steps(steps);
+      }
     }
     AsyncCopyWait<0>();
     StoreTile();
@@ -146,8 +150,7 @@ class PortableAttendRun {
         keys_.Tell(j + 3, ahead);
         if (j + 4 < steps) ahead = keys_.Ask(j + 4);
       }
-      const int stage = j & (p_.stages - 1);
-      const uint32_t k = stages_ + 2 * stage * SHAPE::kStageBytes;
+      const uint32_t k = KeysOf(j);
       const StepControl& step = c_.step[j % kStepRing];
       const int how = step.masked | step.means << 1;
 #pragma unroll
@@ -164,14 +167,26 @@ class PortableAttendRun {
     __syncthreads();
   }
 
+  // Masks that skip: one pass over a list, by chunks. In skip.cuh.
+  __device__ __forceinline__ void Chunks();
+  __device__ __forceinline__ int ScoresOf(int j, int i, Slice (&s)[1]);
+  __device__ __forceinline__ void Largest(int j, int slices, float (&top)[kRowTiles][2]);
+  __device__ __forceinline__ void Count(int j, int slices, int left_out);
+  __device__ __forceinline__ int Seen(int j, int row) const;
+
+  // Where the keys of a step lie in shared memory; V is kStageBytes further.
+  __device__ __forceinline__ uint32_t KeysOf(int step) const {
+    return stages_ + 2 * (step & (p_.stages - 1)) * SHAPE::kStageBytes;
+  }
+
   // The part of a step whose scores are in registers at a time: two slices. how: bit 0 if some row doesn't see all of
   // it, bit 1 if it is of means.
   __device__ __forceinline__ void Part(int j, int steps, int part, uint32_t k, uint32_t v, int how) {
-    Slice first, second;
-    Scores(k, first, second);
-    if (how) Mask(j, 2 * part, first);
+    Slice s[2];
+    Scores(k, s);
+    if (how) Mask(j, 2 * part, s[0]);
     Weights weights;
-    WeighSlice(first, weights, how & 1);
+    WeighSlice(s[0], weights, how & 1);
     if (p_.stages == 1) {
       if (part == 0) AsyncCopyWait<0>(); // V is there,
       __syncthreads();                   // for all warps, and after the last part all have done with K
@@ -181,8 +196,8 @@ class PortableAttendRun {
       }
     }
     AddValues(v, 0, weights);
-    if (how) Mask(j, 2 * part + 1, second);
-    WeighSlice(second, weights, how & 1);
+    if (how) Mask(j, 2 * part + 1, s[1]);
+    WeighSlice(s[1], weights, how & 1);
     AddValues(v, 1, weights);
   }
 
@@ -255,14 +270,18 @@ class PortableAttendRun {
 
   // ---------------------------------------------------------------- products
 
-  // S = Q K^T of both slices: a fragment of Q serves the keys of both.
-  __device__ __forceinline__ void Scores(uint32_t k_panel, Slice& first, Slice& second) {
+  // S = Q K^T of slices that follow each other: a fragment of Q serves the keys of all.
+  template <int SLICES>
+  __device__ __forceinline__ void Scores(uint32_t k_panel, Slice (&s)[SLICES]) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int slice = 0; slice < SLICES; ++slice) {
 #pragma unroll
-      for (int i = 0; i < kSlice / 8; ++i) {
+      for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) first[m][i][e] = second[m][i][e] = 0;
+        for (int i = 0; i < kSlice / 8; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[slice][m][i][e] = 0;
+        }
       }
     }
     const uint32_t q_at = RowsOfA(queries_, FirstRow()), k_at = RowsOfB(k_panel, 0);
@@ -276,16 +295,16 @@ class PortableAttendRun {
         }
       }
 #pragma unroll
-      for (int n = 0; n < SHAPE::kPartKeys / 16; ++n) {
+      for (int n = 0; n < SLICES * kSlice / 16; ++n) {
         uint32_t b[4];
         LoadMatrix4(b, Piece(k_at, k) + n * 16 * kRowBytes + k / 4 * kKeyPanel);
-        Slice& s = n < kSlice / 16 ? first : second;
+        Slice& of_slice = s[n / (kSlice / 16)];
         const int i = n % (kSlice / 16) * 2;
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           const uint32_t(&a)[4] = SHAPE::kQueriesInRegisters ? q_[m][k] : loaded[m];
-          Mma<T>(s[m][i], a, b[0], b[1]);
-          Mma<T>(s[m][i + 1], a, b[2], b[3]);
+          Mma<T>(of_slice[m][i], a, b[0], b[1]);
+          Mma<T>(of_slice[m][i + 1], a, b[2], b[3]);
         }
       }
     }
@@ -376,7 +395,7 @@ class PortableAttendRun {
         const int2 position = *reinterpret_cast<const int2*>(&c_.position[j % kStepRing][column]);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = FirstRow() + m * 16 + e / 2 * 8 + lane_ / 4;
+          const int row = RowOf(m, e / 2);
           const int last_key = min(w.first_position + TokenOf(row), w.k_len - 1);
           const float more = column + e % 2 == short_column ? short_bias : bias;
           s[m][i][e] = (e % 2 ? position.y : position.x) > last_key ? -INFINITY : s[m][i][e] + more;
@@ -434,6 +453,7 @@ class PortableAttendRun {
   // row / heads_per_tile, exact for the 128 rows of a tile.
   __device__ __forceinline__ int TokenOf(int row) const { return row * p_.token_of_row >> 16; }
   __device__ __forceinline__ int FirstRow() const { return warp_ * 16 * kRowTiles; }
+  __device__ __forceinline__ int RowOf(int m, int r) const { return FirstRow() + m * 16 + r * 8 + lane_ / 4; }
 
   const PortableAttendParams& p_;
   ListControl<SHAPE>& c_;

@@ -8,6 +8,7 @@
 #ifndef FLASHPREFILL_CUDA_SM80_ATTEND_KEY_LIST_CUH_
 #define FLASHPREFILL_CUDA_SM80_ATTEND_KEY_LIST_CUH_
 
+#include "core/skip.h"
 #include "cuda/common/attend/tiles.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/sm80/attend/params.h"
@@ -29,6 +30,20 @@ struct ListState {
   int steps;   // that it takes
   int missing; // chunks that the first step goes short
   int skipped; // chunks of the first block that no row sees
+  // Of masks that skip, whose steps are taken from the lowest block up: the list's blocks, their chunks, and those of
+  // them before the diagonal.
+  int blocks, chunks, before;
+};
+
+// Of masks that skip: what a tile has skipped, pairs of a row and a key; how far below the largest score so far is
+// below; and that score of each row, of the chunks that it counted. In shared memory, to spare registers.
+template <bool SKIPS>
+struct SkipControl {};
+template <>
+struct SkipControl<true> {
+  int pairs;
+  float below;
+  float counted[kPortableRows];
 };
 
 template <class SHAPE>
@@ -41,6 +56,7 @@ struct ListControl {
   const void* base[2]; // of K and V, where offsets count from
   Work work;
   int next_item, tiles_of_batch; // of the warp that takes tiles
+  SkipControl<SHAPE::kSkips> skip;
 };
 
 template <class SHAPE>
@@ -72,7 +88,14 @@ class KeyList {
     }
     const int kept = __shfl_sync(~0u, sum, 0), top_lane = 31 - __clz(__ballot_sync(~0u, word != 0));
     const int top = 63 - __clzll(__shfl_sync(~0u, word, max(0, top_lane)));
-    if (threadIdx.x == 0) c_.state = StateOf(group, kept, (group * 32 + top_lane) * 64 + top);
+    if constexpr (SHAPE::kSkips) {
+      const int left = ClampTo(c_.work.full - (group * 32 + lane) * 64, 64); // of the word's blocks before the diagonal
+      const uint64_t full = left == 64 ? word : word & ((uint64_t{1} << left) - 1);
+      const int before = __reduce_add_sync(~0u, __popcll(full));
+      if (threadIdx.x == 0) c_.state = AscendingState(kept, (group * 32 + top_lane) * 64 + top, before);
+    } else if (threadIdx.x == 0) {
+      c_.state = StateOf(group, kept, (group * 32 + top_lane) * 64 + top);
+    }
     sum -= own;
 #pragma unroll 1
     for (int w = warp; w < 32; w += SHAPE::kWarps) {
@@ -130,13 +153,8 @@ class KeyList {
       r.asked = static_cast<int>(LeftOut(r.position >> 6) >> (r.position & 63) & 1);
       return r;
     }
-    const int per_step = kKeys >> p_.chunk_shift;
-    int chunk = step * per_step + per_step - 1 - (row >> p_.chunk_shift) - list.missing;
-    if (chunk < 0) return r;
-    chunk += list.skipped;
-    const int entry = p_.by_chunks(chunk), sub = p_.chunks_per_block - 1 - (chunk - entry * p_.chunks_per_block);
-    const int position = (list.group * kListBlocks + c_.list[entry]) * p_.block_size + (sub << p_.chunk_shift) +
-                         (row & ((1 << p_.chunk_shift) - 1));
+    const int chunk = SHAPE::kSkips ? Ascending(step, row >> p_.chunk_shift) : Descending(step, row >> p_.chunk_shift);
+    const int position = chunk + (row & ((1 << p_.chunk_shift) - 1)); // past all keys if the step lacks that chunk
     if (position >= w.k_len) return r;
     r.position = position;
     if (p_.page_size) {
@@ -170,10 +188,37 @@ class KeyList {
   }
 
  private:
+  // Where a step's chunk of keys begins, from the first block of the list on; or kAbsent.
+  __device__ __forceinline__ int Descending(int step, int of_step) const {
+    const ListState& list = c_.state;
+    const int per_step = kKeys >> p_.chunk_shift;
+    const int chunk = step * per_step + per_step - 1 - of_step - list.missing;
+    if (chunk < 0) return kAbsent;
+    const int entry = p_.by_chunks(chunk + list.skipped);
+    const int sub = p_.chunks_per_block - 1 - (chunk + list.skipped - entry * p_.chunks_per_block);
+    return (list.group * kListBlocks + c_.list[entry]) * p_.block_size + (sub << p_.chunk_shift);
+  }
+
+  // The same from the last one on. kSkipKeys keys are decided on together, and the diagonal's begin with a step.
+  __device__ __forceinline__ int Ascending(int step, int of_step) const {
+    const ListState& list = c_.state;
+    const int together = kSkipKeys >> p_.chunk_shift, first = (list.before + together - 1) / together * together;
+    int chunk = step * (kKeys >> p_.chunk_shift) + of_step;
+    if (chunk < first) {
+      if (chunk >= list.before) return kAbsent;
+    } else {
+      chunk += list.before - first;
+      if (chunk >= list.chunks) return kAbsent;
+    }
+    const int entry = p_.by_chunks(chunk);
+    return c_.list[list.blocks - 1 - entry] * p_.block_size + ((chunk - entry * p_.chunks_per_block) << p_.chunk_shift);
+  }
+
   // The last position of a step of keys, but the first, which may lack chunks.
   __device__ __forceinline__ int HighestOf(int step) const {
     const ListState& list = c_.state;
     if (list.means) return 0;
+    if (SHAPE::kSkips) return Ascending(step, (kKeys >> p_.chunk_shift) - 1) + (1 << p_.chunk_shift) - 1;
     const int chunk = step * (kKeys >> p_.chunk_shift) - list.missing + list.skipped;
     const int entry = p_.by_chunks(chunk), sub = p_.chunks_per_block - (chunk - entry * p_.chunks_per_block);
     return (list.group * kListBlocks + c_.list[entry]) * p_.block_size + (sub << p_.chunk_shift) - 1;
@@ -191,6 +236,19 @@ class KeyList {
     const int chunks = kept * p_.chunks_per_block - skipped, per_step = kKeys >> p_.chunk_shift;
     const int steps = (chunks + per_step - 1) / per_step;
     return ListState{group, 0, steps, steps * per_step - chunks, skipped}; // the first step has a mask anyway
+  }
+
+  // Of a mask that skips. `before` blocks lie before the diagonal.
+  __device__ __forceinline__ ListState AscendingState(int kept, int first, int before) const {
+    ListState list = StateOf(0, kept, first);
+    const int together = kSkipKeys >> p_.chunk_shift;
+    list.blocks = kept;
+    list.chunks = kept * p_.chunks_per_block - list.skipped;
+    list.before = min(before * p_.chunks_per_block, list.chunks);
+    const int of_before = (list.before + together - 1) / together;
+    const int of_diagonal = (list.chunks - list.before + together - 1) / together;
+    list.steps = (of_before + of_diagonal) * (kSkipKeys / kKeys);
+    return list;
   }
 
   // Bits of blocks that were left out and that every row sees whole.

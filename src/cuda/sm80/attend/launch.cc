@@ -5,7 +5,9 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cmath>
 
+#include "core/skip.h"
 #include "cuda/common/attend/plan.h"
 #include "cuda/sm80/attend/params.h"
 
@@ -13,8 +15,13 @@ namespace flashprefill::cuda {
 namespace {
 
 template <class T>
-PortableAttendPlan PlanOf(int head_dim, const Gpu& gpu) {
+PortableAttendPlan PlanOf(int head_dim, const Gpu& gpu, bool skips) {
   const bool small = gpu.shared_bytes < kMediumShared;
+  if (skips) {
+    return PaddedHeadDim(head_dim) == 64 ? PortableSkip<T, 64, false>()
+           : small                       ? PortableSkip<T, 128, true>()
+                                         : PortableSkip<T, 128, false>();
+  }
   switch (PaddedHeadDim(head_dim)) {
     case 64:
       return PortableAttend<T, 64, false>();
@@ -29,8 +36,9 @@ PortableAttendPlan PlanOf(int head_dim, const Gpu& gpu) {
 
 cudaError_t LaunchAttendPortable(const AttendArgs& args, const AttendCall& call, cudaStream_t stream) {
   const Problem& p = call.p;
-  const PortableAttendPlan plan =
-      p.q.dtype == FP_BF16 ? PlanOf<__nv_bfloat16>(p.head_dim, call.gpu) : PlanOf<__half>(p.head_dim, call.gpu);
+  const bool skips = call.mask.skip > 0;
+  const PortableAttendPlan plan = p.q.dtype == FP_BF16 ? PlanOf<__nv_bfloat16>(p.head_dim, call.gpu, skips)
+                                                       : PlanOf<__half>(p.head_dim, call.gpu, skips);
   PortableAttendParams a{};
   static_cast<AttendArgs&>(a) = args;
   a.q_data = p.q.data;
@@ -39,7 +47,10 @@ cudaError_t LaunchAttendPortable(const AttendArgs& args, const AttendCall& call,
   while (1 << a.chunk_shift < chunk) ++a.chunk_shift;
   a.chunks_per_block = call.mask.block_size / chunk;
   a.by_chunks = Divider::Of(a.chunks_per_block);
-  a.stages = call.gpu.Holds(plan.ctas, plan.fixed_bytes + 2 * plan.stage_bytes) ? 2 : 1;
+  if (skips) a.skip = {std::log2(call.mask.skip) / a.exponent_scale, call.mask.skipped};
+  // Where a mask skips, what is decided on together lies in shared memory.
+  const bool needs_two = skips && plan.keys < kSkipKeys;
+  a.stages = needs_two || call.gpu.Holds(plan.ctas, plan.fixed_bytes + 2 * plan.stage_bytes) ? 2 : 1;
   const int bytes = plan.fixed_bytes + a.stages * plan.stage_bytes;
   const int ctas = call.gpu.Holds(plan.ctas, bytes) ? plan.ctas : 1;
 

@@ -27,6 +27,7 @@ constexpr int kListBlocks = 2048;  // blocks of which a list says which are kept
 template <int HEAD_DIM, bool SMALL>
 struct PortableShape {
   static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "other head dimensions are padded to these");
+  static constexpr bool kSkips = false;
   static constexpr int kHeadDim = HEAD_DIM;
   static constexpr int kPanels = HEAD_DIM / kPanelColumns;
   static constexpr int kRowTiles = HEAD_DIM == 64 || (HEAD_DIM == 128 && !SMALL) ? 2 : 1; // of 16 rows, per warp
@@ -41,12 +42,19 @@ struct PortableShape {
   static constexpr int kStageBytes = kKeys * HEAD_DIM * 2; // of K, and of V
 };
 
+// Of masks that skip: skip.cuh.
+template <int HEAD_DIM, bool SMALL>
+struct PortableSkipShape : PortableShape<HEAD_DIM, SMALL> {
+  static constexpr bool kSkips = true;
+};
+
 struct PortableAttendParams : AttendArgs {
   const void* q_data;
   int64_t q_stride[3]; // batch (0 if packed), token, head
   Divider by_chunks;   // chunks_per_block
   int chunks_per_block;
   int stages; // of K, and of V: 1 or 2
+  SkipArgs skip;
 };
 
 using PortableAttendKernel = void (*)(PortableAttendParams);
@@ -57,6 +65,8 @@ struct PortableAttendPlan {
 };
 template <class T, int HEAD_DIM, bool SMALL>
 PortableAttendPlan PortableAttend();
+template <class T, int HEAD_DIM, bool SMALL>
+PortableAttendPlan PortableSkip(); // of head dimensions up to 128
 
 } // namespace flashprefill::cuda
 

@@ -35,12 +35,6 @@ struct ListArgs {
   Divider by_segment_tokens, by_segment_tiles;
 };
 
-// What a mask skips, as fp_block_mask has it.
-struct SkipArgs {
-  float below; // a row skips a chunk whose largest raw score lies further below its largest so far: log(skip) / scale
-  int32_t* skipped; // [mask heads, tile_rows], or null
-};
-
 // Tile sizes by padded head dimension. 227 KiB of shared memory must hold the Q stages, the K/V stages and 32 KiB (d64:
 // 16) for O: d128: 2 * 32 + 2 * 64 + 32 = 224.
 template <int HEAD_DIM>

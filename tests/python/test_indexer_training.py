@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 import flashprefill as fp  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
 from flashprefill.apps.indexer.harvest import LayerData  # noqa: E402
-from flashprefill.apps.indexer.masses import masses  # noqa: E402
+from flashprefill.apps.indexer import masses as truth  # noqa: E402
+from flashprefill.apps.indexer.masses import far_masses, masses  # noqa: E402
 from flashprefill.apps.indexer.trainer import Trainer  # noqa: E402
 from flashprefill.policies.indexer import Indexer  # noqa: E402
 
@@ -38,6 +39,46 @@ def test_masses_by_hand():
     by_key, by_distance = masses(torch.zeros(2, 1, 4), torch.randn(2, 1, 4), 1.0)
     torch.testing.assert_close(by_key, torch.tensor([[0.75, 0.25]]))
     torch.testing.assert_close(by_distance, torch.tensor([[0.75, 0.25]]))
+
+
+@pytest.mark.parametrize("tokens, tile", [(1, 16), (37, 16), (65, 256)])
+def test_far_masses(tokens, tile, monkeypatch):
+    """Means over the rows that see a key, or a distance, beyond sink and window; entry 0 is a whole row."""
+    sink, window, least = 3, 5, 8
+    for name, value in (("SINK", sink), ("WINDOW", window), ("LEAST_ROWS", least)):
+        monkeypatch.setattr(truth, name, value)
+    torch.manual_seed(tokens)
+    q, k = torch.randn(tokens, 4, 8), torch.randn(tokens, 2, 8)
+    by_key, by_distance = far_masses(q, k, 0.5, tile)
+    for head in range(2):
+        keys, distances = torch.zeros(tokens), torch.zeros(tokens)
+        for member in (2 * head, 2 * head + 1):
+            for i in range(tokens):
+                share = ((q[i, member] @ k[: i + 1, head].T) * 0.5).softmax(dim=-1)
+                for j in range(sink, i + 1 - window):
+                    keys[j] += share[j] / 2
+                    distances[i - j] += share[j] / 2
+        place = torch.arange(tokens)
+        keys /= (tokens - place - window).clamp(min=least)
+        distances /= (tokens - place - sink).clamp(min=least)
+        keys[0] = distances[0] = 1
+        torch.testing.assert_close(by_key[head], keys / keys.sum())
+        torch.testing.assert_close(by_distance[head], distances / distances.sum())
+
+
+def test_far_masses_by_hand(monkeypatch):
+    """Four tokens, scores 0, a sink and a window of one: row 2 gives key 1 a third, row 3 keys 1 and 2 a quarter.
+
+    Rows that see them from beyond the window: two for key 1, one for key 2. So 7/24 and 1/4, beside 1 for
+    what is kept anyway. Distance 1 lies beyond in rows 2 and 3: 1/3 + 1/4 over two; distance 2 in row 3.
+    """
+    for name, value in (("SINK", 1), ("WINDOW", 1), ("LEAST_ROWS", 1)):
+        monkeypatch.setattr(truth, name, value)
+    by_key, by_distance = far_masses(torch.zeros(4, 1, 4), torch.randn(4, 1, 4), 1.0)
+    keys = torch.tensor([1, 7 / 24, 1 / 4, 0])
+    distances = torch.tensor([1, 7 / 24, 1 / 4, 0])
+    torch.testing.assert_close(by_key, (keys / keys.sum())[None])
+    torch.testing.assert_close(by_distance, (distances / distances.sum())[None])
 
 
 def sequence(tokens=192, kv_heads=2, dim=16):

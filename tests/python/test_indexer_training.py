@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 
 import flashprefill as fp  # noqa: E402
 from flashprefill.apps.errors import UsageError  # noqa: E402
-from flashprefill.apps.indexer.harvest import LayerData  # noqa: E402
 from flashprefill.apps.indexer import masses as truth  # noqa: E402
+from flashprefill.apps.indexer.harvest import LayerData  # noqa: E402
 from flashprefill.apps.indexer.masses import far_masses, masses  # noqa: E402
 from flashprefill.apps.indexer.trainer import Trainer  # noqa: E402
 from flashprefill.policies.indexer import Indexer  # noqa: E402
@@ -67,7 +67,7 @@ def test_far_masses(tokens, tile, monkeypatch):
 
 
 def test_far_masses_by_hand(monkeypatch):
-    """Four tokens, scores 0, a sink and a window of one: row 2 gives key 1 a third, row 3 keys 1 and 2 a quarter.
+    """Four tokens, scores 0, sink and window of one: row 2 gives key 1 a third, row 3 keys 1 and 2 a quarter.
 
     Rows that see them from beyond the window: two for key 1, one for key 2. So 7/24 and 1/4, beside 1 for
     what is kept anyway. Distance 1 lies beyond in rows 2 and 3: 1/3 + 1/4 over two; distance 2 in row 3.
@@ -111,7 +111,7 @@ def test_what_it_learns_is_what_the_policy_selects(tmp_path):
     Indexer(trainer.weights(), "tiny").save(tmp_path / "i.safetensors", "fp32")
     layer = Indexer.load(tmp_path / "i.safetensors").layers[0]
     with torch.no_grad():
-        vertical, _ = trainer.heads[0].logits(data[0].inputs)
+        vertical, _ = trainer.logits(data[0].inputs)
     x = data[0].inputs[1].numpy().astype(float)
     z = x @ layer.up[1].astype(float).T + layer.bias[1]
     np.testing.assert_allclose(z / (1 + np.exp(-z)) @ layer.vertical[1], vertical[1], atol=1e-3)

@@ -29,9 +29,13 @@ class LayerData:
     by_key: torch.Tensor  # fp32 [kv_heads, tokens], the true masses
     by_distance: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Its three parts."""
+        return self.inputs, self.by_key, self.by_distance
+
     def to(self, device: Any) -> LayerData:
         """The same elsewhere."""
-        return LayerData(*(x.to(device) for x in (self.inputs, self.by_key, self.by_distance)))
+        return LayerData(*(x.to(device) for x in self.tensors()))
 
 
 Harvest = dict[int, LayerData]

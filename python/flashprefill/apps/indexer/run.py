@@ -149,7 +149,7 @@ def resume(trainer: Trainer, options: Options) -> None:
             raise UsageError(
                 f"--{name} {getattr(options, name)}: the run to go on with had {state['options'].get(name)}"
             )
-    if sorted(state["layers"]) != sorted(trainer.heads):
+    if state["layers"] != trainer.layers:
         raise UsageError("--layers: the run to go on with had others")
     trainer.resume(state)
 

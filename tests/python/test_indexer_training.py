@@ -102,6 +102,26 @@ def test_it_overfits_one_sequence(kind):
     assert sum(after) < 0.05
 
 
+def test_layers_together_learn_what_each_learns_alone():
+    """One product of all layers, two of them at a time, one by one, and a layer without the others."""
+    data = sequence()[0]
+    layers = {n: LayerData(data.inputs * n, data.by_key.roll(n, 1), data.by_distance) for n in (1, 3, 4)}
+    trained = []
+    for room, some in ((0, (1, 3, 4)), (1e9, (1, 3, 4)), (2 * 6 * 4 * 2 * 24 * 192, (1, 3, 4)), (0, (3,))):
+        harvest = {n: layers[n] for n in some}
+        trainer = Trainer(harvest, hidden=24, rate=1e-2, steps=30, seed=0, device="cpu")
+        trainer.room = room
+        for _ in range(30):
+            trainer.step(harvest)
+        trained.append((trainer.weights(), trainer.evaluate(harvest)))
+    for weights, found in trained[1:]:
+        for number, one in weights.items():
+            for part, same in zip(one, trained[0][0][number], strict=True):
+                np.testing.assert_allclose(part, same, rtol=1e-3, atol=1e-4)
+        if len(weights) == 3:
+            assert found == pytest.approx(trained[0][1], rel=1e-4)
+
+
 def test_what_it_learns_is_what_the_policy_selects(tmp_path):
     """The saved weights, with the normalisation folded in, predict what the trainer's do."""
     data = sequence()

@@ -322,6 +322,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   if (threadIdx.x == 0) {
     if constexpr (LOADING == Loading::kAscending) {
       for (TileSkipped& one : sm.skipped) one.pairs = 0;
+      for (int i = 0; i < 2 * SHAPE::kStages; ++i) BarrierInit(&sm.decided[0][0] + i, 4); // a warpgroup's warps
     }
     constexpr int kReleases = LoadsRows(LOADING) ? kMathThreads : kMathThreads / 32;
     constexpr int kFullArrivals = Producer::kFullArrivals;

@@ -100,11 +100,13 @@ template <class SHAPE>
 struct SkipMemory : SharedMemory<SHAPE> {
   // By tile, in turns. Four: warpgroups may be a tile apart, and the loading side two further.
   TileSkipped skipped[4];
+  // Of each warpgroup and V stage: whether its warps have decided on the step, and whether one of them counts it.
+  uint64_t decided[2][SHAPE::kStages];
+  alignas(4) uint8_t counts[2][SHAPE::kStages][4];
 };
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1; // and 2: whose turn it is to use the matrix units, a math warpgroup each
-constexpr int kSkipBarrier = 3; // and 4: a math warpgroup decides whether it skips
 
 } // namespace flashprefill::cuda
 

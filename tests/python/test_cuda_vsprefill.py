@@ -51,13 +51,13 @@ def test_layouts():
     compare(q, *caches, policy, sequences=2, **layout)
 
 
-def test_lines_of_tokens_become_blocks():
-    q, k, v = (x.cuda() for x in data(1500, 1500, 4, 2, 128, torch.bfloat16))
+def test_lines_of_tokens_touch_the_blocks_that_blocks_keep():
+    q, k, v = (x.cuda() for x in data(3900, 3900, 4, 2, 128, torch.bfloat16))
     masks = [
         fp.select(q, k, fp.VSPrefill(indexer(), vertical_mass=0.05, slash_mass=0.004, rounding=to), v=v)
         for to in ("tokens", "blocks")
     ]
-    assert torch.equal(masks[0].bits, masks[1].bits)
+    assert torch.equal(masks[0].dense(), masks[1].dense()) and masks[1].density < 0.9
 
 
 def test_weights_of_another_model_are_refused():

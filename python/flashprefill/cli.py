@@ -419,7 +419,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from .apps import indexer
 
         same = ("model", "device", "dtype", "threads", "text", "held_out", "tokens", "sequences", "steps")
-        same += ("hidden", "rate", "kl", "pool", "seed", "resume", "out")
+        same += ("hidden", "rate", "kl", "targets", "pool", "seed", "resume", "out")
         chosen = {name: given[name] for name in same}
         indexer.run(indexer.Options(**chosen, layers=tuple(arguments.layers)))
     elif arguments.verb == "train-adapter":

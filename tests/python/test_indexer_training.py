@@ -196,3 +196,26 @@ def test_a_model_reads_with_what_was_trained(model, tmp_path):
     with torch.no_grad(), fp.collect_stats(loaded.model) as stats:
         loaded.model(torch.randint(3, 50, (1, 400)))
     assert all(not call.reason for call in stats.calls)
+
+
+def test_every_option_of_the_command_line_arrives(monkeypatch):
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("tqdm")
+    from flashprefill import cli
+    from flashprefill.apps import indexer
+
+    given: list[indexer.Options] = []
+    monkeypatch.setattr(indexer, "run", given.append)
+    values = {
+        "tokens": 128, "sequences": 3, "steps": 7, "hidden": 9, "rate": 0.5, "kl": "reverse",
+        "targets": "published", "pool": 2, "seed": 5, "device": "cpu", "dtype": "fp32", "threads": 1,
+    }  # fmt: skip
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    paths = ["--model", "m", "--text", "t", "--held-out", "h", "--out", "o.safetensors"]
+    cli.main(["train-indexer", *words, *paths, "--layers", "1,4", "--resume"])
+    (options,) = given
+    named = {name: str(value) for name, value in vars(options).items()}
+    assert named == {name: str(value) for name, value in values.items()} | {
+        "model": "m", "text": "t", "held_out": "h", "out": "o.safetensors", "layers": "(1, 4)",
+        "resume": "True",
+    }  # fmt: skip

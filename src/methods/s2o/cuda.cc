@@ -20,6 +20,7 @@ class Plan {
     plan.rows_ = std::min<int64_t>(plan.policy_.stop_rows,
                                    int64_t{std::max(1, g.tile_tokens)} * SegmentTiles(plan.policy_.segment, g)) *
                  g.heads_per_tile;
+    plan.portable_ = gpu.portable;
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
     return plan;
   }
@@ -27,6 +28,7 @@ class Plan {
   const char* Unsupported() const {
     if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
     if (room_ > cuda::kMostSortedKeys) return "max_keys is at most 32768 on CUDA";
+    if (portable_) return "S2O selects on Hopper and on the CPU, not on this GPU";
     return family_.Unsupported();
   }
   void Take(Workspace& workspace, bool) { family_.Take(workspace); } // means are for the mean correction alone
@@ -50,6 +52,7 @@ class Plan {
   fp_s2o policy_;
   cuda::RankPlan family_;
   int64_t rows_, room_;
+  bool portable_;
 };
 
 } // namespace

@@ -63,17 +63,6 @@ OneAttendKernel PickGatherKernel(int head_dim) {
   }
 }
 
-ListArgs ListsOf(const BlockMask& mask) {
-  ListArgs a{};
-  a.lists = mask.key_lists;
-  a.segment_rows = mask.segment_rows;
-  a.stride = KeyListStride(mask);
-  a.max_keys = mask.max_keys;
-  a.by_segment_tokens = Divider::Of(SegmentTokens(mask));
-  a.by_segment_tiles = Divider::Of(mask.segment_tiles);
-  return a;
-}
-
 TensorMapShape KeyShape(const Problem& p, const fp_tensor& t, int chunk) {
   TensorMapShape shape{{p.head_dim, p.kv_heads, 0, 0}, {t.stride[2], t.stride[1], t.stride[0]}, 1, chunk};
   if (p.block_table) {
@@ -145,7 +134,7 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
                             stream, a);
   };
   if (HasKeyLists(call.mask)) {
-    a.listed = ListsOf(call.mask);
+    a.listed = ListArgs::Of(call.mask);
     const OneAttendKernel gather =
         p.q.dtype == FP_BF16 ? PickGatherKernel<__nv_bfloat16>(p.head_dim) : PickGatherKernel<__half>(p.head_dim);
     return launch(gather.kernel, gather.shared_bytes);

@@ -172,13 +172,13 @@ const char* AttendPlan::Unsupported(const Output* output) const {
 }
 
 cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
-                               cudaStream_t stream) const {
-  if (p_->batch == 0 || p_->total_q == 0) return cudaSuccess;
+                               cudaStream_t stream, const std::function<cudaError_t()>& beside) const {
+  if (p_->batch == 0 || p_->total_q == 0) return beside ? beside() : cudaSuccess;
   if (keys_ == Keys::kCopied) {
     if (cudaError_t e = LaunchKeyCopy(*p_, copy_, stream)) return e;
   }
   const Problem p = keys_ == Keys::kCopied ? copy_.Over(*p_) : *p_;
-  const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
+  const AttendCall call{p, *mask_, gpu_, output, means, MaxItems(), static_cast<bool>(beside)};
   AttendArgs args = ArgsOf(call, counter_);
   if (keys_ == Keys::kImages) {
     if (cudaError_t e = LaunchImages(args, images_, p, stream)) return e;
@@ -191,6 +191,9 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
     if (cudaError_t e = LaunchOrder(args, mask_->counts, order_, follows_select, stream)) return e;
   } else if (!follows_select) {
     if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
+  }
+  if (beside) {
+    if (cudaError_t e = beside()) return e;
   }
   if (gpu_.portable) return LaunchAttendPortable(args, call, stream);
   if (keys_ == Keys::kImages) return LaunchAttend8Sm90(args, call, images_, stream);

@@ -123,6 +123,7 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
   const Loads loads = Loads::Of(p, call.mask);
   while (1 << a.chunk_shift < loads.chunk) ++a.chunk_shift;
   a.absent_token = static_cast<int>(p.block_table ? p.page_size : p.cu_seqlens_k ? p.total_k : p.max_seqlen_k);
+  a.beside = call.beside;
   if (cudaError_t e = SetRowParams(call, a)) return e;
   if (cudaError_t e = MakeKeyMaps(call, loads, a)) return e;
 

@@ -64,6 +64,7 @@ struct AttendParams : AttendArgs {
   float minus_one;            // HoldBack's
   ListArgs listed;            // last, so that the other kernels' arguments lie where they always lay
   SkipArgs skip;
+  int beside; // AttendCall's
 };
 
 // Everything of a call that concerns the rows of q and of the output, the OpaqueCopy and HoldBack constants too.

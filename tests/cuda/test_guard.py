@@ -324,6 +324,25 @@ def test_a_graph_replays_with_other_inputs(mode, target):
     assert "recall 0." in str(stats.guard) or "1.000" in str(stats.guard)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_beside_a_report_sees_its_own_mask(target):
+    """Two prompts by turns, without a wait between: outputs are those without a guard, reports those of fp.audit."""
+    policy, guard = fp.FlashPrefill(alpha=0.6, query_pool=16, **LOW), fp.Guard(rows=64)
+    q, k, v = operands(8000)
+    prompts = [(q.clone(), k.clone()), (q.flip(0), k.flip(0))]
+    expected = [fp.prefill_attention(*prompt, v, policy, target=target) for prompt in prompts]
+    audits = [fp.audit(*p, fp.select(*p, policy, target=target), guard, target=target) for p in prompts]
+    found = []
+    for i in range(100):
+        q.copy_(prompts[i % 2][0])
+        k.copy_(prompts[i % 2][1])
+        out, stats = fp.prefill_attention(q, k, v, policy, guard=guard, target=target, return_stats=True)
+        found.append((torch.equal(out, expected[i % 2]) if i % 10 == 9 else out, stats.guard.recall.clone()))
+    for i, (out, recall) in enumerate(found):
+        assert out if isinstance(out, bool) else torch.equal(out, expected[i % 2])
+        assert torch.equal(recall, audits[i % 2].recall), i
+
+
 def test_a_function_of_the_users_is_guarded():
     """Masks that Python makes become dense where they keep too little."""
     q, k, v = operands(1000)

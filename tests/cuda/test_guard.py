@@ -326,7 +326,7 @@ def test_a_graph_replays_with_other_inputs(mode, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_beside_a_report_sees_its_own_mask(target):
-    """Two prompts by turns, without a wait between: outputs are those without a guard, reports those of fp.audit."""
+    """Two prompts by turns, without a wait: outputs as without a guard, reports as fp.audit's."""
     policy, guard = fp.FlashPrefill(alpha=0.6, query_pool=16, **LOW), fp.Guard(rows=64)
     q, k, v = operands(8000)
     prompts = [(q.clone(), k.clone()), (q.flip(0), k.flip(0))]

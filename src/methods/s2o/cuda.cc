@@ -22,6 +22,7 @@ class Plan {
                  g.heads_per_tile;
     plan.most_keys_ = p.max_seqlen_k;
     plan.portable_ = gpu.portable;
+    plan.apart_ = p.k.stride[1];
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
     plan.shared_bytes_ = gpu.shared_bytes;
     plan.fits_ = cuda::KeyStopBytesSm90(p.head_dim, plan.rows_, plan.room_) <= gpu.shared_bytes;
@@ -31,6 +32,7 @@ class Plan {
   const char* Unsupported() const {
     if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
     if (portable_) return "S2O selects on Hopper and on the CPU, not on this GPU";
+    if (apart_ < 0 || apart_ > cuda::kMostKeyStride) return "keys at most 2^30 elements apart on CUDA";
     if (!fits_) return "fewer max_keys on this GPU: they are sorted in shared memory";
     if (most_keys_ > cuda::kMostRankedKeys) return "sequences have at most 2^24 keys on CUDA";
     return family_.Unsupported();
@@ -56,7 +58,7 @@ class Plan {
  private:
   fp_s2o policy_;
   cuda::RankPlan family_;
-  int64_t rows_, room_, most_keys_;
+  int64_t rows_, room_, most_keys_, apart_;
   int shared_bytes_;
   bool fits_, portable_;
 };

@@ -57,7 +57,7 @@ struct StopMemory {
   __host__ __device__ StopMemory(int64_t rows, int64_t room)
       : ring(room * 4 > kRingStages * kStageBytes ? (room + 3) / 4 * 16 : kRingStages * kStageBytes),
         sums(rows * 8),
-        keys(room * 4) {}
+        keys((room + kProductRows - 1) / kProductRows * kProductRows * 4) {}
   __host__ __device__ int64_t Bytes() const {
     return kRowBytes + ring + static_cast<int64_t>(sizeof(StopShared<COLUMNS>)) + sums + keys;
   }
@@ -168,31 +168,33 @@ class Stopper {
     int count;
   };
 
+  __device__ static int Padded(int keys) { return (keys + kProductRows - 1) / kProductRows * kProductRows; }
   __device__ uint32_t* Words() const { return reinterpret_cast<uint32_t*>(memory_ + Memory::kRowBytes); }
 
   // ---------------------------------------------------------------- the order
 
   __device__ void Sort() const {
     uint32_t* const words = Words();
+    auto* const codes = reinterpret_cast<uint16_t*>(ranked_); // of the list's keys, until these are there
     const int base = unit_.segment.first_key;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < unit_.kept; i += kPanelThreads) codes[i] = codes_[list_[i]];
+    __syncthreads();
     SortBy(
-        [&](int i) {
-          const int key = list_[i];
-          const uint32_t code = codes_[key];
-          return uint2{code & (kDigits - 1), code / kDigits << 24 | static_cast<uint32_t>(key - base)};
-        },
-        [&](uint32_t place, uint2 item) { words[place] = item.y; });
-    SortBy(
-        [&](int i) {
-          return uint2{words[i] >> 24, words[i]};
-        },
-        [&](uint32_t place, uint2 item) { ranked_[place] = base + static_cast<int>(item.y & 0xffffff); });
+        [&](int i) { return codes[i] % kDigits; },
+        [&](int i) { return static_cast<uint32_t>(codes[i] / kDigits) << 24 | static_cast<uint32_t>(list_[i] - base); },
+        [&](uint32_t place, uint32_t word) { words[place] = word; });
+    SortBy([&](int i) { return static_cast<int>(words[i] >> 24); }, [&](int i) { return words[i]; },
+           [&](uint32_t place, uint32_t word) { ranked_[place] = base + static_cast<int>(word & 0xffffff); });
+    // Steps of keys are whole: what comes after the last one is read, and counts for nothing.
+    for (int i = unit_.kept + threadIdx.x; i < Padded(unit_.kept); i += kPanelThreads) ranked_[i] = base;
+    __syncthreads();
   }
 
-  // A pass over the list: item(i) is a digit and what goes with it. Those of the largest digit come first, those of
-  // one as they came.
-  template <typename Item, typename Put>
-  __device__ void SortBy(Item&& item, Put&& put) const {
+  // A pass over the list's keys: of each its digit, and a word that it puts where the key comes to stand. Those of the
+  // largest digit come first, those of one as they came.
+  template <typename Digit, typename Word, typename Put>
+  __device__ void SortBy(Digit&& digit, Word&& word, Put&& put) const {
     uint32_t* const counts = reinterpret_cast<uint32_t*>(memory_); // [warps][digits], then places
     uint32_t* const mine = counts + warp_ * kDigits;
     const int each = (unit_.kept + kPanelThreads - 1) / kPanelThreads * 32; // of a warp
@@ -200,7 +202,7 @@ class Stopper {
     for (int i = lane_; i < kDigits; i += 32) mine[i] = 0;
     __syncwarp();
 #pragma unroll 4
-    for (int i = begin + lane_; i < end; i += 32) atomicAdd(&mine[item(i).x], 1u);
+    for (int i = begin + lane_; i < end; i += 32) atomicAdd(&mine[digit(i)], 1u);
     __syncthreads();
     uint32_t own = 0;                               // of two digits
     const auto count_of = [&](int k) -> uint32_t& { // the thread's, in the order of places
@@ -221,19 +223,33 @@ class Stopper {
       before += its;
     }
     __syncthreads();
-    uint2 ahead = begin + lane_ < end ? item(begin + lane_) : uint2{};
-    for (int i = begin + lane_; i - lane_ < end; i += 32) {
-      const bool there = i < end;
-      const uint2 one = ahead;
-      if (i + 32 < end) ahead = item(i + 32);
-      const uint32_t peers = __match_any_sync(~0u, there ? one.x : kDigits);
-      const uint32_t place = there ? mine[one.x] + __popc(peers & ((1u << lane_) - 1)) : 0;
-      __syncwarp();
-      if (there) {
-        if (peers >> lane_ == 1) mine[one.x] = place + 1; // the last of its digit
-        put(place, one);
+    constexpr int kAhead = 4; // rounds whose words are asked for at a time
+    uint32_t ahead[kAhead];
+    const auto ask = [&](int first) {
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r) ahead[r] = first + 32 * r < end ? word(first + 32 * r) : 0;
+    };
+    ask(begin + lane_);
+#pragma unroll 1
+    for (int first = begin + lane_; first - lane_ < end; first += 32 * kAhead) {
+      uint32_t words[kAhead];
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r) words[r] = ahead[r];
+      ask(first + 32 * kAhead);
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r) {
+        const int i = first + 32 * r;
+        const bool there = i < end;
+        const int its = there ? digit(i) : kDigits;
+        const uint32_t peers = __match_any_sync(~0u, its);
+        const uint32_t place = there ? mine[its] + __popc(peers & ((1u << lane_) - 1)) : 0;
+        __syncwarp();
+        if (there) {
+          if (peers >> lane_ == 1) mine[its] = place + 1; // the last of its digit
+          put(place, words[r]);
+        }
+        __syncwarp();
       }
-      __syncwarp();
     }
     __syncthreads();
   }
@@ -259,31 +275,51 @@ class Stopper {
     Load(first);
   }
 
-  // Where a key lies.
-  __device__ const T* KeyAt(int key) const {
-    if (p_.block_table == nullptr) return first_key_ + key * p_.k.stride[1];
-    const int index = args_.shape.by_page(key);
-    return first_key_ + PageAt(p_, unit_.sequence.index, index) * p_.k.stride[0] +
-           (key - index * p_.page_size) * p_.k.stride[1];
-  }
-
   // The position of a key in blocks.
   __device__ int InBlocks(int i) const {
     const DeviceSegment& segment = unit_.segment;
     return i < segment.first_key ? i : i + segment.end_key - segment.first_key;
   }
 
-  // Starts the copies of a step's keys.
+  // Starts the copies of a step's keys: a thread copies the same 16 bytes of keys a fixed number apart. Past the last
+  // one some key is copied, which the mask leaves out.
   __device__ void Load(int step) {
     if (step >= end_) return;
-    const bool ranked = step >= block_steps_;
-    const int first = (step - (ranked ? block_steps_ : 0)) * kProductRows, count = ranked ? unit_.kept : in_blocks_;
-    CopyRows<PANELS, kProductRows>(Stage(step), p_.head_dim, p_.k.data, [&](int r) -> const T* {
-      const int i = first + r;
-      if (i >= count) return nullptr;
-      return KeyAt(ranked ? ranked_[i] : InBlocks(i));
-    });
+    if (step >= block_steps_) {
+      const int32_t* const keys = ranked_ + (step - block_steps_) * kProductRows;
+      Copy(step, [&](int r) { return keys[r]; });
+    } else {
+      const int first = step * kProductRows;
+      Copy(step, [&](int r) { return InBlocks(min(first + r, in_blocks_ - 1)); });
+    }
   }
+
+  template <typename Key>
+  __device__ __forceinline__ void Copy(int step, Key&& key) {
+    constexpr int kChunks = PANELS * 8, kAtOnce = kPanelThreads / kChunks; // of 16 bytes per key; keys
+    const int piece = threadIdx.x % kChunks, first = threadIdx.x / kChunks, swizzle = piece % 8 ^ first % 8;
+    const bool wanted = piece * 8 < p_.head_dim;
+    const uint32_t to =
+        SharedAddress(Stage(step)) + piece / 8 * (kProductRows * kPanelRowBytes) + first * kPanelRowBytes;
+    const auto copy = [&](int i, const T* from) {
+      const int row = i * kAtOnce;
+      AsyncCopy16(to + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted);
+    };
+    const T* const base = first_key_ + (wanted ? piece * 8 : 0);
+    if (p_.block_table == nullptr) {
+      const int apart = static_cast<int>(p_.k.stride[1]);
+#pragma unroll
+      for (int i = 0; i < kProductRows / kAtOnce; ++i) copy(i, base + int64_t{key(first + i * kAtOnce)} * apart);
+      return;
+    }
+#pragma unroll 4
+    for (int i = 0; i < kProductRows / kAtOnce; ++i) {
+      const int at = key(first + i * kAtOnce), index = args_.shape.by_page(at);
+      copy(i, base + PageAt(p_, unit_.sequence.index, index) * p_.k.stride[0] +
+                  (at - index * p_.page_size) * p_.k.stride[1]);
+    }
+  }
+
   __device__ char* Stage(int step) const {
     return memory_ + Memory::kRowBytes + step % Memory::kRingStages * Memory::kStageBytes;
   }

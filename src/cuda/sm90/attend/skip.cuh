@@ -178,7 +178,7 @@ class SkippingMath : public AttendMath<T, SHAPE, Loading::kAscending> {
     }
     if (!counts) {
 #pragma unroll
-      for (int i = IN_FLIGHT ? 2 * kHalf : 0; i < 4 * kHalf; ++i) weights_[i] = 0;
+      for (int i = IN_FLIGHT ? 2 * kHalf : 0; i < 4 * kHalf; ++i) weights_[i] = OpaqueCopy(0, p_.zero);
       return;
     }
     this->template Weights<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);

@@ -63,9 +63,9 @@ def compiled(path: Path, architecture: str) -> list[tuple[str, int, int]]:
 
 def short(name: str) -> str:
     """Return a kernel's template arguments out of its mangled name."""
-    found = re.search(r"PortableShapeILi(\d+)ELb(\d)", name)
+    found = re.search(r"Portable(Skip)?ShapeILi(\d+)ELb(\d)", name)
     if found:
-        return f"head_dim {found[1]}{', small' if found[2] == '1' else ''}"
+        return f"head_dim {found[2]}{', small' if found[3] == '1' else ''}{', skips' if found[1] else ''}"
     found = re.search(r"AttendShapeILi(\d+)E.*LoadingE(\d)", name)
     if found:
         return f"head_dim {found[1]}, {('tiles', 'chunks', 'rows', 'lists')[int(found[2])]}"

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import flashprefill as fp
+from flashprefill.distributed import zigzag
 
 
 @dataclass
@@ -20,6 +21,8 @@ class Case:
     heads: tuple = (4, 2, 32)  # query heads, KV heads, head_dim
     layout: str = "Zigzag"
     unit: int = 128
+    rounds: int | None = None
+    grouped: bool = False  # heads travel in the groups of long prompts
     batched: bool = False  # tensors have an axis for prompts
     dtype: torch.dtype = torch.float32
     options: dict = field(default_factory=dict)
@@ -65,7 +68,9 @@ def compare(group, case):
             torch.cat([x[:p] for x, p in zip(parts, before, strict=True)]) for parts in (keys, values)
         )
     layout = getattr(fp.distributed, case.layout)
-    shards = layout(list(case.tokens), group, prefix=list(before), unit=case.unit)
+    rounds = {} if case.rounds is None else {"rounds": case.rounds}
+    shards = layout(list(case.tokens), group, prefix=list(before), unit=case.unit, **rounds)
+    zigzag.LEAST_GROUPED_ROWS = 0 if case.grouped else 32768
     whole = [q, new_k, new_v]
     if case.batched:
         whole = [x.unflatten(0, (len(case.tokens), -1)) for x in whole]

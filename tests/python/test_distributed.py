@@ -93,6 +93,15 @@ def test_layouts(world, case):
     same(world, 4, case)
 
 
+@pytest.mark.parametrize("rounds", [1, 4, 5])
+@pytest.mark.parametrize("policy", [POOLED, SHARED, fp.XAttention(block_size=32)], ids=str)
+def test_finer_chunks(world, policy, rounds):
+    """Chunks of long prompts, and heads that travel as theirs do: a quarter first."""
+    unit = 64 if policy.share_heads else 128
+    same(world, 2, Case(policy, (1700,), unit=unit, rounds=rounds, heads=(16, 8, 32), grouped=True))
+    same(world, 4, Case(policy, (1900, 400), (96, 0), unit=unit, rounds=rounds, grouped=True))
+
+
 @pytest.mark.parametrize("tail", [0, 2, 5, 20])
 def test_a_dense_tail_may_begin_in_another_ranks_chunk(world, tail):
     policy = fp.FlashPrefill(alpha=0.7, sink_blocks=1, window_blocks=1, dense_tail_blocks=tail, block_size=64)
@@ -119,7 +128,7 @@ def test_one_rank(world):
 # ------------------------------------------------------------------- divisions
 
 
-@pytest.mark.parametrize("layout", [Zigzag, Ulysses])
+@pytest.mark.parametrize("layout", [Zigzag, lambda *a, **k: Zigzag(*a, **k, rounds=4), Ulysses])
 @pytest.mark.parametrize("tokens", [[0], [1], [127], [128], [1024], [1025], [3, 500, 0, 2049]])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_every_row_is_on_one_rank(layout, tokens, ranks):
@@ -137,6 +146,11 @@ def test_ranks_have_equally_much_to_do(ranks):
     seen = [int((part.positions() + 1).sum()) for part in shards]
     assert max(seen) == min(seen)
     shards = [Zigzag(131072, ranks=ranks, rank=rank) for rank in range(ranks)]
+    assert all(len(part.chunks(part.rank)) <= 5 for part in shards)
+    squares = [int(((part.positions() // 4096) ** 2).sum()) for part in shards]
+    two = [Zigzag(131072, ranks=ranks, rank=rank, rounds=2) for rank in range(ranks)]
+    squares_of_two = [int(((part.positions() // 4096) ** 2).sum()) for part in two]
+    assert (max(squares) - min(squares)) * 3 < max(squares_of_two) - min(squares_of_two)
     tails = [int((part.positions() >= 131072 - 256).sum()) for part in shards]
     assert tails == [128, 128] + [0] * (ranks - 2)  # a tile each
 
@@ -226,6 +240,10 @@ def test_refusals_of_divisions():
         Zigzag("many", ranks=1, rank=0)
     with pytest.raises(fp.InvalidArgumentError, match="tail is -1"):
         Zigzag(10, ranks=1, rank=0, tail=-1)
+    with pytest.raises(fp.InvalidArgumentError, match="rounds is 0"):
+        Zigzag(10, ranks=1, rank=0, rounds=0)
+    with pytest.raises(fp.ArgumentTypeError, match="rounds is True"):
+        Zigzag(10, ranks=1, rank=0, rounds=True)
     with pytest.raises(fp.InvalidArgumentError, match="unit is 0"):
         Ulysses(10, ranks=1, rank=0, unit=0)
     with pytest.raises(fp.InvalidArgumentError, match="prefix is a list of 2"):

@@ -187,8 +187,9 @@ def prefill_attention(
         return_lse: return the natural logarithm of each row's softmax denominator too, fp32 [heads, rows],
             or [prompts, heads, rows of each] where q has 4 axes.
         return_stats: return a :class:`ShardStats` of this rank too.
-        head_groups: Zigzag: groups of KV heads, a divisor of their number. While one group is attended to
-            the next is gathered. The default is 2 from 65,536 rows per rank on.
+        head_groups: Zigzag: groups of equally many KV heads, a divisor of their number. While one group is
+            attended to the next is gathered. The default is one group, and from 32,768 rows per rank on a
+            quarter of the heads and then the rest.
         threads: as in :func:`flashprefill.prefill_attention`.
         backend: as in :func:`flashprefill.prefill_attention`.
         target: as in :func:`flashprefill.prefill_attention`.

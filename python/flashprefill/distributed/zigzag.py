@@ -1,8 +1,10 @@
-"""Zigzag: each rank has an early and a late piece of the prompt, and K and V are gathered on every rank.
+"""Zigzag: each rank has early and late pieces of the prompt, and K and V are gathered on every rank.
 
-A prompt is cut into 2 P chunks, and rank r of P takes chunks r and 2 P - 1 - r. Late rows see more keys than
-early ones; so all ranks have about as much to do. Keys and values of all rows go to every rank, a group of KV
-heads at a time, on a stream of their own: while the first heads are attended to, the next ones travel.
+A prompt is cut into chunks, which are dealt to the P ranks in turn and then in reverse: rank r of P takes
+chunks r and 2 P - 1 - r. A long one has twice as many, and the second half of them is dealt in reverse first.
+Late rows see more keys than early ones; so all ranks have as much to do. Keys and values of all rows go to
+every rank, a group of KV heads at a time, on a stream of their own: while the first heads are attended to,
+the next ones travel.
 
 What arrives lies rank by rank, and is read where it lies: pages of 128 tokens, found through a block table,
 as engines keep their caches. Nothing is put in order. Only where two chunks meet inside of a page, rows of
@@ -52,11 +54,36 @@ def _dense_keys(device: torch.device, target: str | None) -> int:
     return HOPPER_DENSE_KEYS if hopper else PORTABLE_DENSE_KEYS
 
 
-# Groups of KV heads. While one is attended to the next travels. At 128K tokens and density .05 a layer takes
-# 7.5 ms on two H200 with two groups and 8.0 with one, of which 0.7 and 1.1 are the transfer. Each group's
-# launches cost the host about 1 ms, so below that GPUs would wait for it; four groups gain little anywhere.
-HEAD_GROUPS = 2
-LEAST_GROUPED_ROWS = 65536  # of a rank
+# KV heads travel in two groups, a quarter of them and the rest, which travels while the first is attended to:
+# nothing hides the first one's way, and what follows arrives before it is wanted. Each group's launches cost
+# the host 0.4 ms per layer; a rank with fewer rows would wait for them longer than for the keys.
+FIRST_GROUP = 4  # one in so many heads
+LEAST_GROUPED_ROWS = 32768  # of a rank
+
+# A chunk's rows from which on there are four of them per rank. With chunks of a quarter of the prompt, on two
+# ranks, the one that has the last quarter attends for 17 % longer per row than the other (H200, 128K tokens).
+# The first chunk is not to be so short that CUDA would be dense on it.
+LEAST_FINE_ROWS = HOPPER_DENSE_KEYS + 128
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor | None:
+    """Return a tensor as numbers of 16 bytes, None where it does not lie so."""
+    each = torch.complex128.itemsize // x.element_size()
+    steps = (*x.stride()[:-1], x.shape[-1], x.storage_offset())
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n % each == 0 for n in steps)
+    return x.view(torch.complex128) if fits else None
+
+
+def _copy(to: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy rows [rows, kv_heads, head_dim] of the same dtype, 16 bytes at a time where that can be.
+
+    PyTorch's copy of some heads of each row moves one number per thread and load.
+    """
+    wide_to, wide_rows = _wide(to), _wide(rows)
+    if wide_to is None or wide_rows is None:
+        to.copy_(rows)
+    else:
+        wide_to.copy_(wide_rows)
 
 
 _Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, out
@@ -108,6 +135,8 @@ class Zigzag(Shards):
             ``share_heads`` 128 // (heads // kv_heads).
         tail: rows at a prompt's end that are dealt out unit by unit, because a policy's dense tail makes them
             the longest to compute.
+        rounds: how many chunks of a prompt each rank is dealt. The default is 4 where chunks then have at
+            least 3,200 rows, else 2.
         ranks: with ``rank``: the number of ranks, to look at a division without a process group.
         rank: with ``ranks``: this rank.
     """
@@ -120,14 +149,16 @@ class Zigzag(Shards):
         prefix: int | Sequence[int] = 0,
         unit: int = 128,
         tail: int = 256,
+        rounds: int | None = None,
         ranks: int | None = None,
         rank: int | None = None,
     ) -> None:
-        if isinstance(tail, bool) or not isinstance(tail, int):
-            refuse_type("tail", shown(tail), "an integer")
-        if tail < 0:
-            refuse("tail", tail, "at least 0")
-        self.tail = tail
+        for name, value, least in (("tail", tail, 0), ("rounds", 1 if rounds is None else rounds, 1)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                refuse_type(name, shown(value), "an integer")
+            if value < least:
+                refuse(name, value, f"at least {least}")
+        self.tail, self.rounds = tail, rounds
         self._chunks: dict[int, list[Chunk]] = {}
         super().__init__(tokens, group, prefix=prefix, unit=unit, ranks=ranks, rank=rank)
         self._stored: Pages | None = None
@@ -136,21 +167,19 @@ class Zigzag(Shards):
 
     def described(self) -> dict[str, Any]:
         """Return what must be the same on all ranks."""
-        return {**super().described(), "shards.tail": self.tail}
+        return {**super().described(), "shards.tail": self.tail, "shards.rounds": self.rounds}
 
     def chunks(self, rank: int) -> list[Chunk]:
-        """Return an early and a late chunk per prompt, and a rank's share of its tail."""
+        """Return a rank's chunks of each prompt, and its share of the tails."""
         if rank not in self._chunks:
             found = []
             for prompt, tokens in enumerate(self.tokens):
                 # The last unit is longer by what is left: few rows alone are computed as decoding is.
-                units, parts = max(tokens // self.unit, 1), 2 * self.ranks
+                units = max(tokens // self.unit, 1)
                 dealt = self.tail // self.unit
-                if self.ranks == 1 or units < parts + dealt:
+                if self.ranks == 1 or units < 2 * self.ranks + dealt:
                     dealt = 0
-                each, more = divmod(units - dealt, parts)
-                runs = [(each * c + min(c, more), each * (c + 1) + min(c + 1, more)) for c in range(parts)]
-                own = [runs[rank], runs[parts - 1 - rank]]
+                own = self._dealt(rank, units - dealt)
                 own += [(units - dealt + i, units - dealt + i + 1) for i in range(rank, dealt, self.ranks)]
                 for first, past in own:
                     begin, end = first * self.unit, tokens if past == units else past * self.unit
@@ -158,6 +187,29 @@ class Zigzag(Shards):
                         found.append(Chunk(prompt, begin, end))
             self._chunks[rank] = found
         return self._chunks[rank]
+
+    def _dealt(self, rank: int, units: int) -> list[tuple[int, int]]:
+        """Return a rank's runs of so many units, as (first, past): first one to each rank, and so on.
+
+        A round goes forwards where its number has an even number of ones in binary: f b b f b f f b. Then
+        ranks have equally many rows, equal sums of their numbers, and with each doubling of the rounds equal
+        sums of one power more.
+        """
+        rounds = self.rounds
+        if rounds is None:
+            rounds = 4 if units * self.unit >= 4 * self.ranks * LEAST_FINE_ROWS else 2
+        parts = rounds * self.ranks
+        each, more = divmod(units, parts)
+        runs: list[tuple[int, int]] = []
+        for number in range(rounds):
+            forwards = number.bit_count() % 2 == 0
+            c = number * self.ranks + (rank if forwards else self.ranks - 1 - rank)
+            first, past = each * c + min(c, more), each * (c + 1) + min(c + 1, more)
+            if runs and runs[-1][1] == first:
+                runs[-1] = runs[-1][0], past
+            else:
+                runs.append((first, past))
+        return runs
 
     @property
     def pages(self) -> Pages:
@@ -181,9 +233,10 @@ class Zigzag(Shards):
         whole = [(0, kv_heads)]
         if self.ranks == 1 or sum(self.tokens) // self.ranks < LEAST_GROUPED_ROWS:
             return whole
-        count = max(n for n in range(1, HEAD_GROUPS + 1) if kv_heads % n == 0)
-        each = kv_heads // count
-        groups = [(first, first + each) for first in range(0, kv_heads, each)]
+        if kv_heads == 1:
+            return whole
+        first = max(1, kv_heads // FIRST_GROUP)
+        groups = [(0, first), (first, kv_heads)]
         try:
             for group in groups:
                 call.at_heads(*group)
@@ -266,7 +319,7 @@ class Zigzag(Shards):
         for which, (own, before) in enumerate(((call.k, call.k_prefix), (call.v, call.v_prefix))):
             for row, slot, count in pages.moves[self.rank]:
                 here = buffer[pages.prefix_shares + self.rank, which, slot : slot + count]
-                here.copy_(own[row : row + count, first:past])
+                _copy(here, own[row : row + count, first:past])
             if before is not None:
                 where = self.kept("prefix", call.k.device, lambda: pages.prefix_slots().to(call.k.device))
                 flat = buffer.view(-1, *buffer.shape[3:])

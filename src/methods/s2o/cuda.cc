@@ -21,6 +21,7 @@ class Plan {
                                    int64_t{std::max(1, g.tile_tokens)} * SegmentTiles(plan.policy_.segment, g)) *
                  g.heads_per_tile;
     plan.most_keys_ = p.max_seqlen_k;
+    plan.portable_ = gpu.portable;
     plan.apart_ = p.k.stride[1];
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
     plan.shared_bytes_ = gpu.shared_bytes;
@@ -30,6 +31,7 @@ class Plan {
 
   const char* Unsupported() const {
     if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
+    if (portable_) return "S2O selects on Hopper and on the CPU, not on this GPU";
     if (apart_ < 0 || apart_ > cuda::kMostKeyStride) return "keys at most 2^30 elements apart on CUDA";
     if (!fits_) return "fewer max_keys on this GPU: they are sorted in shared memory";
     if (most_keys_ > cuda::kMostRankedKeys) return "sequences have at most 2^24 keys on CUDA";
@@ -58,7 +60,7 @@ class Plan {
   cuda::RankPlan family_;
   int64_t rows_, room_, most_keys_, apart_;
   int shared_bytes_;
-  bool fits_;
+  bool fits_, portable_;
 };
 
 } // namespace

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import apart
@@ -48,13 +49,15 @@ def assert_alike(stock, ours):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory, llama):
-    answers, _, _ = run(tmp_path_factory.mktemp("stock"), llama, {}, VLLM_PLUGINS="none")
-    return answers
+    """A function that returns the stock engine's answers; its process runs beside the first test's."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(run, tmp_path_factory.mktemp("stock"), llama, {}, VLLM_PLUGINS="none")
+        yield lambda: asked.result()[0]
 
 
 def test_a_separate_engine(tmp_path, llama, stock):
     ours, (stats,), log = run(tmp_path, llama, OURS)
-    assert_alike(stock, ours)
+    assert_alike(stock(), ours)
     assert stats["density"] == 1.0 and not stats["fallbacks"]
     assert stats["sparse_rows"] + stats["dense_rows"].get("short", 0) == sum(map(len, IDS))
     assert "read prompts with dense" in log
@@ -66,7 +69,7 @@ def test_two_workers(tmp_path, llama, stock):
     if CUDA and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     ours, stats, _ = run(tmp_path, llama, {**OURS, "tensor_parallel_size": 2})
-    assert_alike(stock, ours)
+    assert_alike(stock(), ours)
     assert len(stats) == 2 and stats[0] == stats[1]
     assert stats[0]["density"] == 1.0 and stats[0]["sparse_rows"] > 0
 
@@ -80,7 +83,7 @@ def test_an_engine_of_another_version(tmp_path, llama, stock):
     paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     config = {"additional_config": {"flashprefill": True}}
     ours, _, log = run(tmp_path, llama, config, PYTHONPATH=paths)
-    assert_alike(stock, ours)
+    assert_alike(stock(), ours)
     assert "the plugin knows 0.31 only" in log
 
 
@@ -147,7 +150,7 @@ def test_a_server(tmp_path, llama, stock):
             body = {"model": "m", "prompt": ids, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
             body["return_token_ids"] = True
             answers.append([post("/v1/completions", body)["choices"][0]["token_ids"], []])
-        assert_alike(stock, answers[:2])
+        assert_alike(stock(), answers[:2])
         text = log.read_text()
     assert "read prompts with dense" in text
     assert "chunks sparse at density 1.000" in text

@@ -47,7 +47,9 @@ struct RankArgs {
   int64_t code_stride;
 };
 cudaError_t LaunchRankSumsSm90(const RankArgs& args, cudaStream_t stream);
+cudaError_t LaunchRankSumsPortable(const RankArgs& args, cudaStream_t stream);
 cudaError_t LaunchRankCodesSm90(const RankArgs& args, cudaStream_t stream);
+cudaError_t LaunchRankCodesPortable(const RankArgs& args, cudaStream_t stream);
 
 // From codes to lists, of a round's slots.
 struct KeyChoiceArgs {

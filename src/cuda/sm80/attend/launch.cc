@@ -47,6 +47,7 @@ cudaError_t LaunchAttendPortable(const AttendArgs& args, const AttendCall& call,
   while (1 << a.chunk_shift < chunk) ++a.chunk_shift;
   a.chunks_per_block = call.mask.block_size / chunk;
   a.by_chunks = Divider::Of(a.chunks_per_block);
+  a.listed = ListArgs::Of(call.mask);
   if (skips) a.skip = {std::log2(call.mask.skip) / a.exponent_scale, call.mask.skipped};
   // Where a mask skips, what is decided on together lies in shared memory.
   const bool needs_two = skips && plan.keys < kSkipKeys;

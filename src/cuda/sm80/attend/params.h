@@ -54,6 +54,7 @@ struct PortableAttendParams : AttendArgs {
   Divider by_chunks;   // chunks_per_block
   int chunks_per_block;
   int stages; // of K, and of V: 1 or 2
+  ListArgs listed;
   SkipArgs skip;
 };
 

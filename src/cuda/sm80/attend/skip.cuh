@@ -32,7 +32,7 @@ __device__ __forceinline__ void PortableAttendRun<T, SHAPE>::Chunks() {
   if (threadIdx.x < kPortableRows) c_.skip.counted[threadIdx.x] = -INFINITY;
   if (threadIdx.x == 0) {
     c_.skip.pairs = 0;
-    const bool skips = !c_.state.means && QueryLength(p_, c_.work.sequence) * p_.group >= kRowsThatSkip;
+    const bool skips = c_.state.what != ListOf::kMeans && QueryLength(p_, c_.work.sequence) * p_.group >= kRowsThatSkip;
     c_.skip.below = skips ? p_.skip.below : -INFINITY;
   }
   __syncthreads();
@@ -73,7 +73,7 @@ __device__ __forceinline__ void PortableAttendRun<T, SHAPE>::Chunks() {
     __syncthreads(); // all have done with K and V
   }
   __syncthreads();
-  if (threadIdx.x == 0 && p_.skip.skipped && !c_.state.means) {
+  if (threadIdx.x == 0 && p_.skip.skipped && c_.state.what != ListOf::kMeans) {
     const int64_t all = int64_t{c_.work.tokens} * p_.heads_per_tile * p_.block_size;
     p_.skip.skipped[c_.work.mask_row] = static_cast<int32_t>((c_.skip.pairs + all / 2) / all);
   }

@@ -345,7 +345,13 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     FenceBarrierInit();
   }
   __syncthreads();
-  GridWait(); // select's results, if this launch was let in before its end
+  // Select's results, if this launch was let in before its end. Beside the kernel before it, they have been there since
+  // that one began; what is in L1 may be older.
+  if (p.beside) {
+    __threadfence();
+  } else {
+    GridWait();
+  }
   // Split up: one warpgroup loads, two compute.
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
@@ -355,6 +361,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     typename Side::Math(p, sm).Run();
     BulkStoresDone();
   }
+  if (p.beside) GridWait(); // who waits for this kernel counts on that one too
 }
 
 template <class T, class SHAPE>

@@ -27,14 +27,6 @@ enum class Loading {
 };
 constexpr bool LoadsRows(Loading loading) { return loading >= Loading::kRows; }
 
-// The key lists of a mask, as fp_block_mask has them.
-struct ListArgs {
-  const int32_t* lists; // [mask heads, segment_rows, stride]: the number of keys, of those wanted, the keys
-  int64_t segment_rows, stride;
-  int max_keys;
-  Divider by_segment_tokens, by_segment_tiles;
-};
-
 // Tile sizes by padded head dimension. 227 KiB of shared memory must hold the Q stages, the K/V stages and 32 KiB (d64:
 // 16) for O: d128: 2 * 32 + 2 * 64 + 32 = 224.
 template <int HEAD_DIM>
@@ -66,6 +58,7 @@ struct AttendParams : AttendArgs {
   float minus_one;            // HoldBack's
   ListArgs listed;            // last, so that the other kernels' arguments lie where they always lay
   SkipArgs skip;
+  int beside; // AttendCall's
 };
 
 // Everything of a call that concerns the rows of q and of the output, the OpaqueCopy and HoldBack constants too.

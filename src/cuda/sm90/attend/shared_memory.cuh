@@ -3,7 +3,7 @@
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 
-#include "cuda/common/attend/tiles.cuh"
+#include "cuda/common/attend/tile_list.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/ring.cuh"
 #include "cuda/sm90/attend/params.h"
@@ -72,14 +72,6 @@ struct SharedMemory {
   uint64_t work_full, work_empty;
   int next_item, next_parity, tiles_of_batch; // of the warp that takes tiles
   float never_written;                        // HoldBack's
-};
-
-// The list of a query tile, from the warp that takes tiles to those that load them.
-struct TileList {
-  const int32_t* keys;
-  int safe;  // keys that every row of the tile sees: the list's first ones
-  int end;   // and with those behind them that only some rows see
-  int check; // whether some of them may lie in kept blocks
 };
 
 // Of Loading::kGather.

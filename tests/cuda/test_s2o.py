@@ -7,7 +7,6 @@ through a tau a little larger and smaller. The small cases are for compute-sanit
 
 import dataclasses
 import math
-import os
 
 import pytest
 import torch
@@ -16,10 +15,6 @@ import flashprefill as fp
 from test_gather import LENGTHS, bits_of, lists_of, seed  # noqa: F401 (a fixture)
 from test_select import F16, inputs, packed
 from test_select import paged as paged_inputs
-
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-TARGET = os.environ.get("FLASHPREFILL_TEST_TARGET", "sm90a")
-pytestmark = pytest.mark.skipif(not HOPPER or TARGET != "sm90a", reason="S2O selects on Hopper")
 
 BASE = {"sink_blocks": 1, "window_blocks": 2, "dense_tail_blocks": 0, "block_size": 32}
 POLICIES = {
@@ -184,5 +179,3 @@ def test_refusals():
     q, k = (x.cuda() for x in inputs(300, 40000, 2, 1, 64))
     with pytest.raises(fp.UnsupportedError, match="fewer max_keys on this GPU"):
         fp.select(q, k, fp.S2O(max_keys=40000))
-    with pytest.raises(fp.UnsupportedError, match="S2O selects on Hopper"):
-        fp.select(q, k, fp.S2O(), target="portable")

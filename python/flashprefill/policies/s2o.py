@@ -10,7 +10,7 @@ from .library import DEFAULT
 
 @dataclass(frozen=True, repr=False)
 class S2O(Policy):
-    """S2O (arXiv 2602.22575): ranked keys, with an early stop. On the CPU and on Hopper.
+    """S2O (arXiv 2602.22575): ranked keys, with an early stop.
 
     For each segment of query tokens the keys before it are put in the order of the segment's mean query, and
     taken 128 at a time until they add too little to what the segment's rows have summed up. The segment's own

@@ -1,4 +1,4 @@
-// S2O on CUDA, on Hopper: keys are ranked for segments' mean queries as Gather ranks them (cuda/common/gather/plan.h).
+// S2O on CUDA: keys are ranked for segments' mean queries as Gather ranks them (cuda/common/gather/plan.h).
 // A list first takes the best keys that it has room for; then a CTA sorts them and takes them 128 at a time, until its
 // rows say stop (cuda/common/gather/stop.cuh).
 #include <limits>
@@ -25,13 +25,13 @@ class Plan {
     plan.apart_ = p.k.stride[1];
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
     plan.shared_bytes_ = gpu.shared_bytes;
-    plan.fits_ = cuda::KeyStopBytesSm90(p.head_dim, plan.rows_, plan.room_) <= gpu.shared_bytes;
+    const auto bytes = gpu.portable ? cuda::KeyStopBytesPortable : cuda::KeyStopBytesSm90;
+    plan.fits_ = bytes(p.head_dim, plan.rows_, plan.room_) <= gpu.shared_bytes;
     return plan;
   }
 
   const char* Unsupported() const {
     if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
-    if (portable_) return "S2O selects on Hopper and on the CPU, not on this GPU";
     if (apart_ < 0 || apart_ > cuda::kMostKeyStride) return "keys at most 2^30 elements apart on CUDA";
     if (!fits_) return "fewer max_keys on this GPU: they are sorted in shared memory";
     if (most_keys_ > cuda::kMostRankedKeys) return "sequences have at most 2^24 keys on CUDA";
@@ -49,7 +49,7 @@ class Plan {
       stop.tau = policy_.tau;
       stop.stop_rows = policy_.stop_rows;
       stop.shared_bytes = shared_bytes_;
-      return LaunchKeyStopSm90(stop, target.stream);
+      return portable_ ? LaunchKeyStopPortable(stop, target.stream) : LaunchKeyStopSm90(stop, target.stream);
     });
   }
 

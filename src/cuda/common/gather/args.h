@@ -76,8 +76,10 @@ constexpr int kMostStopRows = 1024;          // of a list
 constexpr int64_t kMostRankedKeys = 1 << 24; // of a sequence
 constexpr int64_t kMostKeyStride = 1 << 30;  // elements
 cudaError_t LaunchKeyStopSm90(const KeyStopArgs& args, cudaStream_t stream);
+cudaError_t LaunchKeyStopPortable(const KeyStopArgs& args, cudaStream_t stream);
 // Shared memory that lists with so many rows and room for so many keys take at least.
 int64_t KeyStopBytesSm90(int head_dim, int64_t rows, int64_t room);
+int64_t KeyStopBytesPortable(int head_dim, int64_t rows, int64_t room);
 
 // Bits of blocks, counts with the lists' keys, fallbacks.
 struct ListMaskArgs {

@@ -295,8 +295,8 @@ typedef struct fp_block_mask {
    * time, in order, those of blocks on the diagonal apart from those before. A row to which the heaviest of such a
    * chunk weighs less than `skip` times the heaviest key that it met before counts none of the chunk. So of all weights
    * of a row that sees n keys, at most the share n skip / (1 + n skip) is lost. Sequences of at most 8 rows per KV head
-   * (decoding) skip nothing. For masks without verticals, slashes and key lists; on FP_CUDA on Hopper, with head_dim up
-   * to 128. */
+   * (decoding) skip nothing. For masks without verticals, slashes and key lists; on FP_CUDA with head_dim up to 128,
+   * and, but on Hopper, at most 2048 blocks per sequence. */
   float skip; /* in [0, 1); 0: nothing is skipped */
   int32_t reserved;
   int32_t* skipped; /* [heads, tile_rows]: blocks that a tile's rows skipped on average, rounded to the nearest; written

@@ -17,8 +17,8 @@ class Dense(Policy):
         share_heads: whether its masks have one head for each KV head.
         skip: in [0, 1); 0: attention is exact. Else attention itself leaves out keys, 128 at a time, of which
             none weighs this share of the heaviest key that a row has met before (BLASST, arXiv 2512.12087).
-            Of the weights of a row that sees n keys it loses at most n skip / (1 + n skip). On the CPU and on
-            Hopper. See docs/methods/dense.md.
+            Of the weights of a row that sees n keys it loses at most n skip / (1 + n skip). See
+            docs/methods/dense.md.
     """
 
     block_size: int = DEFAULT

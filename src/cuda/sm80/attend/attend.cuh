@@ -467,11 +467,6 @@ class PortableAttendRun {
   float max_[kRowTiles][2], sum_[kRowTiles][2]; // references, raw; this lane's part of the sums
 };
 
-constexpr int kPortableAlign = 128; // of panels
-
-template <class SHAPE>
-constexpr int kListBytes = (sizeof(ListControl<SHAPE>) + kPortableAlign - 1) / kPortableAlign* kPortableAlign;
-
 template <class T, class SHAPE>
 __global__ void __launch_bounds__(SHAPE::kThreads, SHAPE::kCtas)
     AttendPortable(const __grid_constant__ PortableAttendParams p) {

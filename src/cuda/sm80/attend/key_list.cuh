@@ -63,6 +63,11 @@ struct ListControl {
   SkipControl<SHAPE::kSkips> skip;
 };
 
+constexpr int kPortableAlign = 128; // of panels
+
+template <class SHAPE>
+constexpr int kListBytes = (sizeof(ListControl<SHAPE>) + kPortableAlign - 1) / kPortableAlign* kPortableAlign;
+
 template <class SHAPE>
 class KeyList {
   static constexpr int kKeys = SHAPE::kKeys;

@@ -1,20 +1,24 @@
 // How much each key holds of the softmax of segments' mean queries: two launches, each of which makes the product of
 // all mean queries with every key before them, because writing scores would cost more than making them twice. A CTA is
-// one warpgroup with 128 mean queries, those of a slot's lists, and one chunk of keys:
+// one warpgroup with 128 mean queries, those of a slot's lists, and one chunk of keys.
 //
-//     D[64 keys, 128 mean queries] = K[64, d] . Q[128, d]^T
+// First launch: the denominators of each mean query, over the keys that its segment's last row sees.
 //
-// First launch: the denominators of each mean query, over the keys that its segment's last row sees. A thread adds up
-// its own two keys per step for each of its columns and meets the others once a chunk, as the row sums of verticals and
-// slashes do (vertical_slash/sums.cuh): against any reference that keeps the sum in range, and where it gets too large
-// the step is done again with a new one, and without scores that are not finite.
+//     D[64 mean queries, 64 keys] = Q[64, d] . K[64, d]^T, of both halves by turns
 //
-// Second launch: shares, their squares added up over the heads of a list, and the code of the energy (args.h), 16 bits
-// for each key and list. A thread of the product has two of every eight columns: a list's columns are put where one
-// thread has them all, up to 32 of them, so that nothing is exchanged. Whether all shares are numbers is asked once per
-// key and list, of the sum of their squares: if one is not, the warp does its step again, share by share. The number
-// of columns is a template argument: asked at run time, and with logarithms for codes, this launch took 3.1 ms in place
-// of 2.0 at 128K tokens. Codes leave through shared memory, 128 bytes per list and step.
+// A thread has two mean queries' scores for 16 keys each. It adds up their exponentials, against any reference that
+// keeps the sum in range; where it gets too large the step is done again with a new one, and without scores that are
+// not finite. While the exponentials of one half are made, the matrix units work on the other or, where keys have one
+// stage, the next ones come. With keys as rows and all mean queries as columns each thread had 32 sums and their
+// references in shared memory: 404 instructions for 64 scores, and 1.17 ms at 128K tokens.
+//
+// Second launch: D[64 keys, 128 mean queries] = K[64, d] . Q[128, d]^T; shares, their squares added up over the heads
+// of a list, and the code of the energy (args.h), 16 bits for each key and list. A thread of the product has two of
+// every eight columns: a list's columns are put where one thread has them all, up to 32 of them, so that nothing is
+// exchanged. Whether all shares are numbers is asked once per key and list, of the sum of their squares: if one is not,
+// the warp does its step again, share by share. The number of columns is a template argument: asked at run time, and
+// with logarithms for codes, this launch took 3.1 ms in place of 2.0 at 128K tokens. Codes leave through shared memory,
+// 128 bytes per list and step.
 //
 // Every sum has one order, whatever else runs: no atomics.
 #ifndef FLASHPREFILL_CUDA_COMMON_GATHER_RANK_CUH_
@@ -38,8 +42,9 @@ constexpr bool kRankPortable = PRODUCT::template kStages<4> == 1;
 template <class PRODUCT>
 constexpr int kRankAlign = kRankPortable<PRODUCT> ? kPanelRowBytes : kPanelAlign;
 template <class PRODUCT, int PANELS>
-constexpr int kRankCtas = PANELS == 4 || kRankPortable<PRODUCT> ? 2 : 4; // per multiprocessor
-constexpr int kSumColumns = 4;                                           // of a thread, whose sums are checked together
+constexpr int kSumsCtas = PANELS == 4 || kRankPortable<PRODUCT> ? 2 : 3; // per multiprocessor
+template <class PRODUCT, int PANELS>
+constexpr int kCodesCtas = PANELS == 4 || kRankPortable<PRODUCT> ? 2 : 4;
 constexpr float kNoReference = -1e30f;    // of a column that has seen no key: any score is too large against it
 constexpr int kCodePitch = kRankStep + 8; // of a list's codes in shared memory: 16 bytes more, for the banks
 
@@ -111,15 +116,13 @@ __device__ inline bool PlaceRankUnit(const RankArgs& args, bool only_ranked, int
   return unit.steps > 0;
 }
 
-// A step's keys and the mean queries, in shared memory. A thread copies the same 16 bytes of keys a fixed number apart,
-// so that where keys lie evenly it finds the next one by an addition. There is one stage: the next step's keys come
-// while this one's exponentials are made, and four CTAs have room on a multiprocessor.
-template <class PRODUCT, typename T, int PANELS>
-struct RankProduct {
-  static constexpr int kRowBytes = kPanelBytes<PANELS, kRankColumns>;
-  static constexpr int kBytes = kRowBytes + kPanelBytes<PANELS, kRankStep>;
-  // Codes lie where the keys were, which are sent for when the codes have left.
-  static constexpr bool kCodesOverKeys = PANELS == 4 && kRankPortable<PRODUCT>;
+// Keys and the mean queries, in shared memory: these in panels of ROWS rows. A thread copies the same 16 bytes of keys
+// a fixed number apart, so that where keys lie evenly it finds the next one by an addition.
+template <class PRODUCT, typename T, int PANELS, int ROWS, int STAGES>
+struct RankKeys {
+  static constexpr int kPartBytes = kPanelBytes<PANELS, ROWS>; // of so many mean queries
+  static constexpr int kRowBytes = kRankColumns / ROWS * kPartBytes, kStageBytes = kPanelBytes<PANELS, kRankStep>;
+  static constexpr int kBytes = kRowBytes + STAGES * kStageBytes;
   static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
 
   const Problem& p;
@@ -133,7 +136,7 @@ struct RankProduct {
   uint32_t place; // of the first key's 16 bytes in shared memory, but for the swizzle
   int swizzle;
 
-  __device__ RankProduct(const RankArgs& args, const RankUnit& u, char* memory)
+  __device__ RankKeys(const RankArgs& args, const RankUnit& u, char* memory)
       : p(args.shape.d.p), by_page(args.shape.by_page), unit(u), shared(memory) {
     const RankShape& a = args.shape;
     const int first = threadIdx.x / kChunks, piece = threadIdx.x % kChunks, kv = unit.slot.kv;
@@ -146,20 +149,25 @@ struct RankProduct {
     swizzle = piece % 8 ^ first % 8;
     // Rows of lists and heads that are not there are zeros: their scores must not be NaN.
     const T* const rows = static_cast<const T*>(args.rows) + (unit.slot.RowOf(a, 0) << a.log2_columns) * args.pitch;
-    CopyRows<PANELS, kRankColumns>(shared, p.head_dim, args.rows, [&](int j) -> const T* {
-      const RankColumn column = RankColumn::At(a, j);
-      const bool there = column.list < unit.slot.lists && column.head < a.heads;
-      return there ? rows + int64_t{(column.list << a.log2_columns) + column.head} * args.pitch : nullptr;
-    });
-    CopyKeys();
+#pragma unroll
+    for (int part = 0; part < kRankColumns / ROWS; ++part) {
+      CopyRows<PANELS, ROWS>(shared + part * kPartBytes, p.head_dim, args.rows, [&](int j) -> const T* {
+        const RankColumn column = RankColumn::At(a, part * ROWS + j);
+        const bool there = column.list < unit.slot.lists && column.head < a.heads;
+        return there ? rows + int64_t{(column.list << a.log2_columns) + column.head} * args.pitch : nullptr;
+      });
+    }
+    Copy(0);
   }
 
-  // Of the next step.
-  __device__ __forceinline__ void CopyKeys() {
+  // Of each step once, in order.
+  __device__ __forceinline__ void Copy(int step) {
+    if (step >= unit.steps) return;
+    const uint32_t to = place + step % STAGES * kStageBytes;
     const int k_len = unit.slot.sequence.k_len;
     const auto copy = [&](int i, const T* from) {
       const int row = i * kKeysAtOnce;
-      AsyncCopy16(place + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted && key < k_len);
+      AsyncCopy16(to + row * kPanelRowBytes + (swizzle ^ row % 8) * 16, from, wanted && key < k_len);
     };
     if (p.block_table == nullptr) {
 #pragma unroll
@@ -174,122 +182,162 @@ struct RankProduct {
     }
   }
 
-  // The product of a step; then, unless keys are to wait, the next one's are sent for. Two barriers, which all other
-  // shared memory may count on.
-  template <bool WAIT = false>
-  __device__ __forceinline__ void Step(int step, float (&d)[kRankColumns / 2]) {
+  // The keys that were sent for last are there for all, and all have done with what came before.
+  __device__ __forceinline__ void Wait() const {
     AsyncCopyWaitAll();
     PRODUCT::Fence();
     __syncthreads();
-    PRODUCT::template Multiply<T, PANELS, kRankColumns>(d, shared + kRowBytes, shared, [] {});
-    __syncthreads(); // everybody has read the keys
-    if (!WAIT) CopyKeysAfter(step);
   }
 
-  __device__ __forceinline__ void CopyKeysAfter(int step) {
-    if (step + 1 < unit.steps) CopyKeys();
+  __device__ __forceinline__ const char* Keys(int step) const {
+    return shared + kRowBytes + step % STAGES * kStageBytes;
   }
 };
 
-// Value 4 c + 2 half + e of a thread is row 16 warp + lane / 4 + 8 half of D, column 8 c + 2 (lane % 4) + e.
+// ---------------------------------------------------------------- sums
+
+// Value 4 c + 2 half + e of a thread is mean query 16 warp + lane / 4 + 8 half of the part, key 8 c + 2 (lane % 4) + e.
+// The four lanes that share a mean query have one reference, and each the sum over its own keys.
 template <class PRODUCT, typename T, int PANELS>
-__global__ void __launch_bounds__(kPanelThreads, kRankCtas<PRODUCT, PANELS>)
+class RankSums {
+ public:
+  static constexpr int kStages = PANELS == 4 || kRankPortable<PRODUCT> ? 1 : 2; // of keys: two or three CTAs have room
+  using Keys = RankKeys<PRODUCT, T, PANELS, kProductRows, kStages>;
+
+  __device__ __forceinline__ RankSums(const RankArgs& args, const RankUnit& unit, const int (&limit)[kRankColumns],
+                                      char* memory)
+      : scale_(args.shape.exponent_scale),
+        unit_(unit),
+        limit_(limit),
+        keys_(args, unit, memory),
+        first_row_(static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4) {}
+
+  __device__ __forceinline__ void Run() {
+    float d[kParts][kRankStep / 2];
+    const auto multiply = [&](int part, int step, auto&& meanwhile) {
+      PRODUCT::template Multiply<T, PANELS, kRankStep>(d[part], keys_.shared + part * Keys::kPartBytes,
+                                                       keys_.Keys(step), meanwhile);
+    };
+    keys_.Wait();
+    multiply(0, 0, [&] {
+      if (kStages > 1) keys_.Copy(1);
+    });
+#pragma unroll 1
+    for (int step = 0;; ++step) {
+      multiply(1, step, [&] { Add(d[0], 0, step); });
+      if (kStages == 1) {
+        __syncthreads(); // all have done with the keys
+        keys_.Copy(step + 1);
+        Add(d[1], 1, step);
+      }
+      if (step + 1 == unit_.steps) break;
+      keys_.Wait();
+      multiply(0, step + 1, [&] {
+        if (kStages == 1) return;
+        keys_.Copy(step + 2);
+        Add(d[1], 1, step);
+      });
+    }
+    if (kStages > 1) Add(d[1], 1, unit_.steps - 1);
+  }
+
+  // Logarithms of the sums.
+  __device__ __forceinline__ void Store(float* to) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float total = sum_[part][half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        const float reference = reference_[part][half];
+        if (threadIdx.x % 4 == 0) {
+          to[Row(part, half)] = reference == kNoReference ? -INFINITY : reference + log2f(total);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kParts = kRankColumns / kProductRows;
+  static_assert(kParts == 2, "one part's products run while another's exponentials are made");
+
+  __device__ __forceinline__ int Row(int part, int half) const { return part * kProductRows + first_row_ + 8 * half; }
+
+  // A step's keys of a part.
+  __device__ __forceinline__ void Add(float (&d)[kRankStep / 2], int part, int step) {
+    const int begin = unit_.begin + step * kRankStep;
+    if (begin + kRankStep > unit_.whole) { // the last few thousand keys of a slot
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int left = limit_[Row(part, half)] - begin - 2 * static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+        for (int c = 0; c < kRankStep / 8; ++c) {
+          if (8 * c >= left) d[4 * c + 2 * half] = -INFINITY;
+          if (8 * c + 1 >= left) d[4 * c + 2 * half + 1] = -INFINITY;
+        }
+      }
+    }
+    // Against the references, as far as that goes.
+    float x[2][2] = {};
+#pragma unroll
+    for (int c = 0; c < kRankStep / 8; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i / 2][i % 2] += Exp2(fmaf(d[4 * c + i], scale_, -reference_[part][i / 2]));
+    }
+    const float add[2] = {x[0][0] + x[0][1], x[1][0] + x[1][1]};
+    if (__all_sync(~0u, add[0] < kLargeSum && add[1] < kLargeSum)) {
+      sum_[part][0] += add[0];
+      sum_[part][1] += add[1];
+    } else {
+      AddAgain(d, part);
+    }
+  }
+
+  // With new references, and without what is no number.
+  __device__ __forceinline__ void AddAgain(const float (&d)[kRankStep / 2], int part) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float old = reference_[part][half];
+      const auto score = [&](int i) {
+        const float z = d[i / 2 * 4 + 2 * half + i % 2] * scale_;
+        return IsFinite(z) ? z : -INFINITY;
+      };
+      float largest = old;
+#pragma unroll
+      for (int i = 0; i < kRankStep / 4; ++i) largest = fmaxf(largest, score(i));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      float sum = sum_[part][half] * Exp2(old - largest);
+#pragma unroll
+      for (int i = 0; i < kRankStep / 4; ++i) sum += Exp2(score(i) - largest);
+      sum_[part][half] = sum;
+      reference_[part][half] = largest;
+    }
+  }
+
+  const float scale_;
+  const RankUnit& unit_;
+  const int (&limit_)[kRankColumns];
+  Keys keys_;
+  const int first_row_; // of a part
+  float sum_[kParts][2] = {}, reference_[kParts][2] = {{kNoReference, kNoReference}, {kNoReference, kNoReference}};
+};
+
+template <class PRODUCT, typename T, int PANELS>
+__global__ void __launch_bounds__(kPanelThreads, kSumsCtas<PRODUCT, PANELS>)
     RankSumsKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
-  __shared__ alignas(8) float reference[kRankWarps][kRankColumns];
-  __shared__ alignas(8) int limit[kRankColumns];
-  const RankShape& a = args.shape;
+  __shared__ int limit[kRankColumns];
   RankUnit unit;
   if (!PlaceRankUnit(args, false, limit, unit)) return;
-  char* const memory = AlignedRankPanels<PRODUCT>(raw);
-  RankProduct<PRODUCT, T, PANELS> product(args, unit, memory);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
-  float* const mine = reference[warp];
-  for (int j = lane; j < kRankColumns; j += 32) mine[j] = kNoReference;
-  __syncwarp();
-
-  float sum[kRankColumns / 4] = {};
-#pragma unroll 1
-  for (int step = 0; step < unit.steps; ++step) {
-    float d[kRankColumns / 2];
-    product.Step(step, d);
-    const int key = unit.begin + step * kRankStep + 16 * warp + lane / 4;
-    if (unit.begin + (step + 1) * kRankStep > unit.whole) { // the last few thousand keys of a slot
-#pragma unroll
-      for (int c = 0; c < kRankColumns / 8; ++c) {
-        const int2 seen = *reinterpret_cast<const int2*>(&limit[8 * c + pair]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (key + 8 * half >= seen.x) d[4 * c + 2 * half] = -INFINITY;
-          if (key + 8 * half >= seen.y) d[4 * c + 2 * half + 1] = -INFINITY;
-        }
-      }
-    }
-    // Add up against the references, as far as that goes, some columns at a time.
-#pragma unroll
-    for (int first = 0; first < kRankColumns / 4; first += kSumColumns) {
-      float x[kSumColumns], check = 0;
-#pragma unroll
-      for (int i = 0; i < kSumColumns; i += 2) {
-        const int c = (first + i) / 2;
-        const float2 base = *reinterpret_cast<const float2*>(&mine[8 * c + pair]);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float offset = e ? -base.y : -base.x;
-          x[i + e] = Exp2(fmaf(d[4 * c + e], a.exponent_scale, offset)) +
-                     Exp2(fmaf(d[4 * c + 2 + e], a.exponent_scale, offset));
-          check += x[i + e];
-        }
-      }
-      if (__all_sync(~0u, check < kLargeSum)) {
-#pragma unroll
-        for (int i = 0; i < kSumColumns; ++i) sum[first + i] += x[i];
-        continue;
-      }
-      // Else again, with new references and without what is no number.
-#pragma unroll
-      for (int i = first; i < first + kSumColumns; ++i) {
-        const int j = i / 2 * 8 + pair + i % 2;
-        float z[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float score = d[i / 2 * 4 + 2 * half + i % 2] * a.exponent_scale;
-          z[half] = IsFinite(score) ? score : -INFINITY;
-        }
-        const float old = mine[j];
-        float largest = fmaxf(z[0], z[1]);
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-        largest = fmaxf(largest, old);
-        sum[i] = sum[i] * Exp2(old - largest) + (Exp2(z[0] - largest) + Exp2(z[1] - largest));
-        __syncwarp();
-        if (lane < 4) mine[j] = largest;
-      }
-      __syncwarp();
-    }
-  }
-
-  // Join lanes, then warps: where the keys were.
-  auto* const partial = reinterpret_cast<float(*)[kRankColumns]>(memory + product.kRowBytes);
-#pragma unroll
-  for (int i = 0; i < kRankColumns / 4; ++i) {
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
-    if (lane < 4) partial[warp][i / 2 * 8 + pair + i % 2] = sum[i];
-  }
-  __syncthreads();
-  const int j = threadIdx.x;
-  float largest = kNoReference, total = 0;
-#pragma unroll
-  for (int w = 0; w < kRankWarps; ++w) largest = fmaxf(largest, reference[w][j]);
-#pragma unroll
-  for (int w = 0; w < kRankWarps; ++w) {
-    if (reference[w][j] > kNoReference) total += partial[w][j] * Exp2(reference[w][j] - largest);
-  }
-  const int chunk = a.by_chunks(unit.begin);
-  args.lse[(int64_t{unit.slot.slot} * a.chunks + chunk) * kRankColumns + j] =
-      largest == kNoReference ? -INFINITY : largest + log2f(total);
+  RankSums<PRODUCT, T, PANELS> sums(args, unit, limit, AlignedRankPanels<PRODUCT>(raw));
+  sums.Run();
+  const RankShape& a = args.shape;
+  sums.Store(args.lse + (int64_t{unit.slot.slot} * a.chunks + a.by_chunks(unit.begin)) * kRankColumns);
 }
+
+// ---------------------------------------------------------------- codes
 
 // Where the softmax of column j is measured from: of all chunks together. A column that is not there, or has no finite
 // score, gets +inf: its shares are 0.
@@ -306,9 +354,17 @@ __device__ inline float RankDenominator(const RankArgs& args, const RankUnit& un
   return largest + log2f(total);
 }
 
+template <class PRODUCT, typename T, int PANELS>
+using CodesKeys = RankKeys<PRODUCT, T, PANELS, kRankColumns, 1>;
+// Codes lie where the keys were, which are sent for when the codes have left.
+template <class PRODUCT, int PANELS>
+constexpr bool kCodesOverKeys = PANELS == 4 && kRankPortable<PRODUCT>;
+
+// Value 4 c + 2 half + e of a thread is key 16 warp + lane / 4 + 8 half, column 8 c + 2 (lane % 4) + e. There is one
+// stage: the next step's keys come while this one's exponentials are made, and four CTAs have room on a multiprocessor.
 // COLUMNS: the shape's columns; 0: any number but 1.
 template <class PRODUCT, typename T, int PANELS, int COLUMNS>
-__global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PRODUCT, PANELS> : kRankCtas<PRODUCT, 4>)
+__global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kCodesCtas<PRODUCT, PANELS> : kCodesCtas<PRODUCT, 4>)
     RankCodesKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
   __shared__ alignas(8) float denominator[kRankColumns];
@@ -316,12 +372,12 @@ __global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PRODUCT
   const RankShape& a = args.shape;
   RankUnit unit;
   if (!PlaceRankUnit(args, true, limit, unit)) return;
-  using Product = RankProduct<PRODUCT, T, PANELS>;
-  constexpr bool kOverKeys = Product::kCodesOverKeys;
+  using Keys = CodesKeys<PRODUCT, T, PANELS>;
+  constexpr bool kOverKeys = kCodesOverKeys<PRODUCT, PANELS>;
   char* const memory = AlignedRankPanels<PRODUCT>(raw);
-  Product product(args, unit, memory);
+  Keys keys(args, unit, memory);
   auto* const codes = // [lists of a slot, kCodePitch]
-      reinterpret_cast<uint16_t*>(memory + (kOverKeys ? Product::kRowBytes : Product::kBytes));
+      reinterpret_cast<uint16_t*>(memory + (kOverKeys ? Keys::kRowBytes : Keys::kBytes));
   const int j = threadIdx.x;
   denominator[j] = RankDenominator(args, unit, j, limit[j]); // the first step has a barrier
 
@@ -379,7 +435,10 @@ __global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PRODUCT
 #pragma unroll 1
   for (int step = 0; step < unit.steps; ++step) {
     float d[kRankColumns / 2];
-    product.template Step<kOverKeys>(step, d);
+    keys.Wait();
+    PRODUCT::template Multiply<T, PANELS, kRankColumns>(d, keys.Keys(0), keys.shared, [] {});
+    __syncthreads(); // everybody has read the keys
+    if (!kOverKeys) keys.Copy(step + 1);
     if (!__all_sync(~0u, write_codes(d, std::false_type{}))) write_codes(d, std::true_type{});
     __syncthreads();
     // Write out: 16 bytes per thread.
@@ -390,7 +449,7 @@ __global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PRODUCT
     }
     if constexpr (kOverKeys) {
       __syncthreads(); // the codes have been read
-      product.CopyKeysAfter(step);
+      keys.Copy(step + 1);
     }
   }
 }
@@ -408,14 +467,15 @@ auto CodesKernelFor(int columns) {
 
 template <class PRODUCT, typename T, int PANELS>
 cudaError_t LaunchRank(const RankArgs& args, bool sums, cudaStream_t stream) {
-  using Product = RankProduct<PRODUCT, T, PANELS>;
   const RankShape& a = args.shape;
   const int64_t grid = int64_t{args.end_slot - args.first_slot} * DivUp<int64_t>(a.d.p.max_seqlen_k, args.chunk);
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto kernel = sums ? RankSumsKernel<PRODUCT, T, PANELS> : CodesKernelFor<PRODUCT, T, PANELS>(a.columns);
-  const int codes = sums || Product::kCodesOverKeys ? 0 : kCodePitch * 2 << a.log2_lists;
-  const int bytes = Product::kBytes + kRankAlign<PRODUCT> + codes;
+  const int codes = kCodesOverKeys<PRODUCT, PANELS> ? 0 : kCodePitch * 2 << a.log2_lists;
+  const int bytes =
+      (sums ? RankSums<PRODUCT, T, PANELS>::Keys::kBytes : CodesKeys<PRODUCT, T, PANELS>::kBytes + codes) +
+      kRankAlign<PRODUCT>;
   if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;
   kernel<<<static_cast<unsigned>(grid), kPanelThreads, static_cast<size_t>(bytes), stream>>>(args);
   return cudaGetLastError();

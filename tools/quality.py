@@ -175,7 +175,8 @@ def cell(at: dict[str, float] | None) -> str:
     """Recall and error at a density."""
     if at is None:
         return "-"
-    return f"{at['recall']:.3f} ({at['recall_p5']:.2f}); {at['error']:.3f} ({at['error_corrected']:.3f})"
+    corrected = "-" if at["error_corrected"] is None else f"{at['error_corrected']:.3f}"
+    return f"{at['recall']:.3f} ({at['recall_p5']:.2f}); {at['error']:.3f} ({corrected})"
 
 
 def curves_table(found: list[dict[str, Any]], densities: tuple[str, ...]) -> list[str]:

@@ -24,16 +24,24 @@ import flashprefill as fp
 ROWS = 48  # sampled, of each head
 RECALLS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.8)
 
+
+def sketches(**fields):
+    """Sketch at several gains."""
+    gains = (0.05, 0.02, 0.006, 0.003, 0.0015, 0.0008, 0.0004)
+    return [fp.Sketch(gain=g, query_metric=True, outliers=6, query_pool=64, **fields) for g in gains]
+
+
 METHODS = {
     "FlashPrefill, query_pool=16": [
         fp.FlashPrefill(alpha=a, query_pool=16) for a in (0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.25, 0.17)
     ],
-    "Sketch": [
-        fp.Sketch(gain=g, query_metric=True, outliers=6, query_pool=64)
-        for g in (0.05, 0.02, 0.006, 0.003, 0.0015, 0.0008, 0.0004)
-    ],
+    "Sketch": sketches(),
+    "Sketch, blocks of 64": sketches(block_size=64),
     "Gather": [fp.Gather(gain=g) for g in (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)],
     "Gather, segments of 256": [fp.Gather(gain=g, segment=256) for g in (0.02, 0.01, 0.005, 0.002, 0.001)],
+    "Gather, segments of 512": [fp.Gather(gain=g, segment=512) for g in (0.02, 0.005, 0.002, 0.001)],
+    "Gather, a window of 64 tokens": [fp.Gather(gain=g, window_blocks=2) for g in (0.02, 0.005, 0.002)],
+    "Gather, budget": [fp.Gather(gain=None, budget=b) for b in (0.02, 0.05, 0.1)],
     "Gather, a list per head": [
         fp.Gather(gain=g, share_heads=False) for g in (0.05, 0.02, 0.01, 0.005, 0.002)
     ],

@@ -126,7 +126,7 @@ def scaled(
         scales: those that the verbs take, by name.
     """
     given, q, k, v = tensors
-    if all(scale is None for scale in scales.values()):
+    if not [name for name, scale in scales.items() if scale is not None]:
         return q, {}
     kv_heads = k.shape[-2]
 

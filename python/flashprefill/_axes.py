@@ -34,38 +34,40 @@ def swapped(x: Any) -> Any:
     return x.swapaxes(-3, -2) if getattr(x, "ndim", 0) >= 3 else x
 
 
-def hint(q: Any, k: Any) -> str:
+def hint(q_shape: Any, k_shape: Any) -> str:
     """Return the question that a caller with swapped axes has to hear, where heads outnumber tokens."""
-    if not (q.shape[-2] > q.shape[-3] or k.shape[-2] > k.shape[-3]):
+    if not (q_shape[-2] > q_shape[-3] or k_shape[-2] > k_shape[-3]):
         return ""
-    batch, axes = ("batch, ", "1, 2") if len(q.shape) == 4 else ("", "0, 1")
+    batch, axes = ("batch, ", "1, 2") if len(q_shape) == 4 else ("", "0, 1")
     return (
         f". Axes are [{batch}tokens, heads, head_dim]; did you pass "
         f'[{batch}heads, tokens, head_dim]? transpose({axes}), or layout="bhtd"'
     )
 
 
-def shapes(q: Any, k: Any) -> str:
+def shapes(q_shape: Any, k_shape: Any) -> str:
     """Return the shapes as the end of a message, and the question if they look swapped."""
-    return f"q.shape is {tuple(q.shape)}, k.shape is {tuple(k.shape)}{hint(q, k)}"
+    return f"q.shape is {tuple(q_shape)}, k.shape is {tuple(k_shape)}{hint(q_shape, k_shape)}"
 
 
-def check_lengths(q: Any, k: Any, causal: bool) -> None:
+def check_lengths(q_shape: Any, k_shape: Any, causal: bool) -> None:
     """Refuse fewer keys than queries, for inputs that are neither packed nor paged."""
-    if causal and k.shape[-3] < q.shape[-3]:
+    tokens, keys = q_shape[-3], k_shape[-3]
+    if causal and keys < tokens:
         refuse(
             "k's number of tokens",
-            k.shape[-3],
-            f"at least q's ({q.shape[-3]}), since the last query stands at the last key: {shapes(q, k)}",
+            keys,
+            f"at least q's ({tokens}), since the last query stands at the last key: "
+            f"{shapes(q_shape, k_shape)}",
         )
 
 
-def warn_if_swapped(q: Any, k: Any) -> None:
+def warn_if_swapped(q_shape: Any, k_shape: Any) -> None:
     """Warn where equal heads let swapped axes pass every check."""
-    if q.shape[-2] > q.shape[-3] > 1 and k.shape[-2] > k.shape[-3]:
+    if q_shape[-2] > q_shape[-3] > 1 and k_shape[-2] > k_shape[-3]:
         warnings.warn(
-            f'q, of shape {tuple(q.shape)}, has more heads than tokens{hint(q, k)}. layout="bthd" says that '
-            "they are right",
+            f"q, of shape {tuple(q_shape)}, has more heads than tokens{hint(q_shape, k_shape)}. "
+            'layout="bthd" says that they are right',
             stacklevel=4,
         )
 

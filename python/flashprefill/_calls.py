@@ -42,7 +42,7 @@ class Verb:
         types = {argument: kind for group in groups for argument, kind in group.items()}
         self._required = tuple(argument for argument in types if "?" not in types[argument])
         self._optional = tuple(argument for argument in types if "?" in types[argument])
-        self._places = {argument: place for place, argument in enumerate(self._optional)}
+        self._places = {argument: place for place, argument in enumerate(self._optional, 1)}
         names = self._required + self._optional
         self.types = {argument: types[argument] for argument in names}
         defaults = (None,) * len(self._optional)
@@ -60,12 +60,12 @@ class Verb:
 
     def pack(self, **values: Any) -> tuple[Any, ...]:
         """Return the arguments in their order, without the last ones that are None."""
-        arguments = [values[name] for name in self._required]
-        places = [
-            self._places[name] for name, value in values.items() if value is not None and name in self._places
-        ]
-        if places:
-            arguments += [values.get(name) for name in self._optional[: max(places) + 1]]
+        arguments, count = [values[name] for name in self._required], 0
+        for name, value in values.items():
+            if value is not None and (place := self._places.get(name, 0)) > count:
+                count = place
+        if count:
+            arguments += [values.get(name) for name in self._optional[:count]]
         return tuple(arguments)
 
     def unpack(self, arguments: tuple[Any, ...]) -> Any:

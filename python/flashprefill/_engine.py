@@ -15,7 +15,7 @@ from ctypes import byref
 from typing import Any
 
 from . import _abi, _timings
-from ._arrays import address_of, all_cuda_reads, is_numpy, refuse_overlap, strides_of, tensor_of, workspace_of
+from ._arrays import address_of, all_cuda_reads, describe, is_numpy, refuse_overlap, strides_of, workspace_of
 from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from .errors import refuse
 from .policies.library import struct_of
@@ -30,13 +30,18 @@ def problem_of(call: Any, q: Any, k: Any, v: Any) -> _abi.Problem:
     p = _abi.sized(_abi.Problem)
     if not is_numpy(q) and q.device.type == "cuda":
         p.device, p.device_index = _abi.CUDA, q.device.index or 0
-    packed = call.cu_seqlens_q is not None
-    p.batch = call.cu_seqlens_q.shape[0] - 1 if packed else q.shape[0] if len(q.shape) == 4 else 1
-    p.q_heads, p.kv_heads, p.head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    shape, packed = (
+        q.shape,
+        call.cu_seqlens_q is not None,
+    )  # torch makes an object for each shape that is read
+    batch = call.cu_seqlens_q.shape[0] - 1 if packed else shape[0] if len(shape) == 4 else 1
+    p.batch, p.q_heads, p.kv_heads, p.head_dim = batch, shape[-2], k.shape[-2], shape[-1]
     p.causal, p.softmax_scale = call.causal, call.softmax_scale
-    p.total_q = q.shape[0] if packed else p.batch * call.max_seqlen_q
+    p.total_q = shape[0] if packed else batch * call.max_seqlen_q
     p.max_seqlen_q, p.max_seqlen_k = call.max_seqlen_q, call.max_seqlen_k
-    p.q, p.k, p.v = tensor_of(q), tensor_of(k), tensor_of(v)
+    describe(p.q, q)
+    describe(p.k, k)
+    describe(p.v, v)
     if packed:
         p.cu_seqlens_q = address_of(call.cu_seqlens_q)
     if call.cu_seqlens_k is not None:
@@ -125,7 +130,7 @@ def add_timings(e: _abi.Exec) -> None:
 
 def output_of(call: Any) -> _abi.Output:
     o = _abi.sized(_abi.Output)
-    o.out = tensor_of(call.out)
+    describe(o.out, call.out)
     if call.lse is not None:
         o.lse = address_of(call.lse)
         strides = strides_of(call.lse)

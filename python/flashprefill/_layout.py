@@ -53,13 +53,15 @@ class Layout:
 
     def arguments(self) -> dict[str, Any]:
         """Return what the library's verbs take of it, by their names in _calls.py."""
-        sizes = {
+        given = {
             "max_seqlen_q": self.max_seqlen_q,
             "max_seqlen_k": self.max_seqlen_k,
             "causal": self.causal,
         }
-        indices = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k, self.block_table)
-        return sizes | {name: x for name, x in zip(_INDICES, indices, strict=True) if x is not None}
+        for name in _INDICES:
+            if (x := getattr(self, name)) is not None:
+                given[name] = x
+        return given
 
     def kept(self, ops: Any) -> Layout:
         """Return the layout for a mask to keep: its lengths are copies, and pages don't matter."""
@@ -139,11 +141,15 @@ def layout_of(
         ops.check(name, x, q)
     check_bool("causal", causal)
 
-    def index(name: str, x: Any, ndim: int = 1) -> Any:
-        return None if x is None else ops.index(name, x, q, ndim)
-
-    cu_q, cu_k = index("cu_seqlens_q", cu_seqlens[0]), index("cu_seqlens_k", cu_seqlens[1])
-    used, pages = index("seqused_k", seqused_k), index("block_table", block_table, 2)
+    (cu_q, cu_k), used, pages = cu_seqlens, seqused_k, block_table
+    if cu_q is not None:
+        cu_q = ops.index("cu_seqlens_q", cu_q, q, 1)
+    if cu_k is not None:
+        cu_k = ops.index("cu_seqlens_k", cu_k, q, 1)
+    if used is not None:
+        used = ops.index("seqused_k", used, q, 1)
+    if pages is not None:
+        pages = ops.index("block_table", pages, q, 2)
 
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape  # torch makes an object each time
 
@@ -215,13 +221,13 @@ def layout_of(
         refuse(
             "q's number of heads",
             q_shape[-2],
-            f"a positive multiple of k's ({k_shape[-2]}): {_axes.shapes(q, k)}",
+            f"a positive multiple of k's ({k_shape[-2]}): {_axes.shapes(q_shape, k_shape)}",
         )
     if cu_q is None and cu_k is None and pages is None and not ops.tracing():
         if used is None:
-            _axes.check_lengths(q, k, causal)
+            _axes.check_lengths(q_shape, k_shape, causal)
         if doubt_axes:
-            _axes.warn_if_swapped(q, k)
+            _axes.warn_if_swapped(q_shape, k_shape)
     if longest_q < 0 or longest_k < 0:
         name, value = ("max_seqlen_q", longest_q) if longest_q < 0 else ("max_seqlen_k", longest_k)
         refuse(name, value, "at least 0")

@@ -284,6 +284,9 @@ def _add_train_indexer(verbs: Any) -> None:
     add("--rate", type=float, default=1e-3, metavar="X", help="peak learning rate (default: 0.001)")
     what = "forward, KL(true || predicted), or reverse, as the paper prints it (default: forward)"
     add("--kl", choices=("forward", "reverse"), default="forward", help=what)
+    what = "what is learnt: attention beyond sink and window per row that sees a key (far), or all of it, "
+    what += "summed over rows, as published (default: far)"
+    add("--targets", choices=("far", "published"), default="far", help=what)
     what = "sequences that are kept to learn from again (default: 8)"
     add("--pool", type=int, default=8, metavar="N", help=what)
     add("--seed", type=int, default=0, metavar="N", help="of weights and sequences (default: 0)")
@@ -416,7 +419,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from .apps import indexer
 
         same = ("model", "device", "dtype", "threads", "text", "held_out", "tokens", "sequences", "steps")
-        same += ("hidden", "rate", "kl", "pool", "seed", "resume", "out")
+        same += ("hidden", "rate", "kl", "targets", "pool", "seed", "resume", "out")
         chosen = {name: given[name] for name in same}
         indexer.run(indexer.Options(**chosen, layers=tuple(arguments.layers)))
     elif arguments.verb == "train-adapter":

@@ -21,7 +21,7 @@ import torch
 from . import _engine
 from ._calls import ATTEND, AUDIT, PREFILL, SELECT
 from ._memory import in_large_pages
-from .errors import refuse, refuse_type
+from .errors import UnsupportedError, refuse, refuse_type
 
 NAME = "a torch tensor"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,6 +30,7 @@ _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 _make: Any = torch.library.Library
 _disable: Any = torch.compiler.disable
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 _library = _make("flashprefill", "FRAGMENT")  # lives as long as this module
 for _verb in (SELECT, ATTEND, PREFILL, AUDIT):
     _library.define(_verb.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -108,6 +109,11 @@ def check(name: str, x: Any, like: Any) -> None:
             refuse(f"{name}.device", device, "a CPU or a CUDA device")
         if x is not like:
             refuse(f"{name}.device", device, f"q's ({like.device})")
+        if _is_tracing():
+            raise UnsupportedError(
+                "torch.jit.trace, and ONNX export by it, would fix this call to one length; torch.compile "
+                "and torch.export take it, and models that patch_model has patched are traced as dense"
+            )
     if x.requires_grad and torch.is_grad_enabled():
         refuse(f"{name}.requires_grad", True, "False where grad mode is enabled: there is no backward pass")
 

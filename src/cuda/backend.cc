@@ -249,7 +249,8 @@ void Prefill(const Problem& given, const Policy& policy, const Exec& exec, Block
   if (guard) guard->Run(StreamOf(exec), std::cref(select)); // a reference: std::function would copy to the heap
   const bool uneven = Uneven(p, policy, selector, dense_up_to_keys) || (guard && guard->changes_mask());
   // Select has set the counter to zero, and a guard's launches leave it alone and wait for one another.
-  CheckCuda(attend.Launch(output, means, true, uneven, StreamOf(exec)), "attend");
+  const auto rest = guard ? guard->Rest(StreamOf(exec)) : std::function<cudaError_t()>();
+  CheckCuda(attend.Launch(output, means, true, uneven, StreamOf(exec), rest), "attend");
 }
 
 size_t GuardWorkspace(const Problem& given, const BlockMask& mask, const Exec& exec) {
@@ -268,6 +269,7 @@ void Guard(const Problem& given, BlockMask& mask, const Exec& exec, void* worksp
   DeviceGuard guard(keys.problem(), nullptr, mask, GpuOf(given, exec), exec);
   guard.Take(layout);
   guard.Run(StreamOf(exec), nullptr);
+  if (const auto rest = guard.Rest(StreamOf(exec))) CheckCuda(rest(), "guard");
 }
 
 // Of the current device, since no problem names one.

@@ -40,9 +40,10 @@ void DeviceGuard::Take(Workspace& workspace) {
 }
 
 void DeviceGuard::Run(cudaStream_t stream, const std::function<void(const Policy&, BlockMask&)>& select) {
-  const int low = guard_.mode == FP_GUARD_OBSERVE ? FP_GUARD_LOW : reselects_ ? FP_GUARD_REPAIRED : FP_GUARD_DENSE;
-  CheckCuda(plan_.LaunchAudit(0, low, stream), "guard");
-  if (guard_.mode == FP_GUARD_OBSERVE) return;
+  CheckCuda(plan_.LaunchAudit(0, stream), "guard");
+  if (!changes_mask()) return;
+  const int low = reselects_ ? FP_GUARD_REPAIRED : FP_GUARD_DENSE;
+  CheckCuda(plan_.LaunchReport(0, low, stream), "guard");
   if (reselects_) {
     CheckCuda(plan_.LaunchJoinMissed(stream), "guard");
     select(*larger(), more_);
@@ -50,7 +51,13 @@ void DeviceGuard::Run(cudaStream_t stream, const std::function<void(const Policy
   } else {
     CheckCuda(plan_.LaunchKeepAll(stream), "guard");
   }
-  CheckCuda(plan_.LaunchAudit(1, low, stream), "guard");
+  CheckCuda(plan_.LaunchAudit(1, stream), "guard");
+  CheckCuda(plan_.LaunchReport(1, low, stream), "guard");
+}
+
+std::function<cudaError_t()> DeviceGuard::Rest(cudaStream_t stream) const {
+  if (changes_mask()) return {};
+  return [this, stream] { return plan_.LaunchReport(0, FP_GUARD_LOW, stream); };
 }
 
 } // namespace flashprefill::cuda

@@ -26,8 +26,11 @@ class DeviceGuard {
 
   bool changes_mask() const { return guard_.mode != FP_GUARD_OBSERVE; }
 
-  // Puts the guard on the stream. select(policy, mask): a selection for all heads, on the same stream.
+  // Puts the guard on the stream, but for a report that nothing waits for. select(policy, mask): a selection for all
+  // heads, on the same stream.
   void Run(cudaStream_t stream, const std::function<void(const Policy&, BlockMask&)>& select);
+  // That report, which is to follow, if there is one.
+  std::function<cudaError_t()> Rest(cudaStream_t stream) const;
 
  private:
   static constexpr int64_t kMostTableWords = 1024; // of a policy's tables

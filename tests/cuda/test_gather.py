@@ -5,7 +5,6 @@ Gather's has none of these. The small cases are for compute-sanitizer as well: `
 """
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -16,10 +15,6 @@ from attend_case import Case
 from test_attend import F16, by_name, check, paged, rect, run, varlen
 from test_select import inputs, packed
 from test_select import paged as paged_inputs
-
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-TARGET = os.environ.get("FLASHPREFILL_TEST_TARGET", "sm90a")
-pytestmark = pytest.mark.skipif(not HOPPER or TARGET != "sm90a", reason="key lists are for Hopper's kernels")
 
 
 @pytest.fixture(autouse=True)

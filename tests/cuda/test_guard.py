@@ -17,7 +17,6 @@ from test_select import inputs, packed, paged
 
 # The audit is one for all targets; selection and attention are not.
 TARGETS = next((b.targets[:2] for b in fp.backends() if b.name == "cuda"), ()) or ("sm90a",)
-LISTS = TARGETS[:1] if TARGETS[0] == "sm90a" else ()  # key lists are for Hopper's kernels
 RAGGED = [(100, 300), (0, 0), (1, 130), (333, 700)]
 LOW = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
 
@@ -137,7 +136,7 @@ def test_agrees_with_the_cpu(make, target):
     compare(q, k, mask, guard, target, **layout)
 
 
-@pytest.mark.parametrize("target", LISTS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", ["rect", "ragged", "pages of 16", "long"])
 def test_key_lists_agree_with_the_cpu(kind, share, target):
@@ -157,7 +156,7 @@ def test_key_lists_agree_with_the_cpu(kind, share, target):
     compare(q, k, mask, fp.Guard("strict", rows=40, target=0.97), target, **layout)
 
 
-@pytest.mark.parametrize("target", LISTS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("block_size", [48, 80, 208])
 def test_lists_beside_blocks_that_end_inside_of_a_word(block_size, target):
     """Steps then begin between the 64 keys of a word of the lists' bits."""
@@ -259,8 +258,6 @@ REPAIRED = {
 def test_repair(name, target):
     """Heads that keep too little keep more and the others what they did; as much as on the CPU."""
     policy = REPAIRED[name]
-    if name == "gather" and target not in LISTS:
-        pytest.skip("key lists are for Hopper's kernels")
     q, k, v = operands()
     look, act = fp.Guard(rows=300, target=0.9), fp.Guard("repair", rows=300, target=0.9)
     _, before = fp.prefill_attention(q, k, v, policy, guard=look, return_stats=True, target=target)
@@ -327,6 +324,25 @@ def test_a_graph_replays_with_other_inputs(mode, target):
     assert "recall 0." in str(stats.guard) or "1.000" in str(stats.guard)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_beside_a_report_sees_its_own_mask(target):
+    """Two prompts by turns, without a wait: outputs as without a guard, reports as fp.audit's."""
+    policy, guard = fp.FlashPrefill(alpha=0.6, query_pool=16, **LOW), fp.Guard(rows=64)
+    q, k, v = operands(8000)
+    prompts = [(q.clone(), k.clone()), (q.flip(0), k.flip(0))]
+    expected = [fp.prefill_attention(*prompt, v, policy, target=target) for prompt in prompts]
+    audits = [fp.audit(*p, fp.select(*p, policy, target=target), guard, target=target) for p in prompts]
+    found = []
+    for i in range(100):
+        q.copy_(prompts[i % 2][0])
+        k.copy_(prompts[i % 2][1])
+        out, stats = fp.prefill_attention(q, k, v, policy, guard=guard, target=target, return_stats=True)
+        found.append((torch.equal(out, expected[i % 2]) if i % 10 == 9 else out, stats.guard.recall.clone()))
+    for i, (out, recall) in enumerate(found):
+        assert out if isinstance(out, bool) else torch.equal(out, expected[i % 2])
+        assert torch.equal(recall, audits[i % 2].recall), i
+
+
 def test_a_function_of_the_users_is_guarded():
     """Masks that Python makes become dense where they keep too little."""
     q, k, v = operands(1000)
@@ -361,11 +377,7 @@ def test_a_model_is_guarded():
 
 
 def test_refusals():
-    """Levels of single heads, and lists where no kernel reads them, by name."""
+    """Levels of single heads, by name."""
     q, k, v = operands(1000)
     with pytest.raises(fp.UnsupportedError, match="guard's state is given; it must be None on a GPU"):
         fp.prefill_attention(q, k, v, fp.Sketch(), guard=fp.Guard("repair", state=fp.GuardState()))
-    if LISTS:
-        mask = fp.select(q, k, fp.Gather(gain=0.1), target=LISTS[0])
-        with pytest.raises(fp.UnsupportedError, match="Hopper"):
-            fp.audit(q, k, mask, target="portable")

@@ -7,14 +7,19 @@ through a tau a little larger and smaller. The small cases are for compute-sanit
 
 import dataclasses
 import math
+import os
 
 import pytest
 import torch
 
 import flashprefill as fp
-from test_gather import LENGTHS, bits_of, lists_of, pytestmark, seed  # noqa: F401 (marks this file too)
+from test_gather import LENGTHS, bits_of, lists_of, seed  # noqa: F401 (a fixture)
 from test_select import F16, inputs, packed
 from test_select import paged as paged_inputs
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+TARGET = os.environ.get("FLASHPREFILL_TEST_TARGET", "sm90a")
+pytestmark = pytest.mark.skipif(not HOPPER or TARGET != "sm90a", reason="S2O selects on Hopper")
 
 BASE = {"sink_blocks": 1, "window_blocks": 2, "dense_tail_blocks": 0, "block_size": 32}
 POLICIES = {
@@ -80,6 +85,7 @@ def cases():
             inputs(300, 1300, 2 * group, 2, 64),
             {},
         )
+    made["more keys than a bitmap"] = lambda: (fp.S2O(tau=0.02, **BASE), inputs(200, 140000, 2, 1, 64), {})
     made["long"] = lambda: (fp.S2O(tau=0.02, **BASE), inputs(200, 20000, 2, 1, 64), {})
     return [pytest.param(make, id=name) for name, make in made.items()]
 
@@ -176,7 +182,7 @@ def test_refusals():
     with pytest.raises(fp.UnsupportedError, match="stop_rows times the query heads"):
         fp.select(q, k, fp.S2O(stop_rows=512, share_heads=True))
     q, k = (x.cuda() for x in inputs(300, 40000, 2, 1, 64))
-    with pytest.raises(fp.UnsupportedError, match="max_keys is at most 32768"):
+    with pytest.raises(fp.UnsupportedError, match="fewer max_keys on this GPU"):
         fp.select(q, k, fp.S2O(max_keys=40000))
-    with pytest.raises(fp.UnsupportedError, match="single keys are selected on Hopper"):
+    with pytest.raises(fp.UnsupportedError, match="S2O selects on Hopper"):
         fp.select(q, k, fp.S2O(), target="portable")

@@ -51,16 +51,48 @@ def test_layouts():
     compare(q, *caches, policy, sequences=2, **layout)
 
 
-def test_lines_of_tokens_become_blocks():
-    q, k, v = (x.cuda() for x in data(1500, 1500, 4, 2, 128, torch.bfloat16))
+def test_lines_of_tokens_touch_the_blocks_that_blocks_keep():
+    q, k, v = (x.cuda() for x in data(3900, 3900, 4, 2, 128, torch.bfloat16))
     masks = [
         fp.select(q, k, fp.VSPrefill(indexer(), vertical_mass=0.05, slash_mass=0.004, rounding=to), v=v)
         for to in ("tokens", "blocks")
     ]
-    assert torch.equal(masks[0].bits, masks[1].bits)
+    assert torch.equal(masks[0].dense(), masks[1].dense()) and masks[1].density < 0.9
 
 
 def test_weights_of_another_model_are_refused():
     q, k, v = (x.cuda() for x in data(500, 500, 4, 2, 64, torch.bfloat16))
     with pytest.raises(ValueError, match="2 KV heads of 128"):
         fp.select(q, k, fp.VSPrefill(indexer()), v=v)
+
+
+@pytest.mark.parametrize("dim, layout", [(128, "one"), (64, "one"), (128, "packed")])
+def test_verticals_stay_tokens(dim, layout):
+    """Lists lie between two of the CPU's; attention under them is the CPU's under the same mask."""
+    packed = PACKED if layout == "packed" else {}
+    sizes = (1500, 2650) if packed else (2300, 3900)
+    q, k, v = data(*sizes, 4, 2, dim, torch.bfloat16)
+    policy = fp.VSPrefill(indexer(dim=dim), vertical_mass=0.1, slash_mass=0.001, block_size=64)
+    there = [x.cuda() for x in (q, k, v)]
+    moved = {n: x.cuda() if torch.is_tensor(x) else x for n, x in packed.items()}
+    mask = fp.select(*there[:2], policy, v=there[2], **moved)
+    assert mask.key_lists is not None and mask.key_lists.is_cuda
+
+    def on_cpu(factor):
+        own = dataclasses.replace(policy, vertical_mass=policy.vertical_mass / factor)
+        return fp.select(q, k, own, v=v, backend="cpu", **packed)
+
+    strict, loose = on_cpu(1.03), on_cpu(1 / 1.03)
+    for b in range(mask.batch):
+        if int(strict.fallback[b]):
+            continue
+        for h, head in enumerate(mask.keys(b)):
+            inner, outer = (
+                set(x[2 : 2 + x[0]].tolist()) for x in (m.vertical_slash[b, h] for m in (strict, loose))
+            )
+            assert inner <= set(head[0].tolist()) <= outer
+    out, lse = fp.attend(*there, mask, return_lse=True, **moved)
+    host, host_lse = fp.attend(q, k, v, mask.to("cpu"), return_lse=True, **packed)
+    torch.testing.assert_close(out.cpu().float(), host.float(), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.cpu(), host_lse, atol=1e-2, rtol=1e-3)
+    assert torch.equal(fp.prefill_attention(*there, policy, **moved), out)

@@ -161,6 +161,19 @@ def test_grad_is_refused():
     assert not fp.prefill_attention(q, k, v).requires_grad
 
 
+@pytest.mark.parametrize("verb", ["prefill_attention", "select", "attend"])
+def test_a_trace_of_torch_jit_is_refused_in_words(verb):
+    q, k = torch.randn(40, 4, 16), torch.randn(40, 2, 16)
+    mask = fp.select(q, k)
+    calls = {
+        "prefill_attention": lambda q, k: fp.prefill_attention(q, k, k),
+        "select": lambda q, k: fp.select(q, k)._bits,
+        "attend": lambda q, k: fp.attend(q, k, k, mask),
+    }
+    with pytest.raises(fp.UnsupportedError, match="torch.jit.trace.*torch.compile and torch.export"):
+        torch.jit.trace(calls[verb], (q, k), check_trace=False)
+
+
 def test_threads_follow_torch(monkeypatch):
     """The default number of threads is torch's at the time of the call."""
     from flashprefill import _engine

@@ -271,3 +271,38 @@ def test_no_file(tmp_path):
         fp.VSPrefill(tmp_path / "x.safetensors")
     with pytest.raises(OSError):
         fp.VSPrefill(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("lengths", [[(300, 300)], [(257, 700), (0, 0), (90, 90)]])
+def test_verticals_as_lists_in_torch(monkeypatch, lengths):
+    """What a GPU does, here: verticals are those of the CPU's own lists, slashes become blocks."""
+    torch = pytest.importorskip("torch")
+    from flashprefill import _lines
+
+    monkeypatch.setattr(_lines, "_gathers", lambda k: True)
+    total_q, total_k = (sum(pair[i] for pair in lengths) for i in (0, 1))
+    q, k, v = (torch.from_numpy(x) for x in arrays(total_q, total_k, seed=3))
+    q = q[:total_q]
+    ends = [torch.tensor([0, *np.cumsum([pair[i] for pair in lengths])], dtype=torch.int32) for i in (0, 1)]
+    packed = {} if len(lengths) == 1 else {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+    policy = fp.VSPrefill(weights(), 0.3, 0.01, block_size=32, sink_blocks=1, window_blocks=1)
+    ours = fp.select(q, k, policy.forced, **packed)
+    _lines.join_lines(ours, policy, (q, k, v), ours._layout)
+    theirs = fp.select(q, k, policy, v=v, **packed)
+    for seq, (rows, keys) in enumerate(lengths):
+        if int(theirs.fallback[seq]):  # too short to leave anything out
+            assert torch.equal(ours.dense(seq), theirs.dense(seq))
+            continue
+        extra = theirs.vertical_slash[seq].numpy()
+        wanted = [head[2 : 2 + head[0]].tolist() for head in extra]
+        assert [head[0].tolist() for head in ours.keys(seq)] == wanted
+        assert all(len(head) == 1 for head in ours.keys(seq)) and 0 < len(wanted[0]) < keys
+        again = fp.BlockMask.from_dense(
+            ours._blocks(seq), q_len=rows, k_len=keys, block_size=32,
+            keys=ours.keys(seq), segment_tiles=ours.segment_tiles,
+        )  # fmt: skip
+        first = sum(pair[0] for pair in lengths[:seq]) // 128 + seq
+        assert torch.equal(again.counts, ours.counts[:, first : first + again.counts.shape[1]])
+    out, lse = fp.attend(q, k, v, ours, return_lse=True, **packed)
+    least = fp.attend(q, k, v, theirs, return_lse=True, **packed)[1]
+    assert out.isfinite().all() and (lse >= least - 1e-4).all()  # a slash's block holds the slash

@@ -10,7 +10,7 @@ from .library import DEFAULT
 
 @dataclass(frozen=True, repr=False)
 class Gather(Policy):
-    """Single keys in place of blocks: our own method. On the CPU and on Hopper.
+    """Single keys in place of blocks: our own method.
 
     For each segment of query tokens the keys before it are ranked by the softmax of the segment's mean query
     (the root mean square over the query heads that share a list), and the best are gathered. The segment's

@@ -156,15 +156,17 @@ struct RowSums {
   }
 };
 
-// Logarithms of the sums of 64 rows, over a warp's keys: to[row * apart]. Each lane has 16 rows' sums of its own keys,
-// and the eight lanes of a row exchange halves, so that 14 shuffles do for all. The sums begin again.
-__device__ __forceinline__ void StoreLogSums(RowSums<64>& rows, float* to, int apart) {
-  float(&sum)[16] = rows.sum;
+// Logarithms of the rows' sums, over a warp's keys: to[row * apart]. Each lane has a quarter of the rows' sums, of its
+// own keys, and the eight lanes of a row exchange halves, so that of 64 rows 14 shuffles do for all. The sums begin
+// again.
+template <int COLUMNS>
+__device__ __forceinline__ void StoreLogSums(RowSums<COLUMNS>& rows, float* to, int apart) {
+  float(&sum)[COLUMNS / 4] = rows.sum;
   const int lane = threadIdx.x % 32;
   int first = 0; // of the sums that are left
 #pragma unroll
   for (int stage = 0; stage < 3; ++stage) {
-    const int offset = 16 >> stage, left = 8 >> stage;
+    const int offset = 16 >> stage, left = COLUMNS / 8 >> stage;
     const bool upper = lane & offset;
 #pragma unroll
     for (int i = 0; i < left; ++i) {
@@ -174,8 +176,8 @@ __device__ __forceinline__ void StoreLogSums(RowSums<64>& rows, float* to, int a
     first += upper ? left : 0;
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = RowSums<64>::RowOfSum(first + i);
+  for (int i = 0; i < COLUMNS / 32; ++i) {
+    const int row = RowSums<COLUMNS>::RowOfSum(first + i);
     to[row * apart] = rows.reference[row] == -INFINITY ? -INFINITY : __log2f(sum[i]) + rows.reference[row];
   }
 #pragma unroll

@@ -1,4 +1,4 @@
-// Gather on CUDA, on Hopper: keys are ranked for segments' mean queries (cuda/common/gather/plan.h), lists chosen by
+// Gather on CUDA: keys are ranked for segments' mean queries (cuda/common/gather/plan.h), lists chosen by
 // counting codes of energies (choose.cu).
 #include "cuda/common/gather/plan.h"
 #include "cuda/common/heuristics.h"

@@ -20,13 +20,21 @@ class Plan {
     plan.rows_ = std::min<int64_t>(plan.policy_.stop_rows,
                                    int64_t{std::max(1, g.tile_tokens)} * SegmentTiles(plan.policy_.segment, g)) *
                  g.heads_per_tile;
+    plan.most_keys_ = p.max_seqlen_k;
+    plan.portable_ = gpu.portable;
+    plan.apart_ = p.k.stride[1];
     plan.room_ = std::min<int64_t>(plan.policy_.max_keys, p.max_seqlen_k);
+    plan.shared_bytes_ = gpu.shared_bytes;
+    plan.fits_ = cuda::KeyStopBytesSm90(p.head_dim, plan.rows_, plan.room_) <= gpu.shared_bytes;
     return plan;
   }
 
   const char* Unsupported() const {
     if (rows_ > cuda::kMostStopRows) return "stop_rows times the query heads of a list is at most 1024 on CUDA";
-    if (room_ > cuda::kMostSortedKeys) return "max_keys is at most 32768 on CUDA";
+    if (portable_) return "S2O selects on Hopper and on the CPU, not on this GPU";
+    if (apart_ < 0 || apart_ > cuda::kMostKeyStride) return "keys at most 2^30 elements apart on CUDA";
+    if (!fits_) return "fewer max_keys on this GPU: they are sorted in shared memory";
+    if (most_keys_ > cuda::kMostRankedKeys) return "sequences have at most 2^24 keys on CUDA";
     return family_.Unsupported();
   }
   void Take(Workspace& workspace, bool) { family_.Take(workspace); } // means are for the mean correction alone
@@ -40,6 +48,7 @@ class Plan {
       static_cast<cuda::KeyChoiceArgs&>(stop) = choice;
       stop.tau = policy_.tau;
       stop.stop_rows = policy_.stop_rows;
+      stop.shared_bytes = shared_bytes_;
       return LaunchKeyStopSm90(stop, target.stream);
     });
   }
@@ -49,7 +58,9 @@ class Plan {
  private:
   fp_s2o policy_;
   cuda::RankPlan family_;
-  int64_t rows_, room_;
+  int64_t rows_, room_, most_keys_, apart_;
+  int shared_bytes_;
+  bool fits_, portable_;
 };
 
 } // namespace

@@ -16,7 +16,9 @@ import torch
 from ... import Dense, patch_model, unpatch_model
 from .. import models
 from ..errors import UsageError
-from .masses import masses
+from .masses import far_masses, masses
+
+TARGETS = {"far": far_masses, "published": masses}
 
 
 @dataclass
@@ -27,16 +29,22 @@ class LayerData:
     by_key: torch.Tensor  # fp32 [kv_heads, tokens], the true masses
     by_distance: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Its three parts."""
+        return self.inputs, self.by_key, self.by_distance
+
     def to(self, device: Any) -> LayerData:
         """The same elsewhere."""
-        return LayerData(*(x.to(device) for x in (self.inputs, self.by_key, self.by_distance)))
+        return LayerData(*(x.to(device) for x in self.tensors()))
 
 
 Harvest = dict[int, LayerData]
 
 
 @contextmanager
-def _watching(model: Any, harvest: Harvest, layers: frozenset[int], dtype: torch.dtype) -> Iterator[None]:
+def _watching(
+    model: Any, harvest: Harvest, layers: frozenset[int], dtype: torch.dtype, targets: str
+) -> Iterator[None]:
     """Inside the block, every call of the model's attention leaves its masses in `harvest`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -48,7 +56,7 @@ def _watching(model: Any, harvest: Harvest, layers: frozenset[int], dtype: torch
         layer = getattr(module, "layer_idx", None)
         if layer in layers:
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            by_key, by_distance = masses(query[0].transpose(0, 1), key[0].transpose(0, 1), scale)
+            by_key, by_distance = TARGETS[targets](query[0].transpose(0, 1), key[0].transpose(0, 1), scale)
             inputs = torch.cat([key[0], value[0]], dim=-1).to(dtype)
             harvest[int(layer)] = LayerData(inputs, by_key, by_distance)
         return attention(module, query, key, value, *args, **kwargs)
@@ -60,7 +68,13 @@ def _watching(model: Any, harvest: Harvest, layers: frozenset[int], dtype: torch
         del functions[name]
 
 
-def read(loaded: models.Loaded, ids: Sequence[int], layers: Sequence[int], store: Any = None) -> Harvest:
+def read(
+    loaded: models.Loaded,
+    ids: Sequence[int],
+    layers: Sequence[int],
+    store: Any = None,
+    targets: str = "far",
+) -> Harvest:
     """The model reads ids from position 0 with dense attention; returns what its layers made of them.
 
     Args:
@@ -68,13 +82,14 @@ def read(loaded: models.Loaded, ids: Sequence[int], layers: Sequence[int], store
         ids: the tokens.
         layers: the layers to watch.
         store: the device that keeps the result; the model's by default.
+        targets: which truth, one of TARGETS.
     """
     harvest: Harvest = {}
     patch_model(loaded.model, Dense())
     try:
         with (
             torch.no_grad(),
-            _watching(loaded.model, harvest, frozenset(layers), models.torch_dtype(loaded.dtype)),
+            _watching(loaded.model, harvest, frozenset(layers), models.torch_dtype(loaded.dtype), targets),
         ):
             loaded.model(input_ids=torch.tensor([list(ids)], device=loaded.device.kind), logits_to_keep=1)
     finally:

@@ -16,7 +16,7 @@ import torch
 from ...policies.indexer import Indexer
 from .. import checks, corpus, device, machine, models
 from ..errors import UsageError
-from .harvest import Harvest, read
+from .harvest import TARGETS, Harvest, read
 from .trainer import KINDS, Trainer
 
 SCHEMA = "flashprefill-indexer/1"
@@ -40,6 +40,7 @@ class Options:
     layers: tuple[int, ...] = ()
     rate: float = 1e-3
     kl: str = "forward"
+    targets: str = "far"
     pool: int = 8
     seed: int = 0
     device: str = "auto"
@@ -50,7 +51,7 @@ class Options:
 
 
 # What must be the same for a run to go on.
-SAME = ("tokens", "sequences", "steps", "hidden", "rate", "kl", "pool", "seed")
+SAME = ("tokens", "sequences", "steps", "hidden", "rate", "kl", "targets", "pool", "seed")
 
 
 def check(options: Options) -> None:
@@ -64,6 +65,8 @@ def check(options: Options) -> None:
         raise UsageError(f"--rate {options.rate}: must be above 0 and below 1")
     if options.kl not in KINDS:
         raise UsageError(f"--kl {options.kl}: must be one of {', '.join(KINDS)}")
+    if options.targets not in TARGETS:
+        raise UsageError(f"--targets {options.targets}: must be one of {', '.join(TARGETS)}")
     checks.can_write(options.out, (".safetensors",))
     checks.can_run(options.model, options.device, options.dtype)
     if options.resume and not state_file(options.out).is_file():
@@ -108,7 +111,7 @@ class Pool:
         if number not in self.kept:
             tokens = int(self.options.tokens * LENGTHS[number % len(LENGTHS)])
             ids = self.texts.cut(number, self.options.seed, tokens)
-            self.kept[number] = read(self.loaded, ids, self.layers, self.store)
+            self.kept[number] = read(self.loaded, ids, self.layers, self.store, self.options.targets)
             while len(self.kept) > self.options.pool:
                 self.kept.popitem(last=False)
         return self.kept[number]
@@ -146,7 +149,7 @@ def resume(trainer: Trainer, options: Options) -> None:
             raise UsageError(
                 f"--{name} {getattr(options, name)}: the run to go on with had {state['options'].get(name)}"
             )
-    if sorted(state["layers"]) != sorted(trainer.heads):
+    if state["layers"] != trainer.layers:
         raise UsageError("--layers: the run to go on with had others")
     trainer.resume(state)
 
@@ -169,7 +172,7 @@ def run(options: Options) -> dict[str, Any]:
     print(f"{len(texts.ids)} tokens of {len(texts.names)} texts; reading ...", file=sys.stderr, flush=True)
     pool = Pool(loaded, texts, layers, options)
     ids = corpus.held_out(loaded.tokenizer, options.held_out, min(options.tokens, HELD_OUT_TOKENS))
-    unseen = read(loaded, ids, layers, pool.store)
+    unseen = read(loaded, ids, layers, pool.store, options.targets)
     trainer = Trainer(pool.at(0), options.hidden, options.rate, options.steps, options.seed, where.kind)
     if options.resume:
         resume(trainer, options)

@@ -53,6 +53,7 @@ def curves(path: Path, title: str, found: Sequence[dict[str, Any]]) -> None:
         for axis, (name, what) in zip(axes.flat, PANELS, strict=True):
             for index, curve in enumerate(found):
                 points = sorted(curve["points"], key=lambda point: point["density"])
+                points = [point for point in points if point[name] is not None]
                 colour = COLOURS[index % len(COLOURS)]
                 # Oracles, which know the true attention, are dashed: no method can reach them.
                 dashes = "--" if curve["method"] == "oracle" else "-"

@@ -137,19 +137,22 @@ class Sums:
         kept = (lse - layer.lse).T.clamp(max=0).exp()
         self.recall.append((by_tile(kept) / tokens).flatten().cpu())
         self.error.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())
+        if mask.key_lists is not None and layer.device.cuda:
+            return  # CUDA corrects no lists of keys
         mask.mean_correction = mask.vertical_slash is None  # parts of blocks have no mean
         out, _ = layer.attend(mask)
         self.corrected.append((tile_norms(out.float() - layer.out.float()) / layer.norm).flatten().cpu())
 
-    def figures(self) -> dict[str, float]:
-        """Means over all tiles, and the recall that 95 of 100 tiles have at least."""
+    def figures(self) -> dict[str, Any]:
+        """Means over all tiles, and the recall that 95 of 100 tiles have at least; None: not measured."""
         recall = torch.cat(self.recall)
+        corrected = float(torch.cat(self.corrected).nan_to_num().mean()) if self.corrected else None
         return {
             "density": round(float(np.mean(self.density)), 5),
             "recall": round(float(recall.mean()), 5),
             "recall_p5": round(float(torch.quantile(recall.double(), 0.05)), 5),
             "error": round(float(torch.cat(self.error).nan_to_num().mean()), 5),
-            "error_corrected": round(float(torch.cat(self.corrected).nan_to_num().mean()), 5),
+            "error_corrected": None if corrected is None else round(corrected, 5),
             "select_seconds": round(self.select_seconds, 5),
             "attend_seconds": round(self.attend_seconds, 5),
         }
@@ -173,7 +176,7 @@ def reference_density(tokens: int, forced_blocks: int) -> float:
     )
 
 
-def shown(curve: dict[str, Any], density: float) -> tuple[dict[str, float], float]:
+def shown(curve: dict[str, Any], density: float) -> tuple[dict[str, Any], float]:
     """A curve's figures for a table, and at which density: the asked one, or the nearest that it reaches."""
     at = curve["at"][f"{density:g}"]
     if at is not None:
@@ -182,7 +185,7 @@ def shown(curve: dict[str, Any], density: float) -> tuple[dict[str, float], floa
     return nearest, nearest["density"]
 
 
-def at_density(points: list[dict[str, Any]], density: float) -> dict[str, float] | None:
+def at_density(points: list[dict[str, Any]], density: float) -> dict[str, Any] | None:
     """A curve's figures at one density, between the two points around it; None outside of them.
 
     Linear in the logarithm of the density: curves are bent, and between points a factor of 1.6 apart a plain
@@ -193,5 +196,8 @@ def at_density(points: list[dict[str, Any]], density: float) -> dict[str, float]
         if low["density"] <= density <= high["density"]:
             width = math.log(high["density"] / low["density"])
             t = math.log(density / low["density"]) / width if width else 0.0
-            return {name: round((1 - t) * low[name] + t * high[name], 4) for name in CURVES}
+            return {
+                name: None if low[name] is None else round((1 - t) * low[name] + t * high[name], 4)
+                for name in CURVES
+            }
     return None

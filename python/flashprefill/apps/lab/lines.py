@@ -61,7 +61,7 @@ class Line:
         return make(self.method, arguments)
 
 
-INDEXED_MASSES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+INDEXED_MASSES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96)
 
 METHODS = (
     Line("Oracle, alpha", "oracle", "alpha", ORACLE_ALPHAS),
@@ -112,8 +112,8 @@ INDEXED = (
         "VSPrefill, blocks",
         "vsprefill",
         "vertical_mass",
-        (0.02, 0.05, 0.1, 0.2),
-        {"slash_mass": 0.003, "block_size": 128},
+        (0.02, 0.1, 0.3, 0.5, 0.65, 0.8),
+        {"slash_mass": 0.003, "rounding": "blocks", "block_size": 128},
     ),
 )
 

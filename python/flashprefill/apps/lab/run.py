@@ -163,8 +163,15 @@ def sources(options: Options, where: device.Device) -> tuple[list[Source], dict[
     """Read the texts with the model, or take them from dumps; and what the model is."""
     if options.source is not None:
         dumps = texts.load(options.source, where, options.dtype)
+        known = texts.known()
         found = [
-            Source(name, str(options.source), next(iter(layers.values())).query.shape[0], layers)
+            Source(
+                name,
+                ", ".join(f.name for f in known[name].files) if name in known else str(options.source),
+                next(iter(layers.values())).query.shape[0],
+                {number: layers[number] for number in options.layers or layers if number in layers},
+                name in known and known[name].long,
+            )
             for name, layers in dumps.items()
             if not options.text or name in options.text
         ]
@@ -300,8 +307,6 @@ def refused(options: Options, captured: measure.Captured) -> dict[str, str]:
             if policy.reads_values:
                 continue  # its weights are those of a layer
             mask = select(query.cpu(), key.cpu(), policy)  # what selects anywhere does so here
-            if mask.key_lists is not None and query.is_cuda:  # CUDA has no corrected ones
-                reasons[line.method] = "masks with key lists are for the CPU in the lab"
             if mask.skip and query.is_cuda:
                 reasons[line.method] = "masks that skip are for the CPU in the lab"
         except UnsupportedError as error:
@@ -409,7 +414,8 @@ def render(text: dict[str, Any]) -> str:
     for curve in text["methods"]:
         at, density = shown(curve, text["reference_density"])
         cells = (f"{density:.3f}", f"{at['recall']:.3f}", f"{at['recall_p5']:.2f}", f"{at['error']:.3f}")
-        rows.append([curve["label"], *cells, f"{at['error_corrected']:.3f}"])
+        corrected = at["error_corrected"]
+        rows.append([curve["label"], *cells, "-" if corrected is None else f"{corrected:.3f}"])
     title = f"{text['name']}: {text['tokens']} tokens, at density {text['reference_density']:g}"
     whole = f"{title}, or the nearest that a method reaches\n{table.render(HEADER, rows)}"
     found = [(c["label"], c["guard_at_reference"]) for c in text["methods"] if c.get("guard_at_reference")]

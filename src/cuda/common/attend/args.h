@@ -59,6 +59,16 @@ struct AttendArgs {
   float mean_bias_log2, mean_bias;
 };
 
+// The key lists of a mask, as fp_block_mask has them.
+struct ListArgs {
+  const int32_t* lists; // [mask heads, segment_rows, stride]: the number of keys, of those wanted, the keys; or null
+  int64_t segment_rows, stride;
+  int max_keys;
+  Divider by_segment_tokens, by_segment_tiles;
+
+  static ListArgs Of(const BlockMask& mask);
+};
+
 // Sets the counter of tiles handed out to 0 by a kernel that lets the next one start.
 cudaError_t LaunchAttendStart(int* counter, cudaStream_t stream);
 

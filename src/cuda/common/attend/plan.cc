@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/key_list.h"
 #include "cuda/common/attend/order.h"
 #include "cuda/common/heuristics.h"
 #include "cuda/common/launch.h"
@@ -107,6 +108,18 @@ AttendArgs ArgsOf(const AttendCall& call, int* counter) {
 
 } // namespace
 
+ListArgs ListArgs::Of(const BlockMask& mask) {
+  ListArgs a{};
+  if (!HasKeyLists(mask)) return a;
+  a.lists = mask.key_lists;
+  a.segment_rows = mask.segment_rows;
+  a.stride = KeyListStride(mask);
+  a.max_keys = mask.max_keys;
+  a.by_segment_tokens = Divider::Of(SegmentTokens(mask));
+  a.by_segment_tiles = Divider::Of(mask.segment_tiles);
+  return a;
+}
+
 AttendPlan AttendPlan::Of(const Problem& p, const BlockMask& mask, const Gpu& gpu, int32_t math) {
   AttendPlan plan;
   plan.p_ = &p;
@@ -141,7 +154,6 @@ const char* AttendPlan::Unsupported(const Output* output) const {
   if (p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype) return "q, k and v must have one dtype on CUDA";
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   if (mask_->max_verticals > 0 || mask_->max_slashes > 0) return "masks with verticals or slashes are for the CPU";
-  if (mask_->max_keys > 0 && gpu_.portable) return "masks with key lists are for Hopper's kernels and the CPU";
   if (mask_->max_keys > 0 && mask_->mean_correction) return "no mean correction in masks with key lists on CUDA";
   if (mask_->skip > 0 && gpu_.portable) return "masks that skip are for Hopper's kernels and the CPU";
   if (mask_->skip > 0 && p.head_dim > 128) return "a head_dim of at most 128 in masks that skip on CUDA";
@@ -160,13 +172,13 @@ const char* AttendPlan::Unsupported(const Output* output) const {
 }
 
 cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
-                               cudaStream_t stream) const {
-  if (p_->batch == 0 || p_->total_q == 0) return cudaSuccess;
+                               cudaStream_t stream, const std::function<cudaError_t()>& beside) const {
+  if (p_->batch == 0 || p_->total_q == 0) return beside ? beside() : cudaSuccess;
   if (keys_ == Keys::kCopied) {
     if (cudaError_t e = LaunchKeyCopy(*p_, copy_, stream)) return e;
   }
   const Problem p = keys_ == Keys::kCopied ? copy_.Over(*p_) : *p_;
-  const AttendCall call{p, *mask_, gpu_, output, means, MaxItems()};
+  const AttendCall call{p, *mask_, gpu_, output, means, MaxItems(), static_cast<bool>(beside)};
   AttendArgs args = ArgsOf(call, counter_);
   if (keys_ == Keys::kImages) {
     if (cudaError_t e = LaunchImages(args, images_, p, stream)) return e;
@@ -179,6 +191,9 @@ cudaError_t AttendPlan::Launch(const Output& output, const Means& means, bool fo
     if (cudaError_t e = LaunchOrder(args, mask_->counts, order_, follows_select, stream)) return e;
   } else if (!follows_select) {
     if (cudaError_t e = LaunchAttendStart(counter_, stream)) return e;
+  }
+  if (beside) {
+    if (cudaError_t e = beside()) return e;
   }
   if (gpu_.portable) return LaunchAttendPortable(args, call, stream);
   if (keys_ == Keys::kImages) return LaunchAttend8Sm90(args, call, images_, stream);

@@ -3,6 +3,8 @@
 #ifndef FLASHPREFILL_CUDA_COMMON_ATTEND_PLAN_H_
 #define FLASHPREFILL_CUDA_COMMON_ATTEND_PLAN_H_
 
+#include <functional>
+
 #include "cuda/common/attend/images.h"
 #include "cuda/common/keys/key_copy.h"
 #include "cuda/selector.h"
@@ -35,9 +37,10 @@ class AttendPlan {
   // of the blocks of K and of V; rows that are no block's are not read into products. follows_select: the launch before
   // this one on the stream is select's, which has set the counter to zero; else a kernel that does so comes first. The
   // kernel's start hides behind the end of either. uneven: tiles may keep unequal numbers of blocks, so that it can pay
-  // to take the heaviest first.
-  cudaError_t Launch(const Output& output, const Means& means, bool follows_select, bool uneven,
-                     cudaStream_t stream) const;
+  // to take the heaviest first. beside: puts a kernel on the stream that attention needs nothing of, and that waits for
+  // the one before it in all of its CTAs, then lets the next one start: it runs while attention begins.
+  cudaError_t Launch(const Output& output, const Means& means, bool follows_select, bool uneven, cudaStream_t stream,
+                     const std::function<cudaError_t()>& beside = {}) const;
 
  private:
   // How the kernel gets K and V.
@@ -68,6 +71,7 @@ struct AttendCall {
   const Output& output;
   const Means& means;
   int64_t items; // tiles of all heads, at most
+  bool beside;   // the launch before is one that the kernel need not wait for, but at its end
 };
 cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cudaStream_t stream);
 cudaError_t LaunchAttend8Sm90(const AttendArgs& args, const AttendCall& call, const Images& images,

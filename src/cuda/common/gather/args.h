@@ -47,7 +47,9 @@ struct RankArgs {
   int64_t code_stride;
 };
 cudaError_t LaunchRankSumsSm90(const RankArgs& args, cudaStream_t stream);
+cudaError_t LaunchRankSumsPortable(const RankArgs& args, cudaStream_t stream);
 cudaError_t LaunchRankCodesSm90(const RankArgs& args, cudaStream_t stream);
+cudaError_t LaunchRankCodesPortable(const RankArgs& args, cudaStream_t stream);
 
 // From codes to lists, of a round's slots.
 struct KeyChoiceArgs {
@@ -67,11 +69,15 @@ cudaError_t LaunchKeyChoice(KeyChoiceArgs args, cudaStream_t stream);
 // S2O: from lists of the best keys, in ascending order, to those that are taken before rows say stop.
 struct KeyStopArgs : KeyChoiceArgs {
   float tau;
-  int stop_rows; // of a head
+  int stop_rows;    // of a head
+  int shared_bytes; // that a CTA may have
 };
-constexpr int kMostStopRows = 1024;    // of a list
-constexpr int kMostSortedKeys = 32768; // they must fit in shared memory
+constexpr int kMostStopRows = 1024;          // of a list
+constexpr int64_t kMostRankedKeys = 1 << 24; // of a sequence
+constexpr int64_t kMostKeyStride = 1 << 30;  // elements
 cudaError_t LaunchKeyStopSm90(const KeyStopArgs& args, cudaStream_t stream);
+// Shared memory that lists with so many rows and room for so many keys take at least.
+int64_t KeyStopBytesSm90(int head_dim, int64_t rows, int64_t room);
 
 // Bits of blocks, counts with the lists' keys, fallbacks.
 struct ListMaskArgs {

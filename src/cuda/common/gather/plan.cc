@@ -51,7 +51,6 @@ RankPlan RankPlan::Of(const Problem& p, const Policy& policy, int64_t segment, c
 
 const char* RankPlan::Unsupported() const {
   const Problem& p = shape_.d.p;
-  if (portable_) return "single keys are selected on Hopper and on the CPU, not on this GPU";
   if (corrects_) return "no mean correction in masks with key lists on CUDA";
   if (p.head_dim % 8 != 0 || p.head_dim > 256) return "head_dim must be a multiple of 8 up to 256 on CUDA";
   if (shape_.rules.tile_tokens < 1) return "a shared mask takes groups of at most 128 query heads";
@@ -106,7 +105,8 @@ cudaError_t RankPlan::LaunchSums(const RankShape& shape, cudaStream_t stream, Ra
   rank->lse = lse_;
   rank->end_slot = static_cast<int>(Slots());
   rank->chunk = shape.chunk;
-  if (cudaError_t error = LaunchRankSumsSm90(*rank, stream)) return error;
+  const auto sums = portable_ ? LaunchRankSumsPortable : LaunchRankSumsSm90;
+  if (cudaError_t error = sums(*rank, stream)) return error;
   rank->codes = codes_;
   rank->code_stride = CodeStride();
   rank->chunk = static_cast<int>(std::min<int64_t>(shape.chunk, kMostCodeChunk));

@@ -28,7 +28,7 @@ class RankPlan {
     for (int64_t first = 0; first < Slots(); first += RoundSlots()) {
       rank.first_slot = choice.first_slot = static_cast<int>(first);
       rank.end_slot = choice.end_slot = static_cast<int>(std::min(first + RoundSlots(), Slots()));
-      if (cudaError_t error = LaunchRankCodesSm90(rank, target.stream)) return error;
+      if (cudaError_t error = LaunchCodes(rank, target.stream)) return error;
       if (cudaError_t error = choose(choice)) return error;
     }
     return LaunchMask(shape, target);
@@ -42,6 +42,9 @@ class RankPlan {
   RankShape ShapeFor(const SelectTarget& target) const;
   cudaError_t LaunchMeanQueries(cudaStream_t stream) const;
   cudaError_t LaunchSums(const RankShape& shape, cudaStream_t stream, RankArgs* rank) const;
+  cudaError_t LaunchCodes(const RankArgs& rank, cudaStream_t stream) const {
+    return portable_ ? LaunchRankCodesPortable(rank, stream) : LaunchRankCodesSm90(rank, stream);
+  }
   KeyChoiceArgs ChoiceOf(const RankShape& shape, const BlockMask& mask) const;
   static cudaError_t LaunchMask(const RankShape& shape, const SelectTarget& target);
 

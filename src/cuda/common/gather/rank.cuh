@@ -32,11 +32,22 @@ namespace flashprefill::cuda {
 namespace {
 
 constexpr int kRankWarps = kPanelThreads / 32;
-template <int PANELS>
-constexpr int kRankCtas = PANELS == 4 ? 2 : 4; // per multiprocessor
-constexpr int kSumColumns = 4;                 // of a thread, whose sums are checked together
-constexpr float kNoReference = -1e30f;         // of a column that has seen no key: any score is too large against it
-constexpr int kCodePitch = kRankStep + 8;      // of a list's codes in shared memory: 16 bytes more, for the banks
+// The portable product: 99 KiB must do, operands take registers on their way, and panels are multiples of a row.
+template <class PRODUCT>
+constexpr bool kRankPortable = PRODUCT::template kStages<4> == 1;
+template <class PRODUCT>
+constexpr int kRankAlign = kRankPortable<PRODUCT> ? kPanelRowBytes : kPanelAlign;
+template <class PRODUCT, int PANELS>
+constexpr int kRankCtas = PANELS == 4 || kRankPortable<PRODUCT> ? 2 : 4; // per multiprocessor
+constexpr int kSumColumns = 4;                                           // of a thread, whose sums are checked together
+constexpr float kNoReference = -1e30f;    // of a column that has seen no key: any score is too large against it
+constexpr int kCodePitch = kRankStep + 8; // of a list's codes in shared memory: 16 bytes more, for the banks
+
+template <class PRODUCT>
+__device__ __forceinline__ char* AlignedRankPanels(char* raw) {
+  constexpr uint32_t kAlign = kRankAlign<PRODUCT>;
+  return raw + (kAlign - SharedAddress(raw) % kAlign) % kAlign;
+}
 
 // What column j = 8 c + 2 q + e of a product is, of which a thread has those of one q: a list's heads are its e, then
 // c, and q only where there are more than 32.
@@ -107,6 +118,8 @@ template <class PRODUCT, typename T, int PANELS>
 struct RankProduct {
   static constexpr int kRowBytes = kPanelBytes<PANELS, kRankColumns>;
   static constexpr int kBytes = kRowBytes + kPanelBytes<PANELS, kRankStep>;
+  // Codes lie where the keys were, which are sent for when the codes have left.
+  static constexpr bool kCodesOverKeys = PANELS == 4 && kRankPortable<PRODUCT>;
   static constexpr int kChunks = PANELS * 8, kKeysAtOnce = kPanelThreads / kChunks;
 
   const Problem& p;
@@ -161,29 +174,35 @@ struct RankProduct {
     }
   }
 
-  // The product of a step; then the next one's keys are sent for. Two barriers, which all other shared memory may count
-  // on.
+  // The product of a step; then, unless keys are to wait, the next one's are sent for. Two barriers, which all other
+  // shared memory may count on.
+  template <bool WAIT = false>
   __device__ __forceinline__ void Step(int step, float (&d)[kRankColumns / 2]) {
     AsyncCopyWaitAll();
     PRODUCT::Fence();
     __syncthreads();
     PRODUCT::template Multiply<T, PANELS, kRankColumns>(d, shared + kRowBytes, shared, [] {});
     __syncthreads(); // everybody has read the keys
+    if (!WAIT) CopyKeysAfter(step);
+  }
+
+  __device__ __forceinline__ void CopyKeysAfter(int step) {
     if (step + 1 < unit.steps) CopyKeys();
   }
 };
 
 // Value 4 c + 2 half + e of a thread is row 16 warp + lane / 4 + 8 half of D, column 8 c + 2 (lane % 4) + e.
 template <class PRODUCT, typename T, int PANELS>
-__global__ void __launch_bounds__(kPanelThreads, kRankCtas<PANELS>)
+__global__ void __launch_bounds__(kPanelThreads, kRankCtas<PRODUCT, PANELS>)
     RankSumsKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
-  __shared__ alignas(8) float reference[kRankWarps][kRankColumns], partial[kRankWarps][kRankColumns];
+  __shared__ alignas(8) float reference[kRankWarps][kRankColumns];
   __shared__ alignas(8) int limit[kRankColumns];
   const RankShape& a = args.shape;
   RankUnit unit;
   if (!PlaceRankUnit(args, false, limit, unit)) return;
-  RankProduct<PRODUCT, T, PANELS> product(args, unit, AlignedPanels(raw));
+  char* const memory = AlignedRankPanels<PRODUCT>(raw);
+  RankProduct<PRODUCT, T, PANELS> product(args, unit, memory);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, pair = 2 * (lane % 4);
   float* const mine = reference[warp];
   for (int j = lane; j < kRankColumns; j += 32) mine[j] = kNoReference;
@@ -250,7 +269,8 @@ __global__ void __launch_bounds__(kPanelThreads, kRankCtas<PANELS>)
     }
   }
 
-  // Join lanes, then warps.
+  // Join lanes, then warps: where the keys were.
+  auto* const partial = reinterpret_cast<float(*)[kRankColumns]>(memory + product.kRowBytes);
 #pragma unroll
   for (int i = 0; i < kRankColumns / 4; ++i) {
 #pragma unroll
@@ -286,9 +306,9 @@ __device__ inline float RankDenominator(const RankArgs& args, const RankUnit& un
   return largest + log2f(total);
 }
 
-// COLUMNS: the shape's columns; 0: more than 8.
+// COLUMNS: the shape's columns; 0: any number but 1.
 template <class PRODUCT, typename T, int PANELS, int COLUMNS>
-__global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PANELS> : kRankCtas<4>)
+__global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PRODUCT, PANELS> : kRankCtas<PRODUCT, 4>)
     RankCodesKernel(const __grid_constant__ RankArgs args) {
   extern __shared__ char raw[];
   __shared__ alignas(8) float denominator[kRankColumns];
@@ -296,9 +316,12 @@ __global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PANELS>
   const RankShape& a = args.shape;
   RankUnit unit;
   if (!PlaceRankUnit(args, true, limit, unit)) return;
-  char* const memory = AlignedPanels(raw);
-  RankProduct<PRODUCT, T, PANELS> product(args, unit, memory);
-  auto* const codes = reinterpret_cast<uint16_t*>(memory + product.kBytes); // [lists of a slot, kCodePitch]
+  using Product = RankProduct<PRODUCT, T, PANELS>;
+  constexpr bool kOverKeys = Product::kCodesOverKeys;
+  char* const memory = AlignedRankPanels<PRODUCT>(raw);
+  Product product(args, unit, memory);
+  auto* const codes = // [lists of a slot, kCodePitch]
+      reinterpret_cast<uint16_t*>(memory + (kOverKeys ? Product::kRowBytes : Product::kBytes));
   const int j = threadIdx.x;
   denominator[j] = RankDenominator(args, unit, j, limit[j]); // the first step has a barrier
 
@@ -356,7 +379,7 @@ __global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PANELS>
 #pragma unroll 1
   for (int step = 0; step < unit.steps; ++step) {
     float d[kRankColumns / 2];
-    product.Step(step, d);
+    product.template Step<kOverKeys>(step, d);
     if (!__all_sync(~0u, write_codes(d, std::false_type{}))) write_codes(d, std::true_type{});
     __syncthreads();
     // Write out: 16 bytes per thread.
@@ -365,23 +388,22 @@ __global__ void __launch_bounds__(kPanelThreads, COLUMNS > 0 ? kRankCtas<PANELS>
       *reinterpret_cast<uint4*>(out + list * args.code_stride + step * kRankStep + piece * 8) =
           *reinterpret_cast<const uint4*>(codes + list * kCodePitch + piece * 8);
     }
+    if constexpr (kOverKeys) {
+      __syncthreads(); // the codes have been read
+      product.CopyKeysAfter(step);
+    }
   }
 }
 
 template <class PRODUCT, typename T, int PANELS>
 auto CodesKernelFor(int columns) {
-  switch (columns) {
-    case 1:
-      return RankCodesKernel<PRODUCT, T, PANELS, 1>;
-    case 2:
-      return RankCodesKernel<PRODUCT, T, PANELS, 2>;
-    case 4:
-      return RankCodesKernel<PRODUCT, T, PANELS, 4>;
-    case 8:
-      return RankCodesKernel<PRODUCT, T, PANELS, 8>;
-    default:
-      return RankCodesKernel<PRODUCT, T, PANELS, 0>;
+  if (columns == 1) return RankCodesKernel<PRODUCT, T, PANELS, 1>;
+  if (columns == 4) return RankCodesKernel<PRODUCT, T, PANELS, 4>;
+  if constexpr (!kRankPortable<PRODUCT>) { // where three architectures' code counts
+    if (columns == 2) return RankCodesKernel<PRODUCT, T, PANELS, 2>;
+    if (columns == 8) return RankCodesKernel<PRODUCT, T, PANELS, 8>;
   }
+  return RankCodesKernel<PRODUCT, T, PANELS, 0>;
 }
 
 template <class PRODUCT, typename T, int PANELS>
@@ -392,8 +414,8 @@ cudaError_t LaunchRank(const RankArgs& args, bool sums, cudaStream_t stream) {
   if (grid == 0) return cudaSuccess;
   if (grid > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
   const auto kernel = sums ? RankSumsKernel<PRODUCT, T, PANELS> : CodesKernelFor<PRODUCT, T, PANELS>(a.columns);
-  const int codes = sums ? 0 : kCodePitch * 2 << a.log2_lists;
-  const int bytes = Product::kBytes + kPanelAlign + codes;
+  const int codes = sums || Product::kCodesOverKeys ? 0 : kCodePitch * 2 << a.log2_lists;
+  const int bytes = Product::kBytes + kRankAlign<PRODUCT> + codes;
   if (cudaError_t e = AllowSharedOnly(kernel, bytes)) return e;
   kernel<<<static_cast<unsigned>(grid), kPanelThreads, static_cast<size_t>(bytes), stream>>>(args);
   return cudaGetLastError();

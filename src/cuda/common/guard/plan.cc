@@ -90,16 +90,22 @@ void GuardPlan::Take(Workspace& workspace) {
   a.any_wanted = workspace.Take<int32_t>(1);
 }
 
-cudaError_t GuardPlan::LaunchAudit(int draw, int low_outcome, cudaStream_t stream) const {
+cudaError_t GuardPlan::LaunchAudit(int draw, cudaStream_t stream) const {
   if (args_.d.p.batch == 0) return cudaSuccess;
   GuardArgs a = args_;
   a.seed.draw = draw;
-  a.low_outcome = low_outcome;
   if (cudaError_t e = LaunchGuardDraw(a, stream)) return e;
   if (a.key_lists) {
     if (cudaError_t e = LaunchGuardListed(a, stream)) return e;
   }
-  if (cudaError_t e = portable_ ? LaunchGuardAuditPortable(a, stream) : LaunchGuardAuditSm90(a, stream)) return e;
+  return portable_ ? LaunchGuardAuditPortable(a, stream) : LaunchGuardAuditSm90(a, stream);
+}
+
+cudaError_t GuardPlan::LaunchReport(int draw, int low_outcome, cudaStream_t stream) const {
+  if (args_.d.p.batch == 0) return cudaSuccess;
+  GuardArgs a = args_;
+  a.seed.draw = draw;
+  a.low_outcome = low_outcome;
   return LaunchGuardReport(a, stream);
 }
 

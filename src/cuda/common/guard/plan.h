@@ -17,9 +17,10 @@ class GuardPlan {
 
   void Take(Workspace& workspace);
 
-  // draw: 0, and 1 after a repair, which is reported in place of the first. low_outcome: fp_guard_outcome of heads that
-  // keep too little.
-  cudaError_t LaunchAudit(int draw, int low_outcome, cudaStream_t stream) const;
+  // What rows of all heads keep, and what that says of the heads. draw: 0, and 1 after a repair, which is reported in
+  // place of the first. low_outcome: fp_guard_outcome of heads that keep too little.
+  cudaError_t LaunchAudit(int draw, cudaStream_t stream) const;
+  cudaError_t LaunchReport(int draw, int low_outcome, cudaStream_t stream) const;
   // What becomes of these heads: they keep everything; or what they miss most, and what `more` keeps.
   cudaError_t LaunchKeepAll(cudaStream_t stream) const;
   cudaError_t LaunchJoinMissed(cudaStream_t stream) const;

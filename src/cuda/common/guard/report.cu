@@ -2,8 +2,8 @@
 // per sequence and query head; the last one of a sequence to be done adds up the heads. The arithmetic is
 // core/guard_math.h's, in double, every sum in one order.
 //
-// Nothing here is much work, but all of it is between select and attend: so eight lanes share a row, in the walk over
-// its parts and over the other rows, and sums of a head go through one exchange each.
+// Nothing here is much work, but where a mask may be repaired all of it is between select and attend: so eight lanes
+// share a row, in the walk over its parts and over the other rows, and sums of a head go through one exchange each.
 #include "cuda/common/grid_control.cuh"
 #include "cuda/common/guard/args.h"
 #include "cuda/common/launch.h"

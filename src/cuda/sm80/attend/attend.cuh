@@ -1,5 +1,5 @@
-// Exact softmax attention over the kept blocks of a mask, for every NVIDIA GPU since Ampere: mma.sync, ldmatrix,
-// cp.async. Persistent CTAs take query tiles of 128 rows; all warps load and all compute.
+// Exact softmax attention over the kept blocks of a mask and the keys of its lists, for every NVIDIA GPU since Ampere:
+// mma.sync, ldmatrix, cp.async. Persistent CTAs take query tiles of 128 rows; all warps load and all compute.
 //
 // Why it is fast. K and V stream through stages by asynchronous copies a step ahead, and a barrier per step (two, where
 // shared memory holds one stage) is all that warps wait for each other. A warp has 32 rows where registers and shared
@@ -70,7 +70,13 @@ class PortableAttendRun {
     const int item = c_.next_item, tiles = c_.tiles_of_batch;
     if (item < tiles * p_.kv_heads * p_.mask_heads) {
       const Work work = DecodeItem(p_, item < p_.ordered_items ? p_.order[item] : item, tiles);
-      if (threadIdx.x == 0) c_.work = work;
+      TileList list{};
+      if (p_.listed.lists) list = FindList(p_, p_.listed, work);
+      if (list.check && KeepsAll(p_, work)) list.end = 0;
+      if (threadIdx.x == 0) {
+        c_.work = work;
+        c_.listed = list;
+      }
     } else if (threadIdx.x == 0) {
       c_.work.sequence = -1;
     }
@@ -78,7 +84,7 @@ class PortableAttendRun {
 
   __device__ __forceinline__ void Tile() {
     LoadQueries();
-    keys_.ListKeys(keys_.Groups() - 1);
+    keys_.List(0);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -98,18 +104,13 @@ class PortableAttendRun {
       TakeQueries();
     }
     __syncthreads(); // the list is there, and what queries came through is free
-    // Kept blocks from the highest group of the mask down, then means. How many groups there are is asked again, to
-    // spare a register.
+    // Kept blocks from the highest group of the mask down, then means or the segment's list. How many there are is
+    // asked again, to spare a register.
 #pragma unroll 1
-    for (int segment = 0; segment < keys_.Groups() << (p_.mean_correction ? 1 : 0); ++segment) {
-      if (segment > 0) {
+    for (int i = 0; i < keys_.Lists(); ++i) {
+      if (i > 0) {
         __syncthreads();
-        const int groups = keys_.Groups();
-        if (segment < groups) {
-          keys_.ListKeys(groups - 1 - segment);
-        } else {
-          keys_.ListMeans(2 * groups - 1 - segment);
-        }
+        keys_.List(i);
         __syncthreads();
       }
       const int steps = c_.state.steps;

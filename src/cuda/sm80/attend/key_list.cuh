@@ -1,6 +1,7 @@
 // Which keys a query tile gets, in the portable kernel. The warps write the kept blocks of 2048 as a list into shared
 // memory, from the diagonal down, so that a step's keys are a look into the list and not a walk over bits that a dozen
-// registers follow. After them come, with mean correction, the means of blocks that were left out.
+// registers follow. After them come, with mean correction, the means of blocks that were left out; or
+// the keys of the segment's list, which are read where they lie.
 //
 // A step is kKeys rows, and a row's place is an offset: a thread or two per row, for K and for V, find it three steps
 // before it is used, whatever the layout, the block size and the pages are, and ask for the page number a step earlier
@@ -8,7 +9,7 @@
 #ifndef FLASHPREFILL_CUDA_SM80_ATTEND_KEY_LIST_CUH_
 #define FLASHPREFILL_CUDA_SM80_ATTEND_KEY_LIST_CUH_
 
-#include "cuda/common/attend/tiles.cuh"
+#include "cuda/common/attend/tile_list.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/sm80/attend/params.h"
 
@@ -22,10 +23,12 @@ struct StepControl {
   int block;  // the first one's
 };
 
+enum class ListOf : int { kBlocks = 0, kMeans = 1, kKeys = 2 };
+
 // The list, as all threads know it: in shared memory, to spare registers.
 struct ListState {
   int group;   // of the mask's words
-  int means;   // entries are tiles of means, else blocks
+  ListOf what; // its entries are: kept blocks, tiles of means, keys of the segment's list
   int steps;   // that it takes
   int missing; // chunks that the first step goes short
   int skipped; // chunks of the first block that no row sees
@@ -38,6 +41,7 @@ struct ListControl {
   StepControl step[kStepRing];
   uint16_t list[kListBlocks];
   ListState state;
+  TileList listed;
   const void* base[2]; // of K and V, where offsets count from
   Work work;
   int next_item, tiles_of_batch; // of the warp that takes tiles
@@ -58,6 +62,24 @@ class KeyList {
 
   // Groups of 2048 blocks that the tile sees; one where it sees nothing, since rows of zeros are written too.
   __device__ __forceinline__ int Groups() const { return max(1, (c_.work.visible + kListBlocks - 1) / kListBlocks); }
+
+  // How many lists the tile has, one after another.
+  __device__ __forceinline__ int Lists() const {
+    const int groups = Groups();
+    return p_.mean_correction ? 2 * groups : groups + (c_.listed.end > 0 ? 1 : 0);
+  }
+
+  // Makes the i-th one. All threads, between two barriers.
+  __device__ __forceinline__ void List(int i) {
+    const int groups = Groups();
+    if (i < groups) {
+      ListKeys(groups - 1 - i);
+    } else if (p_.mean_correction) {
+      ListMeans(2 * groups - 1 - i);
+    } else if (threadIdx.x == 0) {
+      c_.state = ListState{0, ListOf::kKeys, (c_.listed.end + kKeys - 1) / kKeys, 0, 0};
+    }
+  }
 
   // Lists the kept blocks of a group. All threads, between two barriers.
   __device__ __forceinline__ void ListKeys(int group) {
@@ -103,7 +125,7 @@ class KeyList {
       entries += __popc(any[i]);
       above += __popc(any[i] >> lane >> 1);
     }
-    if (threadIdx.x == 0) c_.state = ListState{group, 1, entries, 0, 0};
+    if (threadIdx.x == 0) c_.state = ListState{group, ListOf::kMeans, entries, 0, 0};
     if (threadIdx.x < 32) {
 #pragma unroll
       for (int i = kTilesPerWord - 1; i >= 0; --i) {
@@ -125,7 +147,11 @@ class KeyList {
     const Work& w = c_.work;
     const ListState& list = c_.state;
     Row r{kAbsent, 0};
-    if (list.means) {
+    if (list.what == ListOf::kKeys) {
+      AskForListed(step * kKeys + row, r);
+      return r;
+    }
+    if (list.what == ListOf::kMeans) {
       r.position = list.group * kListBlocks + c_.list[step] * kKeys + row;
       r.asked = static_cast<int>(LeftOut(r.position >> 6) >> (r.position & 63) & 1);
       return r;
@@ -139,17 +165,16 @@ class KeyList {
                          (row & ((1 << p_.chunk_shift) - 1));
     if (position >= w.k_len) return r;
     r.position = position;
-    if (p_.page_size) {
-      const int column = min(p_.by_page(position), p_.pages_per_seq - 1);
-      r.asked = __ldg(p_.block_table + w.sequence * p_.block_table_stride + column);
-    }
+    if (p_.page_size) r.asked = PageOf(position);
     return r;
   }
 
   // Writes what Ask has got, and whether the step needs a mask.
   __device__ __forceinline__ void Tell(int step, Row r) const {
     const int row = threadIdx.x % kKeys, slot = step % kStepRing;
-    const bool is_v = !kOneForBoth && threadIdx.x >= kKeys, means = c_.state.means != 0;
+    const bool is_v = !kOneForBoth && threadIdx.x >= kKeys, means = c_.state.what == ListOf::kMeans;
+    const bool listed = c_.state.what == ListOf::kKeys;
+    if (listed && static_cast<uint32_t>(r.position) >= static_cast<uint32_t>(Trusted(step))) r.position = kAbsent;
     const auto offset_of = [&](const uint32_t* units) {
       if (means) return r.asked ? r.position * static_cast<uint32_t>(p_.mean_stride[1] / 8) : kNowhere;
       if (r.position == kAbsent) return kNowhere;
@@ -165,15 +190,46 @@ class KeyList {
       // Keys below `safe` are seen by every row. A step is not masked if its highest chunk ends below it; the first
       // step of a list may lack chunks.
       const int safe = min(c_.work.first_position + 1, c_.work.k_len);
-      c_.step[slot] = StepControl{step == 0 || HighestOf(step) >= safe, means, r.position};
+      const bool masked = listed ? !AllSee(step) : step == 0 || HighestOf(step) >= safe;
+      c_.step[slot] = StepControl{masked, means, r.position};
     }
   }
 
  private:
+  // The i-th key of the segment's list. Nothing waits for its number here but what it leads to: a page, or the bit of
+  // its block.
+  __device__ __forceinline__ void AskForListed(int i, Row& r) const {
+    const TileList& list = c_.listed;
+    if (i >= list.end) return;
+    r.position = __ldg(list.keys + i);
+    if (!list.check && !p_.page_size) return;
+    const int position = ClampTo(r.position, c_.work.k_len - 1), block = p_.by_block(position);
+    if (p_.page_size) r.asked = PageOf(position);
+    if (list.check && block < c_.work.visible) {
+      const uint64_t word = __ldg(p_.bits + c_.work.mask_row * p_.words + block / 64);
+      if (word >> block % 64 & 1) r.position = kAbsent;
+    }
+  }
+
+  // Whether all rows see all keys of a step of listed ones.
+  __device__ __forceinline__ bool AllSee(int step) const {
+    return !c_.listed.check && (step + 1) * kKeys <= c_.listed.safe;
+  }
+
+  // Past the last key that such a step can have, whatever the list says.
+  __device__ __forceinline__ int Trusted(int step) const {
+    return AllSee(step) ? min(c_.work.first_position + 1, c_.work.k_len) : c_.work.k_len;
+  }
+
+  __device__ __forceinline__ int PageOf(int position) const {
+    const int column = min(p_.by_page(position), p_.pages_per_seq - 1);
+    return __ldg(p_.block_table + c_.work.sequence * p_.block_table_stride + column);
+  }
+
   // The last position of a step of keys, but the first, which may lack chunks.
   __device__ __forceinline__ int HighestOf(int step) const {
     const ListState& list = c_.state;
-    if (list.means) return 0;
+    if (list.what == ListOf::kMeans) return 0;
     const int chunk = step * (kKeys >> p_.chunk_shift) - list.missing + list.skipped;
     const int entry = p_.by_chunks(chunk), sub = p_.chunks_per_block - (chunk - entry * p_.chunks_per_block);
     return (list.group * kListBlocks + c_.list[entry]) * p_.block_size + (sub << p_.chunk_shift) - 1;
@@ -182,7 +238,7 @@ class KeyList {
   // A list of kept blocks, of which `first` is the highest. Chunks of a tile's last block that no row sees are left
   // out.
   __device__ __forceinline__ ListState StateOf(int group, int kept, int first) const {
-    if (kept == 0) return ListState{group, 0, 0, 0, 0};
+    if (kept == 0) return ListState{group, ListOf::kBlocks, 0, 0, 0};
     int skipped = 0;
     if (first == c_.work.visible - 1) {
       const int seen = VisibleKeys(p_, c_.work) - first * p_.block_size;
@@ -190,7 +246,8 @@ class KeyList {
     }
     const int chunks = kept * p_.chunks_per_block - skipped, per_step = kKeys >> p_.chunk_shift;
     const int steps = (chunks + per_step - 1) / per_step;
-    return ListState{group, 0, steps, steps * per_step - chunks, skipped}; // the first step has a mask anyway
+    // The first step has a mask anyway.
+    return ListState{group, ListOf::kBlocks, steps, steps * per_step - chunks, skipped};
   }
 
   // Bits of blocks that were left out and that every row sees whole.

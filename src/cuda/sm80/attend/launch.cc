@@ -39,6 +39,7 @@ cudaError_t LaunchAttendPortable(const AttendArgs& args, const AttendCall& call,
   while (1 << a.chunk_shift < chunk) ++a.chunk_shift;
   a.chunks_per_block = call.mask.block_size / chunk;
   a.by_chunks = Divider::Of(a.chunks_per_block);
+  a.listed = ListArgs::Of(call.mask);
   a.stages = call.gpu.Holds(plan.ctas, plan.fixed_bytes + 2 * plan.stage_bytes) ? 2 : 1;
   const int bytes = plan.fixed_bytes + a.stages * plan.stage_bytes;
   const int ctas = call.gpu.Holds(plan.ctas, bytes) ? plan.ctas : 1;

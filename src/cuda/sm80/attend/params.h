@@ -47,6 +47,7 @@ struct PortableAttendParams : AttendArgs {
   Divider by_chunks;   // chunks_per_block
   int chunks_per_block;
   int stages; // of K, and of V: 1 or 2
+  ListArgs listed;
 };
 
 using PortableAttendKernel = void (*)(PortableAttendParams);

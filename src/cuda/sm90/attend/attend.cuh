@@ -20,6 +20,9 @@
 
 namespace flashprefill::cuda {
 
+// Whether each lane of the math side releases a stage, not one of each warp.
+constexpr bool LanesRelease(Loading loading) { return LoadsRows(loading) || loading == Loading::kAscending; }
+
 template <class T, class SHAPE, Loading LOADING>
 class AttendMath {
  public:
@@ -113,8 +116,9 @@ class AttendMath {
   // One arrival per warp: a warp's part of a product may be done before its neighbours'. A lane's reads of a step's
   // description are in order before it: __syncwarp orders them before lane 0's arrival, and the loading warp that
   // writes over them four steps later has waited for the next stage's. racecheck does not follow that order from lane
-  // to lane and reports it where a CTA has five steps or more; so by rows, where it costs nothing, every lane arrives.
-  static constexpr bool kLanesArrive = LoadsRows(LOADING);
+  // to lane and reports it where a CTA has five steps or more; so by rows, where it costs nothing, every lane arrives,
+  // and so it does where masks skip.
+  static constexpr bool kLanesArrive = LanesRelease(LOADING);
   __device__ __forceinline__ void Release(uint64_t* empty) {
     if (!kLanesArrive) __syncwarp();
     if (kLanesArrive || lane_ == 0) BarrierArrive(empty);
@@ -322,8 +326,9 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
   if (threadIdx.x == 0) {
     if constexpr (LOADING == Loading::kAscending) {
       for (TileSkipped& one : sm.skipped) one.pairs = 0;
+      for (int i = 0; i < 2 * SHAPE::kStages; ++i) BarrierInit(&sm.decided[0][0] + i, 4); // a warpgroup's warps
     }
-    constexpr int kReleases = LoadsRows(LOADING) ? kMathThreads : kMathThreads / 32;
+    constexpr int kReleases = LanesRelease(LOADING) ? kMathThreads : kMathThreads / 32;
     constexpr int kFullArrivals = Producer::kFullArrivals;
     BarrierInit(&sm.work_full, 32);
     BarrierInit(&sm.work_empty, Producer::kLoaders * 32);
@@ -340,7 +345,13 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     FenceBarrierInit();
   }
   __syncthreads();
-  GridWait(); // select's results, if this launch was let in before its end
+  // Select's results, if this launch was let in before its end. Beside the kernel before it, they have been there since
+  // that one began; what is in L1 may be older.
+  if (p.beside) {
+    __threadfence();
+  } else {
+    GridWait();
+  }
   // Split up: one warpgroup loads, two compute.
   if (threadIdx.x < 128) {
     ShrinkRegisters<SHAPE::kProducerRegisters>();
@@ -350,6 +361,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     typename Side::Math(p, sm).Run();
     BulkStoresDone();
   }
+  if (p.beside) GridWait(); // who waits for this kernel counts on that one too
 }
 
 template <class T, class SHAPE>

@@ -84,52 +84,10 @@ class GatherProducer : public AttendProducer<SHAPE, Loading::kGather> {
   __device__ __forceinline__ void Take() {
     TileList list{};
     TakeTile(
-        p_, sm_, [&](const Work& work) { list = FindList(work); },
+        p_, sm_, [&](const Work& work) { list = FindList(p_, p_.listed, work); },
         [&] {
           if (lane_ == 0) Memory().list = list;
         });
-  }
-
-  __device__ __forceinline__ TileList FindList(const Work& work) const {
-    TileList list{};
-    const ListArgs& a = p_.listed;
-    if (p_.bits == nullptr || work.k_len == 0) return list;
-    const int segment =
-        a.by_segment_tokens(QueryBegin(p_, work.sequence)) + work.sequence + a.by_segment_tiles(p_.by_tile(work.begin));
-    const int32_t* const at = a.lists + (work.head / p_.heads_per_tile * a.segment_rows + segment) * a.stride;
-    list.keys = at + 2;
-    list.end = CountBelow(list.keys, ClampTo(__ldg(at), a.max_keys), VisibleKeys(p_, work));
-    list.safe = CountBelow(list.keys, list.end, min(work.first_position + 1, work.k_len));
-    if (list.end > 0) list.check = AnyKept(work, __ldg(list.keys), __ldg(list.keys + list.end - 1));
-    return list;
-  }
-
-  // How many of `count` ascending keys are below `limit`.
-  __device__ __forceinline__ int CountBelow(const int32_t* keys, int count, int limit) const {
-    if (count == 0 || __ldg(keys + count - 1) < limit) return count;
-    int low = 0, high = count; // it is one of low .. high - 1
-    while (true) {
-      const int apart = (high - low + 31) / 32, probe = low + lane_ * apart;
-      const int below = __popc(__ballot_sync(~0u, probe < high && __ldg(keys + min(probe, count - 1)) < limit));
-      if (below == 0 || apart == 1) return low + below;
-      high = min(high, low + below * apart);
-      low += (below - 1) * apart + 1;
-      if (low >= high) return low;
-    }
-  }
-
-  // Whether a block is kept from that of key `first` to that of key `last`.
-  __device__ __forceinline__ int AnyKept(const Work& work, int first, int last) const {
-    const int begin = p_.by_block(ClampTo(first, work.k_len - 1));
-    const int end = p_.by_block(ClampTo(last, work.k_len - 1)) + 1;
-    bool any = false;
-    for (int index = begin / 64 + lane_; index * 64 < end; index += 32) {
-      uint64_t word = MaskWord(p_, work, index);
-      if (index == begin / 64) word &= ~uint64_t{0} << begin % 64;
-      if (end - index * 64 < 64) word &= (uint64_t{1} << (end - index * 64)) - 1;
-      any |= word != 0;
-    }
-    return __any_sync(~0u, any);
   }
 
   // ---------------------------------------------------------------- steps

@@ -63,17 +63,6 @@ OneAttendKernel PickGatherKernel(int head_dim) {
   }
 }
 
-ListArgs ListsOf(const BlockMask& mask) {
-  ListArgs a{};
-  a.lists = mask.key_lists;
-  a.segment_rows = mask.segment_rows;
-  a.stride = KeyListStride(mask);
-  a.max_keys = mask.max_keys;
-  a.by_segment_tokens = Divider::Of(SegmentTokens(mask));
-  a.by_segment_tiles = Divider::Of(mask.segment_tiles);
-  return a;
-}
-
 TensorMapShape KeyShape(const Problem& p, const fp_tensor& t, int chunk) {
   TensorMapShape shape{{p.head_dim, p.kv_heads, 0, 0}, {t.stride[2], t.stride[1], t.stride[0]}, 1, chunk};
   if (p.block_table) {
@@ -134,6 +123,7 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
   const Loads loads = Loads::Of(p, call.mask);
   while (1 << a.chunk_shift < loads.chunk) ++a.chunk_shift;
   a.absent_token = static_cast<int>(p.block_table ? p.page_size : p.cu_seqlens_k ? p.total_k : p.max_seqlen_k);
+  a.beside = call.beside;
   if (cudaError_t e = SetRowParams(call, a)) return e;
   if (cudaError_t e = MakeKeyMaps(call, loads, a)) return e;
 
@@ -145,7 +135,7 @@ cudaError_t LaunchAttendSm90(const AttendArgs& args, const AttendCall& call, cud
                             stream, a);
   };
   if (HasKeyLists(call.mask)) {
-    a.listed = ListsOf(call.mask);
+    a.listed = ListArgs::Of(call.mask);
     const OneAttendKernel gather =
         p.q.dtype == FP_BF16 ? PickGatherKernel<__nv_bfloat16>(p.head_dim) : PickGatherKernel<__half>(p.head_dim);
     return launch(gather.kernel, gather.shared_bytes);

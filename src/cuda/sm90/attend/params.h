@@ -27,14 +27,6 @@ enum class Loading {
 };
 constexpr bool LoadsRows(Loading loading) { return loading >= Loading::kRows; }
 
-// The key lists of a mask, as fp_block_mask has them.
-struct ListArgs {
-  const int32_t* lists; // [mask heads, segment_rows, stride]: the number of keys, of those wanted, the keys
-  int64_t segment_rows, stride;
-  int max_keys;
-  Divider by_segment_tokens, by_segment_tiles;
-};
-
 // What a mask skips, as fp_block_mask has it.
 struct SkipArgs {
   float below; // a row skips a chunk whose largest raw score lies further below its largest so far: log(skip) / scale
@@ -72,6 +64,7 @@ struct AttendParams : AttendArgs {
   float minus_one;            // HoldBack's
   ListArgs listed;            // last, so that the other kernels' arguments lie where they always lay
   SkipArgs skip;
+  int beside; // AttendCall's
 };
 
 // Everything of a call that concerns the rows of q and of the output, the OpaqueCopy and HoldBack constants too.

@@ -76,7 +76,9 @@ class AttendProducer {
       if (key_tiles > 0) LookAhead();
 #pragma unroll 1
       for (int j = 0; j < steps; ++j) {
-        if (j < key_tiles) {
+        if (kAscending && is_v_ && j > 0 && j < key_tiles && !IsWanted()) {
+          LeaveOut(j + 1 < key_tiles);
+        } else if (j < key_tiles) {
           SendKeys(j == 0, j + 1 < key_tiles);
         } else {
           SendMeans(j == key_tiles);
@@ -136,6 +138,27 @@ class AttendProducer {
     } else {
       SendChunks(mine, token[0], page[0], first);
     }
+  }
+
+  // Loading::kAscending: whether one of the warpgroups counts V's next step. The stage is free then, so that the last
+  // decision on it has been seen.
+  __device__ __forceinline__ bool IsWanted() {
+    auto& sm = static_cast<SkipMemory<SHAPE>&>(sm_);
+    const int stage = ring_position_.stage;
+    BarrierWait(&empty_[stage], ring_position_.parity ^ 1);
+    for (int group = 0; group < 2; ++group) { // the first one is mostly ahead
+      BarrierWait(&sm.decided[group][stage], ring_position_.parity);
+      if (*reinterpret_cast<const volatile uint32_t*>(sm.counts[group][stage]) != 0) return true;
+    }
+    return false;
+  }
+
+  // A step of V that nobody counts: an empty stage.
+  __device__ __forceinline__ void LeaveOut(bool more) {
+    if (more) LookAhead();
+    if (lane_ == 0) BarrierArrive(&full_[ring_position_.stage]);
+    __syncwarp();
+    ring_position_.Advance(SHAPE::kStages);
   }
 
   // Where positions fall, no tile has a mask after the first that has none.

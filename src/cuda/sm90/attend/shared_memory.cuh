@@ -3,7 +3,7 @@
 #ifndef FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 #define FLASHPREFILL_CUDA_SM90_ATTEND_SHARED_MEMORY_CUH_
 
-#include "cuda/common/attend/tiles.cuh"
+#include "cuda/common/attend/tile_list.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/ring.cuh"
 #include "cuda/sm90/attend/params.h"
@@ -74,14 +74,6 @@ struct SharedMemory {
   float never_written;                        // HoldBack's
 };
 
-// The list of a query tile, from the warp that takes tiles to those that load them.
-struct TileList {
-  const int32_t* keys;
-  int safe;  // keys that every row of the tile sees: the list's first ones
-  int end;   // and with those behind them that only some rows see
-  int check; // whether some of them may lie in kept blocks
-};
-
 // Of Loading::kGather.
 template <class SHAPE>
 struct GatherMemory : SharedMemory<SHAPE> {
@@ -100,11 +92,13 @@ template <class SHAPE>
 struct SkipMemory : SharedMemory<SHAPE> {
   // By tile, in turns. Four: warpgroups may be a tile apart, and the loading side two further.
   TileSkipped skipped[4];
+  // Of each warpgroup and V stage: whether its warps have decided on the step, and whether one of them counts it.
+  uint64_t decided[2][SHAPE::kStages];
+  alignas(4) uint8_t counts[2][SHAPE::kStages][4];
 };
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1; // and 2: whose turn it is to use the matrix units, a math warpgroup each
-constexpr int kSkipBarrier = 3; // and 4: a math warpgroup decides whether it skips
 
 } // namespace flashprefill::cuda
 

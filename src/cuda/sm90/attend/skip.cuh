@@ -2,9 +2,12 @@
 // of keys (ascending_iterator.cuh) and another math side.
 //
 // A step is a chunk. Its largest score per row is compared with the largest of the chunks that the row counted before:
-// that is the one thing more in a step, 64 comparisons per lane, under the other warpgroup's products. Each row decides
-// for itself; where all 64 of a warpgroup skip, the exponentials and P V are not computed, and else a row that skips
-// gets weights of zero. V is copied all the same: its copies do not wait for scores.
+// that is the one thing more in a step, 64 comparisons per lane, in the shadow of P V. Each row decides for itself. A
+// warp whose rows all skip takes no exponentials; where all four warps of a warpgroup skip, it has no P V; and V is
+// only copied once a warp of the CTA counts the step, which is some 1,800 cycles before its P V (IsWanted).
+//
+// A warpgroup's vote is an mbarrier: its warps arrive when they have decided, and wait at the step's end, when the
+// exponentials are done, so that nobody waits for the others in between. The loading side waits on it too.
 //
 // Whether there is a P V of the step before decides between two ways through a step, each straight, so that no branch
 // lies between the issue of a product and its end.
@@ -16,23 +19,11 @@
 
 namespace flashprefill::cuda {
 
-// Waits for all of a warpgroup, and says whether any of its threads says so.
-__device__ __forceinline__ bool AnyOfWarpgroup(int barrier, bool mine) {
-  uint32_t any;
-  asm volatile(
-      "{ .reg .pred mine, any; setp.ne.u32 mine, %3, 0; barrier.cta.red.or.pred any, %1, %2, mine; "
-      "selp.u32 %0, 1, 0, any; }"
-      : "=r"(any)
-      : "r"(barrier), "r"(128), "r"(static_cast<uint32_t>(mine))
-      : "memory");
-  return __shfl_sync(~0u, any, 0) != 0; // so that the compiler knows that a warp agrees on it
-}
-
 template <class T, class SHAPE>
 class SkippingMath : public AttendMath<T, SHAPE, Loading::kAscending> {
   using Base = AttendMath<T, SHAPE, Loading::kAscending>;
   using Base::group_, Base::k_, Base::kHeadDim, Base::kKeys, Base::lane_, Base::last_key_, Base::max_, Base::o_,
-      Base::out_, Base::p_, Base::q_, Base::s_, Base::sm_, Base::sum_, Base::v_, Base::weights_;
+      Base::out_, Base::p_, Base::q_, Base::row_, Base::s_, Base::sm_, Base::sum_, Base::v_, Base::weights_;
   static_assert(SHAPE::kQStages == 2 && kKeys == kSkipKeys, "a step is a chunk");
 
  public:
@@ -100,6 +91,7 @@ class SkippingMath : public AttendMath<T, SHAPE, Loading::kAscending> {
   __device__ __forceinline__ void Start(const TileInfo& tile) {
     this->StartRows(tile);
     skipped_ = 0;
+    Decide(true, false);
     const KeyTile& key_tile = this->KeyTileBefore(0);
     this->TakeScores(tile.key_tiles == 1);
     this->FirstWeights(key_tile);
@@ -118,25 +110,33 @@ class SkippingMath : public AttendMath<T, SHAPE, Loading::kAscending> {
     const float below = tile.skips ? p_.skip.below : -INFINITY;
     const bool skips[2] = {!means && top[0] < top_[0] + below, !means && top[1] < top_[1] + below};
     const int exist = RowsExist(tile.rows);
-    const bool mine = (exist & 1 && !skips[0]) || (exist & 2 && !skips[1]);
+    const bool counts = __any_sync(~0u, (exist & 1 && !skips[0]) || (exist & 2 && !skips[1]));
+    Decide(counts, IN_FLIGHT);
     CountSkipped(key_tile, mode, skips[0] && exist & 1, skips[1] && exist & 2);
-    const bool any = AnyOfWarpgroup(kSkipBarrier + group_, mine);
-    if (IN_FLIGHT) { // the largest scores were found in its shadow
-      WgmmaWait<0>();
-      this->TakeValues();
-    }
-    if (!any) {
-      BarrierWait(&sm_.v_full[v_.stage], v_.parity); // a stage that is still being filled is not to be let go
-      this->Release(&sm_.v_empty[v_.stage]);
-      v_.Advance(SHAPE::kStages);
-      return false;
-    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!skips[r]) top_[r] = fmaxf(top_[r], top[r]);
     }
-    NextWeights(means, skips, top, tile.rows);
-    return true;
+    NextWeights<IN_FLIGHT>(counts, means, skips, top, tile.rows);
+    auto& sm = static_cast<SkipMemory<SHAPE>&>(sm_);
+    BarrierWait(&sm.decided[group_][v_.stage], v_.parity);
+    if (__any_sync(~0u, *reinterpret_cast<const volatile uint32_t*>(sm.counts[group_][v_.stage]) != 0)) return true;
+    this->Release(&sm_.v_empty[v_.stage]);
+    v_.Advance(SHAPE::kStages);
+    return false;
+  }
+
+  // Tells the others whether this warp counts the step, whose V is the next one, or with P V in flight that after it.
+  // The stage's last V has come, or was left out: so the loading side has read what was decided on it.
+  __device__ __forceinline__ void Decide(bool counts, bool in_flight) {
+    auto& sm = static_cast<SkipMemory<SHAPE>&>(sm_);
+    RingPosition at = v_;
+    if (in_flight) at.Advance(SHAPE::kStages);
+    BarrierWait(&sm_.v_full[at.stage], at.parity ^ 1);
+    if (lane_ == 0) {
+      sm.counts[group_][at.stage][row_ / 16 % 4] = counts;
+      BarrierArrive(&sm.decided[group_][at.stage]);
+    }
   }
 
   __device__ __forceinline__ void Largest(float (&top)[2]) const {
@@ -154,15 +154,34 @@ class SkippingMath : public AttendMath<T, SHAPE, Loading::kAscending> {
     }
   }
 
-  // As attend.cuh's: against references that lag behind, which a row that skips has at infinity.
-  __device__ __forceinline__ void NextWeights(bool means, const bool (&skips)[2], const float (&top)[2], int rows) {
-    constexpr int kGroups = kKeys / 8;
+  // As attend.cuh's: against references that lag behind, which a row that skips has at infinity. A warp that skips has
+  // weights of zero; its neighbours may count the step.
+  template <bool IN_FLIGHT>
+  __device__ __forceinline__ void NextWeights(bool counts, bool means, const bool (&skips)[2], const float (&top)[2],
+                                              int rows) {
+    constexpr int kHalf = kKeys / 16; // of the step's groups of 8 columns
     const auto reference_of = [&](int r) {
       return skips[r] ? INFINITY : max_[r] * p_.exponent_scale - (means ? p_.mean_bias_log2 : 0);
     };
     float reference[2] = {reference_of(0), reference_of(1)};
     float part[2] = {0, 0};
-    this->template Weights<0, kGroups>(weights_, reference, part);
+    if constexpr (IN_FLIGHT) {
+      uint32_t early[2 * kHalf] = {}; // P V still reads weights_
+      if (counts) this->template Weights<0, kHalf>(early, reference, part);
+      HoldBack(part[0], part[1], p_.minus_one, &sm_.never_written);
+      WgmmaWait<0>();
+      this->TakeValues();
+#pragma unroll
+      for (int i = 0; i < 2 * kHalf; ++i) weights_[i] = OpaqueCopy(early[i], p_.zero);
+    } else if (counts) {
+      this->template Weights<0, kHalf>(weights_, reference, part);
+    }
+    if (!counts) {
+#pragma unroll
+      for (int i = IN_FLIGHT ? 2 * kHalf : 0; i < 4 * kHalf; ++i) weights_[i] = OpaqueCopy(0, p_.zero);
+      return;
+    }
+    this->template Weights<kHalf, 2 * kHalf>(weights_ + 2 * kHalf, reference, part);
     int large = (part[0] < kLargestSum<T> ? 0 : 1) | (part[1] < kLargestSum<T> ? 0 : 2);
     if (__any_sync(~0u, large) && __any_sync(~0u, large & RowsExist(rows))) {
       large |= __shfl_xor_sync(~0u, large, 1);
@@ -183,7 +202,7 @@ class SkippingMath : public AttendMath<T, SHAPE, Loading::kAscending> {
         if (skips[r]) reference[r] = INFINITY;
         part[r] = 0;
       }
-      this->template Weights<0, kGroups>(weights_, reference, part);
+      this->template Weights<0, 2 * kHalf>(weights_, reference, part);
       sum_[0] *= grow[0];
       sum_[1] *= grow[1];
     }

@@ -78,7 +78,7 @@ class Engine:
         more: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 29}
         if torch.cuda.is_available():
             more = {"attention_backend": "FLASH_ATTN", "block_size": asked.block_size}
-            more |= {"kv_cache_memory_bytes": asked.layers << 30, "gpu_memory_utilization": 0.5}
+            more |= {"kv_cache_memory_bytes": asked.layers << 30, "gpu_memory_utilization": 0.4}
         self.llm = LLM(
             str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
             max_model_len=max(asked.tokens) + 4096, max_num_batched_tokens=asked.chunk, max_num_seqs=32,

@@ -49,12 +49,15 @@ struct EnergyMath {
 
   // The largest of all lanes that have columns of the same unit.
   __device__ __forceinline__ static float UnitMax(float x) {
-    if constexpr (kSplit == 1) return WarpMax(x);
+    if constexpr (kSplit == 1) {
+      return WarpMax(x);
+    } else {
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-      if (offset >= 4 || offset < 4 / kSplit) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+      for (int offset = 16; offset; offset /= 2) {
+        if (offset >= 4 || offset < 4 / kSplit) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+      }
+      return x;
     }
-    return x;
   }
 
   __device__ void Sync() const { NamedBarrierSync(2 + group, 128); }

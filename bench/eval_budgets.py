@@ -141,7 +141,7 @@ def work(options: argparse.Namespace, number: int) -> None:
     for turn, group, length, task in units:
         if time.time() > options.until:
             return
-        if (options.out / "claims" / f"broken-{group}").exists():
+        if not grouped(options.indexer)[group] or (options.out / "claims" / f"broken-{group}").exists():
             continue
         if not claimed(options.out / "claims", f"{turn}-{group}-{length}-{task}"):
             continue

@@ -8,6 +8,9 @@ events; the largest over the ranks; medians over turns in which all contenders t
 is the same calls without the transfer, over what was gathered before: what the transfer adds to it is
 exposed. Each contender's rows on rank 0 are compared with one GPU's, bit by bit. Before that, the all-gather
 alone and a copy from GPU to GPU. `--device cpu` runs it small, over gloo.
+
+`--parts 2` needs one GPU: it does what each of two ranks would do, one rank after the other, over keys that
+lie there already. The slower part is what two GPUs would take with a transfer that takes no time.
 """
 
 import argparse
@@ -30,6 +33,13 @@ POLICIES = {
     "FlashPrefill, query_pool=16": lambda alpha: fp.FlashPrefill(alpha=alpha, query_pool=16),
     "Sketch": lambda alpha: fp.Sketch(alpha=alpha),
 }
+
+
+class Anything:
+    """What all ranks are known to agree on, where there are no others."""
+
+    def __contains__(self, call):
+        return True
 
 
 class Bench:
@@ -171,6 +181,52 @@ class Bench:
                         times[contender].append(self.milliseconds(call, every, contender == "one GPU"))
                 self.report(tokens, name, policy, density, times, equal)
 
+    def measure_parts(self, tokens):
+        """What each of several ranks would do, at one length."""
+        collectives.all_gather = lambda *_, **__: None
+        whole = self.inputs(tokens)
+        for name, make in POLICIES.items():
+            for density in self.a.densities:
+                policy = self.tuned(*whole[:2], make, density)
+                want, stats = fp.prefill_attention(*whole, policy, return_stats=True)
+                calls, equal = {"one GPU": lambda policy=policy: fp.prefill_attention(*whole, policy)}, {}
+                for rank in range(self.a.parts):
+                    for rounds in self.a.rounds:
+                        shards, call = self.part(whole, policy, tokens, rank, rounds)
+                        contender = f"rank {rank} of {self.a.parts}, {rounds} rounds"
+                        calls[contender] = call
+                        equal[contender] = torch.equal(call(), shards.shard(want))
+                del want
+                times = {contender: [] for contender in calls}
+                for _ in range(self.a.turns):
+                    for contender, call in calls.items():
+                        times[contender].append(self.milliseconds(call, max(1, min(8, 524288 // tokens))))
+                self.report(tokens, name, policy, stats.mean_density, times, equal)
+
+    def part(self, whole, policy, tokens, rank, rounds):
+        """A rank's shards, and its call over keys of all ranks."""
+        shards, *others = (
+            fp.distributed.Zigzag(tokens, ranks=self.a.parts, rank=r, rounds=rounds)
+            for r in (rank, *(other for other in range(self.a.parts) if other != rank))
+        )
+        shards.agreed = Anything()
+        own = [shards.shard(x) for x in whole]
+
+        def call():
+            return fp.distributed.prefill_attention(*own, policy, shards=shards)
+
+        call()  # makes the buffers
+        for other in others:
+            first = 0
+            for buffer in shards._buffers:
+                past = first + buffer.shape[3]
+                for which, x in enumerate(whole[1:]):
+                    rows = other.shard(x)[:, first:past]
+                    for row, slot, count in shards.pages.moves[other.rank]:
+                        buffer[other.rank, which, slot : slot + count] = rows[row : row + count]
+                first = past
+        return shards, call
+
     def report(self, tokens, name, policy, density, times, equal):
         """Note the rows of one policy."""
         medians = {contender: statistics.median(all_times) for contender, all_times in times.items()}
@@ -234,8 +290,11 @@ def work(rank, arguments, port):
     with torch.inference_mode():
         bench = Bench(arguments, rank, ranks)
         for tokens in arguments.tokens:
-            bench.transfers(tokens)
-            bench.measure(tokens)
+            if arguments.parts:
+                bench.measure_parts(tokens)
+            else:
+                bench.transfers(tokens)
+                bench.measure(tokens)
             if rank == 0 and arguments.out:
                 bench.write()
     dist.destroy_process_group()
@@ -252,6 +311,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, help="processes; the default is one per GPU")
+    parser.add_argument("--parts", type=int, help="one GPU does the part of each of so many ranks")
+    parser.add_argument("--rounds", type=numbers(int), default=[2, 4], help="of zigzag, with --parts")
     parser.add_argument("--tokens", type=numbers(int), default=[65536, 131072, 524288])
     parser.add_argument("--densities", type=numbers(float), default=[0.05, 0.02])
     parser.add_argument("--groups", type=numbers(int), default=[1, 2, 4], help="groups of KV heads")
@@ -263,7 +324,7 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     arguments = parser.parse_args()
-    arguments.ranks = arguments.ranks or torch.cuda.device_count()
+    arguments.ranks = 1 if arguments.parts else arguments.ranks or torch.cuda.device_count()
     arguments.dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

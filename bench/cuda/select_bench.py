@@ -1,15 +1,17 @@
 """Selection alone on a GPU, and the attend kernel's share of an operator over even lists of blocks.
 
-    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --pooled | --strided] [--out FILE]
+    python3 bench/cuda/select_bench.py [--tokens 4096,16384,...] [--alone | --pooled | --sketch | --strided]
+                                     [--out FILE]
 
 32 query heads, 8 KV heads, head_dim 128, bf16, causal, batch 1; inputs and thresholds as operator_bench.py
 makes them. Calls are captured in CUDA graphs, several in one timing so that the host's launches are not
-measured, medians. A graph of a selection holds ten calls into one mask, whose zeros are not made again. "even
-lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as large a
-share of what it sees, however the made-up text spreads its topics. --alone leaves all but selections out, so
-that they run on a cooler chip. --pooled are the methods of pooled or sampled rows, alone. --strided is
-XAttention and RRAttention next to FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense
-attention; a graph of a selection holds one call there, zeros with it.
+measured, medians. A graph of a selection holds ten calls into one mask, whose zeros are not made again.
+"even lists" is select, then attend over a mask of random blocks of the same density: every tile keeps as
+large a share of what it sees, however the made-up text spreads its topics. --alone leaves all but
+selections out, so that they run on a cooler chip. --pooled are the methods of pooled or sampled rows,
+alone; --sketch is Sketch by how many query rows are pooled, alone, with densities. --strided is XAttention
+and RRAttention next to FlashPrefill instead, thresholds tuned to one density, and cuDNN's dense attention;
+a graph of a selection holds one call there, zeros with it.
 """
 
 import argparse
@@ -120,7 +122,19 @@ def measure_strided(tokens, turns):
     ]
 
 
-def measure(tokens, turns, alone, of_pooled_rows):
+def sketches(pooled):
+    """Sketch by its query_pool, next to the pooled FlashPrefill."""
+    policies = {"query_pool=16": pooled}
+    for pool in (16, 32, 64):
+        policies[f"Sketch by mass, query_pool={pool}"] = fp.Sketch(query_pool=pool)
+        policies[f"Sketch by alpha, query_pool={pool}"] = fp.Sketch(alpha=pooled.alpha, query_pool=pool)
+        policies[f"Sketch by gain, query_metric, 6 outliers, query_pool={pool}"] = fp.Sketch(
+            gain=0.0025, query_metric=True, outliers=6, query_pool=pool
+        )
+    return policies
+
+
+def measure(tokens, turns, alone, of_pooled_rows, of_sketches):
     """All rows of one length."""
     q, k, v = inputs(tokens)
     pooled = tuned(q, k, lambda a: fp.FlashPrefill(alpha=a, query_pool=16), DENSITIES[tokens])
@@ -136,6 +150,8 @@ def measure(tokens, turns, alone, of_pooled_rows):
     policies = (
         of_pooled
         if of_pooled_rows
+        else sketches(pooled)
+        if of_sketches
         else {
             "query_pool=16": pooled,
             "query_pool=1": fp.FlashPrefill(alpha=pooled.alpha),
@@ -149,6 +165,7 @@ def measure(tokens, turns, alone, of_pooled_rows):
     )
     made = {f"select, {name}": graph_of_selections(q, k, policy) for name, policy in policies.items()}
     graphs = {name: graph for name, (graph, _) in made.items()}
+    density = {name: mask.density for name, (_, mask) in made.items()} if of_sketches else {}
     inside = dict.fromkeys(graphs, CALLS)
 
     def both():
@@ -176,6 +193,7 @@ def measure(tokens, turns, alone, of_pooled_rows):
             "ms": ms,
             "clock_mhz": mhz,
             **({"tflops": even * 4 * 128**3 / ms / 1e9} if name == "attend, even lists" else {}),
+            **({"density": density[name]} if name in density else {}),
         }
         for name, ms in times.items()
     ]
@@ -190,6 +208,7 @@ def main():
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--alone", action="store_true", help="selections and nothing else")
     parser.add_argument("--pooled", action="store_true", help="methods of pooled or sampled rows, alone")
+    parser.add_argument("--sketch", action="store_true", help="Sketch by its query_pool, alone")
     parser.add_argument("--strided", action="store_true", help="XAttention and RRAttention")
     parser.add_argument("--out")
     arguments = parser.parse_args()
@@ -201,7 +220,13 @@ def main():
             for row in (
                 measure_strided(tokens, arguments.turns)
                 if arguments.strided
-                else measure(tokens, arguments.turns, arguments.alone or arguments.pooled, arguments.pooled)
+                else measure(
+                    tokens,
+                    arguments.turns,
+                    arguments.alone or arguments.pooled or arguments.sketch,
+                    arguments.pooled,
+                    arguments.sketch,
+                )
             ):
                 rows.append(row)
                 rate = f" {row['tflops']:6.1f} TFLOP/s" if "tflops" in row else ""

@@ -1,8 +1,8 @@
 """VSPrefill's selection on a GPU, in PyTorch: what an indexer predicts of keys and values there.
 
-On Hopper verticals stay tokens where that is asked for: one list of keys per head, which all tiles of a
-sequence share. Slashes, and verticals elsewhere, are rounded out to the blocks that hold some of them:
-CUDA's attention gathers no keys of a slash. Predictions are made anew in each call.
+Verticals stay tokens where that is asked for: one list of keys per head, which all tiles of a sequence
+share. Slashes are rounded out to the blocks that hold some of them: CUDA's attention gathers no keys of a
+slash. Predictions are made anew in each call.
 """
 
 from __future__ import annotations
@@ -69,11 +69,7 @@ def _gathers(k: Any) -> bool:
     """Return whether attention over these keys takes lists of keys."""
     torch = sys.modules["torch"]
     kinds = (torch.float16, torch.bfloat16)
-    return (
-        k.dtype in kinds
-        and k.shape[-1] in _LISTED_DIMS
-        and torch.cuda.get_device_capability(k.device)[0] == 9
-    )
+    return k.dtype in kinds and k.shape[-1] in _LISTED_DIMS
 
 
 def _write_lists(mask: BlockMask, verticals: dict[int, Any], layout: Layout) -> None:

@@ -264,8 +264,13 @@ def selections():
     for dim in (64, 80, 256):
         made[f"head_dim {dim}"] = lambda dim=dim: (main, inputs(700, 1300, dim=dim), {})
     made["fp16"] = lambda: (main, inputs(700, 1300, dim=64, dtype=F16), {})
-    for group in (1, 3, 5, 7, 8, 12, 32, 40, 70):
+    for group in (1, 2, 3, 5, 7, 8, 12, 16, 32, 40, 70):
         made[f"group {group}"] = lambda group=group: (main, inputs(500, 1300, 2 * group, 2, 64), {})
+    for group in (1, 2, 4, 5, 40):
+        made[f"small, group {group}"] = lambda group=group: (main, inputs(70, 300, group, 1, 64), {})
+    for dim in (128, 256):
+        made[f"small, head_dim {dim}"] = lambda dim=dim: (main, inputs(70, 300, 4, 1, dim), {})
+    made["small, pages of 16"] = lambda: (main, *paged_inputs([(50, 120), (0, 0), (30, 230)], 16))
     for name, policy in {
         "gain": fp.Gather(gain=0.004, **BASE),
         "budget": fp.Gather(gain=None, budget=0.1, **BASE),
@@ -283,7 +288,7 @@ def selections():
 def test_selection_equals_reference(make):
     """Ids equal but for near ties, equal bits, ascending, all layouts; overflow keeps the best."""
     policy, (q, k), layout = make()
-    assert differences(policy, q, k, len(LENGTHS) if layout else 1, **layout) == ""
+    assert differences(policy, q, k, layout["cu_seqlens_q"].numel() - 1 if layout else 1, **layout) == ""
 
 
 def misleading(by_gain):

@@ -108,6 +108,11 @@ SCORED = {
     "Sketch by alpha": fp.Sketch(alpha=0.3, share_heads=True, outliers=2, window_blocks=1),
     "Sketch by gain": fp.Sketch(gain=0.05, query_metric=True, outliers=3, window_blocks=1),
     "Sketch, rows": fp.Sketch(alpha=0.3, query_pool=1, outliers=1, window_blocks=1),
+    "Sketch, tiles of 4 rows": fp.Sketch(mass=0.8, query_pool=32, window_blocks=1, dense_tail_blocks=0),
+    "Sketch, tiles of 2 rows": fp.Sketch(gain=0.05, query_pool=64, query_metric=True, window_blocks=1),
+    "Sketch, tiles of 3 rows": fp.Sketch(mass=0.8, query_pool=48, window_blocks=1),
+    "Sketch, tiles of 1 row": fp.Sketch(alpha=0.3, query_pool=128, window_blocks=1),
+    "Sketch, a row per head": fp.Sketch(alpha=0.3, query_pool=64, share_heads=True, window_blocks=1),
 }
 VERTICAL_SLASH = {
     "FlexPrefill, verticals and slashes": fp.FlexPrefill(gamma=0.7, tau=0.0, min_budget=128),
@@ -124,6 +129,8 @@ LONG = {  # mostly of blocks of 16: more of them than floats have room for, and 
     "pooled": fp.FlashPrefill(alpha=0.5, query_pool=4, block_size=16),
     "Sketch by mass": fp.Sketch(mass=0.8, query_pool=4, block_size=16),
     "Sketch, rows": fp.Sketch(mass=0.8, query_pool=1, block_size=64),  # warpgroups take turns at steps
+    "Sketch, tiles of 4 rows": fp.Sketch(mass=0.8, query_pool=32, block_size=16),
+    "Sketch, tiles of 2 rows": fp.Sketch(mass=0.8, query_pool=64, block_size=16),
     "Sketch by mass, equal keys": fp.Sketch(mass=0.8, query_pool=4, block_size=16),
 }
 
@@ -131,7 +138,14 @@ LONG = {  # mostly of blocks of 16: more of them than floats have room for, and 
 def cases(small):
     """Return named makers of (policy, inputs, layout)."""
     tokens = 1000 if small else 4000
-    of_all_layouts = ("pooled", "Sketch by mass", "FlexPrefill, query-aware", "XAttention")
+    of_all_layouts = (
+        "pooled",
+        "Sketch by mass",
+        "Sketch, tiles of 4 rows",
+        "Sketch, tiles of 2 rows",
+        "FlexPrefill, query-aware",
+        "XAttention",
+    )
     made = {}
     for name, policy in POLICIES.items():
         made[name] = lambda p=policy: (p, inputs(tokens, tokens + 300), {})

@@ -43,6 +43,8 @@ ULYSSES = [
     fp.MInference(heads=(("vertical_and_slash", 40, 90), ("stream_llm", 32, 64)) * 2, block_size=32),
     fp.SampleAttention(coverage=0.7, block_size=32),
     fp.SpargeAttn(cdf=0.7),
+    fp.Gather(budget=0.3, segment=128, **FEW),
+    fp.S2O(tau=0.2, segment=128, **FEW),
 ]
 
 
@@ -208,6 +210,7 @@ def _call(group, layout, tokens, policy, change):
         (fp.MInference(), {}, "minference selects for a tile by rows or keys that other ranks have"),
         (fp.SampleAttention(), {}, "Ulysses does"),
         (fp.SpargeAttn(), {}, "Ulysses does"),
+        (fp.Gather(), {}, "Ulysses does"),
         (fp.Sketch(query_metric=True), {}, "Ulysses does"),
         (fp.XAttention(), {"all": {"prefix": 9}}, "prefix is"),
     ],

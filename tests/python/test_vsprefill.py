@@ -275,7 +275,7 @@ def test_no_file(tmp_path):
 
 @pytest.mark.parametrize("lengths", [[(300, 300)], [(257, 700), (0, 0), (90, 90)]])
 def test_verticals_as_lists_in_torch(monkeypatch, lengths):
-    """What a Hopper GPU does, here: verticals are those of the CPU's own lists, slashes become blocks."""
+    """What a GPU does, here: verticals are those of the CPU's own lists, slashes become blocks."""
     torch = pytest.importorskip("torch")
     from flashprefill import _lines
 

@@ -164,6 +164,13 @@ __device__ __forceinline__ void HoldBack(float a, float b, float never, float* n
   if (a == never) asm volatile("st.shared.f32 [%0], %1;" ::"r"(SharedAddress(nowhere)), "f"(b) : "memory");
 }
 
+// Ends a block of code: ptxas orders instructions freely inside one, and hardly across its end. No thread takes the
+// exit, because `zero` is 0; only the compiler must not know that. Of several with one condition the first one remains,
+// but the order that the others asked for does too.
+__device__ __forceinline__ void EndBlock(uint32_t zero) {
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p exit;\n\t}" ::"r"(zero));
+}
+
 // A copy in another register, made where it stands. ptxas would merge a plain copy with its source, also where the
 // matrix units still read the register that is copied to, and then serialise all products (C7513).
 __device__ __forceinline__ uint32_t OpaqueCopy(uint32_t x, uint32_t zero) {

@@ -1,5 +1,5 @@
-// The warpgroup matrix product, wgmma: D (64 x N, fp32 in registers) = A (64 x 16) B (16 x N) + D, N = 64, 128 or 256,
-// for bf16 and fp16. Operands in shared memory lie in panels of 64 columns (128 bytes per row, 128-byte swizzle,
+// The warpgroup matrix product, wgmma: D (64 x N, fp32 in registers) = A (64 x 16) B (16 x N) + D, N = 32, 64, 128 or
+// 256, for bf16 and fp16. Operands in shared memory lie in panels of 64 columns (128 bytes per row, 128-byte swizzle,
 // 1024-byte aligned), as bulk tensor copies with boxes of 64 columns leave them. In such a panel 8 rows are 1024 bytes.
 //
 // Registers: lane l of warp w of the warpgroup holds of D, for each 8 columns c, the values
@@ -57,9 +57,8 @@ __device__ __forceinline__ void KeepInPlace(int32_t (&d)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
-#define FP_NAMES_0                                                         \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FP_NAMES_N32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FP_NAMES_0 FP_NAMES_N32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FP_NAMES_1                                                                   \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -77,6 +76,7 @@ __device__ __forceinline__ void KeepInPlace(int32_t (&d)[COUNT]) {
 #define FP_NAMES_N64 FP_NAMES_0
 #define FP_NAMES_N128 FP_NAMES_0 ", " FP_NAMES_1
 #define FP_NAMES_N256 FP_NAMES_0 ", " FP_NAMES_1 ", " FP_NAMES_2 ", " FP_NAMES_3
+#define FP_REGISTERS_N32 FP_D16(0)
 #define FP_REGISTERS_N64 FP_D16(0), FP_D16(16)
 #define FP_REGISTERS_N128 FP_D64(0)
 #define FP_REGISTERS_N256 FP_D64(0), FP_D64(64)
@@ -111,6 +111,7 @@ struct Wgmma;
 
 template <>
 struct Wgmma<__nv_bfloat16> {
+  FP_DEFINE_PRODUCTS(32, "bf16", 16, 17, 18, 19, 20, 21)
   FP_DEFINE_PRODUCTS(64, "bf16", 32, 33, 34, 35, 36, 37)
   FP_DEFINE_PRODUCTS(128, "bf16", 64, 65, 66, 67, 68, 69)
   FP_DEFINE_PRODUCTS(256, "bf16", 128, 129, 130, 131, 132, 133)
@@ -118,6 +119,7 @@ struct Wgmma<__nv_bfloat16> {
 
 template <>
 struct Wgmma<__half> {
+  FP_DEFINE_PRODUCTS(32, "f16", 16, 17, 18, 19, 20, 21)
   FP_DEFINE_PRODUCTS(64, "f16", 32, 33, 34, 35, 36, 37)
   FP_DEFINE_PRODUCTS(128, "f16", 64, 65, 66, 67, 68, 69)
   FP_DEFINE_PRODUCTS(256, "f16", 128, 129, 130, 131, 132, 133)
@@ -159,9 +161,11 @@ struct WgmmaE4M3 {
 #undef FP_D4
 #undef FP_D16
 #undef FP_D64
+#undef FP_NAMES_N32
 #undef FP_NAMES_N64
 #undef FP_NAMES_N128
 #undef FP_NAMES_N256
+#undef FP_REGISTERS_N32
 #undef FP_REGISTERS_N64
 #undef FP_REGISTERS_N128
 #undef FP_REGISTERS_N256

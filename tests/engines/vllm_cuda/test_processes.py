@@ -5,6 +5,7 @@ those of an engine whose process has no plugin (VLLM_PLUGINS).
 """
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ OPTIONS = {
 }  # fmt: skip
 OURS = {**apart.COUNTED, "additional_config": plugin.config("dense")}
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # starts in half the time
 if not CUDA:
     ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
@@ -51,7 +53,8 @@ def assert_alike(stock, ours):
 def stock(tmp_path_factory, llama):
     """A function that returns the stock engine's answers; its process runs beside the first test's."""
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(run, tmp_path_factory.mktemp("stock"), llama, {}, VLLM_PLUGINS="none")
+        here = tmp_path_factory.mktemp("stock")
+        asked = pool.submit(run, here, llama, {}, VLLM_PLUGINS="none", **ONE_PROCESS)
         yield lambda: asked.result()[0]
 
 
@@ -82,7 +85,7 @@ def test_an_engine_of_another_version(tmp_path, llama, stock):
     host.write_text(host.read_text() + '\nhost.supported = ("0.31",)\n')
     paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     config = {"additional_config": {"flashprefill": True}}
-    ours, _, log = run(tmp_path, llama, config, PYTHONPATH=paths)
+    ours, _, log = run(tmp_path, llama, config, PYTHONPATH=paths, **ONE_PROCESS)
     assert_alike(stock(), ours)
     assert "the plugin knows 0.31 only" in log
 
@@ -95,7 +98,7 @@ def free_port():
 
 @contextlib.contextmanager
 def server(model, folder, *options):
-    """vllm serve; gives a function that posts JSON to a path."""
+    """vllm serve; gives a function that posts JSON to a path, the log, the port."""
     port, log = free_port(), folder / "server.log"
     # vllm-cpu comes without the metadata that `vllm serve` asks for; the older door needs none.
     door = ["cli.main", "serve", str(model)] if CUDA else ["openai.api_server", "--model", str(model)]
@@ -132,7 +135,7 @@ def server(model, folder, *options):
                 ):
                     break
                 time.sleep(0.5)
-            yield post, log
+            yield post, log, port
         finally:
             process.terminate()
             try:
@@ -141,16 +144,63 @@ def server(model, folder, *options):
                 process.kill()
 
 
-def test_a_server(tmp_path, llama, stock):
-    """Completions of token ids over loopback HTTP, and the line of statistics in the server's log."""
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, llama):
+    """A server with the plugin: what posts to it, its log, its port."""
     options = json.dumps({"flashprefill": {"policy": "dense", "log_seconds": 0}})
-    with server(llama, tmp_path, "--additional-config", options) as (post, log):
-        answers = []
-        for ids in [*IDS, IDS[0]]:
-            body = {"model": "m", "prompt": ids, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-            body["return_token_ids"] = True
-            answers.append([post("/v1/completions", body)["choices"][0]["token_ids"], []])
-        assert_alike(stock(), answers[:2])
-        text = log.read_text()
+    with server(llama, tmp_path_factory.mktemp("server"), "--additional-config", options) as all_of_it:
+        yield all_of_it
+
+
+def completion(ids, new, **more):
+    """The body of a request for so many tokens."""
+    asked = {"model": "m", "prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    return {**asked, "return_token_ids": True, **more}
+
+
+def answered(post, ids):
+    return [post("/v1/completions", completion(ids, 8))["choices"][0]["token_ids"], []]
+
+
+def test_a_server(served, stock):
+    """Completions of token ids over loopback HTTP, and the line of statistics in the server's log."""
+    post, log, _ = served
+    answers = [answered(post, ids) for ids in [*IDS, IDS[0]]]
+    assert_alike(stock(), answers[:2])
+    text = log.read_text()
     assert "read prompts with dense" in text
     assert "chunks sparse at density 1.000" in text
+
+
+def test_clients_that_leave(served, stock):
+    """One while its prompt is read, one while its answer comes: no work is left, and others are answered."""
+    post, _, port = served
+
+    def running():
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+    def leave(ids, until):
+        body = json.dumps(completion(ids, length(8000), stream=True)).encode()
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        until(client)
+        client.close()
+
+    beside = []
+
+    def first_tokens(client):
+        answer = client.getresponse()
+        assert answer.status == 200 and answer.readline().startswith(b"data:")
+        beside.append(answered(post, IDS[0]))
+        assert running(), "its answer was to come all the time"
+
+    leave(tokens(length(7900), 3), lambda client: time.sleep(0.05))
+    leave(IDS[1], first_tokens)
+    end = time.monotonic() + 10
+    while running() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not running()
+    assert_alike(stock(), [answered(post, ids) for ids in IDS])
+    assert_alike(stock()[:1], beside)

@@ -7,6 +7,9 @@
 // agree. Only where a sum gets too large, or is no number, the step is done again carefully: that sets a new reference
 // and leaves out non-finite scores. So there is no maximum in the loop: a multiply-add, an exp2 and an add for each
 // score, and a comparison more in the steps that the diagonal cuts.
+//
+// Units of four or two rows share a slice of 8 columns, which lie with other lanes each: a thread knows one unit per
+// slice, so that units are twice or four times as many in the same registers.
 #ifndef FLASHPREFILL_CUDA_COMMON_ENERGIES_ENERGY_MATH_CUH_
 #define FLASHPREFILL_CUDA_COMMON_ENERGIES_ENERGY_MATH_CUH_
 
@@ -19,7 +22,10 @@ namespace flashprefill::cuda {
 template <int COLUMNS, int ROWS, bool SKETCH, bool HALF>
 struct EnergyMath {
   static constexpr int kUnits = COLUMNS / ROWS;
-  static constexpr int kSlices = ROWS / 8; // of 8 columns per unit: 2 scores of each of two rows per thread
+  static constexpr int kSplit = ROWS < 8 ? 8 / ROWS : 1; // units per slice of 8 columns; 4 / kSplit lanes have each
+  static constexpr int kOwn = kUnits / kSplit;           // units of which a thread has columns
+  static constexpr int kSlices =
+      ROWS < 8 ? 1 : ROWS / 8; // of 8 columns per unit: 2 scores of each of two rows per thread
   using Scores = float[COLUMNS / 2];
 
   const ScoreArgs& a;
@@ -33,8 +39,26 @@ struct EnergyMath {
   unsigned live; // bit u: unit u is scored
   int all_full;  // blocks that every column of every live unit sees
   int most;      // blocks that some live unit scores
-  float reference[kUnits];
-  float sum[2][kUnits]; // of the block in row lane / 4, and of the one 8 rows on
+  float reference[kOwn];
+  float sum[2][kOwn]; // of the block in row lane / 4, and of the one 8 rows on
+
+  // The unit that this thread's columns of a slice belong to, or with more rows the slice's.
+  __device__ __forceinline__ int UnitOf(int own) const {
+    return kSplit == 1 ? own : own * kSplit + lane % 4 / (4 / kSplit);
+  }
+
+  // The largest of all lanes that have columns of the same unit.
+  __device__ __forceinline__ static float UnitMax(float x) {
+    if constexpr (kSplit == 1) {
+      return WarpMax(x);
+    } else {
+#pragma unroll
+      for (int offset = 16; offset; offset /= 2) {
+        if (offset >= 4 || offset < 4 / kSplit) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+      }
+      return x;
+    }
+  }
 
   __device__ void Sync() const { NamedBarrierSync(2 + group, 128); }
   __device__ void SyncTeam() const { NamedBarrierSync(2 + kScoreGroups + set, 128 << plan.log2_team); }
@@ -73,7 +97,7 @@ struct EnergyMath {
         unit.row = (item.kv * r.units_per_kv + index - tile_index * r.units_per_kv) * r.tile_rows + tile_row;
         unit.bits = {dense ? 0 : tile.scored, tile.visible, dense ? tile.visible : r.sink_blocks, WindowBegin(r, tile)};
       }
-      c.unit[group][thread] = unit;
+      c.unit[group * kUnits + thread] = unit;
     }
     Sync();
     live = 0;
@@ -81,19 +105,22 @@ struct EnergyMath {
     most = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const ScoreUnit& unit = c.unit[group][u];
+      const ScoreUnit& unit = c.unit[group * kUnits + u];
       if (unit.bits.scored > 0) {
         live |= 1u << u;
         all_full = min(all_full, unit.full);
         most = max(most, unit.bits.scored);
       }
+    }
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
       reference[u] = -INFINITY;
       sum[0][u] = sum[1][u] = 0;
     }
   }
 
-  // A score of unit u in base 2, of its slice of 8 columns, the two rows and the two columns in it that a thread has;
-  // -inf if the column does not see the block.
+  // A score of the thread's unit u in base 2, of its slice of 8 columns, the two rows and the two columns in it that a
+  // thread has; -inf if the column does not see the block.
   __device__ __forceinline__ float MaskedScore(const Scores& scores, int u, int slice, int half, int column,
                                                int block) {
     const int index = u * kSlices + slice;
@@ -106,10 +133,10 @@ struct EnergyMath {
   // False, and nothing done, if that needs care.
   template <bool MASK>
   __device__ __forceinline__ bool AddUp(const Scores& scores, int block, float weight) {
-    float x[2][kUnits];
+    float x[2][kOwn];
     bool careful = false;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kOwn; ++u) {
       const float offset = -reference[u];
       x[0][u] = x[1][u] = 0;
 #pragma unroll
@@ -122,43 +149,43 @@ struct EnergyMath {
           x[half][u] += Exp2(!MASK || block + 8 * half < limit ? z : -INFINITY);
         }
       }
-      careful |= (live >> u & 1) && !(x[0][u] < kLargeSum && x[1][u] < kLargeSum);
+      careful |= (live >> UnitOf(u) & 1) && !(x[0][u] < kLargeSum && x[1][u] < kLargeSum);
     }
     if (__any_sync(~0u, careful)) return false;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kOwn; ++u) {
       sum[0][u] = SKETCH ? fmaf(weight, x[0][u], sum[0][u]) : x[0][u];
       sum[1][u] = SKETCH ? fmaf(weight, x[1][u], sum[1][u]) : x[1][u];
     }
     return true;
   }
 
-  // A first reference for each unit: the largest score that counts of its first eight columns. Where there is none it
-  // is -inf, and AddUp asks for care.
+  // A first reference for each unit: the largest score that counts of its first eight columns, or of those that it has.
+  // Where there is none it is -inf, and AddUp asks for care.
   __device__ __forceinline__ void StartReferences(const Scores& scores, int block) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kOwn; ++u) {
       float largest = -INFINITY;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float z = MaskedScore(scores, u, 0, i / 2, i % 2, block);
         if (IsFinite(z)) largest = fmaxf(largest, z);
       }
-      reference[u] = WarpMax(largest);
+      reference[u] = UnitMax(largest);
     }
   }
 
   // The same with a mask, a new reference, the largest score so far, and without scores that are not finite.
   __device__ __forceinline__ void AddUpCarefully(const Scores& scores, int block, float weight) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kOwn; ++u) {
       float largest = -INFINITY;
 #pragma unroll
       for (int i = 0; i < 4 * kSlices; ++i) {
         const float z = MaskedScore(scores, u, i / 4, i / 2 % 2, i % 2, block);
         if (IsFinite(z)) largest = fmaxf(largest, z);
       }
-      largest = fmaxf(WarpMax(largest), reference[u]);
+      largest = fmaxf(UnitMax(largest), reference[u]);
       // Nothing finite yet: nothing is added, and the reference stays -inf, which leads here again.
       const float base = largest == -INFINITY ? 0.f : largest;
       const float rescale = Exp2(reference[u] - base);
@@ -180,10 +207,13 @@ struct EnergyMath {
   // keys of the first product, so that energies are small and their eleven bits good for a thousandth.
   __device__ void ShareBase() {
     if (plan.energy_bytes == sizeof(float)) return;
-    if (member == 0 && warp == 0 && lane == 0) {
+    const bool first_of_unit = kSplit == 1 ? lane == 0 : lane < 4 && lane % (4 / kSplit) == 0;
+    if (member == 0 && warp == 0 && first_of_unit) {
       const float keys = __log2f(Weight(true));
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) c.base[set][u] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
+      for (int u = 0; u < kOwn; ++u) {
+        c.base[set * kUnits + UnitOf(u)] = reference[u] > -INFINITY ? reference[u] + keys : 0.f;
+      }
     }
     SyncTeam();
   }
@@ -193,23 +223,43 @@ struct EnergyMath {
     if (!HALF || plan.energy_bytes == sizeof(float)) {
       reinterpret_cast<float*>(energies)[at] = energy;
     } else {
-      reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[set][unit]);
+      reinterpret_cast<__half*>(energies)[at] = __float2half_rn(energy - c.base[set * kUnits + unit]);
     }
   }
 
-  // The sums are complete but for the four lanes of a row: these exchange halves, so that each ends with a quarter of
-  // the (row, unit) pairs, and stores those. Three shuffles for four pairs instead of eight.
+  // The sums are complete but for the lanes that share a row and a unit, four with units of eight rows and more: these
+  // exchange halves, so that each ends with a quarter of the (row, unit) pairs, and stores those. Three shuffles for
+  // four pairs instead of eight. Two lanes exchange once, and one has the sums of its two rows.
   __device__ void Store(int step) {
-    const bool second_row = lane & 1, second_half = lane & 2;
-    float row[kUnits];
+    const int first_block = step * kStepBlocks + 16 * warp + lane / 4;
+    if constexpr (kSplit == 4) {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+      for (int u = 0; u < kOwn; ++u) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (live >> UnitOf(u) & 1) {
+            StoreEnergy(UnitOf(u), first_block + 8 * half, __log2f(sum[half][u]) + reference[u]);
+          }
+          sum[half][u] = 0;
+        }
+      }
+      return;
+    }
+    const bool second_row = lane & 1, second_half = lane & 2;
+    float row[kOwn];
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
       const float other = __shfl_xor_sync(~0u, second_row ? sum[0][u] : sum[1][u], 1);
       row[u] = (second_row ? sum[1][u] : sum[0][u]) + other;
       sum[0][u] = sum[1][u] = 0;
     }
-    const int block = step * kStepBlocks + 16 * warp + lane / 4 + (second_row ? 8 : 0);
-    if constexpr (kUnits == 1) {
+    const int block = first_block + (second_row ? 8 : 0);
+    if constexpr (kSplit == 2) {
+#pragma unroll
+      for (int u = 0; u < kOwn; ++u) {
+        if (live >> UnitOf(u) & 1) StoreEnergy(UnitOf(u), block, __log2f(row[u]) + reference[u]);
+      }
+    } else if constexpr (kUnits == 1) {
       const float total = row[0] + __shfl_xor_sync(~0u, row[0], 2);
       if (!second_half && (live & 1)) StoreEnergy(0, block, __log2f(total) + reference[0]);
     } else {
@@ -248,7 +298,7 @@ struct EnergyMath {
     const int first = share ? warp & (plan.units - 1) : 4 * member + warp, part = share ? warp >> plan.log2_units : 0;
     int kept = 0, row = -1;
     for (int u = share && member > 0 ? plan.units : first; u < plan.units; u += 4 << plan.log2_team) {
-      const ScoreUnit& unit = c.unit[group][u];
+      const ScoreUnit& unit = c.unit[group * kUnits + u];
       row = unit.row;
       if (row < 0) break;
       auto* const bits = reinterpret_cast<uint32_t*>(a.bits + row * a.words);

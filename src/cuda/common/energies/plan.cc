@@ -29,7 +29,8 @@ EnergiesPlan EnergiesPlan::Of(const Problem& p, const Policy& policy, const Ener
   plan.scores_.query_pool = std::min(scores.query_pool, plan.rules_.tile_tokens);
   plan.rows_per_head_ = DivUp(plan.rules_.tile_tokens, plan.scores_.query_pool);
   const int rows = plan.rows_per_head_ * plan.rules_.heads_per_tile;
-  plan.unit_rows_ = rows <= 8 ? 8 : rows <= 32 ? 32 : 128;
+  const bool small_units = scores.sketch && !gpu.portable; // half the rows are half the work there
+  plan.unit_rows_ = small_units && rows <= 4 ? (rows <= 2 ? 2 : 4) : rows <= 8 ? 8 : rows <= 32 ? 32 : 128;
   const bool readable = ReadsRowsOfQ(p);
   plan.rows_in_q_ = plan.scores_.query_pool == 1 && plan.unit_rows_ == 128 && !scores.sketch && readable;
   plan.rows_pooled_ = plan.unit_rows_ == 128 && !plan.rows_in_q_;

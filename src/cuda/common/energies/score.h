@@ -21,7 +21,7 @@ struct ScoreArgs {
   float exponent_scale; // softmax_scale * log2(e)
   int query_pool;
   int rows_per_head; // pooled rows of a head in a whole tile
-  int unit_rows;     // rows that a unit has room for: 8, 32 or 128
+  int unit_rows;     // rows that a unit has room for: 8, 32 or 128; Hopper's Sketch also has 2 and 4
   bool rows_in_q;    // query_pool is 1 and rows come from q itself; else from pooled rows, where unit_rows is 128
   bool rows_aligned; // 16 bytes of a row of q may be loaded at once
   bool sketch;
@@ -48,8 +48,12 @@ cudaError_t LaunchScoreSm90(const ScoreArgs& args, cudaStream_t stream);
 bool ScoreFitsPortable(const Gpu& gpu, int head_dim, int64_t max_blocks, int unit_rows, bool sketch);
 cudaError_t LaunchScorePortable(const ScoreArgs& args, const Gpu& gpu, cudaStream_t stream);
 
-// Columns of the product that four warps make.
-inline int ScoreColumns(int unit_rows) { return unit_rows == 128 ? 128 : 64; }
+// Columns of the product that four warps make: 16 units of 2 rows, or 8 of 4 or 8.
+inline int ScoreColumns(int unit_rows) { return unit_rows == 128 ? 128 : unit_rows < 8 ? 32 : 64; }
+
+// Energies from unit to unit beyond a multiple of 64: the units that a warp stores together then fall on different
+// banks, be they floats or of 16 bits.
+inline int EnergyPad(int unit_rows) { return unit_rows == 4 ? 16 : unit_rows == 2 ? 8 : 4; }
 
 } // namespace flashprefill::cuda
 

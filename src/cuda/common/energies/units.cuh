@@ -12,7 +12,7 @@ namespace flashprefill::cuda {
 constexpr int kScoreGroups = 4;        // of four warps, that make a product together, at most
 constexpr int kScorePanelColumns = 64; // 128 bytes per row
 constexpr int kScorePanelBytes = 128;  // of one row
-constexpr int kScoreUnits = 8;         // of a set
+constexpr int kScoreUnits = 32;        // of all groups, at most: 8 of each of four, or 16 of each of two
 
 // The host's choices that both families of kernels make. A set belongs to one or more groups of warps, its *team*,
 // which take turns at the steps.
@@ -53,8 +53,8 @@ struct ScoreUnit {
 
 // What the warps of a group share.
 struct UnitControl {
-  ScoreUnit unit[kScoreGroups][kScoreUnits];
-  float base[kScoreGroups][kScoreUnits];    // of each unit of a set: the base of energies of 16 bits
+  ScoreUnit unit[kScoreUnits];              // group by group
+  float base[kScoreUnits];                  // set by set: of each unit, the base of energies of 16 bits
   int kept[kScoreGroups][4];                // bits that each warp has set, where several share a unit
   alignas(16) int limit[kScoreGroups][128]; // of each column: it sees blocks [0, limit)
 };

@@ -360,8 +360,8 @@ __global__ void __launch_bounds__(kAttendThreads, 1) AttendSm90(const __grid_con
     GrowRegisters<SHAPE::kMathRegisters>();
     typename Side::Math(p, sm).Run();
     BulkStoresDone();
+    GridWait(); // who waits for this kernel counts on the one before it too; behind the split it made ptxas spill
   }
-  if (p.beside) GridWait(); // who waits for this kernel counts on that one too
 }
 
 template <class T, class SHAPE>

@@ -293,7 +293,7 @@ class Attend8Math {
 #pragma unroll
     for (int r = 0; r < 2; ++r) addend[r] = Addend(reference[r], worth.scale[r], worth.bias, true);
     Save(sm_.rows.reference, reference[0], reference[1]);
-    Weights<0, kSlices>(weights_, worth, addend, sum);
+    Weights(worth, addend, sum);
     Save(sm_.rows.sum, sum[0], sum[1]);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o_[i] = 0;
@@ -306,7 +306,7 @@ class Attend8Math {
                                               const float (&addend)[2]) {
     float sum[2] = {0, 0};
     if (mode != KeyMode::kPlain) Mask(key_tile, mode, worth);
-    Weights<0, kSlices>(weights_, worth, addend, sum);
+    Weights(worth, addend, sum);
     // Not a number counts as large: a row that has seen nothing yet has the reference -inf.
     int large = (sum[0] < kLargestSum8 ? 0 : 1) | (sum[1] < kLargestSum8 ? 0 : 2);
     float2 sums = Load(sm_.rows.sum);
@@ -347,7 +347,7 @@ class Attend8Math {
     Save(sm_.rows.reference, reference[0], reference[1]);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o_[i] *= grow[i / 2 % 2];
-    Weights<0, kSlices>(weights_, worth, addend, sum);
+    Weights(worth, addend, sum);
     return make_float2(sums.x * grow[0], sums.y * grow[1]);
   }
 
@@ -369,22 +369,37 @@ class Attend8Math {
 
   __device__ __forceinline__ float Score(int i) const { return __int_as_float(s_[i]); }
 
-  // Of slices BEGIN to END of 32 keys: the weights, packed as A of their product, and their sums.
-  template <int BEGIN, int END>
-  __device__ __forceinline__ void Weights(uint32_t* to, const Worth& worth, const float (&addend)[2],
-                                          float (&sum)[2]) const {
+  // A step's weights, packed as A of their product, and their sums, 16 keys at a time. ptxas counts on an exponential
+  // 17 cycles after its issue and puts what adds it up right there. When both warps of a scheduler take exponentials it
+  // is there later, and each of the 64 is waited for. So what adds up and packs stands two portions behind, 64 cycles
+  // or more, and exponents stand one ahead. Blocks of code that end with each portion keep it so.
+  __device__ __forceinline__ void Weights(const Worth& worth, const float (&addend)[2], float (&sum)[2]) {
+    constexpr int kPortions = kKeys / 16;
+    float e[kPortions][8]; // of a portion: four columns of a row, and of the other one
 #pragma unroll
-    for (int i = 2 * BEGIN; i < 2 * END; ++i) { // 16 keys each
+    for (int i = -1; i < kPortions + 2; ++i) {
+      const bool exponentials = i >= 0 && i < kPortions;
+      if (exponentials) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float e[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          e[c] = Exp2(fmaf(Score(8 * i + c / 2 * 4 + 2 * r + c % 2), worth.scale[r], addend[r]));
-          sum[r] += e[c];
-        }
-        to[2 * (i - 2 * BEGIN) + r] = PackE4M3(e[0], e[1], e[2], e[3]);
+        for (int c = 0; c < 8; ++c) e[i][c] = Exp2(e[i][c]);
       }
+      if (i + 1 < kPortions) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const int r = c / 4;
+          e[i + 1][c] = fmaf(Score(8 * (i + 1) + c / 2 % 2 * 4 + 2 * r + c % 2), worth.scale[r], addend[r]);
+        }
+      }
+      if (i >= 2) {
+        const float(&done)[8] = e[i - 2];
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sum[c / 4] += done[c];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          weights_[2 * (i - 2) + r] = PackE4M3(done[4 * r], done[4 * r + 1], done[4 * r + 2], done[4 * r + 3]);
+        }
+      }
+      if (exponentials) EndBlock(p_.zero);
     }
   }
 

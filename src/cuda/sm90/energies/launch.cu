@@ -14,25 +14,27 @@ struct Groups {
   static Groups Of(int columns, bool sketch) {
     auto of = [](auto shape) { return Groups{shape.kMathGroups, shape.kThreads}; };
     if (columns == 128) return of(ScoreShape<128, false>());
+    if (columns == 32) return of(ScoreShape<32, true>());
     return sketch ? of(ScoreShape<64, true>()) : of(ScoreShape<64, false>());
   }
 };
 
 // The largest plan that fits in shared memory: as many units as can be, in as few sets as hold them, so that no column
-// is idle. To fit, these go in this order: the fourth stage of keys, buffers of queries down to one a set
+// is idle. To fit, these go in this order: stages of keys from the fourth on (with 32 columns there may be six, their
+// products are short), buffers of queries down to one a set
 // (where two products are in flight: three for two sets), floats as energies and the other buffers there, the third
 // stage of keys elsewhere, units.
 //
 // With 128 columns buffers go set by set, so that a buffer is one set's each time. Rows come by bulk copies there,
 // which may end in another order than they began in, and an item without steps has none. Would a set's next buffer be
 // another set's before, whose copy is still on its way when this set's own, later item is done, a wait for the parity
-// after the next would pass at once, and that item be done twice. Pooled rows (64 columns) are finished in order.
+// after the next would pass at once, and that item be done twice. Pooled rows (fewer columns) are finished in order.
 bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, ScorePlan& plan) {
   const int columns = ScoreColumns(unit_rows);
   plan.panels = static_cast<int>(std::bit_ceil(static_cast<unsigned>(DivUp(head_dim, kScorePanelColumns))));
   plan.q_panels = plan.panels * (sketch ? 2 : 1);
-  // 4 more than a multiple of 8: the two halves of Store's units then fall on different banks.
-  const int64_t stride = DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), kStepBlocks) * kStepBlocks + 4;
+  const int64_t stride =
+      DivUp<int64_t>(std::max<int64_t>(max_blocks, 1), kStepBlocks) * kStepBlocks + EnergyPad(unit_rows);
   if (stride > (1 << 20)) return false;
   plan.energy_stride = static_cast<int>(stride);
   plan.bin_warps = sketch ? 4 * Groups::Of(columns, sketch).math : 0;
@@ -42,12 +44,14 @@ bool PlanFor(int head_dim, int64_t max_blocks, int unit_rows, bool sketch, Score
     return ScoreLayoutOf(plan, columns).total + kOperandAlign <= kMaxSharedBytes;
   };
   // Of two products in flight the first has two stages of keys, which go back when the second has started.
-  const bool two_products = sketch && columns == 64;
+  const bool two_products = sketch && columns < 128;
   const int most = Groups::Of(columns, sketch).math * columns / unit_rows;
   auto fits_with = [&](size_t energy_bytes, int least_buffers) {
     plan.energy_bytes = static_cast<int>(energy_bytes);
     for (int buffers = 2 * plan.sets; buffers >= least_buffers; buffers -= columns == 128 ? plan.sets : 1) {
-      if (fits(buffers, 4) || fits(buffers, 3)) return true;
+      for (int stages = columns == 32 ? kScoreStages : 4; stages >= 3; --stages) {
+        if (fits(buffers, stages)) return true;
+      }
     }
     return false;
   };
@@ -105,7 +109,7 @@ cudaError_t LaunchScoreSm90(const ScoreArgs& args, cudaStream_t stream) {
   const int64_t units = int64_t{args.rules.tile_rows} * args.rules.units_per_kv;
   while (plan.units > 1 && units * p.kv_heads < int64_t{processors} * plan.units * plan.sets) plan.units /= 2;
   while (columns == 128 && plan.sets > 1 && units * p.kv_heads < int64_t{processors} * plan.sets) plan.sets /= 2;
-  plan.log2_team = columns == 64 ? 0 : std::countr_zero(static_cast<unsigned>(groups.math / plan.sets));
+  plan.log2_team = columns < 128 ? 0 : std::countr_zero(static_cast<unsigned>(groups.math / plan.sets));
   plan.SetDividers(p, args.rules);
   ScoreParams params{};
   static_cast<ScoreArgs&>(params) = args;

@@ -4,7 +4,8 @@
 // The product is made transposed: 64 key blocks are the rows of a wgmma, query rows its columns. A block's energy is
 // the sum over a row, so it is added up inside a thread and between the four lanes that share the row, every energy
 // belongs to exactly one warp, and no barrier stands in the main loop. Columns are the 128 rows of one unit (query_pool
-// 1) or eight units of eight pooled rows; a unit is one tile of one mask head (score.h).
+// 1) or eight units of eight pooled rows, of four (32 columns), or 16 of two; a unit is one tile of one mask head
+// (score.h).
 //
 // Exponentials need a common reference, and any will do: a warp keeps one for each of its units, the largest score of
 // the first 16 blocks it sees. An energy is stored as its logarithm with the reference added back, so warps need not
@@ -14,7 +15,7 @@
 //
 // A CTA is persistent; items come heaviest first (PlaceScoreItem). Key data streams through a ring of 64-block stages
 // that all math warpgroups read. With 128 columns there are four of these, each with the rows of one unit: while one
-// waits, sets up or writes its mask, the others compute. With 64 columns there are two, and three or four warpgroups
+// waits, sets up or writes its mask, the others compute. With fewer there are two, and three or four warpgroups
 // beside them that read raw rows of q, add them up and write the pooled rows where products read them, items ahead: the
 // memory's work and the arithmetic run side by side, and pooled rows never go through memory. Energies of whole units
 // stay in shared memory until keep.cuh turns them into bits, so nothing of size tiles x blocks x 4 bytes is ever in
@@ -91,6 +92,10 @@ ScoreKernelPointer ScoreKernelOf(int panels, int unit_rows);
   namespace {                                                                                                          \
   template <int PANELS>                                                                                                \
   ScoreKernelPointer WithPanels(int unit_rows) {                                                                       \
+    if constexpr (SKETCH) {                                                                                            \
+      if (unit_rows == 2) return ScoreKernel<T, PANELS, 32, 2, true>;                                                  \
+      if (unit_rows == 4) return ScoreKernel<T, PANELS, 32, 4, true>;                                                  \
+    }                                                                                                                  \
     return unit_rows == 8    ? ScoreKernel<T, PANELS, 64, 8, SKETCH>                                                   \
            : unit_rows == 32 ? ScoreKernel<T, PANELS, 64, 32, SKETCH>                                                  \
                              : ScoreKernel<T, PANELS, 128, 128, SKETCH>;                                               \

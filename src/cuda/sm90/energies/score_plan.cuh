@@ -9,23 +9,24 @@
 
 namespace flashprefill::cuda {
 
-constexpr int kScoreStages = 4;  // of keys at most
+constexpr int kScoreStages = 6;  // of keys at most
 constexpr int kScoreBuffers = 8; // of queries at most
 
 // Warpgroups of a kernel, and the registers that a thread of each has: math, one that starts copies, and those that
-// pool query rows, where rows are made here (64 columns). FlashPrefill's math is little compared to its loads, so loads
-// get most threads, and math the registers for one product at a time. Sketch's math is more, and holds two products.
-// With 128 columns there are registers for one, and four warpgroups to take turns. Together they have what the launch
-// gave, and only math gets more than that.
+// pool query rows, where rows are made here (fewer than 128 columns). FlashPrefill's math is little compared to its
+// loads, so loads get most threads, and math the registers for one product at a time. Sketch's math is more, and holds
+// two products; those of 32 columns leave room for as many loads. With 128 columns there are registers for one, and
+// four warpgroups to take turns. Together they have what the launch gave, and only math gets more than that.
 template <int COLUMNS, bool SKETCH>
 struct ScoreShape {
-  static constexpr bool kTwoProducts = COLUMNS == 64 && SKETCH;
+  static constexpr bool kTwoProducts = COLUMNS < 128 && SKETCH;
   static constexpr bool kHalfEnergies = kTwoProducts; // if need be; not where a team would have to agree on their base
-  static constexpr int kMathGroups = COLUMNS == 64 ? 2 : 4;
-  static constexpr int kPoolGroups = COLUMNS == 128 ? 0 : SKETCH ? 3 : 4, kPoolWarps = 4 * kPoolGroups;
+  static constexpr int kMathGroups = COLUMNS < 128 ? 2 : 4;
+  static constexpr bool kMuchMath = COLUMNS == 64 && SKETCH;
+  static constexpr int kPoolGroups = COLUMNS == 128 ? 0 : kMuchMath ? 3 : 4, kPoolWarps = 4 * kPoolGroups;
   static constexpr int kGroups = kMathGroups + 1 + kPoolGroups, kThreads = 128 * kGroups;
   static constexpr int kAtLaunch = 65536 / kThreads / 8 * 8;
-  static constexpr int kCopyRegisters = 24, kPoolRegisters = SKETCH ? 64 : 72;
+  static constexpr int kCopyRegisters = 24, kPoolRegisters = kMuchMath ? 64 : 72;
   static constexpr int kMathRegisters =
       (kAtLaunch * kGroups - kCopyRegisters - kPoolGroups * kPoolRegisters) / kMathGroups / 8 * 8;
 };
@@ -35,7 +36,7 @@ struct ScoreParams : ScoreArgs {
   CUtensorMap q_map, k_map;
 };
 
-// The host's choices besides the arguments. With 64 columns a team is one warpgroup.
+// The host's choices besides the arguments. With fewer than 128 columns a team is one warpgroup.
 struct ScorePlan : UnitPlan {
   int panels;    // of 64 columns per row of q or k
   int q_panels;  // twice as many with squares

@@ -1,12 +1,14 @@
 """Attention that skips keys (Dense(skip=...)) beside dense attention, and SpargeAttn with both of its stages.
 
-    python3 bench/cuda/skip_bench.py [--tokens 16384,131072] [--dim 128] [--out FILE]
+    python3 bench/cuda/skip_bench.py [--tokens 16384,131072] [--dim 128] [--portable 1] [--out FILE]
 
 32 query heads, 8 KV heads, bf16, causal, batch 1. Inputs are operator_bench.py's, with an attention sink:
 all queries share a direction, and the first four keys lie in it. Thresholds are found for shares of skipped
 pairs, so that a row says what a share saves; skip=1e-30 skips nothing, which is what looking for it costs.
-Calls are captured in CUDA graphs and timed by turns, medians. Errors are of the first head, against the
-dense output.
+There rows skip one by one. Rows named "together" are of other inputs: a share of the chunks of 128 keys,
+chosen at random, is far from all queries, and all rows skip just these. Calls are captured in CUDA graphs
+and timed by turns, medians. Errors are of the first head, against the dense output. --portable 1: by the
+kernels of other GPUs, dense attention too.
 """
 
 import statistics
@@ -18,6 +20,8 @@ from operator_bench import inputs as plain_inputs
 import flashprefill as fp
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
+TOGETHER = (0.0, 0.5, 0.75, 0.92, 0.98)
+CHUNK = 128  # keys that are decided on together
 
 
 def inputs(tokens, dim, sink=2.0):
@@ -29,48 +33,69 @@ def inputs(tokens, dim, sink=2.0):
     return q, k, v
 
 
-def skipped_share(q, k, v, skip):
-    """Share of the visible blocks that attention skips, on average of the rows."""
-    _, stats = fp.prefill_attention(q, k, v, fp.Dense(skip=skip), return_stats=True)
+def together(tokens, dim):
+    """q, v, and per share of TOGETHER the keys of which that share of the chunks is far from all queries."""
+    make = torch.Generator("cuda").manual_seed(3)
+    common = torch.randn(dim, generator=make, device="cuda")
+    common *= dim**0.5 / common.norm()
+    q, k, v = (torch.randn(tokens, h, dim, generator=make, device="cuda").bfloat16() / 2 for h in (32, 8, 8))
+    q += common.bfloat16()
+    order = torch.randperm(-(-tokens // CHUNK) - 1, generator=make, device="cuda") + 1  # the first is near
+    keys = {}
+    for share in TOGETHER:
+        level = torch.zeros(len(order) + 1, device="cuda")
+        level[order[: round(share * len(order))]] = -2  # scores of -2 sqrt(dim), give or take 6
+        far = level.repeat_interleave(CHUNK)[:tokens, None, None] * common
+        keys[share] = k + far.bfloat16()
+    return q, keys, v
+
+
+def skipped_share(stats):
+    """Share of the visible blocks that attention skipped, on average of the rows."""
+    if stats.skipped is None:
+        return 0.0
     return float(torch.as_tensor(stats.skipped).sum()) / float(torch.as_tensor(stats.kept).sum())
 
 
-def tuned(q, k, v, share):
+def tuned(q, k, v, share, **target):
     """The threshold that skips this share, by bisection of its logarithm."""
-    low, high = -12.0, 0.0
-    for _ in range(10):
+    low, high = -6.0, -1.0
+    for _ in range(7):
         middle = (low + high) / 2
-        low, high = (middle, high) if skipped_share(q, k, v, 10**middle) < share else (low, middle)
+        _, stats = fp.prefill_attention(q, k, v, fp.Dense(skip=10**middle), return_stats=True, **target)
+        low, high = (middle, high) if skipped_share(stats) < share else (low, middle)
     return 10 ** ((low + high) / 2)
 
 
-def measure(tokens, turns, dim):
+def measure(tokens, turns, dim, portable):
     """All rows of one length."""
+    target = {"target": "portable"} if portable else {}
     q, k, v = inputs(tokens, dim)
-    policies = {"dense": fp.Dense(), "skip, nothing is": fp.Dense(skip=1e-30)}
+    calls = {"dense": (q, k, v, fp.Dense()), "skip, nothing is": (q, k, v, fp.Dense(skip=1e-30))}
     for share in SHARES:
-        skip = tuned(q, k, v, share)
-        policies[f"skip {skip:.1e}"] = fp.Dense(skip=skip)
-    policies["SpargeAttn"] = fp.SpargeAttn(similarity=0.1, cdf=0.9)
-    policies["SpargeAttn, skip 1e-2"] = fp.SpargeAttn(similarity=0.1, cdf=0.9, skip=1e-2)
-    exact = fp.prefill_attention(q, k, v, fp.Dense())[:, 0].float()
+        skip = tuned(q, k, v, share, **target)
+        calls[f"skip {skip:.1e}"] = (q, k, v, fp.Dense(skip=skip))
+    calls["SpargeAttn"] = (q, k, v, fp.SpargeAttn(similarity=0.1, cdf=0.9))
+    calls["SpargeAttn, skip 1e-2"] = (q, k, v, fp.SpargeAttn(similarity=0.1, cdf=0.9, skip=1e-2))
+    far_q, keys, far_v = together(tokens, dim)
+    for share, far_k in keys.items():
+        calls[f"together {share:.2f}"] = (far_q, far_k, far_v, fp.Dense(skip=1e-3))
     graphs, rows = {}, []
-    for name, policy in policies.items():
-        out, stats = fp.prefill_attention(q, k, v, policy, return_stats=True)
-        skipped = stats.skipped
+    for name, call in calls.items():
+        out, stats = fp.prefill_attention(*call, return_stats=True, **target)
+        exact = fp.prefill_attention(*call[:3], fp.Dense(), **target)[:, 0].float()
         rows.append(
             {
                 "tokens": tokens,
                 "head_dim": dim,
+                "target": "portable" if portable else "Hopper's",
                 "name": name,
                 "density": float(torch.as_tensor(stats.density).mean()),
-                "skipped": 0.0
-                if skipped is None
-                else float(torch.as_tensor(skipped).sum()) / float(torch.as_tensor(stats.kept).sum()),
+                "skipped": skipped_share(stats),
                 "error": float((out[:, 0].float() - exact).norm() / exact.norm()),
             }
         )
-        graphs[name] = graph_of(lambda policy=policy: fp.prefill_attention(q, k, v, policy))
+        graphs[name] = graph_of(lambda call=call: fp.prefill_attention(*call, **target))
     times = {name: [] for name in graphs}
     for _ in range(turns):
         for name, graph in graphs.items():
@@ -91,4 +116,4 @@ def line(row):
 
 
 if __name__ == "__main__":
-    by_lengths(__doc__, "16384,131072", 5, measure, line, dim=128)
+    by_lengths(__doc__, "16384,131072", 5, measure, line, dim=128, portable=0)
